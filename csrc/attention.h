@@ -1,0 +1,70 @@
+// The contract of the native library: one struct says what is to be computed, one call does it.
+//
+// Shapes. q (batch..., query_heads, query_length, head_dim), k (batch..., kv_heads, key_length,
+// head_dim), v (batch..., kv_heads, key_length, value_dim), out (batch..., query_heads,
+// query_length, value_dim), lse out's shape without its last axis; mask and bias
+// (batch..., query_heads, query_length, key_length). All have the same batch axes: what is
+// broadcast has a stride of 0.
+// Strides are in bytes, of any sign, and 0 where an input is broadcast. Elements may be unaligned.
+// The caller allocates every array, outputs included. Outputs overlap neither themselves nor an
+// input. Inputs are only read, and only where a query attends (masked keys may be uninitialised).
+// The caller has checked the arguments: nothing here is checked again.
+#pragma once
+
+#include <cstdint>
+
+namespace numattn {
+
+// NumPy allows 64 axes; two are rows and columns.
+inline constexpr int kMaxBatchAxes = 62;
+
+// A side of a window that excludes nothing.
+inline constexpr int64_t kUnbounded = int64_t{1} << 62;
+
+struct Array {
+  char* data = nullptr;
+  int64_t head_stride = 0;
+  int64_t row_stride = 0;     // queries of q, out, lse, mask, bias; keys of k and v
+  int64_t column_stride = 0;  // elements of a vector; keys of mask and bias; unused for lse
+  int64_t batch_strides[kMaxBatchAxes];  // the first Problem::batch_axes are set
+};
+
+struct Problem {
+  int batch_axes = 0;
+  int64_t batch_shape[kMaxBatchAxes];  // the first batch_axes are set
+  int64_t query_heads = 1, kv_heads = 1;  // query head h reads KV head h / (query_heads / kv_heads)
+  int64_t query_length = 0, key_length = 0;
+  int64_t head_dim = 1, value_dim = 1;
+
+  Array q, k, v, out;  // float32
+  Array lse;           // float32; data null: not wanted
+  Array mask;          // bytes, 0 is masked; data null: none
+  Array bias;          // float32; data null: none
+
+  // For each batch item in row-major order: the position of the first query among the keys, and
+  // how many keys are valid. Null: positions end with the valid keys; all keys are valid.
+  const int64_t* q_offset = nullptr;
+  const int64_t* kv_lengths = nullptr;
+
+  // A query at position p attends to keys p - window_left ... p + window_right.
+  int64_t window_left = kUnbounded;
+  int64_t window_right = kUnbounded;
+
+  double scale = 1.0;
+  double softcap = 0.0;                  // 0 for none
+  const double* alibi_slopes = nullptr;  // [query head], or null
+  const double* sinks = nullptr;         // [query head], natural logarithms, or null
+};
+
+enum class Status { done, out_of_memory, interrupted };
+
+struct Execution {
+  int num_threads = 1;
+  // Called by the calling thread about ten times a second; true abandons the computation, which
+  // leaves out and lse undefined.
+  bool (*interrupted)() = nullptr;
+};
+
+Status attention(const Problem& problem, const Execution& execution);
+
+}  // namespace numattn

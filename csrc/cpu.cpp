@@ -1,0 +1,58 @@
+#include "cpu.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <thread>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define NUMATTN_X86_64 1
+#include <cpuid.h>
+#endif
+
+namespace numattn {
+
+#if NUMATTN_X86_64
+std::string cpu_name() {
+  std::string name;
+  unsigned words[4];
+  for (unsigned leaf = 0x80000002; leaf <= 0x80000004; ++leaf) {
+    if (!__get_cpuid(leaf, &words[0], &words[1], &words[2], &words[3])) return "x86-64";
+    name.append(reinterpret_cast<const char*>(words), sizeof(words));
+  }
+  name.erase(std::find(name.begin(), name.end(), '\0'), name.end());
+  const auto last = name.find_last_not_of(' ');
+  return last == std::string::npos ? "x86-64" : name.substr(name.find_first_not_of(' '), last + 1);
+}
+
+// The compiler's run-time library asks CPUID and whether the operating system saves the registers.
+bool cpu_has_avx2_fma() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool cpu_has_avx512() {
+  return cpu_has_avx2_fma() && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#else
+std::string cpu_name() {
+#if defined(__aarch64__)
+  return "arm64";
+#else
+  return "unknown";
+#endif
+}
+bool cpu_has_avx2_fma() { return false; }
+bool cpu_has_avx512() { return false; }
+#endif
+
+int usable_cpus() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+}  // namespace numattn

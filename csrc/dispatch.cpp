@@ -1,0 +1,60 @@
+#include "dispatch.h"
+
+#include <atomic>
+
+#include "cpu.h"
+
+namespace numattn {
+
+extern const KernelTable kernels_generic;
+#if NUMATTN_HAVE_X86_KERNELS
+extern const KernelTable kernels_avx2;
+extern const KernelTable kernels_avx512;
+#endif
+
+const std::vector<IsaLevel>& isa_levels() {
+  static const std::vector<IsaLevel> levels = {
+      {&kernels_generic, true},
+#if NUMATTN_HAVE_X86_KERNELS
+      {&kernels_avx2, cpu_has_avx2_fma()},
+      {&kernels_avx512, cpu_has_avx512()},
+#endif
+  };
+  return levels;
+}
+
+namespace {
+
+const KernelTable* best_available() {
+  const KernelTable* best = nullptr;
+  for (const IsaLevel& level : isa_levels()) {
+    if (level.available) best = level.kernels;
+  }
+  return best;
+}
+
+std::atomic<const KernelTable*>& active() {
+  static std::atomic<const KernelTable*> kernels{best_available()};
+  return kernels;
+}
+
+}  // namespace
+
+const KernelTable& active_kernels() { return *active().load(std::memory_order_relaxed); }
+
+std::string set_isa(const std::string& name) {
+  std::string built;
+  for (const IsaLevel& level : isa_levels()) {
+    if (name == level.kernels->isa) {
+      if (!level.available) {
+        return "this CPU (" + cpu_name() + ") does not have the instructions of '" + name + "'";
+      }
+      active().store(level.kernels, std::memory_order_relaxed);
+      return "";
+    }
+    built += std::string(built.empty() ? "" : ", ") + level.kernels->isa;
+  }
+  return "'" + name + "' is not among the levels of this build: " + built;
+}
+
+}  // namespace numattn

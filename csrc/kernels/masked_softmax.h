@@ -1,0 +1,67 @@
+// The second stage: the logits of a block become weights, by the online softmax of Milakov and
+// Gimelshein (2018). Every lane is a query, so that its maximum and sum are plain vector
+// operations down the keys.
+#pragma once
+
+#include <cstdint>
+
+#include "exp.h"
+
+namespace numattn {
+namespace {
+
+// In place, logits [key][lane], where a masked one is -inf, become the weights
+//   exp2(factor * (logit - maximum)) [key][lane],
+// which are exactly 0 where masked; factor > 0 has the scale in it. Scaling the difference, and
+// not the queries or the logits, is what keeps the error below that of the plain computation: the
+// difference of near logits is exact, and so is the maximum.
+// maximum [lane], of logits, and sum [lane] run over all blocks of a tile; rescale [lane] is the
+// factor by which what was summed under the former maximum has to shrink.
+template <class Simd, int kVectors>
+void masked_softmax(typename Simd::Scalar* logits, int64_t keys, typename Simd::Scalar factor,
+                    typename Simd::Scalar* maximum, typename Simd::Scalar* sum,
+                    typename Simd::Scalar* rescale) {
+  constexpr int kWidth = kVectors * Simd::kLanes;
+  const auto masked = Simd::set(-__builtin_inff());
+  typename Simd::Vec highest[kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) highest[v] = Simd::load(maximum + v * Simd::kLanes);
+  for (int64_t key = 0; key < keys; ++key) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      highest[v] = Simd::max(highest[v], Simd::load(logits + key * kWidth + v * Simd::kLanes));
+    }
+  }
+
+  const auto scale = Simd::set(factor);
+  typename Simd::Vec base[kVectors];
+  typename Simd::Vec block_sum[kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    const int lane = v * Simd::kLanes;
+    // A lane that has attended to nothing yet subtracts 0: -inf - -inf would be NaN.
+    base[v] = Simd::select_equal(highest[v], masked, Simd::zero(), highest[v]);
+    block_sum[v] = Simd::zero();
+    const auto difference = Simd::sub(Simd::load(maximum + lane), base[v]);
+    Simd::store(rescale + lane, exp2<Simd>(Simd::mul(difference, scale)));
+    Simd::store(maximum + lane, highest[v]);
+  }
+  for (int64_t key = 0; key < keys; ++key) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      auto* const at = logits + key * kWidth + v * Simd::kLanes;
+      const auto weight = exp2<Simd>(Simd::mul(Simd::sub(Simd::load(at), base[v]), scale));
+      Simd::store(at, weight);
+      block_sum[v] = Simd::add(block_sum[v], weight);
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    const int lane = v * Simd::kLanes;
+    Simd::store(sum + lane,
+                Simd::fma(Simd::load(sum + lane), Simd::load(rescale + lane), block_sum[v]));
+  }
+}
+
+}  // namespace
+}  // namespace numattn

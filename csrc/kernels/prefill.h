@@ -1,0 +1,368 @@
+// Attention for tiles of many queries. The lanes of every vector are queries; keys come in
+// blocks, and each block goes through the three stages for each tile before the next one is read.
+#pragma once
+
+#include <cstdint>
+
+#include "lane_masks.h"
+#include "logits.h"
+#include "masked_softmax.h"
+#include "qk_matmul.h"
+#include "table.h"
+#include "tile_io.h"
+#include "value_aggregation.h"
+
+namespace numattn {
+namespace {
+
+constexpr int kKeysPerBlock = 96;
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kSmallestScale = 1e-30;
+
+// A block of K or V as the stages read it: elements side by side, `stride` elements between keys.
+template <class Scalar>
+struct KeyBlock {
+  const Scalar* data;
+  int64_t stride;
+};
+
+template <class Simd>
+struct Prefill {
+  using Scalar = typename Simd::Scalar;
+  using Vec = typename Simd::Vec;
+  static constexpr int kRowsPerTile = Simd::kTileVectors * Simd::kLanes;
+  static_assert(kRowsPerTile <= 64, "a lane mask has 64 bits");
+
+  // Scratch of one tile; rows are padded to whole vectors, `width` lanes.
+  struct Tile {
+    Scalar* queries;  // [d][lane], negated where the scale is negative
+    Scalar* output;   // [d][lane], not yet divided by the sum
+    Scalar* maximum;  // [lane], of the logits that the softmax sees
+    Scalar* sum;      // [lane]
+    int64_t first_row, rows;
+    int vectors;
+  };
+
+  // Hands out consecutive pieces of the scratch, or counts them where there is none.
+  struct Arena {
+    char* base;
+    int64_t used;
+    Scalar* take(int64_t elements) {
+      char* const piece = base ? base + used : nullptr;
+      used += (elements * static_cast<int64_t>(sizeof(Scalar)) + 63) / 64 * 64;
+      return reinterpret_cast<Scalar*>(piece);
+    }
+  };
+
+  struct Scratch {
+    Tile tiles[kMaxTilesPerBlock];
+    int tile_count;
+    Scalar* logits;    // [key][lane], then weights
+    Scalar* rescale;   // [lane]
+    Scalar* k_copy;    // [key][d]
+    Scalar* v_copy;    // [key][d]
+    int64_t bytes;
+  };
+
+  static Scratch lay_out(void* base, int64_t rows, int64_t head_dim, int64_t value_dim) {
+    Arena arena{static_cast<char*>(base), 0};
+    Scratch scratch{};
+    scratch.logits = arena.take(int64_t{kKeysPerBlock} * kRowsPerTile);
+    scratch.rescale = arena.take(kRowsPerTile);
+    for (int64_t row = 0; row < rows; row += kRowsPerTile) {
+      Tile& tile = scratch.tiles[scratch.tile_count++];
+      tile.first_row = row;
+      tile.rows = rows - row < kRowsPerTile ? rows - row : kRowsPerTile;
+      tile.vectors = static_cast<int>((tile.rows + Simd::kLanes - 1) / Simd::kLanes);
+      const int64_t width = int64_t{tile.vectors} * Simd::kLanes;
+      tile.queries = arena.take(head_dim * width);
+      tile.output = arena.take(value_dim * width);
+      tile.maximum = arena.take(width);
+      tile.sum = arena.take(width);
+    }
+    scratch.k_copy = arena.take(kKeysPerBlock * head_dim);
+    scratch.v_copy = arena.take(kKeysPerBlock * value_dim);
+    scratch.bytes = arena.used;
+    return scratch;
+  }
+
+  static int64_t scratch_bytes(int64_t rows, int64_t head_dim, int64_t value_dim) {
+    return lay_out(nullptr, rows, head_dim, value_dim).bytes;
+  }
+
+  // ---- one key block ----------------------------------------------------------------------
+
+  static void copy_rows(const char* from, int64_t row_stride, int64_t column_stride, int64_t keys,
+                        int64_t dims, Scalar* to) {
+    for (int64_t key = 0; key < keys; ++key) {
+      for (int64_t d = 0; d < dims; d += Simd::kLanes) {
+        const int64_t count = dims - d < Simd::kLanes ? dims - d : Simd::kLanes;
+        const Vec piece =
+            load_elements<Simd>(from + key * row_stride + d * column_stride, column_stride, count);
+        store_elements<Simd>(reinterpret_cast<char*>(to + key * dims + d), sizeof(Scalar), piece,
+                             count);
+      }
+    }
+  }
+
+  // K and V are read where they lie, unless their elements aren't side by side and aligned.
+  static KeyBlock<Scalar> key_block(const char* array, int64_t row_stride, int64_t column_stride,
+                                    int64_t first_key, int64_t keys, int64_t dims, Scalar* copy) {
+    constexpr auto kSize = static_cast<int64_t>(sizeof(Scalar));
+    const char* const from = array + first_key * row_stride;
+    if (column_stride == kSize && row_stride % kSize == 0 &&
+        reinterpret_cast<uintptr_t>(from) % alignof(Scalar) == 0) {
+      return {reinterpret_cast<const Scalar*>(from), row_stride / kSize};
+    }
+    copy_rows(from, row_stride, column_stride, keys, dims, copy);
+    return {copy, dims};
+  }
+
+  static bool is_finite(const Scalar* row, int64_t dims) {
+    Vec nan_unless_finite = Simd::zero();
+    for (int64_t d = 0; d < dims; d += Simd::kLanes) {
+      const int64_t count = dims - d < Simd::kLanes ? dims - d : Simd::kLanes;
+      const Vec x = count == Simd::kLanes ? Simd::load(row + d) : Simd::load_first(row + d, count);
+      nan_unless_finite = Simd::fma(x, Simd::zero(), nan_unless_finite);
+    }
+    return Simd::bits_not_equal(nan_unless_finite, Simd::zero()) == 0;
+  }
+
+  static bool block_is_finite(KeyBlock<Scalar> v, int64_t keys, int64_t value_dim) {
+    for (int64_t key = 0; key < keys; ++key) {
+      if (!is_finite(v.data + key * v.stride, value_dim)) return false;
+    }
+    return true;
+  }
+
+  // Where V has a NaN or an infinity, a weight of 0 would carry it into queries that mask the
+  // key (0 * NaN is NaN). Such elements are taken out of the copy that the value aggregation
+  // reads, and added here to the lanes that attend.
+  template <int kVectors>
+  static void aggregate_with_non_finite(KeyBlock<Scalar> v, int64_t keys, int64_t value_dim,
+                                        const Scalar* weights, const uint64_t* attended,
+                                        const Scalar* rescale, Scalar* v_copy, Scalar* output) {
+    constexpr int kWidth = kVectors * Simd::kLanes;
+    for (int64_t key = 0; key < keys; ++key) {
+      for (int64_t d = 0; d < value_dim; ++d) {
+        const Scalar x = v.data[key * v.stride + d];
+        v_copy[key * value_dim + d] = x - x == 0 ? x : 0;
+      }
+    }
+    value_aggregation<Simd, kVectors>(v_copy, value_dim, weights, keys, value_dim, rescale,
+                                      output);
+    for (int64_t key = 0; key < keys; ++key) {
+      for (int64_t d = 0; d < value_dim; ++d) {
+        const Scalar x = v.data[key * v.stride + d];
+        if (x - x == 0) continue;
+        for (int i = 0; i < kVectors; ++i) {
+          Scalar* const at = output + d * kWidth + i * Simd::kLanes;
+          const Vec weight = Simd::load(weights + key * kWidth + i * Simd::kLanes);
+          const Vec before = Simd::load(at);
+          Simd::store(at, Simd::select_bits(attended[key] >> (i * Simd::kLanes),
+                                            Simd::fma(Simd::set(x), weight, before), before));
+        }
+      }
+    }
+  }
+
+  // The logits are scaled before the softmax where an option wants them so, or where the scale is
+  // so small that its product with a logit of -inf would not be -inf. Else the softmax scales.
+  static bool scales_logits(const PrefillTask& task) {
+    return task.softcap > 0 || task.bias || task.alibi_slope != 0 ||
+           task.sink > -__builtin_inf() || __builtin_fabs(task.scale) < kSmallestScale;
+  }
+  static double softmax_scale(const PrefillTask& task) {
+    return scales_logits(task) ? 1.0 : __builtin_fabs(task.scale);
+  }
+
+  // ---- the three stages, for one tile and one key block -------------------------------------
+
+  template <int kVectors>
+  static void attend(const PrefillTask& task, const Tile& tile, const Scratch& scratch,
+                     KeyBlock<Scalar> k, KeyBlock<Scalar> v, int64_t first_key, int64_t keys,
+                     bool within_limits, bool mask_is_full) {
+    qk_matmul<Simd, kVectors>(k.data, k.stride, tile.queries, keys, task.head_dim,
+                              scratch.logits);
+
+    const int64_t position = task.first_position + tile.first_row;
+    if (scales_logits(task)) {
+      apply_scale<Simd, kVectors>(scratch.logits, keys,
+                                  static_cast<Scalar>(__builtin_fabs(task.scale)));
+    }
+    if (task.softcap > 0) {
+      apply_softcap<Simd, kVectors>(scratch.logits, keys, static_cast<Scalar>(task.softcap));
+    }
+    if (task.bias) {
+      add_bias<Simd, kVectors>(scratch.logits, keys,
+                               task.bias + tile.first_row * task.bias_row_stride +
+                                   first_key * task.bias_column_stride,
+                               task.bias_row_stride, task.bias_column_stride, tile.rows);
+    }
+    if (task.alibi_slope != 0) {
+      add_alibi<Simd, kVectors>(scratch.logits, keys, static_cast<Scalar>(task.alibi_slope),
+                                position - first_key);
+    }
+    uint64_t attended[kKeysPerBlock];
+    if (!within_limits || !mask_is_full) {
+      for (int64_t key = 0; key < keys; ++key) attended[key] = ~uint64_t{0};
+      if (!within_limits) {
+        keep_within_window(attended, first_key, keys, position, task.window_left,
+                           task.window_right);
+      }
+      if (!mask_is_full) {
+        keep_unmasked(attended, keys,
+                      task.mask + tile.first_row * task.mask_row_stride +
+                          first_key * task.mask_column_stride,
+                      task.mask_row_stride, task.mask_column_stride, tile.rows);
+      }
+      apply_mask<Simd, kVectors>(scratch.logits, keys, attended);
+    }
+    const bool some_masked = !within_limits || !mask_is_full || task.bias;
+    const bool keep_apart = some_masked && !block_is_finite(v, keys, task.value_dim);
+    if (keep_apart) {
+      for (int64_t key = 0; key < keys; ++key) {
+        attended[key] = lanes_that_attend<Simd, kVectors>(scratch.logits +
+                                                          key * kVectors * Simd::kLanes);
+      }
+    }
+
+    masked_softmax<Simd, kVectors>(scratch.logits, keys,
+                                   static_cast<Scalar>(softmax_scale(task) * kLog2E), tile.maximum,
+                                   tile.sum, scratch.rescale);
+
+    if (keep_apart) {
+      aggregate_with_non_finite<kVectors>(v, keys, task.value_dim, scratch.logits, attended,
+                                          scratch.rescale, scratch.v_copy, tile.output);
+    } else {
+      value_aggregation<Simd, kVectors>(v.data, v.stride, scratch.logits, keys, task.value_dim,
+                                        scratch.rescale, tile.output);
+    }
+  }
+
+  // ---- a tile's beginning and end ---------------------------------------------------------
+
+  template <int kVectors>
+  static void begin(const PrefillTask& task, const Tile& tile) {
+    constexpr int kWidth = kVectors * Simd::kLanes;
+    pack_queries<Simd, kVectors>(task.q + tile.first_row * task.q_row_stride, task.q_row_stride,
+                                 task.q_column_stride, tile.rows, task.head_dim,
+                                 task.scale < 0 ? Scalar{-1} : Scalar{1}, tile.queries);
+    for (int64_t i = 0; i < task.value_dim * kWidth; i += Simd::kLanes) {
+      Simd::store(tile.output + i, Simd::zero());
+    }
+    // A sink is a key without a value: the running sum begins with it.
+    const bool has_sink = task.sink > -__builtin_inf();
+    for (int i = 0; i < kWidth; ++i) {
+      tile.maximum[i] = static_cast<Scalar>(task.sink);
+      tile.sum[i] = has_sink ? Scalar{1} : Scalar{0};
+    }
+  }
+
+  template <int kVectors>
+  static void finish(const PrefillTask& task, const Tile& tile) {
+    if (task.lse) {
+      for (int64_t row = 0; row < tile.rows; ++row) {
+        const auto lse = static_cast<Scalar>(tile.maximum[row] * softmax_scale(task) +
+                                             __builtin_log(static_cast<double>(tile.sum[row])));
+        __builtin_memcpy(task.lse + (tile.first_row + row) * task.lse_stride, &lse, sizeof(lse));
+      }
+    }
+    Scalar factor[kVectors * Simd::kLanes];
+    for (int i = 0; i < kVectors * Simd::kLanes; ++i) {
+      factor[i] = tile.sum[i] == 0 ? Scalar{0} : Scalar{1} / tile.sum[i];
+    }
+    unpack_output<Simd, kVectors>(tile.output, factor, tile.rows, task.value_dim,
+                                  task.out + tile.first_row * task.out_row_stride,
+                                  task.out_row_stride, task.out_column_stride);
+  }
+
+  // Calls `step` with the tile's number of vectors as a compile-time constant.
+  template <int kVectors = Simd::kTileVectors, class Step>
+  static void with_vectors(int vectors, Step step) {
+    if constexpr (kVectors > 1) {
+      if (vectors < kVectors) return with_vectors<kVectors - 1>(vectors, step);
+    }
+    step(VectorCount<kVectors>{});
+  }
+  template <int kCount>
+  struct VectorCount {
+    static constexpr int value = kCount;
+  };
+
+  // ---- the task -----------------------------------------------------------------------------
+
+  static bool run(const PrefillTask& task) {
+    const Scratch scratch = lay_out(task.scratch, task.rows, task.head_dim, task.value_dim);
+    int64_t begin_key = INT64_MAX;
+    int64_t end_key = 0;
+    for (int t = 0; t < scratch.tile_count; ++t) {
+      const Tile& tile = scratch.tiles[t];
+      const TileKeys& keys = task.tile_keys[t];
+      if (keys.begin < keys.end) {
+        begin_key = keys.begin < begin_key ? keys.begin : begin_key;
+        end_key = keys.end > end_key ? keys.end : end_key;
+      }
+      with_vectors(tile.vectors, [&](auto vectors) { begin<vectors.value>(task, tile); });
+    }
+
+    for (int64_t block = begin_key / kKeysPerBlock; block * kKeysPerBlock < end_key; ++block) {
+      if (task.should_stop(task.stop_context)) return false;
+      attend_block(task, scratch, block);
+    }
+
+    for (int t = 0; t < scratch.tile_count; ++t) {
+      const Tile& tile = scratch.tiles[t];
+      with_vectors(tile.vectors, [&](auto vectors) { finish<vectors.value>(task, tile); });
+    }
+    return true;
+  }
+
+  static void attend_block(const PrefillTask& task, const Scratch& scratch, int64_t block) {
+    const int64_t block_begin = block * kKeysPerBlock;
+    const int64_t block_end = block_begin + kKeysPerBlock;
+    KeyBlock<Scalar> k{}, v{};
+    int64_t loaded_begin = 0, loaded_end = 0;
+    // All tiles see the same keys of the block in memory; what a tile attends to is cut out.
+    for (int t = 0; t < scratch.tile_count; ++t) {
+      const TileKeys& keys = task.tile_keys[t];
+      const int64_t begin = keys.begin > block_begin ? keys.begin : block_begin;
+      const int64_t end = keys.end < block_end ? keys.end : block_end;
+      if (begin >= end) continue;
+      if (loaded_begin == loaded_end || begin < loaded_begin) loaded_begin = begin;
+      if (end > loaded_end) loaded_end = end;
+    }
+    if (loaded_begin == loaded_end) return;
+
+    bool loaded = false;
+    for (int t = 0; t < scratch.tile_count; ++t) {
+      const Tile& tile = scratch.tiles[t];
+      const TileKeys& keys = task.tile_keys[t];
+      const int64_t begin = keys.begin > block_begin ? keys.begin : block_begin;
+      const int64_t end = keys.end < block_end ? keys.end : block_end;
+      if (begin >= end) continue;
+      const TileKind kind = task.mask ? task.mask_kinds[t * task.mask_kinds_stride + block]
+                                      : TileKind::full;
+      if (kind == TileKind::empty) continue;
+      if (!loaded) {
+        const int64_t count = loaded_end - loaded_begin;
+        k = key_block(task.k, task.k_row_stride, task.k_column_stride, loaded_begin, count,
+                      task.head_dim, scratch.k_copy);
+        v = key_block(task.v, task.v_row_stride, task.v_column_stride, loaded_begin, count,
+                      task.value_dim, scratch.v_copy);
+        loaded = true;
+      }
+      const int64_t skip = begin - loaded_begin;
+      const KeyBlock<Scalar> tile_k{k.data + skip * k.stride, k.stride};
+      const KeyBlock<Scalar> tile_v{v.data + skip * v.stride, v.stride};
+      const bool within_limits = keys.full_begin <= begin && end <= keys.full_end;
+      with_vectors(tile.vectors, [&](auto vectors) {
+        attend<vectors.value>(task, tile, scratch, tile_k, tile_v, begin, end - begin,
+                              within_limits, kind == TileKind::full);
+      });
+    }
+  }
+};
+
+}  // namespace
+}  // namespace numattn

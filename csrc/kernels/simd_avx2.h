@@ -1,0 +1,119 @@
+// AVX2 with FMA: eight float lanes, for Haswell and later, Zen 1 and later.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace numattn {
+namespace {
+
+struct Float32 {
+  using Scalar = float;
+  using Vec = __m256;
+
+  static constexpr bool kFusedMultiplyAdd = true;
+  static constexpr int kLanes = 8;
+  // Two query vectors by six keys: 12 accumulators, two operands and a broadcast in 16 registers.
+  static constexpr int kTileVectors = 2;
+  static constexpr int broadcast_rows(int vectors) { return vectors == 2 ? 6 : 8; }
+
+  static Vec zero() { return _mm256_setzero_ps(); }
+  static Vec set(float x) { return _mm256_set1_ps(x); }
+  static Vec load(const float* from) { return _mm256_loadu_ps(from); }
+  static Vec load_first(const float* from, int64_t count) {
+    return _mm256_maskload_ps(from, first(count));
+  }
+  static void store(float* to, Vec x) { _mm256_storeu_ps(to, x); }
+  static void store_first(float* to, Vec x, int64_t count) {
+    _mm256_maskstore_ps(to, first(count), x);
+  }
+
+  static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+  static Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+  static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+  static Vec abs(Vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+  // a * b + c
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+
+  // `magnitude`, which is not negative, with the sign of `sign`.
+  static Vec copy_sign(Vec magnitude, Vec sign) {
+    return _mm256_or_ps(magnitude, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f)));
+  }
+  // Lanes where a < b take `yes`, the others `no`.
+  static Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+  }
+  // Lanes where a equals b take `yes`, the others `no`.
+  static Vec select_equal(Vec a, Vec b, Vec yes, Vec no) {
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_EQ_OQ));
+  }
+  // Lanes whose bit is set keep x, the others take `other`.
+  static Vec select_bits(uint64_t bits, Vec x, Vec other) {
+    const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i wanted =
+        _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits & 0xff)), lane_bit);
+    return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(_mm256_cmpeq_epi32(wanted, lane_bit)));
+  }
+  // A bit for every lane where a differs from b (NaN differs from everything).
+  static uint64_t bits_not_equal(Vec a, Vec b) {
+    return static_cast<uint64_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NEQ_UQ)));
+  }
+
+  // x = whole + fraction, whole an integer and |fraction| <= 1/2. What lies outside of
+  // [-151, 129], where 2^x is 0 or infinite, is moved to its ends, so that `whole` stays an
+  // integer that scale_by_power_of_two takes. The order of the operands keeps a NaN.
+  static void split(Vec x, Vec& whole, Vec& fraction) {
+    x = _mm256_max_ps(_mm256_set1_ps(-151.0f), x);
+    x = _mm256_min_ps(_mm256_set1_ps(129.0f), x);
+    whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    fraction = _mm256_sub_ps(x, whole);
+  }
+  // x * 2^whole for a `whole` from split(). In two steps, because 2^-151 is no float: the first
+  // is exact, the second rounds once, into the subnormal numbers if need be.
+  static Vec scale_by_power_of_two(Vec x, Vec whole) {
+    const __m256i exponent = _mm256_cvtps_epi32(whole);
+    const __m256i half = _mm256_srai_epi32(exponent, 1);
+    return _mm256_mul_ps(_mm256_mul_ps(x, power_of_two(half)),
+                         power_of_two(_mm256_sub_epi32(exponent, half)));
+  }
+
+  // rows[i] lane j <-> rows[j] lane i
+  static void transpose(Vec (&rows)[kLanes]) {
+    Vec pairs[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    // quads[4g + c] holds, in its 128-bit part p, column 4p + c of rows 4g .. 4g + 3
+    Vec quads[kLanes];
+#pragma GCC unroll 16
+    for (int g = 0; g < kLanes; g += 4) {
+      quads[g] = _mm256_shuffle_ps(pairs[g], pairs[g + 2], 0x44);
+      quads[g + 1] = _mm256_shuffle_ps(pairs[g], pairs[g + 2], 0xee);
+      quads[g + 2] = _mm256_shuffle_ps(pairs[g + 1], pairs[g + 3], 0x44);
+      quads[g + 3] = _mm256_shuffle_ps(pairs[g + 1], pairs[g + 3], 0xee);
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < 4; ++c) {
+      rows[c] = _mm256_permute2f128_ps(quads[c], quads[4 + c], 0x20);
+      rows[4 + c] = _mm256_permute2f128_ps(quads[c], quads[4 + c], 0x31);
+    }
+  }
+
+ private:
+  static __m256i first(int64_t count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)),
+                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static Vec power_of_two(__m256i exponent) {
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23));
+  }
+};
+
+}  // namespace
+}  // namespace numattn

@@ -1,0 +1,116 @@
+// AVX-512 vectors: sixteen float lanes, for Skylake-SP and later, Zen 4 and later.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace numattn {
+namespace {
+
+struct Float32 {
+  using Scalar = float;
+  using Vec = __m512;
+
+  static constexpr bool kFusedMultiplyAdd = true;
+  static constexpr int kLanes = 16;
+  // Four query vectors by six keys are 24 accumulators; with four operands and a broadcast they
+  // fill 29 of the 32 registers and need 10 loads for 24 multiply-adds.
+  static constexpr int kTileVectors = 4;
+  static constexpr int broadcast_rows(int vectors) { return vectors == 4 ? 6 : 8; }
+
+  static Vec zero() { return _mm512_setzero_ps(); }
+  static Vec set(float x) { return _mm512_set1_ps(x); }
+  static Vec load(const float* from) { return _mm512_loadu_ps(from); }
+  static Vec load_first(const float* from, int64_t count) {
+    return _mm512_maskz_loadu_ps(first(count), from);
+  }
+  static void store(float* to, Vec x) { _mm512_storeu_ps(to, x); }
+  static void store_first(float* to, Vec x, int64_t count) {
+    _mm512_mask_storeu_ps(to, first(count), x);
+  }
+
+  static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+  static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+  static Vec abs(Vec x) { return _mm512_abs_ps(x); }
+  // a * b + c
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+
+  // `magnitude`, which is not negative, with the sign of `sign`.
+  static Vec copy_sign(Vec magnitude, Vec sign) {
+    return _mm512_or_ps(magnitude, _mm512_and_ps(sign, _mm512_set1_ps(-0.0f)));
+  }
+  // Lanes where a < b take `yes`, the others `no`.
+  static Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+  }
+  // Lanes where a equals b take `yes`, the others `no`.
+  static Vec select_equal(Vec a, Vec b, Vec yes, Vec no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), no, yes);
+  }
+  // Lanes whose bit is set keep x, the others take `other`.
+  static Vec select_bits(uint64_t bits, Vec x, Vec other) {
+    return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), other, x);
+  }
+  // A bit for every lane where a differs from b (NaN differs from everything).
+  static uint64_t bits_not_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }
+
+  // x = whole + fraction, whole an integer and |fraction| <= 1/2. An infinite x makes `fraction`
+  // NaN, which scale_by_power_of_two takes care of. (vrndscaleps runs at twice the speed of
+  // vreduceps, which would be one instruction less, on Zen 5.)
+  static void split(Vec x, Vec& whole, Vec& fraction) {
+    constexpr int kToNearestQuiet = 0x08;
+    whole = _mm512_roundscale_ps(x, kToNearestQuiet);
+    fraction = _mm512_sub_ps(x, whole);
+  }
+  // x * 2^whole, correctly rounded. By definition of the instruction a `whole` of -inf gives 0
+  // and one of inf gives inf, even where x is NaN.
+  static Vec scale_by_power_of_two(Vec x, Vec whole) { return _mm512_scalef_ps(x, whole); }
+
+  // rows[i] lane j <-> rows[j] lane i
+  static void transpose(Vec (&rows)[kLanes]) {
+    Vec pairs[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i += 2) {
+      pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    // quads[4g + c] holds, in its 128-bit part p, column 4p + c of rows 4g .. 4g + 3
+    Vec quads[kLanes];
+#pragma GCC unroll 16
+    for (int g = 0; g < kLanes; g += 4) {
+      quads[g] = interleave_low(pairs[g], pairs[g + 2]);
+      quads[g + 1] = interleave_high(pairs[g], pairs[g + 2]);
+      quads[g + 2] = interleave_low(pairs[g + 1], pairs[g + 3]);
+      quads[g + 3] = interleave_high(pairs[g + 1], pairs[g + 3]);
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < 4; ++c) {
+      const Vec even_low = _mm512_shuffle_f32x4(quads[c], quads[4 + c], 0x88);
+      const Vec odd_low = _mm512_shuffle_f32x4(quads[c], quads[4 + c], 0xdd);
+      const Vec even_high = _mm512_shuffle_f32x4(quads[8 + c], quads[12 + c], 0x88);
+      const Vec odd_high = _mm512_shuffle_f32x4(quads[8 + c], quads[12 + c], 0xdd);
+      rows[c] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+      rows[4 + c] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+      rows[8 + c] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+      rows[12 + c] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+    }
+  }
+
+ private:
+  static __mmask16 first(int64_t count) {
+    return static_cast<__mmask16>((1u << static_cast<unsigned>(count)) - 1u);
+  }
+  static Vec interleave_low(Vec a, Vec b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+  static Vec interleave_high(Vec a, Vec b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+};
+
+}  // namespace
+}  // namespace numattn

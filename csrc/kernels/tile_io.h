@@ -1,0 +1,104 @@
+// Moving a tile between arrays in memory, of any strides, and the kernels' own layouts, in which
+// the lanes of a vector are queries.
+#pragma once
+
+#include <cstdint>
+
+namespace numattn {
+namespace {
+
+// Up to a vector's length of elements, `stride` bytes apart; lanes from `count` on are 0.
+template <class Simd>
+typename Simd::Vec load_elements(const char* from, int64_t stride, int64_t count) {
+  using Scalar = typename Simd::Scalar;
+  if (stride == static_cast<int64_t>(sizeof(Scalar))) {
+    const auto* const elements = reinterpret_cast<const Scalar*>(from);
+    return count == Simd::kLanes ? Simd::load(elements) : Simd::load_first(elements, count);
+  }
+  Scalar elements[Simd::kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    __builtin_memcpy(&elements[i], from + i * stride, sizeof(Scalar));
+  }
+  return Simd::load(elements);
+}
+
+template <class Simd>
+void store_elements(char* to, int64_t stride, typename Simd::Vec x, int64_t count) {
+  using Scalar = typename Simd::Scalar;
+  if (stride == static_cast<int64_t>(sizeof(Scalar))) {
+    auto* const elements = reinterpret_cast<Scalar*>(to);
+    if (count == Simd::kLanes) {
+      Simd::store(elements, x);
+    } else {
+      Simd::store_first(elements, x, count);
+    }
+    return;
+  }
+  Scalar elements[Simd::kLanes];
+  Simd::store(elements, x);
+  for (int64_t i = 0; i < count; ++i) {
+    __builtin_memcpy(to + i * stride, &elements[i], sizeof(Scalar));
+  }
+}
+
+// A square of kLanes rows and columns, transposed: result[column] has the rows in its lanes.
+// Rows from `rows` on and columns from `columns` on are 0. Strides in bytes.
+template <class Simd>
+void load_transposed(const char* from, int64_t row_stride, int64_t column_stride, int64_t rows,
+                     int64_t columns, typename Simd::Vec (&result)[Simd::kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Simd::kLanes; ++i) {
+    result[i] = i < rows ? load_elements<Simd>(from + i * row_stride, column_stride, columns)
+                         : Simd::zero();
+  }
+  Simd::transpose(result);
+}
+
+// q [row][d] in memory becomes queries [d][lane], times `sign`; lanes without a row are 0.
+template <class Simd, int kVectors>
+void pack_queries(const char* q, int64_t row_stride, int64_t column_stride, int64_t rows,
+                  int64_t head_dim, typename Simd::Scalar sign, typename Simd::Scalar* queries) {
+  constexpr int kWidth = kVectors * Simd::kLanes;
+  const auto factor = Simd::set(sign);
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t row = static_cast<int64_t>(v) * Simd::kLanes;
+    for (int64_t d = 0; d < head_dim; d += Simd::kLanes) {
+      const int64_t columns = head_dim - d < Simd::kLanes ? head_dim - d : Simd::kLanes;
+      typename Simd::Vec square[Simd::kLanes];
+      load_transposed<Simd>(q + row * row_stride + d * column_stride, row_stride, column_stride,
+                            rows - row, columns, square);
+      for (int64_t i = 0; i < columns; ++i) {
+        Simd::store(queries + (d + i) * kWidth + row, Simd::mul(square[i], factor));
+      }
+    }
+  }
+}
+
+// output [d][lane], times factor [lane], becomes out [row][d] in memory.
+template <class Simd, int kVectors>
+void unpack_output(const typename Simd::Scalar* output, const typename Simd::Scalar* factor,
+                   int64_t rows, int64_t value_dim, char* out, int64_t row_stride,
+                   int64_t column_stride) {
+  constexpr int kWidth = kVectors * Simd::kLanes;
+  for (int64_t row = 0; row < rows; row += Simd::kLanes) {
+    const auto row_factor = Simd::load(factor + row);
+    const int64_t last = rows - row < Simd::kLanes ? rows - row : Simd::kLanes;
+    for (int64_t d = 0; d < value_dim; d += Simd::kLanes) {
+      const int64_t columns = value_dim - d < Simd::kLanes ? value_dim - d : Simd::kLanes;
+      typename Simd::Vec square[Simd::kLanes];
+      for (int64_t i = 0; i < Simd::kLanes; ++i) {
+        square[i] = i < columns
+                        ? Simd::mul(Simd::load(output + (d + i) * kWidth + row), row_factor)
+                        : Simd::zero();
+      }
+      Simd::transpose(square);
+      for (int64_t i = 0; i < last; ++i) {
+        store_elements<Simd>(out + (row + i) * row_stride + d * column_stride, column_stride,
+                             square[i], columns);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace numattn

@@ -1,0 +1,101 @@
+#include "mask_kinds.h"
+
+#include <algorithm>
+
+namespace numattn {
+namespace {
+
+// What `count` bytes of a mask contain.
+struct Contents {
+  bool some_set = false;
+  bool some_clear = false;
+};
+
+void look_at(const char* bytes, int64_t stride, int64_t count, Contents& contents) {
+  unsigned char any = 0;
+  bool clear = false;
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i) {
+      any |= static_cast<unsigned char>(bytes[i]);
+      clear |= bytes[i] == 0;
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      any |= static_cast<unsigned char>(bytes[i * stride]);
+      clear |= bytes[i * stride] == 0;
+    }
+  }
+  contents.some_set |= any != 0;
+  contents.some_clear |= clear;
+}
+
+}  // namespace
+
+int64_t batch_offset(const Problem& problem, const int64_t* batch_strides, int64_t batch_item) {
+  int64_t offset = 0;
+  for (int axis = problem.batch_axes - 1; axis >= 0; --axis) {
+    offset += batch_item % problem.batch_shape[axis] * batch_strides[axis];
+    batch_item /= problem.batch_shape[axis];
+  }
+  return offset;
+}
+
+MaskKinds::MaskKinds(const Problem& problem, const KernelTable& kernels)
+    : problem_(problem),
+      rows_per_tile_(kernels.rows_per_tile),
+      keys_per_block_(kernels.keys_per_block) {
+  const Array& mask = problem.mask;
+  blocks_ = (problem.key_length + keys_per_block_ - 1) / keys_per_block_;
+  tiles_ = mask.row_stride == 0 ? 1 : (problem.query_length + rows_per_tile_ - 1) / rows_per_tile_;
+  head_slices_ = mask.head_stride == 0 ? 1 : problem.query_heads;
+  int64_t batch_items = 1;
+  slices_ = head_slices_;
+  for (int axis = problem.batch_axes - 1; axis >= 0; --axis) {
+    batch_items *= problem.batch_shape[axis];
+    batch_slice_strides_[axis] = mask.batch_strides[axis] == 0 ? 0 : slices_;
+    if (mask.batch_strides[axis] != 0) slices_ *= problem.batch_shape[axis];
+  }
+  kinds_.resize(static_cast<std::size_t>(slices_ * tiles_ * blocks_));
+  slice_data_.resize(static_cast<std::size_t>(slices_));
+  for (int64_t item = 0; item < batch_items; ++item) {
+    for (int64_t head = 0; head < head_slices_; ++head) {
+      const int64_t slice = batch_offset(problem, batch_slice_strides_, item) + head;
+      slice_data_[static_cast<std::size_t>(slice)] =
+          mask.data + batch_offset(problem, mask.batch_strides, item) + head * mask.head_stride;
+    }
+  }
+}
+
+void MaskKinds::classify(int64_t row) {
+  const Array& mask = problem_.mask;
+  const int64_t first_query = row % tiles_ * rows_per_tile_;
+  const int64_t queries =
+      tiles_ == 1 && mask.row_stride == 0
+          ? 1
+          : std::min(rows_per_tile_, problem_.query_length - first_query);
+  const char* const data =
+      slice_data_[static_cast<std::size_t>(row / tiles_)] + first_query * mask.row_stride;
+  for (int64_t block = 0; block < blocks_; ++block) {
+    const int64_t first_key = block * keys_per_block_;
+    const int64_t keys = std::min(keys_per_block_, problem_.key_length - first_key);
+    Contents contents;
+    for (int64_t query = 0; query < queries; ++query) {
+      look_at(data + query * mask.row_stride + first_key * mask.column_stride, mask.column_stride,
+              keys, contents);
+      if (contents.some_set && contents.some_clear) break;
+    }
+    kinds_[static_cast<std::size_t>(row * blocks_ + block)] =
+        !contents.some_set    ? TileKind::empty
+        : contents.some_clear ? TileKind::mixed
+                              : TileKind::full;
+  }
+}
+
+const TileKind* MaskKinds::tile(int64_t batch_item, int64_t head, int64_t first_row) const {
+  const int64_t slice = batch_offset(problem_, batch_slice_strides_, batch_item) +
+                        (head_slices_ == 1 ? 0 : head);
+  const int64_t tile = tiles_ == 1 ? 0 : first_row / rows_per_tile_;
+  return kinds_.data() + (slice * tiles_ + tile) * blocks_;
+}
+
+}  // namespace numattn

@@ -1,0 +1,207 @@
+#include "thread_pool.h"
+
+#include <algorithm>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#include <signal.h>
+#endif
+
+namespace numattn {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr auto kInterruptPeriod = std::chrono::milliseconds(100);
+// Long enough to bridge the gap between the calls of a loop in Python, short enough not to be
+// seen in the load of an idle process.
+constexpr auto kSpin = std::chrono::microseconds(60);
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// Until `ready()` or the spin time is over; returns the last ready().
+template <class Ready>
+bool spin_until(Ready ready) {
+  const auto deadline = Clock::now() + kSpin;
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (ready()) return true;
+      relax();
+    }
+  } while (Clock::now() < deadline);
+  return ready();
+}
+
+struct RunningJob {
+  explicit RunningJob(const Job& job) : job(job) {}
+
+  const Job& job;
+  std::atomic<int64_t> next_item{0};
+  std::atomic<int64_t> items_done{0};
+  std::atomic<bool> stop{false};
+  std::atomic<int> helpers{0};  // changed under the pool's mutex
+};
+
+void work_on(RunningJob& running, bool (*interrupted)()) {
+  StopCheck stop(running.stop, interrupted);
+  while (!stop.requested()) {
+    const int64_t item = running.next_item.fetch_add(1, std::memory_order_relaxed);
+    if (item >= running.job.items) return;
+    if (!running.job.work(running.job.context, item, stop)) {
+      running.stop.store(true, std::memory_order_relaxed);
+      return;
+    }
+    running.items_done.fetch_add(1, std::memory_order_relaxed);
+  }
+}
+
+class Pool {
+ public:
+  void run(RunningJob& running, int helpers_wanted) {
+    {
+      std::lock_guard lock(mutex_);
+      start_workers(helpers_wanted);
+      jobs_.push_back(&running);
+      jobs_posted_.fetch_add(1, std::memory_order_release);
+    }
+    work_ready_.notify_all();
+    work_on(running, running.job.interrupted);
+    {
+      std::lock_guard lock(mutex_);
+      jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &running));
+    }
+    wait_for_helpers(running);
+  }
+
+  std::mutex& mutex() { return mutex_; }
+
+ private:
+  void start_workers(int wanted) {
+#if !defined(_WIN32)
+    // Signals are for the application's own threads.
+    sigset_t all, before;
+    sigfillset(&all);
+    if (workers_ < wanted) pthread_sigmask(SIG_SETMASK, &all, &before);
+    const bool restore = workers_ < wanted;
+#endif
+    try {
+      for (; workers_ < wanted; ++workers_) std::thread(&Pool::serve, this).detach();
+    } catch (const std::system_error&) {
+      // No more threads to be had: those that there are do the work.
+    }
+#if !defined(_WIN32)
+    if (restore) pthread_sigmask(SIG_SETMASK, &before, nullptr);
+#endif
+  }
+
+  [[noreturn]] void serve() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      const uint64_t seen = jobs_posted_.load(std::memory_order_relaxed);
+      if (RunningJob* const running = job_with_room()) {
+        running->helpers.fetch_add(1, std::memory_order_relaxed);
+        lock.unlock();
+        work_on(*running, nullptr);
+        lock.lock();
+        // From here on the job may be gone.
+        if (running->helpers.fetch_sub(1, std::memory_order_release) == 1) helper_left_.notify_all();
+        continue;
+      }
+      lock.unlock();
+      const auto posted = [&] { return jobs_posted_.load(std::memory_order_acquire) != seen; };
+      const bool more = spin_until(posted);
+      lock.lock();
+      if (!more) work_ready_.wait(lock, posted);
+    }
+  }
+
+  RunningJob* job_with_room() {
+    for (RunningJob* const running : jobs_) {
+      if (running->next_item.load(std::memory_order_relaxed) < running->job.items &&
+          running->helpers.load(std::memory_order_relaxed) + 1 < running->job.num_threads) {
+        return running;
+      }
+    }
+    return nullptr;
+  }
+
+  void wait_for_helpers(RunningJob& running) {
+    const auto alone = [&] { return running.helpers.load(std::memory_order_acquire) == 0; };
+    if (spin_until(alone)) {
+      // The last helper may still hold the mutex, about to touch the pool but not the job.
+      return;
+    }
+    StopCheck stop(running.stop, running.job.interrupted);
+    std::unique_lock lock(mutex_);
+    while (!helper_left_.wait_for(lock, kInterruptPeriod, alone)) {
+      lock.unlock();
+      stop.requested();
+      lock.lock();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable work_ready_, helper_left_;
+  std::vector<RunningJob*> jobs_;  // that may still need helpers
+  std::atomic<uint64_t> jobs_posted_{0};
+  int workers_ = 0;
+};
+
+// Never deleted: workers may outlive the static objects of the process.
+Pool* the_pool = nullptr;
+
+Pool& pool() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    the_pool = new Pool;
+#if !defined(_WIN32)
+    // The child has none of the workers and none of the other callers, so it starts anew and
+    // leaves the old pool's few bytes behind.
+    pthread_atfork([] { the_pool->mutex().lock(); }, [] { the_pool->mutex().unlock(); },
+                   [] { the_pool = new Pool; });
+#endif
+  });
+  return *the_pool;
+}
+
+}  // namespace
+
+StopCheck::StopCheck(std::atomic<bool>& stop, bool (*interrupted)())
+    : stop_(stop), interrupted_(interrupted) {
+  if (interrupted_) next_call_ = Clock::now() + kInterruptPeriod;
+}
+
+bool StopCheck::requested() {
+  if (stop_.load(std::memory_order_relaxed)) return true;
+  if (!interrupted_) return false;
+  const auto now = Clock::now();
+  if (now < next_call_) return false;
+  next_call_ = now + kInterruptPeriod;
+  if (!interrupted_()) return false;
+  stop_.store(true, std::memory_order_relaxed);
+  return true;
+}
+
+bool run(const Job& job) {
+  RunningJob running(job);
+  const int helpers = static_cast<int>(std::min<int64_t>(job.num_threads, job.items)) - 1;
+  if (helpers > 0) {
+    pool().run(running, helpers);
+  } else {
+    work_on(running, job.interrupted);
+  }
+  return running.items_done.load(std::memory_order_relaxed) == job.items;
+}
+
+}  // namespace numattn

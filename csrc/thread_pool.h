@@ -1,0 +1,43 @@
+// The threads: one pool for the process, shared by all callers.
+//
+// The calling thread always takes part, so that a call never waits for a worker to wake up.
+// Workers spin for a moment after their work, then sleep. A forked child starts with no workers
+// and makes its own. OpenMP would do none of this: its threads hang in a forked child, and two
+// of its run-time libraries in one process are a known crash.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+
+namespace numattn {
+
+// Whether to stop, as one thread of a job sees it. Cheap enough to be asked every microsecond.
+class StopCheck {
+ public:
+  // `interrupted` is null for threads that may not call it.
+  StopCheck(std::atomic<bool>& stop, bool (*interrupted)());
+  bool requested();
+
+ private:
+  std::atomic<bool>& stop_;
+  bool (*interrupted_)();
+  std::chrono::steady_clock::time_point next_call_;
+};
+
+struct Job {
+  // Called once for each item in 0 ... items - 1, which start in increasing order. False means
+  // that it was stopped or failed: no further item starts then.
+  bool (*work)(void* context, int64_t item, StopCheck& stop);
+  void* context;
+  int64_t items;
+  int num_threads;  // at most, the calling thread included
+  // If not null, called by the calling thread about ten times a second, from StopCheck and while
+  // it waits for the others. True stops the job.
+  bool (*interrupted)();
+};
+
+// True if all items were done. Any number of threads may call it at once.
+bool run(const Job& job);
+
+}  // namespace numattn

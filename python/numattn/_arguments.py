@@ -1,0 +1,394 @@
+"""The arguments of `attention`: checked once, for every backend, and brought into one form.
+
+Whatever the user passed, a backend sees arrays with the axes ``(batch..., heads, rows, columns)``
+whose batch axes are all the same (broadcast ones have a stride of 0).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import ArrayLike, NDArray
+
+    Array = NDArray[Any]
+
+ACCEPTED_DTYPES = ("float16", "bfloat16", "float32", "float64")
+LAYOUTS = ("bhld", "blhd")
+MAX_THREADS = 1024
+
+# The side of a window that excludes nothing, and the largest position a query may have: sums of
+# the two and an array's length fit into 64 bits.
+UNBOUNDED = 2**62
+MAX_POSITION = 2**60
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_LOG2_E = math.log2(math.e)
+
+
+@dataclass(slots=True)
+class Arguments:
+    """What one call of `attention` computes, in the form that backends take."""
+
+    q: Array  # (batch..., Hq, Lq, D)
+    k: Array  # (batch..., Hkv, Lk, D)
+    v: Array  # (batch..., Hkv, Lk, Dv)
+    out: Array  # (batch..., Hq, Lq, Dv)
+    lse: Array | None  # (batch..., Hq, Lq)
+    mask: Array | None  # (batch..., Hq, Lq, Lk) bool
+    bias: Array | None  # (batch..., Hq, Lq, Lk) float
+    q_offset: NDArray[np.int64] | None  # (batch...); None: positions end with the valid keys
+    kv_lengths: NDArray[np.int64] | None  # (batch...); None: all keys
+    window_left: int
+    window_right: int  # 0 where causal
+    scale: float
+    softcap: float  # 0 for none
+    alibi_slopes: NDArray[np.float64] | None  # (Hq,)
+    sinks: NDArray[np.float64] | None  # (Hq,)
+    num_threads: int | None
+    result: Array  # `out` as the caller gets it
+    result_lse: Array | None
+
+
+def check(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    mask: ArrayLike | None,
+    bias: ArrayLike | None,
+    is_causal: bool,
+    q_offset: int | ArrayLike | None,
+    window: tuple[int | None, int | None] | None,
+    scale: float | None,
+    softcap: float | None,
+    alibi_slopes: ArrayLike | None,
+    sinks: ArrayLike | None,
+    kv_lengths: int | ArrayLike | None,
+    layout: str,
+    return_lse: bool,
+    out: Array | None,
+    num_threads: int | None,
+) -> Arguments:
+    """Check the arguments of `attention`; TypeError for kinds, ValueError for values."""
+    if layout not in LAYOUTS:
+        _refuse("layout", repr(layout), "one of " + ", ".join(map(repr, LAYOUTS)))
+    arrays = {name: _array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
+    dtype = _common_dtype(arrays)
+    for name, x in arrays.items():
+        if x.ndim < 2:
+            axes = "(..., heads, length, dim)" if layout == "bhld" else "(..., length, heads, dim)"
+            _refuse(name, f"shape {x.shape}", f"{axes}, or two axes for one head")
+    one_head = all(x.ndim == 2 for x in arrays.values())
+    q_, k_, v_ = (_heads_first(x, layout) for x in arrays.values())
+    _check_shapes(q_, k_, v_, arrays)
+
+    batch = _batch_shape(arrays, (q_, k_, v_))
+    query_heads, query_length, head_dim = q_.shape[-3:]
+    key_length = k_.shape[-2]
+    pairs = (*batch, query_heads, query_length, key_length)
+
+    mask_ = None if mask is None else _array("mask", mask)
+    if mask_ is not None and mask_.dtype != np.bool_:
+        _refuse_kind("mask", f"dtype {mask_.dtype}", "bool, True = attend (a float mask is `bias`)")
+    bias_ = None if bias is None else _array("bias", bias)
+    if bias_ is not None:
+        _check_bias_dtype(bias_, dtype)
+
+    window_left, window_right = _window(window)
+    if _flag("is_causal", is_causal):
+        window_right = 0
+    softcap_ = 0.0 if softcap is None else _real("softcap", softcap)
+    if softcap is not None and not softcap_ > 0:
+        _refuse("softcap", repr(softcap), "a positive number, or None for no cap")
+    scale_ = 1 / math.sqrt(head_dim) if scale is None else _real("scale", scale)
+    _check_scale_fits(scale_, softcap_, dtype)
+
+    result, result_lse = _outputs(
+        out, _flag("return_lse", return_lse), one_head, layout, dtype,
+        (*batch, query_heads, query_length, v_.shape[-1]),
+    )  # fmt: skip
+    kv_lengths_ = _ints_per_batch("kv_lengths", kv_lengths, batch, 0, key_length)
+    arguments = Arguments(
+        q=_broadcast(q_, (*batch, *q_.shape[-3:])),
+        k=_broadcast(k_, (*batch, *k_.shape[-3:])),
+        v=_broadcast(v_, (*batch, *v_.shape[-3:])),
+        out=_heads_first(result, layout),
+        lse=None if result_lse is None else _lse_heads_first(result_lse, one_head, layout),
+        mask=None if mask_ is None else _broadcast_pairs("mask", mask_, pairs, one_head),
+        bias=None if bias_ is None else _broadcast_pairs("bias", bias_, pairs, one_head),
+        q_offset=_ints_per_batch("q_offset", q_offset, batch, -MAX_POSITION, MAX_POSITION),
+        kv_lengths=kv_lengths_,
+        window_left=window_left,
+        window_right=window_right,
+        scale=scale_,
+        softcap=softcap_,
+        alibi_slopes=_floats_per_head("alibi_slopes", alibi_slopes, query_heads),
+        sinks=_floats_per_head("sinks", sinks, query_heads),
+        num_threads=None if num_threads is None else thread_count("num_threads", num_threads),
+        result=result,
+        result_lse=result_lse,
+    )
+    if out is not None:
+        inputs = dict(arrays, mask=mask_, bias=bias_, alibi_slopes=alibi_slopes, sinks=sinks)
+        _check_overlap(out, inputs)
+    return arguments
+
+
+def thread_count(name: str, value: object) -> int:
+    """Check a number of threads; `name` is where it came from."""
+    number = _integer(name, value)
+    if not 1 <= number <= MAX_THREADS:
+        _refuse(name, str(number), f"a number of threads from 1 to {MAX_THREADS}")
+    return number
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+
+def _refuse(name: str, seen: str, expected: str) -> NoReturn:
+    raise ValueError(f"{name}: got {seen}, expected {expected}")
+
+
+def _refuse_kind(name: str, seen: str, expected: str) -> NoReturn:
+    raise TypeError(f"{name}: got {seen}, expected {expected}")
+
+
+# ---- arrays ------------------------------------------------------------------------------------
+
+
+def _array(name: str, x: ArrayLike) -> Array:
+    if isinstance(x, np.ma.MaskedArray):
+        _refuse_kind(name, "a masked array", "a plain array (pass what is masked as `mask`)")
+    try:
+        return np.asarray(x)
+    except ValueError as error:  # NumPy does not say which argument it was
+        _refuse(name, f"what NumPy makes no array of ({error})", "an array")
+
+
+def _common_dtype(arrays: dict[str, Array]) -> np.dtype[Any]:
+    for name, x in arrays.items():
+        if x.dtype.name not in ACCEPTED_DTYPES or not x.dtype.isnative:
+            seen = f"dtype {x.dtype.name}" + ("" if x.dtype.isnative else " of foreign byte order")
+            _refuse_kind(name, seen, "one of " + ", ".join(ACCEPTED_DTYPES))
+    dtypes = {name: x.dtype.name for name, x in arrays.items()}
+    if len(set(dtypes.values())) > 1:
+        seen = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        _refuse_kind("q, k, v", seen, "one dtype for all three")
+    return arrays["q"].dtype
+
+
+def _check_bias_dtype(bias: Array, dtype: np.dtype[Any]) -> None:
+    accepted = tuple(dict.fromkeys((dtype.name, "float32" if dtype.itemsize < 8 else "float64")))
+    if bias.dtype.name not in accepted or not bias.dtype.isnative:
+        seen = f"dtype {bias.dtype.name}" + ("" if bias.dtype.isnative else ", foreign byte order")
+        hint = " (a bool mask is `mask`)" if bias.dtype == np.bool_ else ""
+        _refuse_kind("bias", seen, " or ".join(accepted) + f" with q of {dtype.name}{hint}")
+
+
+def _heads_first(x: Array, layout: str) -> Array:
+    """View ``(..., heads, length, dim)`` of an array in the given layout."""
+    if x.ndim == 2:
+        return x[np.newaxis]
+    return x if layout == "bhld" else x.swapaxes(-3, -2)
+
+
+def _lse_heads_first(lse: Array, one_head: bool, layout: str) -> Array:
+    if one_head:
+        return lse[np.newaxis]
+    return lse if layout == "bhld" else lse.swapaxes(-2, -1)
+
+
+def _check_shapes(q: Array, k: Array, v: Array, given: dict[str, Array]) -> None:
+    shapes = ", ".join(f"{name} {x.shape}" for name, x in given.items())
+    if q.shape[-1] != k.shape[-1]:
+        _refuse("k", f"head_dim {k.shape[-1]}", f"{q.shape[-1]} as in q ({shapes})")
+    if q.shape[-1] < 1 or v.shape[-1] < 1:
+        name = "q" if q.shape[-1] < 1 else "v"
+        _refuse(name, f"shape {given[name].shape}", "at least one element in the last axis")
+    if k.shape[-2] != v.shape[-2]:
+        _refuse("v", f"{v.shape[-2]} keys", f"{k.shape[-2]} as in k ({shapes})")
+    if k.shape[-3] != v.shape[-3]:
+        _refuse("v", f"{v.shape[-3]} heads", f"{k.shape[-3]} as in k ({shapes})")
+    query_heads, kv_heads = q.shape[-3], k.shape[-3]
+    if (query_heads % kv_heads != 0) if kv_heads else query_heads > 0:
+        _refuse("q", f"{query_heads} heads", f"a multiple of the {kv_heads} of k and v ({shapes})")
+
+
+def _batch_shape(given: dict[str, Array], arrays: Sequence[Array]) -> tuple[int, ...]:
+    try:
+        return np.broadcast_shapes(*(x.shape[:-3] for x in arrays))
+    except ValueError:
+        shapes = ", ".join(f"{name} {x.shape}" for name, x in given.items())
+        _refuse("q, k, v", shapes, "leading axes that broadcast")
+
+
+def _broadcast(x: Array, shape: tuple[int, ...]) -> Array:
+    return x if x.shape == shape else np.broadcast_to(x, shape)
+
+
+def _broadcast_pairs(name: str, x: Array, pairs: tuple[int, ...], one_head: bool) -> Array:
+    wanted = pairs[-2:] if one_head else pairs
+    try:
+        return _broadcast(_broadcast(x, wanted), pairs)
+    except ValueError:
+        axes = "(Lq, Lk)" if one_head else "(..., Hq, Lq, Lk)"
+        _refuse(name, f"shape {x.shape}", f"one that broadcasts to {axes} = {wanted}")
+
+
+def _outputs(
+    out: Array | None,
+    return_lse: bool,
+    one_head: bool,
+    layout: str,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+) -> tuple[Array, Array | None]:
+    """Return out and lse as the caller gets them; `shape` is out's with the heads first."""
+    if one_head:
+        shape = shape[1:]
+    elif layout == "blhd":
+        shape = (*shape[:-3], shape[-2], shape[-3], shape[-1])
+    if out is None:
+        out = np.empty(shape, dtype)
+    else:
+        if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+            _refuse_kind("out", type(out).__name__, "a numpy.ndarray")
+        if out.dtype != dtype:
+            _refuse_kind("out", f"dtype {out.dtype.name}", f"{dtype.name} as in q")
+        if out.shape != shape:
+            _refuse("out", f"shape {out.shape}", str(shape))
+        if not out.flags.writeable:
+            _refuse("out", "a read-only array", "a writable one")
+    if not return_lse:
+        return out, None
+    return out, np.empty(shape[:-1], np.float64 if dtype.itemsize == 8 else np.float32)
+
+
+def _check_overlap(out: Array, inputs: dict[str, Any]) -> None:
+    # Every view that slicing and transposing can make passes: from the smallest stride to the
+    # largest, a step goes beyond all that the steps before it can reach.
+    reach = out.itemsize
+    for stride, length in sorted((abs(s), n) for s, n in zip(out.strides, out.shape, strict=True)):
+        if length > 1:
+            if stride < reach and out.size > 0:
+                _refuse("out", f"strides {out.strides} that overlap", "elements of its own memory")
+            reach += stride * (length - 1)
+    for name, x in inputs.items():
+        if isinstance(x, np.ndarray) and _shares_memory(out, x):
+            _refuse("out", f"memory that it shares with {name}", "memory of its own")
+
+
+def _shares_memory(a: Array, b: Array) -> bool:
+    try:
+        return np.shares_memory(a, b, max_work=10_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+# ---- numbers -----------------------------------------------------------------------------------
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        _refuse_kind(name, f"{value!r} ({type(value).__name__})", "True or False")
+    return bool(value)
+
+
+def _integer(name: str, value: object) -> int:
+    if isinstance(value, (bool, np.bool_)):
+        _refuse_kind(name, repr(value), "an int")
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        _refuse_kind(name, f"{value!r} ({type(value).__name__})", "an int")
+
+
+def _real(name: str, value: object) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (Real, np.number)):
+        _refuse_kind(name, f"{value!r} ({type(value).__name__})", "a real number")
+    if isinstance(value, np.complexfloating):
+        _refuse_kind(name, f"{value!r}", "a real number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        _refuse(name, repr(value), "a finite number")
+    return number
+
+
+def _check_scale_fits(scale: float, softcap: float, dtype: np.dtype[Any]) -> None:
+    if dtype.itemsize == 8:
+        return
+    factor = abs(scale) / softcap if softcap else abs(scale) * _LOG2_E
+    if factor > _FLOAT32_MAX or softcap * _LOG2_E > _FLOAT32_MAX:
+        what = f"{scale!r}" + (f" with softcap {softcap!r}" if softcap else "")
+        _refuse("scale", what, "numbers that do not overflow float32")
+
+
+def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    if window is None:
+        return UNBOUNDED, UNBOUNDED
+    if not isinstance(window, (tuple, list)):
+        _refuse_kind(
+            "window",
+            f"{window!r} ({type(window).__name__})",
+            "(left, right): keys before and after the query, None for no limit",
+        )
+    if len(window) != 2:
+        _refuse("window", repr(window), "two sides, (left, right)")
+    sides = [UNBOUNDED if side is None else _integer("window", side) for side in window]
+    if min(sides) < 0:
+        _refuse("window", repr(window), "sides that are not negative (None for no limit)")
+    return min(sides[0], UNBOUNDED), min(sides[1], UNBOUNDED)
+
+
+def _ints_per_batch(
+    name: str, values: int | ArrayLike | None, batch: tuple[int, ...], low: int, high: int
+) -> NDArray[np.int64] | None:
+    if values is None:
+        return None
+    array = _array(name, values)
+    if array.dtype == object:  # Python ints beyond 64 bits
+        array = np.asarray([_integer(name, x) for x in array.ravel()], object).reshape(array.shape)
+    elif array.dtype.kind not in "iu" and array.size > 0:
+        _refuse_kind(name, f"dtype {array.dtype}", "ints")
+    outside = (array < low) | (array > high)
+    if np.any(outside):
+        where = tuple(map(int, np.argwhere(outside)[0]))
+        at = f" at {where}" if array.ndim else ""
+        _refuse(name, f"{array[where]}{at}", f"{low} to {high}")
+    try:
+        broadcast = np.broadcast_to(array, batch)
+    except ValueError:
+        _refuse(name, f"shape {array.shape}", f"one that broadcasts to the batch shape {batch}")
+    return np.ascontiguousarray(broadcast, np.int64).reshape(batch)
+
+
+def _floats_per_head(
+    name: Literal["alibi_slopes", "sinks"], values: ArrayLike | None, query_heads: int
+) -> NDArray[np.float64] | None:
+    if values is None:
+        return None
+    array = _array(name, values)
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+        _refuse_kind(name, f"dtype {array.dtype}", "real numbers")
+    if array.shape != (query_heads,):
+        _refuse(name, f"shape {array.shape}", f"one number per query head, ({query_heads},)")
+    numbers = np.ascontiguousarray(array, np.float64)
+    # A sink of -inf is no sink; a slope has no such meaning.
+    bad = np.isnan(numbers) | (numbers == np.inf)
+    if name == "alibi_slopes":
+        bad |= ~np.isfinite(numbers)
+    if bad.any():
+        head = int(np.argmax(bad))
+        _refuse(name, f"{numbers[head]} for head {head}", "finite numbers")
+    return numbers

@@ -1,0 +1,218 @@
+"""The public function."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from . import _arguments, _numpy_backend, _runtime
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: bool = False,
+    q_offset: int | ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    kv_lengths: int | ArrayLike | None = None,
+    layout: Literal["bhld", "blhd"] = "bhld",
+    return_lse: Literal[False] = False,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any]: ...
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: bool = False,
+    q_offset: int | ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    kv_lengths: int | ArrayLike | None = None,
+    layout: Literal["bhld", "blhd"] = "bhld",
+    return_lse: Literal[True],
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], NDArray[Any]]: ...
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: bool = False,
+    q_offset: int | ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    kv_lengths: int | ArrayLike | None = None,
+    layout: Literal["bhld", "blhd"] = "bhld",
+    return_lse: bool = False,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
+    r"""Scaled dot-product attention, ``softmax(scale * q @ k.T) @ v`` with options.
+
+    The options apply in this order: scale, softcap, bias and ALiBi, masks (``mask``, ``is_causal``,
+    ``window``, ``kv_lengths``), sinks. Query row ``i`` stands at position ``p = i + q_offset``
+    among the keys, which stand at ``j = 0 ... Lk - 1``. The logits are never held in memory as a
+    whole.
+
+    Parameters
+    ----------
+    q : array_like, shape (..., Hq, Lq, D)
+        Queries. Two axes are one head, three are heads; leading axes of `q`, `k` and `v` broadcast
+        by NumPy's rules. Any strides are read in place.
+    k : array_like, shape (..., Hkv, Lk, D)
+        Keys. Hq has to be a multiple of Hkv: query head ``h`` reads head ``h // (Hq // Hkv)``.
+    v : array_like, shape (..., Hkv, Lk, Dv)
+        Values.
+    mask : array_like of bool, optional
+        True where a query attends to a key. Broadcasts to (..., Hq, Lq, Lk), whatever the layout.
+    bias : array_like of float, optional
+        Added to the logits, in natural logarithms; -inf masks. Broadcasts like `mask`. float32 or
+        the dtype of `q`.
+    is_causal : bool, default False
+        Attend to the keys ``j <= p``.
+    q_offset : int or array_like of int, optional
+        Position of the first query among the keys, one for all or one per batch item (broadcast to
+        the leading axes). Default: the number of valid keys less Lq, which aligns the last query
+        with the last key, as decoding with a cache needs.
+    window : tuple (left, right), optional
+        Attend to the keys ``p - left <= j <= p + right``; both inclusive, None for no limit.
+    scale : float, optional
+        Factor of the dot products. Default: ``1 / sqrt(D)``.
+    softcap : float, optional
+        Cap the scaled logits ``s`` to ``softcap * tanh(s / softcap)``.
+    alibi_slopes : array_like of float, shape (Hq,), optional
+        Add ``-slope * abs(p - j)`` to the logits.
+    sinks : array_like of float, shape (Hq,), optional
+        For each query head a logit, in natural logarithms, of a key without a value: it takes part
+        in the denominator and in `lse`, and in nothing else.
+    kv_lengths : int or array_like of int, optional
+        Number of valid keys, for all or per batch item; keys from there on are not attended to.
+    layout : {"bhld", "blhd"}, default "bhld"
+        "blhd" takes and gives (..., L, H, D).
+    return_lse : bool, default False
+        Also return the log-sum-exp of each query's logits.
+    out : ndarray, optional
+        Where to write the result, of its shape and dtype; may have any strides, but share no memory
+        with an input.
+    num_threads : int, optional
+        Threads for this call, the calling one included. Default: `get_num_threads`. The result does
+        not depend on it, to the bit.
+
+    Returns
+    -------
+    out : ndarray, shape (..., Hq, Lq, Dv)
+        In the layout and dtype of `q`. A query that attends to nothing gets zeros.
+    lse : ndarray, shape ``out.shape[:-1]``
+        Only with ``return_lse=True``. Natural logarithm, float32 (float64 for float64 input); -inf
+        for a query that attends to nothing, its sink if it has one.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong kind, such as an integer array or a float mask.
+    ValueError
+        If a shape or a value does not fit. Both name the argument, what came and what was expected.
+    MemoryError
+        If there is no memory for the result or the threads' scratch.
+
+    See Also
+    --------
+    set_num_threads, runtime_info
+
+    Notes
+    -----
+    `q`, `k` and `v` have one dtype: float16, bfloat16 (of ``ml_dtypes``), float32 or float64. The
+    compiled kernels take float32; the others are computed by NumPy, with the same meaning but much
+    slower. 16-bit floats are accumulated in float32.
+
+    A masked key is never read into a result, be it NaN; a NaN that is attended to shows. For the
+    same machine and ISA level the bits of a result depend on the inputs' values alone: not on the
+    number of threads, the other batch items or the arrays' strides. Scratch memory is
+    proportional to the number of threads, plus a byte for each tile of a dense mask (16 or more
+    queries by 96 keys on AVX2, 64 by 96 on AVX-512).
+
+    The method is the online softmax of Milakov and Gimelshein [1]_ over blocks of keys, as in
+    FlashAttention [2]_. The attention itself is that of Vaswani et al. [3]_.
+
+    References
+    ----------
+    .. [1] M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax", 2018.
+    .. [2] T. Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with
+       IO-Awareness", NeurIPS 2022.
+    .. [3] A. Vaswani et al., "Attention Is All You Need", NeurIPS 2017.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numattn as na
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 8, 100, 64), dtype=np.float32)  # 8 heads, 100 tokens
+    >>> na.attention(q, k, v, is_causal=True).shape
+    (8, 100, 64)
+
+    The first token sees only itself:
+
+    >>> bool(np.allclose(na.attention(q, k, v, is_causal=True)[:, 0], v[:, 0]))
+    True
+
+    Two sentences of 100 and 60 tokens, padded to one batch:
+
+    >>> x = rng.standard_normal((2, 8, 100, 64), dtype=np.float32)
+    >>> out, lse = na.attention(x, x, x, kv_lengths=[100, 60], return_lse=True)
+    >>> out.shape, lse.shape
+    ((2, 8, 100, 64), (2, 8, 100))
+    """
+    if (
+        _runtime.attention_common is not None
+        and mask is None
+        and bias is None
+        and q_offset is None
+        and window is None
+        and softcap is None
+        and alibi_slopes is None
+        and sinks is None
+        and kv_lengths is None
+        and layout == "bhld"
+        and return_lse is False
+        and out is None
+        and num_threads is None
+    ):
+        result = _runtime.attention_common(q, k, v, is_causal, scale)
+        if result is not None:
+            return result  # type: ignore[no-any-return]
+    arguments = _arguments.check(
+        q, k, v, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
+        kv_lengths, layout, return_lse, out, num_threads,
+    )  # fmt: skip
+    if arguments.q.dtype.name in _runtime.NATIVE_DTYPES:
+        _runtime.attention_backend(arguments)
+    else:
+        _numpy_backend.attention(arguments)
+    if arguments.result_lse is None:
+        return arguments.result
+    return arguments.result, arguments.result_lse

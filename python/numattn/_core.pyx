@@ -1,0 +1,285 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
+"""The binding: NumPy arrays become pointers and strides, status codes become exceptions."""
+
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.float cimport PyFloat_CheckExact
+from libc.math cimport isfinite, sqrt
+from libc.stdint cimport int64_t, uintptr_t
+from libcpp cimport bool as cbool
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+cimport numpy as cnp
+
+cnp.import_array()
+
+
+cdef extern from "attention.h" namespace "numattn" nogil:
+    int64_t kUnbounded
+
+    cdef struct Array:
+        char* data
+        int64_t head_stride
+        int64_t row_stride
+        int64_t column_stride
+        int64_t* batch_strides
+
+    cdef cppclass Problem:
+        Problem()
+        int batch_axes
+        int64_t* batch_shape
+        int64_t query_heads, kv_heads
+        int64_t query_length, key_length
+        int64_t head_dim, value_dim
+        Array q, k, v, out, lse, mask, bias
+        const int64_t* q_offset
+        const int64_t* kv_lengths
+        int64_t window_left, window_right
+        double scale, softcap
+        const double* alibi_slopes
+        const double* sinks
+
+    cpdef enum class Status:
+        done
+        out_of_memory
+        interrupted
+
+    cdef cppclass Execution:
+        Execution()
+        int num_threads
+        cbool (*interrupted)() noexcept nogil
+
+    Status cpp_attention "numattn::attention"(const Problem&, const Execution&) noexcept
+
+
+cdef extern from "cpu.h" namespace "numattn" nogil:
+    string cpp_cpu_name "numattn::cpu_name"()
+    int cpp_usable_cpus "numattn::usable_cpus"()
+
+
+cdef extern from "kernels/table.h" namespace "numattn" nogil:
+    cdef struct KernelTable:
+        const char* isa
+        int lanes
+        void (*exp2)(const float*, float*, int64_t) noexcept nogil
+        double (*multiply_adds)(int64_t) noexcept nogil
+
+
+cdef extern from "dispatch.h" namespace "numattn" nogil:
+    cdef struct IsaLevel:
+        const KernelTable* kernels
+        cbool available
+
+    const vector[IsaLevel]& isa_levels()
+    const KernelTable& active_kernels()
+    string cpp_set_isa "numattn::set_isa"(const string&)
+
+
+cdef int default_num_threads = 1
+
+
+cdef cbool interrupted() noexcept with gil:
+    return PyErr_CheckSignals() != 0
+
+
+cdef int _propagate() except -1:
+    """Raise what PyErr_CheckSignals has set."""
+    return -1
+
+
+cdef int _run(const Problem& problem, int num_threads) except -1:
+    cdef Execution execution
+    cdef Status status
+    execution.num_threads = num_threads
+    execution.interrupted = interrupted
+    with nogil:
+        status = cpp_attention(problem, execution)
+    if status == Status.out_of_memory:
+        raise MemoryError("attention: no memory for the scratch of its threads")
+    if status == Status.interrupted:
+        return _propagate()
+    return 0
+
+
+cdef inline void _fill(Array* to, cnp.ndarray x, int batch_axes, cbool has_columns) noexcept:
+    """`x` has the axes (batch..., heads, rows[, columns]); one head may lack its axis."""
+    cdef const cnp.npy_intp* strides = cnp.PyArray_STRIDES(x)
+    cdef int ndim = cnp.PyArray_NDIM(x)
+    cdef int axis
+    cdef int inner = 2 if has_columns else 1
+    to.data = <char*>cnp.PyArray_DATA(x)
+    for axis in range(batch_axes):
+        to.batch_strides[axis] = strides[axis]
+    to.head_stride = strides[batch_axes] if ndim > batch_axes + inner else 0
+    to.row_stride = strides[ndim - inner]
+    to.column_stride = strides[ndim - 1] if has_columns else 0
+
+
+cdef inline bint _is_plain_float32(object x) noexcept:
+    return (
+        cnp.PyArray_CheckExact(x)
+        and cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_FLOAT32
+        and cnp.PyArray_ISNOTSWAPPED(<cnp.ndarray>x)
+    )
+
+
+def attention_common(object q, object k, object v, object is_causal, object scale):
+    """Compute the common call: float32 arrays with the same leading axes and nothing but
+    `is_causal` and `scale`. None where it is not that call, or has something wrong."""
+    if not (_is_plain_float32(q) and _is_plain_float32(k) and _is_plain_float32(v)):
+        return None
+    if is_causal is not True and is_causal is not False:
+        return None
+    cdef int ndim = cnp.PyArray_NDIM(<cnp.ndarray>q)
+    if (
+        ndim < 2
+        or cnp.PyArray_NDIM(<cnp.ndarray>k) != ndim
+        or cnp.PyArray_NDIM(<cnp.ndarray>v) != ndim
+    ):
+        return None
+    cdef const cnp.npy_intp* q_shape = cnp.PyArray_DIMS(<cnp.ndarray>q)
+    cdef const cnp.npy_intp* k_shape = cnp.PyArray_DIMS(<cnp.ndarray>k)
+    cdef const cnp.npy_intp* v_shape = cnp.PyArray_DIMS(<cnp.ndarray>v)
+    cdef Problem problem
+    cdef cnp.npy_intp out_shape[64]
+    cdef int axis
+    problem.batch_axes = max(ndim - 3, 0)
+    for axis in range(problem.batch_axes):
+        if q_shape[axis] != k_shape[axis] or q_shape[axis] != v_shape[axis]:
+            return None
+        problem.batch_shape[axis] = q_shape[axis]
+    if ndim > 2:
+        problem.query_heads = q_shape[ndim - 3]
+        problem.kv_heads = k_shape[ndim - 3]
+        if problem.kv_heads != v_shape[ndim - 3] or problem.kv_heads < 1:
+            return None
+        if problem.query_heads % problem.kv_heads != 0:
+            return None
+    problem.query_length = q_shape[ndim - 2]
+    problem.key_length = k_shape[ndim - 2]
+    problem.head_dim = q_shape[ndim - 1]
+    problem.value_dim = v_shape[ndim - 1]
+    if (
+        problem.head_dim != k_shape[ndim - 1]
+        or problem.key_length != v_shape[ndim - 2]
+        or problem.head_dim < 1
+        or problem.value_dim < 1
+    ):
+        return None
+    if scale is None:
+        problem.scale = 1.0 / sqrt(<double>problem.head_dim)
+    elif PyFloat_CheckExact(scale) and isfinite(<double>scale) and abs(<double>scale) < 1e30:
+        problem.scale = <double>scale
+    else:
+        return None
+    if is_causal is True:
+        problem.window_right = 0
+
+    for axis in range(ndim - 1):
+        out_shape[axis] = q_shape[axis]
+    out_shape[ndim - 1] = problem.value_dim
+    cdef cnp.ndarray out = cnp.PyArray_EMPTY(ndim, out_shape, cnp.NPY_FLOAT32, 0)
+    _fill(&problem.q, <cnp.ndarray>q, problem.batch_axes, True)
+    _fill(&problem.k, <cnp.ndarray>k, problem.batch_axes, True)
+    _fill(&problem.v, <cnp.ndarray>v, problem.batch_axes, True)
+    _fill(&problem.out, out, problem.batch_axes, True)
+    _run(problem, default_num_threads)
+    return out
+
+
+def attention(object arguments):
+    """Fill ``arguments.out`` and, if wanted, ``arguments.lse``; see `numattn._arguments`."""
+    cdef Problem problem
+    cdef cnp.ndarray q = arguments.q, k = arguments.k, v = arguments.v, out = arguments.out
+    # They stay referenced until the computation is over.
+    cdef object lse = arguments.lse, mask = arguments.mask, bias = arguments.bias
+    cdef object q_offset = arguments.q_offset, kv_lengths = arguments.kv_lengths
+    cdef object alibi_slopes = arguments.alibi_slopes, sinks = arguments.sinks
+    cdef int ndim = cnp.PyArray_NDIM(q)
+    cdef int axis
+    problem.batch_axes = ndim - 3
+    for axis in range(problem.batch_axes):
+        problem.batch_shape[axis] = cnp.PyArray_DIM(q, axis)
+    problem.query_heads = cnp.PyArray_DIM(q, ndim - 3)
+    problem.kv_heads = cnp.PyArray_DIM(k, ndim - 3)
+    problem.query_length = cnp.PyArray_DIM(q, ndim - 2)
+    problem.key_length = cnp.PyArray_DIM(k, ndim - 2)
+    problem.head_dim = cnp.PyArray_DIM(q, ndim - 1)
+    problem.value_dim = cnp.PyArray_DIM(v, ndim - 1)
+    _fill(&problem.q, q, problem.batch_axes, True)
+    _fill(&problem.k, k, problem.batch_axes, True)
+    _fill(&problem.v, v, problem.batch_axes, True)
+    _fill(&problem.out, out, problem.batch_axes, True)
+    if lse is not None:
+        _fill(&problem.lse, <cnp.ndarray>lse, problem.batch_axes, False)
+    if mask is not None:
+        _fill(&problem.mask, <cnp.ndarray>mask, problem.batch_axes, True)
+    if bias is not None:
+        _fill(&problem.bias, <cnp.ndarray>bias, problem.batch_axes, True)
+    if q_offset is not None:
+        problem.q_offset = <const int64_t*>cnp.PyArray_DATA(<cnp.ndarray>q_offset)
+    if kv_lengths is not None:
+        problem.kv_lengths = <const int64_t*>cnp.PyArray_DATA(<cnp.ndarray>kv_lengths)
+    if alibi_slopes is not None:
+        problem.alibi_slopes = <const double*>cnp.PyArray_DATA(<cnp.ndarray>alibi_slopes)
+    if sinks is not None:
+        problem.sinks = <const double*>cnp.PyArray_DATA(<cnp.ndarray>sinks)
+    problem.window_left = arguments.window_left
+    problem.window_right = arguments.window_right
+    problem.scale = arguments.scale
+    problem.softcap = arguments.softcap
+    num_threads = arguments.num_threads
+    _run(problem, default_num_threads if num_threads is None else <int>num_threads)
+
+
+def set_default_num_threads(int num_threads):
+    """Set how many threads a call uses that does not say."""
+    global default_num_threads
+    default_num_threads = num_threads
+
+
+def usable_cpus():
+    """Return the number of CPUs that this process may run on."""
+    return cpp_usable_cpus()
+
+
+def cpu_name():
+    """Return the CPU's name."""
+    return cpp_cpu_name().decode("ascii", "replace")
+
+
+def isa_names():
+    """Return the ISA levels, as a dict from name to whether this CPU has it, the best one last."""
+    cdef const vector[IsaLevel]* levels = &isa_levels()
+    cdef size_t i
+    return {
+        levels.at(i).kernels.isa.decode(): bool(levels.at(i).available)
+        for i in range(levels.size())
+    }
+
+
+def isa():
+    """Return the name of the ISA level in use."""
+    return active_kernels().isa.decode()
+
+
+def set_isa(str name):
+    """Pin an ISA level; ValueError if this build or this CPU does not have it."""
+    cdef string problem = cpp_set_isa(name.encode())
+    if not problem.empty():
+        raise ValueError(problem.decode())
+
+
+def exp2(const float[::1] x not None, float[::1] y not None):
+    """y = 2**x by the kernels' own exp2 (for tests)."""
+    if x.shape[0] != y.shape[0]:
+        raise ValueError("x and y differ in length")
+    if x.shape[0]:
+        active_kernels().exp2(&x[0], &y[0], x.shape[0])
+
+
+def multiply_adds(int64_t rounds):
+    """Run multiply-adds as fast as the ISA level in use can; return the flops (for benchmarks)."""
+    cdef double flops
+    with nogil:
+        flops = active_kernels().multiply_adds(rounds)
+    return flops

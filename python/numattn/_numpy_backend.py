@@ -1,0 +1,115 @@
+"""Attention in NumPy, for where the compiled kernels are not: the same meaning, bit for bit the
+same refusals, memory linear in the sequence lengths.
+
+Queries are taken a block of rows at a time, such that a block's logits stay below a fixed
+number; a row sees all of its keys at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ._arguments import Arguments
+
+    Array = NDArray[Any]
+
+# Logits of one block. With what is made from them a block takes some five times their memory.
+_BLOCK_LOGITS = 1 << 20
+
+
+def attention(arguments: Arguments) -> None:
+    """Fill ``arguments.out`` and, if wanted, ``arguments.lse``."""
+    kv_heads, key_length = arguments.k.shape[-3:-1]
+    query_heads, query_length = arguments.q.shape[-3:-1]
+    if arguments.out.size == 0:
+        return
+    group = query_heads // kv_heads
+    row_logits = max(1, group * key_length)
+    rows = max(1, min(query_length, _BLOCK_LOGITS // row_logits))
+    heads = max(1, min(kv_heads, _BLOCK_LOGITS // (row_logits * rows)))
+    # NaN and infinity in the input are the user's business; overflow gives inf, as a cast would.
+    with np.errstate(all="ignore"):
+        for batch_item in np.ndindex(arguments.q.shape[:-3]):
+            for head in range(0, kv_heads, heads):
+                for row in range(0, query_length, rows):
+                    _attend(
+                        arguments,
+                        batch_item,
+                        slice(head, min(head + heads, kv_heads)),
+                        slice(row, min(row + rows, query_length)),
+                    )
+
+
+def _attend(a: Arguments, batch_item: tuple[int, ...], kv_heads: slice, rows: slice) -> None:
+    """Compute one block; axes are [KV head, query head of its group, row, key or column]."""
+    group = a.q.shape[-3] // a.k.shape[-3]
+    query_heads = slice(kv_heads.start * group, kv_heads.stop * group)
+    precision = np.float64 if a.q.dtype.itemsize == 8 else np.float32
+
+    def grouped(x: Array) -> Array:
+        return x.reshape(kv_heads.stop - kv_heads.start, group, *x.shape[1:])
+
+    valid = a.k.shape[-2] if a.kv_lengths is None else int(a.kv_lengths[batch_item])
+    offset = valid - a.q.shape[-2] if a.q_offset is None else int(a.q_offset[batch_item])
+    first, last = offset + rows.start, offset + rows.stop - 1
+    begin = min(max(first - a.window_left, 0), valid)
+    keys = slice(begin, max(begin, min(last + a.window_right + 1, valid)))
+
+    q = grouped(a.q[batch_item][query_heads, rows].astype(precision, copy=False))
+    k = a.k[batch_item][kv_heads, np.newaxis, keys].astype(precision, copy=False)
+    v = a.v[batch_item][kv_heads, np.newaxis, keys].astype(precision, copy=False)
+
+    logits = np.matmul(q, k.swapaxes(-1, -2)) * precision(a.scale)
+    if a.softcap:
+        logits = precision(a.softcap) * np.tanh(logits / precision(a.softcap))
+
+    # Differences of positions fit into the floats that they are used as.
+    distance = (np.arange(rows.start, rows.stop) + (offset - begin))[:, np.newaxis] - np.arange(
+        keys.stop - begin
+    )
+    attend = (distance <= a.window_left) & (distance >= -a.window_right)
+    if a.bias is not None:
+        bias = grouped(a.bias[batch_item][query_heads, rows, keys].astype(precision, copy=False))
+        logits += bias
+        attend = attend & (bias != -np.inf)
+    if a.alibi_slopes is not None:
+        slopes = a.alibi_slopes[query_heads].astype(precision)[:, np.newaxis, np.newaxis]
+        logits -= grouped(slopes * np.abs(distance).astype(precision))
+    if a.mask is not None:
+        attend = attend & grouped(a.mask[batch_item][query_heads, rows, keys])
+    logits = np.where(attend, logits, precision(-np.inf))
+
+    sinks = np.full(len(range(*query_heads.indices(a.q.shape[-3]))), -np.inf)
+    if a.sinks is not None:
+        sinks = a.sinks[query_heads]
+    sink = grouped(sinks.astype(precision)[:, np.newaxis, np.newaxis])
+    maximum = np.maximum(logits.max(axis=-1, keepdims=True, initial=-np.inf), sink)
+    base = np.where(maximum == -np.inf, precision(0), maximum)
+    weights = np.exp(logits - base)
+    total = weights.sum(axis=-1, keepdims=True) + np.exp(sink - base)
+
+    out = _aggregate(weights, v, attend)
+    out /= np.where(total == 0, precision(1), total)
+    a.out[batch_item][query_heads, rows] = out.reshape(-1, *out.shape[2:])
+    if a.lse is not None:
+        lse = (maximum + np.log(total))[..., 0]
+        a.lse[batch_item][query_heads, rows] = lse.reshape(-1, *lse.shape[2:])
+
+
+def _aggregate(weights: Array, v: Array, attend: Array) -> Array:
+    finite = np.isfinite(v)
+    if finite.all() or attend.all():
+        return np.matmul(weights, v)
+    # A weight of 0 would carry a NaN or an infinity into queries that mask its key.
+    out = np.matmul(weights, np.where(finite, v, 0))
+    attend = np.broadcast_to(attend, weights.shape)
+    for key in np.flatnonzero(~finite.all(axis=(0, 1, 3))):
+        column = weights[..., key, np.newaxis] * v[..., key, np.newaxis, :]
+        shown = attend[..., key, np.newaxis] & ~finite[..., key, np.newaxis, :]
+        out += np.where(shown, column, 0)
+    return out

@@ -1,0 +1,210 @@
+"""Which backend, ISA level and number of threads are in use, and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import warnings
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _arguments, _numpy_backend
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__version__ = metadata.version("numattn")
+
+BACKENDS = ("native", "numpy")
+ISA_LEVELS = ("generic", "avx2", "avx512")
+
+_INSTALL_ADVICE = (
+    "install a C++20 compiler (GCC 11 or Clang 14, or later), then run "
+    "'pip install --force-reinstall --no-cache-dir numattn'"
+)
+
+
+def _load_native() -> tuple[ModuleType | None, str]:
+    """Return the compiled module, or None, and the reason of the choice."""
+    wanted = os.environ.get("NUMATTN_BACKEND", "")
+    if wanted not in ("", *BACKENDS):
+        raise ValueError(f"NUMATTN_BACKEND={wanted!r}: expected {' or '.join(BACKENDS)}")
+    if wanted == "numpy":
+        return None, "NUMATTN_BACKEND=numpy"
+    try:
+        from . import _core
+    except ImportError as error:
+        if wanted == "native":
+            message = f"NUMATTN_BACKEND=native, but the compiled kernels are missing ({error}): "
+            raise ImportError(message + _INSTALL_ADVICE) from error
+        message = f"numattn: the compiled kernels are missing ({error}); using NumPy, which gives "
+        message += "the same answers but is many times slower. To get them, "
+        message += _INSTALL_ADVICE + ". NUMATTN_BACKEND=numpy silences this."
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        return None, f"the compiled kernels are missing ({error})"
+    return _core, wanted and "NUMATTN_BACKEND=native" or "the compiled kernels are there"
+
+
+def _choose_isa() -> str:
+    """Follow NUMATTN_ISA; return the reason of the choice."""
+    wanted = os.environ.get("NUMATTN_ISA", "")
+    if wanted and wanted not in ISA_LEVELS:
+        raise ValueError(f"NUMATTN_ISA={wanted!r}: expected one of {', '.join(ISA_LEVELS)}")
+    if native is None:
+        if wanted and os.environ.get("NUMATTN_BACKEND") != "numpy":
+            raise RuntimeError(f"NUMATTN_ISA={wanted}, but {backend_reason}")
+        return "NumPy decides"
+    if not wanted:
+        return "the best that this CPU has"
+    try:
+        native.set_isa(wanted)
+    except ValueError as error:
+        raise RuntimeError(f"NUMATTN_ISA={wanted}: {error}") from None
+    return f"NUMATTN_ISA={wanted}"
+
+
+def _initial_num_threads() -> tuple[int, str]:
+    wanted = os.environ.get("NUMATTN_NUM_THREADS", "")
+    if wanted:
+        try:
+            number: object = int(wanted)
+        except ValueError:
+            number = wanted
+        try:
+            return _arguments.thread_count("NUMATTN_NUM_THREADS", number), "NUMATTN_NUM_THREADS"
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+    if native is not None:
+        cpus = native.usable_cpus()
+    elif hasattr(os, "sched_getaffinity"):
+        cpus = len(os.sched_getaffinity(0))
+    else:
+        cpus = os.cpu_count() or 1
+    return min(cpus, _arguments.MAX_THREADS), "the CPUs that this process may use"
+
+
+native, backend_reason = _load_native()
+backend = "numpy" if native is None else "native"
+attention_backend = _numpy_backend.attention if native is None else native.attention
+attention_common = None if native is None else native.attention_common
+isa_reason = _choose_isa()
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Set how many threads a call uses that does not pass ``num_threads``.
+
+    Parameters
+    ----------
+    num_threads : int
+        1 to 1024, the calling thread included. The results do not depend on it, to the bit.
+        Without this call it is ``NUMATTN_NUM_THREADS``, or else the number of CPUs that the
+        process may use. The NumPy backend leaves threads to NumPy's BLAS.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no int or out of range.
+
+    Examples
+    --------
+    >>> import numattn as na
+    >>> before = na.get_num_threads()
+    >>> na.set_num_threads(1)
+    >>> na.get_num_threads()
+    1
+    >>> na.set_num_threads(before)
+    """
+    _use_num_threads(_arguments.thread_count("num_threads", num_threads), "set_num_threads")
+
+
+def get_num_threads() -> int:
+    """Return how many threads a call uses that does not pass ``num_threads``.
+
+    Examples
+    --------
+    >>> import numattn as na
+    >>> na.get_num_threads() >= 1
+    True
+    """
+    return _num_threads
+
+
+def _use_num_threads(number: int, reason: str) -> None:
+    global _num_threads, _num_threads_reason
+    _num_threads, _num_threads_reason = number, reason
+    if native is not None:
+        native.set_default_num_threads(number)
+
+
+_num_threads: int
+_num_threads_reason: str
+_use_num_threads(*_initial_num_threads())
+
+
+def runtime_info() -> dict[str, Any]:
+    """Return what numattn runs on in this process.
+
+    Returns
+    -------
+    dict
+        ``version``, ``python`` and ``numpy`` (versions); ``backend`` ("native" or "numpy") and
+        ``backend_reason``; ``isa``, a dict of the levels ``built``, ``available`` on this CPU, the
+        one ``chosen`` (None for the NumPy backend) and the ``reason``; ``dtypes``, those that the
+        compiled kernels take (the others go to NumPy); ``cpu``; ``cpus``, how many this process
+        may use; ``num_threads`` and ``num_threads_reason``.
+
+    Examples
+    --------
+    >>> import numattn as na
+    >>> na.runtime_info()["backend"] in ("native", "numpy")
+    True
+    """
+    levels = {} if native is None else native.isa_names()
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "backend": backend,
+        "backend_reason": backend_reason,
+        "isa": {
+            "built": list(levels),
+            "available": [name for name, available in levels.items() if available],
+            "chosen": None if native is None else native.isa(),
+            "reason": isa_reason,
+        },
+        "dtypes": [] if native is None else list(NATIVE_DTYPES),
+        "cpu": (platform.processor() or platform.machine()) if native is None else native.cpu_name(),
+        "cpus": os.cpu_count() if native is None else native.usable_cpus(),
+        "num_threads": _num_threads,
+        "num_threads_reason": _num_threads_reason,
+    }
+
+
+NATIVE_DTYPES = ("float32",)
+
+
+def show_runtime() -> None:
+    """Print what numattn runs on in this process; see `runtime_info`.
+
+    Examples
+    --------
+    >>> import numattn as na
+    >>> na.show_runtime()  # doctest: +ELLIPSIS
+    numattn ...
+    """
+    info = runtime_info()
+    isa = info["isa"]
+    lines = [
+        f"numattn {info['version']}, Python {info['python']}, NumPy {info['numpy']}",
+        f"backend   {info['backend']} ({info['backend_reason']})",
+        f"ISA level {isa['chosen'] or '-'} ({isa['reason']})",
+        f"          built: {', '.join(isa['built']) or '-'}",
+        f"          available here: {', '.join(isa['available']) or '-'}",
+        f"dtypes    {', '.join(info['dtypes']) or '-'} compiled, others by NumPy",
+        f"CPU       {info['cpu']}, {info['cpus']} usable",
+        f"threads   {info['num_threads']} ({info['num_threads_reason']})",
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")

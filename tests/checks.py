@@ -1,0 +1,53 @@
+"""How results are compared with the reference."""
+
+import numpy as np
+import reference
+
+import numattn as na
+from numattn import _runtime
+
+
+def error_factor():
+    """Return how many times plain NumPy's error is allowed: 2.
+
+    3 on the generic level of x86-64, which has no fused multiply-add, where NumPy's BLAS has it.
+    """
+    return 3 if _runtime.native is not None and _runtime.native.isa() == "generic" else 2
+
+
+def assert_close_to_reference(q, k, v, *, factor=None, **options):
+    """Check out and lse against float64 (float64 against long double).
+
+    By default by `error_factor`: the largest error may be `factor` times that of plain NumPy in the same precision (float32 for
+    16-bit floats), plus one unit in the last place. Both are the largest of many numbers, so that
+    the arrays should give some thousand: plain NumPy's error of a few can be 0 by luck.
+    """
+    factor = factor or error_factor()
+    precision = np.float64 if q.dtype == np.float64 else np.float32
+    trusted = np.longdouble if precision is np.float64 else np.float64
+    expected, expected_lse = reference.attention(q, k, v, **options, dtype=trusted)
+    plain, plain_lse = reference.attention(q, k, v, **options, dtype=precision)
+    out, lse = na.attention(q, k, v, **options, return_lse=True)
+    assert out.dtype == q.dtype
+    assert lse.dtype == precision
+    assert out.shape == expected.shape
+    assert lse.shape == expected_lse.shape == out.shape[:-1]
+    assert_within(out, plain.astype(q.dtype), expected, factor)
+    assert_within(lse, plain_lse, expected_lse, factor)
+
+
+def assert_within(actual, plain, expected, factor=2):
+    """Check |actual - expected| <= factor * |plain - expected| + 1 ulp, by the largest of each."""
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(
+        actual[~finite].astype(np.float64), expected[~finite], "not finite in the reference"
+    )
+    if not finite.any():
+        return
+    actual, plain, expected = (x[finite].astype(x.dtype) for x in (actual, plain, expected))
+    assert np.isfinite(actual.astype(np.float64)).all(), "finite in the reference"
+    largest = float(np.abs(expected).max())
+    ulp = float(np.spacing(np.asarray(largest, plain.dtype)))
+    error = np.abs(actual.astype(np.float64) - expected).max()
+    bound = factor * np.abs(plain.astype(np.float64) - expected).max() + ulp
+    assert error <= bound, f"error {error:.3g}, bound {bound:.3g} ({error / bound:.2f} of it)"

@@ -1,0 +1,247 @@
+"""Promise: every option means exactly one thing, alone and in any mixture."""
+
+import numpy as np
+import pytest
+import reference
+from checks import assert_close_to_reference
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import numattn as na
+
+# Small arrays give few numbers to judge by; mixtures look for wrong results, not for rounding.
+LOOSE = 8
+
+ALONE = {
+    "causal": {"is_causal": True},
+    "offset": {"is_causal": True, "q_offset": 3},
+    "negative offset": {"is_causal": True, "q_offset": -20},
+    "offset per batch item": {"is_causal": True, "q_offset": [0, 40]},
+    "far offset": {"window": (50, None), "q_offset": 10**12},
+    "window": {"window": (20, 7)},
+    "left window": {"window": (5, None)},
+    "right window": {"window": (None, 3)},
+    "window of one": {"window": (0, 0)},
+    "causal window": {"is_causal": True, "window": (30, 10)},
+    "scale": {"scale": 0.31},
+    "negative scale": {"scale": -0.2},
+    "no scale": {"scale": 0.0},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": [0.5, -1.0, 3.0, -np.inf]},
+    "alibi": {"alibi_slopes": [0.5, 0.25, 0.0, -0.1]},
+    "alibi with offset": {"alibi_slopes": [0.5, 0.25, 0.1, 1.0], "q_offset": 33},
+    "lengths": {"kv_lengths": [100, 13]},
+    "no keys valid": {"kv_lengths": [0, 1]},
+    "lengths and causal": {"kv_lengths": [100, 50], "is_causal": True},
+    "lengths and window": {"kv_lengths": [99, 0], "window": (4, 4)},
+    "one length": {"kv_lengths": 70},
+}
+
+
+@pytest.mark.parametrize("layout", ["bhld", "blhd"])
+@pytest.mark.parametrize("name", ALONE)
+def test_alone(backend, arrays, name, layout):
+    q, k, v = arrays(2, hq=4, hkv=2, lq=90, lk=110, d=16, dv=20)
+    if layout == "blhd":
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    assert_close_to_reference(q, k, v, layout=layout, **ALONE[name])
+
+
+MASK_SHAPES = [(2, 4, 90, 110), (1, 4, 1, 110), (2, 1, 90, 110), (90, 110), (4, 90, 1), (110,), ()]
+
+
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+def test_mask(backend, arrays, rng, shape, share):
+    q, k, v = arrays(2, hq=4, hkv=2, lq=90, lk=110, d=16)
+    mask = np.asarray(rng.random(shape) < share)
+    assert_close_to_reference(q, k, v, mask=mask, factor=LOOSE)
+    assert_close_to_reference(q, k, v, mask=mask, is_causal=True, factor=LOOSE)
+    assert_close_to_reference(
+        *(x.swapaxes(1, 2) for x in (q, k, v)), mask=mask, layout="blhd", factor=LOOSE
+    )
+
+
+def test_mask_of_blocks(backend, arrays):
+    """Tiles that are empty, full and mixed."""
+    q, k, v = arrays(hq=2, lq=500, lk=700, d=8)
+    document = np.arange(500)[:, None] * 5 // 500 == np.arange(700) * 5 // 700
+    assert_close_to_reference(q, k, v, mask=document)
+    assert_close_to_reference(q, k, v, mask=np.ones((500, 700), bool))
+    assert_close_to_reference(q, k, v, mask=np.zeros((500, 700), bool))
+
+
+def test_mask_with_bytes_other_than_0_and_1(backend, arrays, rng):
+    q, k, v = arrays(lq=40, lk=100)
+    numbers = rng.integers(0, 2, (40, 100)).astype(np.uint8)
+    mask = numbers.astype(bool)
+    out = na.attention(q, k, v, mask=(numbers * 6).view(bool))
+    np.testing.assert_array_equal(out, na.attention(q, k, v, mask=mask))
+
+
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+def test_bias(backend, arrays, rng, shape):
+    q, k, v = arrays(2, hq=4, hkv=2, lq=90, lk=110, d=16)
+    bias = np.asarray(rng.standard_normal(shape, dtype=np.float32))
+    assert_close_to_reference(q, k, v, bias=bias)
+    holes = np.where(rng.random(shape) < 0.4, np.float32(-np.inf), bias)
+    assert_close_to_reference(q, k, v, bias=holes, factor=LOOSE)
+
+
+@pytest.mark.parametrize("layout", ["bhld", "blhd"])
+def test_two_and_three_axes(backend, arrays, layout):
+    q, k, v = arrays(hq=1, lq=10, lk=14)
+    assert_close_to_reference(q[0], k[0], v[0], layout=layout, is_causal=True, factor=LOOSE)
+    q, k, v = arrays(hq=6, hkv=3, lq=10, lk=14)
+    if layout == "blhd":
+        q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))
+    assert_close_to_reference(q, k, v, layout=layout, factor=LOOSE)
+
+
+def test_leading_axes_broadcast(backend, rng):
+    q = rng.standard_normal((3, 1, 2, 4, 10, 8), dtype=np.float32)
+    k = rng.standard_normal((5, 1, 2, 12, 8), dtype=np.float32)
+    v = rng.standard_normal((2, 12, 6), dtype=np.float32)
+    mask = rng.random((5, 2, 1, 10, 12)) < 0.7
+    lengths = rng.integers(0, 13, (5, 1))
+    out = na.attention(q, k, v, mask=mask, kv_lengths=lengths)
+    assert out.shape == (3, 5, 2, 4, 10, 6)
+    assert_close_to_reference(q, k, v, mask=mask, kv_lengths=lengths, factor=LOOSE)
+
+
+def test_empty(backend):
+    def zeros(*shape):
+        return np.zeros(shape, np.float32)
+
+    assert na.attention(zeros(2, 0, 4), zeros(2, 3, 4), zeros(2, 3, 5)).shape == (2, 0, 5)
+    assert na.attention(zeros(0, 2, 3, 4), zeros(0, 2, 3, 4), zeros(0, 2, 3, 4)).shape == (0, 2, 3, 4)
+    assert na.attention(zeros(0, 3, 4), zeros(0, 3, 4), zeros(0, 3, 4)).shape == (0, 3, 4)
+    ones = np.ones((2, 3, 4), np.float32)
+    out, lse = na.attention(ones, zeros(2, 0, 4), zeros(2, 0, 5), return_lse=True)
+    assert not out.any()
+    assert np.all(lse == -np.inf)
+    mask = np.ones((3, 0), bool)
+    out, lse = na.attention(ones, zeros(2, 0, 4), zeros(2, 0, 5), mask=mask, sinks=[1, 2], return_lse=True)
+    assert not out.any()
+    np.testing.assert_array_equal(lse, [[1] * 3, [2] * 3])
+
+
+def test_nothing_to_attend(backend, arrays):
+    q, k, v = arrays(hq=2, lq=50, lk=60)
+    out, lse = na.attention(q, k, v, mask=np.zeros((50, 60), bool), return_lse=True)
+    assert not out.any()
+    assert np.all(lse == -np.inf)
+    out, lse = na.attention(q, k, v, is_causal=True, q_offset=-10, sinks=[0.5, 2], return_lse=True)
+    assert not out[:, :10].any()
+    np.testing.assert_array_equal(lse[:, :10], [[0.5] * 10, [2] * 10])
+
+
+HIDES_KEYS_70_ON = {
+    "lengths": {"kv_lengths": 70},
+    "causal": {"is_causal": True, "q_offset": 20},
+    "mask": {"mask": np.arange(100) < 70},
+    "mask by query": {"mask": np.broadcast_to(np.arange(100) < 70, (50, 100)).copy()},
+    "bias": {"bias": np.where(np.arange(100) < 70, 0, -np.inf).astype(np.float32)},
+    "window": {"window": (None, 0), "q_offset": 20},
+    "mask, some see all": {"mask": (np.arange(100) < 70) | (np.arange(50) > 44)[:, None]},
+}
+
+
+@pytest.mark.parametrize("name", HIDES_KEYS_70_ON)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_masked_keys_are_not_read(backend, arrays, name, bad):
+    q, k, v = arrays(hq=2, lq=50, lk=100, d=9)
+    seen = slice(None, 45) if "some" in name else slice(None)
+    expected = na.attention(q, k, v, **HIDES_KEYS_70_ON[name])[:, seen]
+    k[:, 70:], v[:, 70:] = bad, bad
+    out, lse = na.attention(q, k, v, **HIDES_KEYS_70_ON[name], return_lse=True)
+    # The same bits, unless the block of keys had to be computed around the bad values.
+    np.testing.assert_allclose(out[:, seen], expected, rtol=0, atol=2e-7)
+    assert np.isfinite(lse[:, seen]).all()
+    if "some" in name:
+        assert np.isnan(out[:, 45:]).all()
+
+
+def test_attended_nan_shows(backend, arrays):
+    q, k, v = arrays(hq=1, lq=50, lk=50)
+    v[0, 20, 3] = np.nan
+    out = na.attention(q, k, v, is_causal=True)
+    assert np.isnan(out[0, 20:, 3]).all()
+    assert np.isfinite(out[0, :20]).all()
+    assert np.isfinite(np.delete(out[0], 3, axis=1)).all()
+    q, k, v = arrays(hq=1, lq=50, lk=50)
+    k[0, 30, 0] = np.nan
+    out, lse = na.attention(q, k, v, window=(0, 0), return_lse=True)
+    assert np.isnan(out[0, 30]).all()
+    assert np.isnan(lse[0, 30])
+    assert np.isfinite(np.delete(out[0], 30, axis=0)).all()
+
+
+@st.composite
+def problems(draw):
+    """Draw arrays and a mixture of all options."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    hkv = draw(st.integers(1, 3))
+    hq = hkv * draw(st.integers(1, 3))
+    lq, lk = draw(st.integers(1, 150)), draw(st.integers(0, 230))
+    d, dv = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    batch = draw(st.sampled_from([(), (1,), (2,), (2, 3)]))
+    amplitude = draw(st.sampled_from([0.1, 1, 3]))
+
+    def array(*shape):
+        return (amplitude * rng.standard_normal(shape)).astype(np.float32)
+
+    step = draw(st.sampled_from([1, 1, 2, -1]))
+    q = array(*batch, hq, lq * abs(step), d)[..., ::step, :]
+    k = array(*batch, hkv, lk * abs(step), d)[..., ::step, :]
+    v = array(*batch, hkv, lk, dv)
+    if draw(st.booleans()) and len(batch):
+        v = v[:1]
+    if draw(st.booleans()):
+        k = np.asfortranarray(k)
+
+    options = {"is_causal": draw(st.booleans())}
+    pairs = (*batch, hq, lq, lk)
+    keep = [draw(st.booleans()) for _ in pairs]
+    broadcast = tuple(n if wanted else 1 for n, wanted in zip(pairs, keep, strict=True))
+    if draw(st.booleans()):
+        options["mask"] = rng.random(broadcast) < draw(st.sampled_from([0.01, 0.5, 0.99]))
+    if draw(st.booleans()):
+        options["bias"] = rng.standard_normal(broadcast).astype(np.float32)
+        options["bias"][rng.random(broadcast) < 0.1] = -np.inf
+    if draw(st.booleans()):
+        options["q_offset"] = draw(st.integers(-200, 300))
+    if draw(st.booleans()):
+        side = st.none() | st.integers(0, 200)
+        options["window"] = (draw(side), draw(side))
+    if draw(st.booleans()):
+        options["scale"] = draw(st.sampled_from([0.5, 0.01, -0.3]))
+    if draw(st.booleans()):
+        options["softcap"] = draw(st.sampled_from([0.5, 30.0]))
+    if draw(st.booleans()):
+        options["alibi_slopes"] = rng.random(hq)
+    if draw(st.booleans()):
+        options["sinks"] = rng.standard_normal(hq) * 3
+    if draw(st.booleans()):
+        options["kv_lengths"] = rng.integers(0, lk + 1, batch)
+    if draw(st.booleans()):
+        options["layout"] = "blhd"
+        q, k, v = (x.swapaxes(-2, -3) for x in (q, k, v))
+    return q, k, v, options
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(problem=problems(), num_threads=st.integers(1, 3))
+def test_random_mixtures(backend, problem, num_threads):
+    q, k, v, options = problem
+    expected, expected_lse = reference.attention(q, k, v, **options)
+    out, lse = na.attention(q, k, v, **options, return_lse=True, num_threads=num_threads)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+    into = np.full(out.shape, np.nan, np.float32)[..., ::-1]
+    assert na.attention(q, k, v, **options, out=into) is into
+    np.testing.assert_array_equal(into, out)

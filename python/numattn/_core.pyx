@@ -1,7 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
 """The binding: NumPy arrays become pointers and strides, status codes become exceptions."""
 
-from cpython.exc cimport PyErr_CheckSignals
 from cpython.float cimport PyFloat_CheckExact
 from libc.math cimport isfinite, sqrt
 from libc.stdint cimport int64_t, uintptr_t
@@ -11,6 +10,12 @@ from libcpp.vector cimport vector
 cimport numpy as cnp
 
 cnp.import_array()
+
+
+cdef extern from "Python.h":
+    # Declared here because Cython's own declaration would raise at once: the exception has to
+    # stay set until the computation has stopped.
+    int PyErr_CheckSignals() noexcept
 
 
 cdef extern from "attention.h" namespace "numattn" nogil:

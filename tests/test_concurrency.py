@@ -1,0 +1,133 @@
+"""Promise: safe from several Python threads at once, after fork, and interrupted by Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import numattn as na
+from numattn import _runtime
+
+pytestmark = pytest.mark.skipif(
+    _runtime.native is None, reason="the NumPy backend has no threads of its own"
+)
+
+
+def test_python_threads_at_once(arrays):
+    problems = [arrays(hq=3, lq=100 + 40 * i, lk=300, d=20 + i) for i in range(8)]
+    expected = [na.attention(*p, num_threads=1) for p in problems]
+
+    def compute(i):
+        return all(
+            np.array_equal(na.attention(*problems[i], num_threads=1 + n % 4), expected[i])
+            for n in range(50)
+        )
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(compute, range(8)))
+
+
+def test_set_num_threads_while_computing(arrays):
+    q, k, v = arrays(hq=4, lq=200)
+    expected = na.attention(q, k, v)
+    before = na.get_num_threads()
+    stop = threading.Event()
+
+    def change():
+        while not stop.is_set():
+            for n in (1, 2, 5):
+                na.set_num_threads(n)
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    try:
+        for _ in range(200):
+            np.testing.assert_array_equal(na.attention(q, k, v), expected)
+    finally:
+        stop.set()
+        changer.join()
+        na.set_num_threads(before)
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code],
+        capture_output=True, text=True, timeout=120, check=False, env=os.environ | environment,
+    )  # fmt: skip
+
+
+FORKING = """
+import os, sys, threading, numpy as np, numattn as na
+x = np.random.default_rng(0).standard_normal((8, 300, 32)).astype(np.float32)
+expected = na.attention(x, x, x, num_threads=4)
+if {while_computing}:
+    def compute():
+        while True:
+            na.attention(x, x, x, num_threads=4)
+    threading.Thread(target=compute, daemon=True).start()
+def same():
+    return all(np.array_equal(na.attention(x, x, x, num_threads=4), expected) for _ in range(20))
+for _ in range(10):
+    child = os.fork()
+    if child == 0:
+        ok = same()
+        grandchild = os.fork()
+        if grandchild == 0:
+            os._exit(0 if same() else 1)
+        os._exit(0 if ok and os.waitpid(grandchild, 0)[1] == 0 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+assert same()
+print("fine")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("while_computing", [False, True])
+def test_fork(while_computing):
+    result = run_python(FORKING.format(while_computing=while_computing))
+    assert result.stdout == "fine\n", result.stderr
+
+
+def test_exit_while_computing():
+    code = """
+import threading, time, numpy as np, numattn as na
+x = np.ones((4, 4000, 64), np.float32)
+def compute():
+    while True:
+        na.attention(x, x, x, num_threads=3)
+threading.Thread(target=compute, daemon=True).start()
+time.sleep(0.2)
+print("fine", flush=True)
+"""
+    result = run_python(code)
+    assert result.stdout == "fine\n"
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("isa", ["generic"], indirect=True)
+def test_ctrl_c(isa, num_threads):
+    """One work item of one row block against many keys, far longer than the test waits."""
+    q = np.ones((1, 64, 64), np.float32)
+    k = np.lib.stride_tricks.as_strided(q, (1, 2**33, 64), (0, 0, 4))  # minutes of work
+    main = threading.get_ident()
+    sent = []
+
+    def interrupt():
+        time.sleep(0.5)
+        sent.append(time.monotonic())
+        signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        na.attention(q, k, k, num_threads=num_threads)
+    assert time.monotonic() - sent[0] < 1
+    thread.join()
+    assert np.isfinite(na.attention(q, q, q)).all()

@@ -1,0 +1,147 @@
+"""Promise: bad input gives one clear error that names the argument, what came and what was
+expected; the same from every backend."""
+
+import re
+
+import numpy as np
+import pytest
+
+import numattn as na
+
+
+def zeros(*shape, dtype=np.float32):
+    return np.zeros(shape, dtype)
+
+
+Q, K, V = zeros(2, 4, 5, 8), zeros(2, 2, 7, 8), zeros(2, 2, 7, 6)
+READ_ONLY = zeros(2, 4, 5, 6)
+READ_ONLY.flags.writeable = False
+OVERLAPPING = np.lib.stride_tricks.as_strided(zeros(1000), (2, 4, 5, 6), (480, 120, 4, 4))
+SHARED = zeros(2, 4, 5, 14)
+
+# arguments that replace the good ones, the error, and what its message has to say
+CASES = {
+    "rank of q": ({"q": zeros(8)}, ValueError, "q: got shape (8,), expected (..., heads"),
+    "rank of k": ({"k": np.float32(1)}, ValueError, "k: got shape ()"),
+    "heads": ({"q": zeros(2, 3, 5, 8)}, ValueError, "q: got 3 heads, expected a multiple of the 2"),
+    "no KV heads": (
+        {"k": zeros(2, 0, 7, 8), "v": zeros(2, 0, 7, 6)},
+        ValueError,
+        "q: got 4 heads, expected a multiple of the 0",
+    ),
+    "heads of v": ({"v": zeros(2, 1, 7, 6)}, ValueError, "v: got 1 heads, expected 2 as in k"),
+    "head_dim": ({"k": zeros(2, 2, 7, 9)}, ValueError, "k: got head_dim 9, expected 8 as in q"),
+    "key_length": ({"v": zeros(2, 2, 6, 6)}, ValueError, "v: got 6 keys, expected 7 as in k"),
+    "no elements": ({"v": zeros(2, 2, 7, 0)}, ValueError, "v: got shape (2, 2, 7, 0), expected at"),
+    "batch": ({"k": zeros(3, 2, 7, 8)}, ValueError, "q, k, v: got q (2, 4, 5, 8), k (3, 2, 7, 8)"),
+    "integers": ({"q": zeros(2, 4, 5, 8, dtype=int)}, TypeError, "q: got dtype int64, expected one"),
+    "complex": ({"v": zeros(2, 2, 7, 6, dtype=complex)}, TypeError, "v: got dtype complex128"),
+    "objects": ({"k": K.astype(object)}, TypeError, "k: got dtype object, expected one of float16"),
+    "strings": ({"k": "no array"}, TypeError, "k: got dtype str"),
+    "ragged": ({"k": [[1.0], [1.0, 2.0]]}, ValueError, "k: got what NumPy makes no array of"),
+    "mixed dtypes": (
+        {"k": K.astype(float)},
+        TypeError,
+        "q, k, v: got q float32, k float64, v float32, expected one dtype",
+    ),
+    "foreign byte order": ({"q": Q.astype(">f4")}, TypeError, "q: got dtype float32 of foreign byte"),
+    "masked array": ({"k": np.ma.array(K)}, TypeError, "k: got a masked array, expected a plain"),
+    "float mask": ({"mask": zeros(5, 7)}, TypeError, "mask: got dtype float32, expected bool"),
+    "mask shape": (
+        {"mask": zeros(5, 6, dtype=bool)},
+        ValueError,
+        "mask: got shape (5, 6), expected one that broadcasts to (..., Hq, Lq, Lk) = (2, 4, 5, 7)",
+    ),
+    "mask adds axes": ({"mask": zeros(3, 2, 4, 5, 7, dtype=bool)}, ValueError, "mask: got shape (3,"),
+    "bias kind": ({"bias": zeros(5, 7, dtype=bool)}, TypeError, "bias: got dtype bool, expected fl"),
+    "bias precision": ({"bias": zeros(5, 7, dtype=float)}, TypeError, "bias: got dtype float64"),
+    "bias shape": ({"bias": zeros(4, 7)}, ValueError, "bias: got shape (4, 7), expected one that"),
+    "causal": ({"is_causal": "yes"}, TypeError, "is_causal: got 'yes' (str), expected True or False"),
+    "causal int": ({"is_causal": 1}, TypeError, "is_causal: got 1 (int)"),
+    "lse": ({"return_lse": None}, TypeError, "return_lse: got None"),
+    "bare window": ({"window": 3}, TypeError, "window: got 3 (int), expected (left, right)"),
+    "window sides": ({"window": (1, 2, 3)}, ValueError, "window: got (1, 2, 3), expected two sides"),
+    "negative window": ({"window": (-1, 0)}, ValueError, "window: got (-1, 0), expected sides that"),
+    "float window": ({"window": (1.0, 0)}, TypeError, "window: got 1.0 (float), expected an int"),
+    "NaN scale": ({"scale": np.nan}, ValueError, "scale: got nan, expected a finite number"),
+    "infinite scale": ({"scale": np.inf}, ValueError, "scale: got inf, expected a finite number"),
+    "scale overflow": ({"scale": 1e39}, ValueError, "scale: got 1e+39, expected numbers that do not"),
+    "huge int scale": ({"scale": 10**400}, ValueError, "scale: got 1"),
+    "scale kind": ({"scale": "1"}, TypeError, "scale: got '1' (str), expected a real number"),
+    "complex scale": ({"scale": 1j}, TypeError, "scale: got 1j (complex)"),
+    "zero softcap": ({"softcap": 0}, ValueError, "softcap: got 0, expected a positive number"),
+    "negative softcap": ({"softcap": -2.0}, ValueError, "softcap: got -2.0, expected a positive"),
+    "NaN softcap": ({"softcap": np.nan}, ValueError, "softcap: got nan, expected a finite number"),
+    "tiny softcap": ({"softcap": 1e-45}, ValueError, "scale: got"),
+    "negative length": ({"kv_lengths": [-1, 3]}, ValueError, "kv_lengths: got -1 at (0,), expected 0 t"),
+    "long length": ({"kv_lengths": [7, 8]}, ValueError, "kv_lengths: got 8 at (1,), expected 0 to 7"),
+    "float length": ({"kv_lengths": [1.0, 2.0]}, TypeError, "kv_lengths: got dtype float64, exp"),
+    "bool length": ({"kv_lengths": [True, False]}, TypeError, "kv_lengths: got dtype bool"),
+    "lengths shape": ({"kv_lengths": [1, 2, 3]}, ValueError, "kv_lengths: got shape (3,), expected"),
+    "offset kind": ({"q_offset": 1.5}, TypeError, "q_offset: got dtype float64, expected ints"),
+    "offset range": ({"q_offset": 2**80}, ValueError, f"q_offset: got {2**80}, expected -"),
+    "offset shape": ({"q_offset": [[1, 2]]}, ValueError, "q_offset: got shape (1, 2), expected one"),
+    "slopes": ({"alibi_slopes": [1, 2]}, ValueError, "alibi_slopes: got shape (2,), expected one nu"),
+    "NaN slope": ({"alibi_slopes": [1, np.nan, 1, 1]}, ValueError, "alibi_slopes: got nan for head 1"),
+    "slope kind": ({"alibi_slopes": ["a"] * 4}, TypeError, "alibi_slopes: got dtype <U1"),
+    "sinks": ({"sinks": 1.0}, ValueError, "sinks: got shape (), expected one number per query head"),
+    "infinite sink": ({"sinks": [0, 0, np.inf, 0]}, ValueError, "sinks: got inf for head 2"),
+    "layout": ({"layout": "bldh"}, ValueError, "layout: got 'bldh', expected one of 'bhld', 'blhd'"),
+    "no threads": ({"num_threads": 0}, ValueError, "num_threads: got 0, expected a number of threads"),
+    "threads kind": ({"num_threads": 1.0}, TypeError, "num_threads: got 1.0 (float), expected an int"),
+    "many threads": ({"num_threads": 10**6}, ValueError, "num_threads: got 1000000, expected a num"),
+    "out kind": ({"out": [0.0]}, TypeError, "out: got list, expected a numpy.ndarray"),
+    "out shape": ({"out": zeros(2, 4, 5, 7)}, ValueError, "out: got shape (2, 4, 5, 7), expected (2,"),
+    "out dtype": ({"out": zeros(2, 4, 5, 6, dtype=float)}, TypeError, "out: got dtype float64, expec"),
+    "out read-only": ({"out": READ_ONLY}, ValueError, "out: got a read-only array, expected a writ"),
+    "out overlaps": ({"out": OVERLAPPING}, ValueError, "out: got strides (480, 120, 4, 4) that overl"),
+    "out is q": (
+        {"v": zeros(2, 2, 7, 8), "out": Q},
+        ValueError,
+        "out: got memory that it shares with q, expected memory of its own",
+    ),
+    "out on q": (
+        {"q": SHARED[..., :8], "out": SHARED[..., 6:12]},
+        ValueError,
+        "out: got memory that it shares with q",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["numpy", "avx2"], indirect=True)
+def test_bad_arguments(backend, name):
+    arguments, error, message = CASES[name]
+    arguments = {"q": Q, "k": K, "v": V} | arguments
+    with pytest.raises(error, match="^" + re.escape(message)) as caught:
+        na.attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+    assert caught.type is error
+
+
+def test_out_beside_q_is_fine(backend, rng):
+    shared = rng.standard_normal((2, 4, 5, 14)).astype(np.float32)
+    q, out = shared[..., :8], shared[..., 8:14]
+    expected = na.attention(q, K, V)
+    assert na.attention(q, K, V, out=out) is out
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_too_large_a_result(backend):
+    huge = np.lib.stride_tricks.as_strided(zeros(1), (2**40, 2**20, 1), (0, 0, 0))
+    with pytest.raises((ValueError, MemoryError)):
+        na.attention(huge, huge, huge)
+    wide = np.lib.stride_tricks.as_strided(zeros(1), (1, 1, 2**45), (0, 0, 4))
+    with pytest.raises(MemoryError):
+        na.attention(zeros(1, 1, 1), zeros(1, 1, 1), wide)
+
+
+def test_thread_counts():
+    before = na.get_num_threads()
+    with pytest.raises(ValueError, match="num_threads: got 0"):
+        na.set_num_threads(0)
+    with pytest.raises(TypeError, match="num_threads: got 'two'"):
+        na.set_num_threads("two")
+    assert na.get_num_threads() == before
+    na.set_num_threads(3)
+    assert na.get_num_threads() == na.runtime_info()["num_threads"] == 3
+    na.set_num_threads(before)

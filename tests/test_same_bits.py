@@ -1,0 +1,84 @@
+"""Promise: the bits of a result depend on the inputs' values alone."""
+
+import numpy as np
+import pytest
+
+import numattn as na
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "many": {
+        "window": (100, 5),
+        "softcap": 5.0,
+        "sinks": [0.1, 0.2, 0.3, 0.4],
+        "alibi_slopes": [0.1, 0.2, 0.3, 0.4],
+    },
+}
+
+
+@pytest.fixture(params=OPTIONS)
+def options(request):
+    return OPTIONS[request.param]
+
+
+@pytest.fixture
+def qkv(arrays):
+    return arrays(3, hq=4, hkv=2, lq=333, lk=402, d=36)
+
+
+def test_threads(isa, qkv, options):
+    expected = na.attention(*qkv, **options, return_lse=True, num_threads=1)
+    for num_threads in (2, 3, 7):
+        actual = na.attention(*qkv, **options, return_lse=True, num_threads=num_threads)
+        np.testing.assert_array_equal(actual[0], expected[0])
+        np.testing.assert_array_equal(actual[1], expected[1])
+
+
+def test_batch_neighbours(isa, qkv, options):
+    together = na.attention(*qkv, **options)
+    for item in range(3):
+        alone = na.attention(*(x[item] for x in qkv), **options)
+        np.testing.assert_array_equal(alone, together[item])
+
+
+def test_layouts_and_strides(isa, qkv, options):
+    expected = na.attention(*qkv, **options)
+    as_blhd = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in qkv]
+    np.testing.assert_array_equal(
+        na.attention(*as_blhd, layout="blhd", **options).swapaxes(1, 2), expected
+    )
+    np.testing.assert_array_equal(
+        na.attention(*(x.swapaxes(1, 2) for x in as_blhd), **options), expected
+    )
+    fortran = [np.asfortranarray(x) for x in qkv]
+    np.testing.assert_array_equal(na.attention(*fortran, **options), expected)
+    reversed_ = [np.ascontiguousarray(x[..., ::-1])[..., ::-1] for x in qkv]
+    np.testing.assert_array_equal(na.attention(*reversed_, **options), expected)
+
+
+def test_unaligned_arrays(isa, qkv, options):
+    def unaligned(x):
+        raw = np.zeros(x.nbytes + 1, np.uint8)[1:]
+        result = raw.view(np.uint8).reshape(-1)[: x.nbytes].view(x.dtype).reshape(x.shape)
+        result[...] = x
+        assert not result.flags.aligned
+        return result
+
+    moved = [unaligned(x) for x in qkv]
+    out = unaligned(np.zeros((3, 4, 333, 36), np.float32))
+    na.attention(*moved, **options, out=out)
+    np.testing.assert_array_equal(out, na.attention(*qkv, **options))
+
+
+def test_common_call_and_general_call(isa, qkv):
+    """The short way into the kernels and the one through all checks."""
+    for options in ({}, {"is_causal": True}, {"scale": 0.3}):
+        common = na.attention(*qkv, **options)
+        general, _ = na.attention(*qkv, **options, return_lse=True)
+        np.testing.assert_array_equal(common, general)
+
+
+def test_full_mask_is_no_mask(isa, qkv):
+    mask = np.ones((333, 402), bool)
+    np.testing.assert_array_equal(na.attention(*qkv, mask=mask), na.attention(*qkv))

@@ -47,12 +47,17 @@ void masked_softmax(typename Simd::Scalar* logits, int64_t keys, typename Simd::
     Simd::store(maximum + lane, highest[v]);
   }
   for (int64_t key = 0; key < keys; ++key) {
+    auto* const at = logits + key * kWidth;
+    typename Simd::Vec weight[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      auto* const at = logits + key * kWidth + v * Simd::kLanes;
-      const auto weight = exp2<Simd>(Simd::mul(Simd::sub(Simd::load(at), base[v]), scale));
-      Simd::store(at, weight);
-      block_sum[v] = Simd::add(block_sum[v], weight);
+      weight[v] = Simd::mul(Simd::sub(Simd::load(at + v * Simd::kLanes), base[v]), scale);
+    }
+    exp2<Simd>(weight);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      Simd::store(at + v * Simd::kLanes, weight[v]);
+      block_sum[v] = Simd::add(block_sum[v], weight[v]);
     }
   }
 #pragma GCC unroll 8

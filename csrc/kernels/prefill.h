@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "key_steps.h"
 #include "lane_masks.h"
 #include "logits.h"
 #include "masked_softmax.h"
@@ -118,6 +119,13 @@ struct Prefill {
     return {copy, dims};
   }
 
+  // Bytes from a row of `a` to the same row of `b`, or 0 where they are not equally far apart.
+  static int64_t distance(KeyBlock<Scalar> a, KeyBlock<Scalar> b) {
+    if (a.stride != b.stride) return 0;
+    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(b.data) -
+                                reinterpret_cast<uintptr_t>(a.data));
+  }
+
   static bool is_finite(const Scalar* row, int64_t dims) {
     Vec nan_unless_finite = Simd::zero();
     for (int64_t d = 0; d < dims; d += Simd::kLanes) {
@@ -140,8 +148,9 @@ struct Prefill {
   // reads, and added here to the lanes that attend.
   template <int kVectors>
   static void aggregate_with_non_finite(KeyBlock<Scalar> v, int64_t keys, int64_t value_dim,
-                                        const Scalar* weights, const uint64_t* attended,
-                                        const Scalar* rescale, Scalar* v_copy, Scalar* output) {
+                                        const KeySteps<kVectors>& steps, const Scalar* weights,
+                                        const uint64_t* attended, const Scalar* rescale,
+                                        Scalar* v_copy, Scalar* output) {
     constexpr int kWidth = kVectors * Simd::kLanes;
     for (int64_t key = 0; key < keys; ++key) {
       for (int64_t d = 0; d < value_dim; ++d) {
@@ -149,8 +158,7 @@ struct Prefill {
         v_copy[key * value_dim + d] = x - x == 0 ? x : 0;
       }
     }
-    value_aggregation<Simd, kVectors>(v_copy, value_dim, weights, keys, value_dim, rescale,
-                                      output);
+    value_aggregation<Simd>({v_copy, value_dim, weights, rescale}, steps, value_dim, output);
     for (int64_t key = 0; key < keys; ++key) {
       for (int64_t d = 0; d < value_dim; ++d) {
         const Scalar x = v.data[key * v.stride + d];
@@ -182,10 +190,12 @@ struct Prefill {
   static void attend(const PrefillTask& task, const Tile& tile, const Scratch& scratch,
                      KeyBlock<Scalar> k, KeyBlock<Scalar> v, int64_t first_key, int64_t keys,
                      bool within_limits, bool mask_is_full) {
-    qk_matmul<Simd, kVectors>(k.data, k.stride, tile.queries, keys, task.head_dim,
-                              scratch.logits);
-
     const int64_t position = task.first_position + tile.first_row;
+    const auto steps = key_steps<kVectors, Simd::kLanes>(
+        position + task.window_right + 1 - first_key, keys);
+    qk_matmul<Simd>({k.data, k.stride, distance(k, v), tile.queries, task.head_dim, false}, steps,
+                    scratch.logits);
+
     if (scales_logits(task)) {
       apply_scale<Simd, kVectors>(scratch.logits, keys,
                                   static_cast<Scalar>(__builtin_fabs(task.scale)));
@@ -232,11 +242,11 @@ struct Prefill {
                                    tile.sum, scratch.rescale);
 
     if (keep_apart) {
-      aggregate_with_non_finite<kVectors>(v, keys, task.value_dim, scratch.logits, attended,
+      aggregate_with_non_finite<kVectors>(v, keys, task.value_dim, steps, scratch.logits, attended,
                                           scratch.rescale, scratch.v_copy, tile.output);
     } else {
-      value_aggregation<Simd, kVectors>(v.data, v.stride, scratch.logits, keys, task.value_dim,
-                                        scratch.rescale, tile.output);
+      value_aggregation<Simd>({v.data, v.stride, scratch.logits, scratch.rescale}, steps,
+                              task.value_dim, tile.output);
     }
   }
 
@@ -306,8 +316,10 @@ struct Prefill {
       with_vectors(tile.vectors, [&](auto vectors) { begin<vectors.value>(task, tile); });
     }
 
-    for (int64_t block = begin_key / kKeysPerBlock; block * kKeysPerBlock < end_key; ++block) {
+    const int64_t end_block = (end_key + kKeysPerBlock - 1) / kKeysPerBlock;
+    for (int64_t block = begin_key / kKeysPerBlock; block < end_block; ++block) {
       if (task.should_stop(task.stop_context)) return false;
+      fetch_what_comes_next(task, end_block - block - 1);
       attend_block(task, scratch, block);
     }
 
@@ -316,6 +328,25 @@ struct Prefill {
       with_vectors(tile.vectors, [&](auto vectors) { finish<vectors.value>(task, tile); });
     }
     return true;
+  }
+
+  // Rows of `out` and of the next queries are each touched once, and far from the cache. Fetching
+  // them during the last blocks is worth 4 % at 512 keys.
+  static void fetch_what_comes_next(const PrefillTask& task, int64_t blocks_left) {
+    constexpr int64_t kBlocks = 4;
+    if (blocks_left >= kBlocks) return;
+    constexpr auto kSize = static_cast<int64_t>(sizeof(Scalar));
+    const int64_t begin = task.rows * (kBlocks - 1 - blocks_left) / kBlocks;
+    const int64_t end = task.rows * (kBlocks - blocks_left) / kBlocks;
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t byte = 0; byte < task.value_dim * kSize; byte += kCacheLine) {
+        __builtin_prefetch(task.out + row * task.out_row_stride + byte, 1, 2);
+      }
+      if (!task.next_q) continue;
+      for (int64_t byte = 0; byte < task.head_dim * kSize; byte += kCacheLine) {
+        __builtin_prefetch(task.next_q + row * task.q_row_stride + byte, 0, 2);
+      }
+    }
   }
 
   static void attend_block(const PrefillTask& task, const Scratch& scratch, int64_t block) {

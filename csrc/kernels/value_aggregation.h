@@ -4,17 +4,50 @@
 
 #include <cstdint>
 
+#include "key_steps.h"
+
 namespace numattn {
 namespace {
 
-// One register tile: kDims elements of every row of V, read where they lie with one broadcast
-// per (key, d), against kVectors vectors of queries. The block is summed by itself before it is
-// added: the rounding error grows with the keys of a block plus the number of blocks, not with
-// all keys.
+template <class Scalar>
+struct ValueOperands {
+  const Scalar* v;  // [key][d]
+  int64_t v_stride;
+  const Scalar* weights;  // [key][lane]
+  const Scalar* rescale;  // [lane]
+};
+
+// Adds the keys of the steps from kFirst on to the sums of a register tile: kDims elements of
+// every row of V, read where they lie with one broadcast per (key, d).
+template <class Simd, int kFirst, int kDims, int kVectors>
+[[gnu::always_inline]] inline void sum_values(const ValueOperands<typename Simd::Scalar>& from,
+                                              const KeySteps<kVectors>& steps,
+                                              typename Simd::Vec (&sums)[kDims][kVectors]) {
+  constexpr int kWidth = kVectors * Simd::kLanes;
+  const int64_t begin = kFirst == 0 ? 0 : steps.ends[kFirst > 0 ? kFirst - 1 : 0];
+  for (int64_t key = begin; key < steps.ends[kFirst]; ++key) {
+    typename Simd::Vec weight[kVectors];
+#pragma GCC unroll 8
+    for (int i = kFirst; i < kVectors; ++i) {
+      weight[i] = Simd::load(from.weights + key * kWidth + i * Simd::kLanes);
+    }
+#pragma GCC unroll 8
+    for (int d = 0; d < kDims; ++d) {
+      const auto element = Simd::set(from.v[key * from.v_stride + d]);
+#pragma GCC unroll 8
+      for (int i = kFirst; i < kVectors; ++i) {
+        sums[d][i] = Simd::fma(element, weight[i], sums[d][i]);
+      }
+    }
+  }
+  if constexpr (kFirst + 1 < kVectors) sum_values<Simd, kFirst + 1>(from, steps, sums);
+}
+
+// The block is summed by itself before it is added: the rounding error grows with the keys of a
+// block plus the number of blocks, not with all keys.
 template <class Simd, int kDims, int kVectors>
-void value_register_tile(const typename Simd::Scalar* v, int64_t v_stride,
-                         const typename Simd::Scalar* weights, int64_t keys,
-                         const typename Simd::Scalar* rescale, typename Simd::Scalar* output) {
+[[gnu::always_inline]] inline void value_register_tile(const ValueOperands<typename Simd::Scalar>& from,
+                         const KeySteps<kVectors>& steps, typename Simd::Scalar* output) {
   constexpr int kWidth = kVectors * Simd::kLanes;
   typename Simd::Vec sums[kDims][kVectors];
 #pragma GCC unroll 8
@@ -22,24 +55,10 @@ void value_register_tile(const typename Simd::Scalar* v, int64_t v_stride,
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) sums[d][i] = Simd::zero();
   }
-  for (int64_t key = 0; key < keys; ++key) {
-    typename Simd::Vec weight[kVectors];
-#pragma GCC unroll 8
-    for (int i = 0; i < kVectors; ++i) {
-      weight[i] = Simd::load(weights + key * kWidth + i * Simd::kLanes);
-    }
-#pragma GCC unroll 8
-    for (int d = 0; d < kDims; ++d) {
-      const auto element = Simd::set(v[key * v_stride + d]);
-#pragma GCC unroll 8
-      for (int i = 0; i < kVectors; ++i) {
-        sums[d][i] = Simd::fma(element, weight[i], sums[d][i]);
-      }
-    }
-  }
+  sum_values<Simd, 0>(from, steps, sums);
 #pragma GCC unroll 8
   for (int i = 0; i < kVectors; ++i) {
-    const auto factor = Simd::load(rescale + i * Simd::kLanes);
+    const auto factor = Simd::load(from.rescale + i * Simd::kLanes);
 #pragma GCC unroll 8
     for (int d = 0; d < kDims; ++d) {
       auto* const to = output + d * kWidth + i * Simd::kLanes;
@@ -49,33 +68,30 @@ void value_register_tile(const typename Simd::Scalar* v, int64_t v_stride,
 }
 
 template <class Simd, int kDims, int kVectors>
-void value_last_dims(const typename Simd::Scalar* v, int64_t v_stride,
-                     const typename Simd::Scalar* weights, int64_t keys, int64_t dims,
-                     const typename Simd::Scalar* rescale, typename Simd::Scalar* output) {
+void value_last_dims(const ValueOperands<typename Simd::Scalar>& from,
+                     const KeySteps<kVectors>& steps, int64_t dims,
+                     typename Simd::Scalar* output) {
   if constexpr (kDims > 0) {
     if (dims == kDims) {
-      value_register_tile<Simd, kDims, kVectors>(v, v_stride, weights, keys, rescale, output);
+      value_register_tile<Simd, kDims>(from, steps, output);
     } else {
-      value_last_dims<Simd, kDims - 1, kVectors>(v, v_stride, weights, keys, dims, rescale, output);
+      value_last_dims<Simd, kDims - 1>(from, steps, dims, output);
     }
   }
 }
 
-// v [key][d] with v_stride elements between keys; weights [key][lane]; rescale [lane];
-// output [d][lane].
+// output [d][lane]
 template <class Simd, int kVectors>
-void value_aggregation(const typename Simd::Scalar* v, int64_t v_stride,
-                       const typename Simd::Scalar* weights, int64_t keys, int64_t value_dim,
-                       const typename Simd::Scalar* rescale, typename Simd::Scalar* output) {
+void value_aggregation(ValueOperands<typename Simd::Scalar> from, const KeySteps<kVectors>& steps,
+                       int64_t value_dim, typename Simd::Scalar* output) {
   constexpr int kDims = Simd::broadcast_rows(kVectors);
   constexpr int kWidth = kVectors * Simd::kLanes;
-  int64_t d = 0;
-  for (; d + kDims <= value_dim; d += kDims) {
-    value_register_tile<Simd, kDims, kVectors>(v + d, v_stride, weights, keys, rescale,
-                                               output + d * kWidth);
+  for (; value_dim >= kDims; value_dim -= kDims) {
+    value_register_tile<Simd, kDims>(from, steps, output);
+    from.v += kDims;
+    output += kDims * kWidth;
   }
-  value_last_dims<Simd, kDims - 1, kVectors>(v + d, v_stride, weights, keys, value_dim - d, rescale,
-                                             output + d * kWidth);
+  value_last_dims<Simd, kDims - 1>(from, steps, value_dim, output);
 }
 
 }  // namespace

@@ -54,51 +54,54 @@ TileKeys Plan::tile_keys(int64_t first_position, int64_t rows, int64_t valid_key
           clip(first_position + problem_.window_right + 1)};
 }
 
-PrefillTask Plan::task(int64_t item) const {
-  const int64_t batch_item = item / items_per_head_ / problem_.query_heads;
-  const int64_t head = item / items_per_head_ % problem_.query_heads;
-  const int64_t kv_head = head / (problem_.query_heads / problem_.kv_heads);
+Plan::Place Plan::place(int64_t item) const {
+  const int64_t head = item / items_per_head_;
   // Under a causal limit the last queries have the most keys.
   int64_t block = item % items_per_head_;
   if (problem_.window_right != kUnbounded) block = items_per_head_ - 1 - block;
-  const int64_t first_row = block * rows_per_item_;
+  return {head / problem_.query_heads, head % problem_.query_heads, block * rows_per_item_};
+}
 
-  const auto head_of = [&](const Array& array, int64_t h) -> char* {
-    if (!array.data) return nullptr;
-    return array.data + batch_offset(problem_, array.batch_strides, batch_item) +
-           h * array.head_stride;
-  };
-  const auto from_first_row = [&](const Array& array) -> char* {
-    char* const data = head_of(array, head);
-    return data ? data + first_row * array.row_stride : nullptr;
-  };
+char* Plan::address(const Array& array, const Place& place) const {
+  if (!array.data) return nullptr;
+  return array.data + batch_offset(problem_, array.batch_strides, place.batch_item) +
+         place.head * array.head_stride + place.first_row * array.row_stride;
+}
+
+PrefillTask Plan::task(int64_t item) const {
+  const Place here = place(item);
+  const auto [batch_item, head, first_row] = here;
+  const Place keys{batch_item, head / (problem_.query_heads / problem_.kv_heads), 0};
 
   PrefillTask task;
   task.rows = std::min(rows_per_item_, problem_.query_length - first_row);
   task.head_dim = problem_.head_dim;
   task.value_dim = problem_.value_dim;
 
-  task.q = from_first_row(problem_.q);
+  task.q = address(problem_.q, here);
   task.q_row_stride = problem_.q.row_stride;
   task.q_column_stride = problem_.q.column_stride;
-  task.k = head_of(problem_.k, kv_head);
+  // Threads take turns as long as items take the same time.
+  const int64_t next = item + threads_;
+  task.next_q = next < items_ ? address(problem_.q, place(next)) : nullptr;
+  task.k = address(problem_.k, keys);
   task.k_row_stride = problem_.k.row_stride;
   task.k_column_stride = problem_.k.column_stride;
-  task.v = head_of(problem_.v, kv_head);
+  task.v = address(problem_.v, keys);
   task.v_row_stride = problem_.v.row_stride;
   task.v_column_stride = problem_.v.column_stride;
-  task.out = from_first_row(problem_.out);
+  task.out = address(problem_.out, here);
   task.out_row_stride = problem_.out.row_stride;
   task.out_column_stride = problem_.out.column_stride;
-  task.lse = from_first_row(problem_.lse);
+  task.lse = address(problem_.lse, here);
   task.lse_stride = problem_.lse.row_stride;
 
-  task.mask = from_first_row(problem_.mask);
+  task.mask = address(problem_.mask, here);
   task.mask_row_stride = problem_.mask.row_stride;
   task.mask_column_stride = problem_.mask.column_stride;
   task.mask_kinds = mask_kinds_ ? mask_kinds_->tile(batch_item, head, first_row) : nullptr;
   task.mask_kinds_stride = mask_kinds_ ? mask_kinds_->tile_stride() : 0;
-  task.bias = from_first_row(problem_.bias);
+  task.bias = address(problem_.bias, here);
   task.bias_row_stride = problem_.bias.row_stride;
   task.bias_column_stride = problem_.bias.column_stride;
 

@@ -26,6 +26,11 @@ class Plan {
   PrefillTask task(int64_t item) const;
 
  private:
+  struct Place {
+    int64_t batch_item, head, first_row;
+  };
+  Place place(int64_t item) const;
+  char* address(const Array& array, const Place& place) const;  // null where there is no array
   TileKeys tile_keys(int64_t first_position, int64_t rows, int64_t valid_keys) const;
 
   const Problem& problem_;

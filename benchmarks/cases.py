@@ -1,0 +1,93 @@
+"""The problems that are measured, and how many operations they are."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem; `mask` names a dense mask made by `dense_mask`."""
+
+    name: str
+    batch: int
+    query_heads: int
+    kv_heads: int
+    query_length: int
+    key_length: int
+    head_dim: int
+    is_causal: bool = False
+    left_window: int | None = None
+    mask: str | None = None
+    bias: bool = False
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+    @property
+    def attended_pairs(self) -> int:
+        """Pairs of query and key that attend, over all heads."""
+        if self.mask:
+            pairs = int(dense_mask(self).sum())
+        else:
+            p = np.arange(self.query_length) + self.key_length - self.query_length
+            last = np.minimum(p, self.key_length - 1) if self.is_causal else self.key_length - 1
+            first = 0 if self.left_window is None else np.maximum(p - self.left_window, 0)
+            pairs = int(np.sum(np.zeros_like(p) + last - first + 1))
+        return self.batch * self.query_heads * pairs
+
+    @property
+    def flops(self) -> float:
+        """Useful operations: a multiply-add for each of q k and w v, for each attended pair."""
+        return 4.0 * self.head_dim * self.attended_pairs
+
+
+def dense_mask(case: Case) -> np.ndarray:
+    """Make a bool mask (Lq, Lk), shared by all heads."""
+    i = np.arange(case.query_length)[:, np.newaxis]
+    j = np.arange(case.key_length)
+    if case.mask == "causal":
+        return j <= i
+    if case.mask == "documents":
+        return i * 8 // case.query_length == j * 8 // case.key_length
+    assert case.mask == "random"
+    return np.random.default_rng(0).random((case.query_length, case.key_length)) < 0.5
+
+
+def arrays(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Make q, k and v of normally distributed float32."""
+    rng = np.random.default_rng(0)
+    b, d = case.batch, case.head_dim
+    return (
+        rng.standard_normal((b, case.query_heads, case.query_length, d), dtype=np.float32),
+        rng.standard_normal((b, case.kv_heads, case.key_length, d), dtype=np.float32),
+        rng.standard_normal((b, case.kv_heads, case.key_length, d), dtype=np.float32),
+    )
+
+
+CASES = [
+    Case("bert128", 1, 12, 12, 128, 128, 64),
+    Case("bert512", 1, 12, 12, 512, 512, 64),
+    Case("gpt1k", 1, 12, 12, 1024, 1024, 64, is_causal=True),
+    Case("llama2k", 1, 32, 8, 2048, 2048, 128, is_causal=True),
+    Case("enc4k", 1, 8, 8, 4096, 4096, 64),
+    Case("enc4k128", 1, 4, 4, 4096, 4096, 128),
+    Case("odd", 2, 5, 5, 777, 1031, 80),
+    Case("tiny", 1, 1, 1, 16, 16, 64),
+]
+
+# What an option costs: the time of the first case over that of the second.
+_2K = (1, 8, 8, 2048, 2048, 64)
+OPTION_COSTS = [
+    ("mask that is causal / is_causal", Case("", *_2K, mask="causal"), Case("", *_2K, is_causal=True)),
+    ("no mask / 8 documents", Case("", *_2K), Case("", *_2K, mask="documents")),
+    ("random mask / no mask", Case("", *_2K, mask="random"), Case("", *_2K)),
+    ("dense bias / no bias", Case("", *_2K, bias=True), Case("", *_2K)),
+    (
+        "window of 256 at 16384 / at 4096",
+        Case("", 1, 8, 8, 16384, 16384, 64, is_causal=True, left_window=255),
+        Case("", 1, 8, 8, 4096, 4096, 64, is_causal=True, left_window=255),
+    ),
+]

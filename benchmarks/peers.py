@@ -1,0 +1,130 @@
+"""Attention by each of the libraries that are compared, as a function without arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from cases import Case, arrays, dense_mask
+
+Call = Callable[[], object]
+# For each peer: (case, threads) -> {variant: call}; the fastest variant counts.
+Peer = Callable[[Case, int], dict[str, Call]]
+
+
+def numattn_peer(case: Case, threads: int) -> dict[str, Call]:
+    import numattn as na
+
+    na.set_num_threads(threads)
+    q, k, v = arrays(case)
+    options: dict = {"is_causal": case.is_causal}
+    if case.left_window is not None:
+        options["window"] = (case.left_window, 0)
+    if case.mask:
+        options["mask"] = dense_mask(case)
+    if case.bias:
+        shape = (case.query_length, case.key_length)
+        options["bias"] = np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
+    return {"attention": lambda: na.attention(q, k, v, **options)}
+
+
+def numpy_peer(case: Case, threads: int) -> dict[str, Call]:
+    del threads  # set in the environment
+    q, k, v = arrays(case)
+    group = case.query_heads // case.kv_heads
+    scale = np.float32(1 / np.sqrt(case.head_dim))
+    future = None
+    if case.is_causal:
+        j = np.arange(case.key_length)
+        offset = case.key_length - case.query_length
+        future = j > np.arange(case.query_length)[:, np.newaxis] + offset
+
+    def attention():
+        keys, values = (np.repeat(x, group, axis=1) if group > 1 else x for x in (k, v))
+        s = q @ keys.swapaxes(-1, -2)
+        s *= scale
+        if future is not None:
+            np.copyto(s, -np.inf, where=future)
+        s -= s.max(axis=-1, keepdims=True)
+        np.exp(s, out=s)
+        s /= s.sum(axis=-1, keepdims=True)
+        return s @ values
+
+    return {"plain": attention}
+
+
+def torch_peer(case: Case, threads: int) -> dict[str, Call]:
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    q, k, v = map(torch.from_numpy, arrays(case))
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    options = {"is_causal": case.is_causal, "enable_gqa": case.kv_heads != case.query_heads}
+    return {"scaled_dot_product_attention": lambda: sdpa(q, k, v, **options)}
+
+
+def onnxruntime_peer(case: Case, threads: int) -> dict[str, Call]:
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    def session(node, inputs):
+        declared = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, x.shape)
+            for name, x in inputs.items()
+        ]
+        out = helper.make_tensor_value_info("out", TensorProto.FLOAT, None)
+        graph = helper.make_graph([node], "attention", declared, [out])
+        opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        run = ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        ).run
+        return lambda: run(None, inputs)
+
+    q, k, v = arrays(case)
+    names = ["q", "k", "v"]
+    calls = {}
+    node = helper.make_node("Attention", names, ["out"], is_causal=int(case.is_causal))
+    calls["Attention"] = session(node, {"q": q, "k": k, "v": v})
+    if case.kv_heads == case.query_heads:
+        flat = {
+            name: np.ascontiguousarray(x.swapaxes(1, 2)).reshape(case.batch, x.shape[2], -1)
+            for name, x in (("q", q), ("k", k), ("v", v))
+        }
+        node = helper.make_node(
+            "MultiHeadAttention", names, ["out"], domain="com.microsoft",
+            num_heads=case.query_heads, unidirectional=int(case.is_causal),
+        )  # fmt: skip
+        calls["MultiHeadAttention"] = session(node, flat)
+    return calls
+
+
+def openvino_peer(case: Case, threads: int) -> dict[str, Call]:
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    q, k, v = arrays(case)
+    group = case.query_heads // case.kv_heads
+    k, v = (np.repeat(x, group, axis=1) for x in (k, v))  # it takes no grouped heads: not timed
+    inputs = [ops.parameter(x.shape, np.float32) for x in (q, k, v)]
+    node = ops.scaled_dot_product_attention(*inputs, causal=case.is_causal)
+    config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    config["PERFORMANCE_HINT"] = "LATENCY"
+    request = ov.Core().compile_model(ov.Model([node], inputs), "CPU", config).create_infer_request()
+    return {
+        "scaled_dot_product_attention": lambda: request.infer(
+            [q, k, v], share_inputs=True, share_outputs=True
+        )
+    }
+
+
+PEERS: dict[str, Peer] = {
+    "numattn": numattn_peer,
+    "numpy": numpy_peer,
+    "torch": torch_peer,
+    "onnxruntime": onnxruntime_peer,
+    "openvino": openvino_peer,
+}

@@ -1,0 +1,72 @@
+"""One library in a process of its own: `python worker.py PEER THREADS`.
+
+Reads one JSON request a line from standard input and answers with one JSON line:
+{"prepare": case} makes the arrays and calls it once; {"time": calls} times so many calls;
+{"peak": seconds} measures multiply-adds on all threads (numattn only).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from cases import Case
+from peers import PEERS
+
+
+def seconds(call, calls):
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - begin) / calls
+
+
+def measure_peak(threads, wanted):
+    """Return flops a second, all threads together."""
+    from numattn import _core
+
+    _core.multiply_adds(200)
+    begin = time.perf_counter()
+    _core.multiply_adds(2000)
+    rounds = max(2000, int(2000 * wanted / (time.perf_counter() - begin)))
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(_core.multiply_adds, [200] * threads))
+        begin = time.perf_counter()
+        flops = sum(pool.map(_core.multiply_adds, [rounds] * threads))
+        return flops / (time.perf_counter() - begin)
+
+
+def main():
+    peer, threads = sys.argv[1], int(sys.argv[2])
+    call = None
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # libraries may print
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "prepare" in request:
+            try:
+                calls = PEERS[peer](Case(**request["prepare"]), threads)
+                for each in calls.values():
+                    each()
+                times = {name: seconds(each, 1) for name, each in calls.items()}
+                times = {
+                    name: min(seconds(each, 1 + int(0.02 / times[name])) for _ in range(3))
+                    for name, each in calls.items()
+                }
+                variant = min(times, key=times.__getitem__)
+                call = calls[variant]
+                answer = {"variant": variant, "seconds": times[variant]}
+            except ImportError as error:
+                answer = {"missing": str(error)}
+        elif "time" in request:
+            answer = {"seconds": seconds(call, request["time"])}
+        else:
+            answer = {"flops_per_second": measure_peak(threads, request["peak"])}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

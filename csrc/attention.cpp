@@ -4,6 +4,7 @@
 #include <atomic>
 #include <new>
 #include <optional>
+#include <stdexcept>
 
 #include "dispatch.h"
 #include "plan/plan.h"
@@ -67,6 +68,8 @@ Status attention(const Problem& problem, const Execution& execution) try {
   if (done) return Status::done;
   return prefilling.out_of_memory ? Status::out_of_memory : Status::interrupted;
 } catch (const std::bad_alloc&) {
+  return Status::out_of_memory;
+} catch (const std::length_error&) {
   return Status::out_of_memory;
 }
 

@@ -21,32 +21,36 @@ inline void keep_within_window(uint64_t* attended, int64_t first_key, int64_t ke
   }
 }
 
-// mask [row][key] in memory: bytes, 0 is masked; strides in bytes.
-inline void keep_unmasked(uint64_t* attended, int64_t keys, const char* mask, int64_t row_stride,
-                          int64_t column_stride, int64_t rows) {
-  constexpr int64_t kChunk = 128;
-  for (int64_t start = 0; start < keys; start += kChunk) {
-    const int64_t count = keys - start < kChunk ? keys - start : kChunk;
-    for (int64_t first_row = 0; first_row < rows; first_row += 8) {
-      // lanes [key]: bit r for row first_row + r
-      uint8_t lanes[kChunk] = {};
-      const int64_t last = rows - first_row < 8 ? rows - first_row : 8;
-      for (int64_t r = 0; r < last; ++r) {
-        const auto* const from = reinterpret_cast<const uint8_t*>(
-            mask + (first_row + r) * row_stride + start * column_stride);
-        const auto bit = static_cast<uint8_t>(1u << r);
-        if (column_stride == 1) {
-          for (int64_t i = 0; i < count; ++i) lanes[i] |= from[i] != 0 ? bit : uint8_t{0};
-        } else {
-          for (int64_t i = 0; i < count; ++i) {
-            lanes[i] |= from[i * column_stride] != 0 ? bit : uint8_t{0};
-          }
-        }
+// One bit for each of eight rows of a mask, transposed: lanes [key], bit r for row r. The rows'
+// bytes are taken together by shifting and or-ing, which the compiler turns into vector code.
+inline void transpose_rows(const char* mask, int64_t row_stride, int64_t column_stride,
+                           int64_t rows, int64_t keys, uint8_t* __restrict lanes) {
+  for (int64_t i = 0; i < keys; ++i) lanes[i] = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto* const from = reinterpret_cast<const uint8_t*>(mask + r * row_stride);
+    if (column_stride == 1) {
+      for (int64_t i = 0; i < keys; ++i) {
+        lanes[i] = static_cast<uint8_t>(lanes[i] | (from[i] != 0) << r);
       }
-      const uint64_t others = ~(uint64_t{0xff} << first_row);
-      for (int64_t i = 0; i < count; ++i) {
-        attended[start + i] &= others | (static_cast<uint64_t>(lanes[i]) << first_row);
+    } else {
+      for (int64_t i = 0; i < keys; ++i) {
+        lanes[i] = static_cast<uint8_t>(lanes[i] | (from[i * column_stride] != 0) << r);
       }
+    }
+  }
+}
+
+// mask [row][key] in memory: bytes, 0 is masked; strides in bytes. At most kMaxKeys keys.
+template <int64_t kMaxKeys>
+void keep_unmasked(uint64_t* attended, int64_t keys, const char* mask, int64_t row_stride,
+                   int64_t column_stride, int64_t rows) {
+  for (int64_t row = 0; row < rows; row += 8) {
+    uint8_t lanes[kMaxKeys];
+    transpose_rows(mask + row * row_stride, row_stride, column_stride,
+                   rows - row < 8 ? rows - row : 8, keys, lanes);
+    const uint64_t others = ~(uint64_t{0xff} << row);
+    for (int64_t i = 0; i < keys; ++i) {
+      attended[i] &= others | static_cast<uint64_t>(lanes[i]) << row;
     }
   }
 }

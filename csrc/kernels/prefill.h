@@ -58,10 +58,11 @@ struct Prefill {
   struct Scratch {
     Tile tiles[kMaxTilesPerBlock];
     int tile_count;
-    Scalar* logits;    // [key][lane], then weights
-    Scalar* rescale;   // [lane]
-    Scalar* k_copy;    // [key][d]
-    Scalar* v_copy;    // [key][d]
+    Scalar* logits;         // [key][lane], then weights
+    Scalar* rescale;        // [lane]
+    Scalar* k_copy;         // [key][d]
+    Scalar* v_copy;         // [key][d]
+    Scalar* finite_values;  // [key][d]
     int64_t bytes;
   };
 
@@ -83,6 +84,7 @@ struct Prefill {
     }
     scratch.k_copy = arena.take(kKeysPerBlock * head_dim);
     scratch.v_copy = arena.take(kKeysPerBlock * value_dim);
+    scratch.finite_values = arena.take(kKeysPerBlock * value_dim);
     scratch.bytes = arena.used;
     return scratch;
   }
@@ -144,28 +146,32 @@ struct Prefill {
   }
 
   // Where V has a NaN or an infinity, a weight of 0 would carry it into queries that mask the
-  // key (0 * NaN is NaN). Such elements are taken out of the copy that the value aggregation
-  // reads, and added here to the lanes that attend.
+  // key (0 * NaN is NaN). The value aggregation gets a copy without such elements; they are added
+  // here, to the lanes that attend.
   template <int kVectors>
-  static void aggregate_with_non_finite(KeyBlock<Scalar> v, int64_t keys, int64_t value_dim,
-                                        const KeySteps<kVectors>& steps, const Scalar* weights,
-                                        const uint64_t* attended, const Scalar* rescale,
-                                        Scalar* v_copy, Scalar* output) {
+  static void aggregate_with_non_finite(ValueOperands<Scalar> values,
+                                        const KeySteps<kVectors>& steps, int64_t keys,
+                                        int64_t value_dim, const uint64_t* attended,
+                                        Scalar* finite_values, Scalar* output) {
     constexpr int kWidth = kVectors * Simd::kLanes;
+    const Scalar* const v = values.v;
+    const int64_t v_stride = values.v_stride;
     for (int64_t key = 0; key < keys; ++key) {
       for (int64_t d = 0; d < value_dim; ++d) {
-        const Scalar x = v.data[key * v.stride + d];
-        v_copy[key * value_dim + d] = x - x == 0 ? x : 0;
+        const Scalar x = v[key * v_stride + d];
+        finite_values[key * value_dim + d] = x - x == 0 ? x : 0;
       }
     }
-    value_aggregation<Simd>({v_copy, value_dim, weights, rescale}, steps, value_dim, output);
+    values.v = finite_values;
+    values.v_stride = value_dim;
+    value_aggregation<Simd>(values, steps, value_dim, output);
     for (int64_t key = 0; key < keys; ++key) {
       for (int64_t d = 0; d < value_dim; ++d) {
-        const Scalar x = v.data[key * v.stride + d];
+        const Scalar x = v[key * v_stride + d];
         if (x - x == 0) continue;
         for (int i = 0; i < kVectors; ++i) {
           Scalar* const at = output + d * kWidth + i * Simd::kLanes;
-          const Vec weight = Simd::load(weights + key * kWidth + i * Simd::kLanes);
+          const Vec weight = Simd::load(values.weights + key * kWidth + i * Simd::kLanes);
           const Vec before = Simd::load(at);
           Simd::store(at, Simd::select_bits(attended[key] >> (i * Simd::kLanes),
                                             Simd::fma(Simd::set(x), weight, before), before));
@@ -186,67 +192,102 @@ struct Prefill {
 
   // ---- the three stages, for one tile and one key block -------------------------------------
 
-  template <int kVectors>
-  static void attend(const PrefillTask& task, const Tile& tile, const Scratch& scratch,
-                     KeyBlock<Scalar> k, KeyBlock<Scalar> v, int64_t first_key, int64_t keys,
-                     bool within_limits, bool mask_is_full) {
-    const int64_t position = task.first_position + tile.first_row;
-    const auto steps = key_steps<kVectors, Simd::kLanes>(
-        position + task.window_right + 1 - first_key, keys);
-    qk_matmul<Simd>({k.data, k.stride, distance(k, v), tile.queries, task.head_dim, false}, steps,
-                    scratch.logits);
+  // Keys side by side in one block, as one tile attends to them.
+  struct Keys {
+    KeyBlock<Scalar> k, v;
+    int64_t first, count;
+    bool within_limits;  // every query attends to all of them, as far as limits decide
+    bool mask_is_full;   // likewise, as far as the dense mask decides
 
+    void skip(int64_t keys) {
+      k.data += keys * k.stride;
+      v.data += keys * v.stride;
+      first += keys;
+      count -= keys;
+    }
+  };
+
+  // attended [key]: bit i for query lane i.
+  static void find_attended(const PrefillTask& task, const Tile& tile, const Keys& keys,
+                            uint64_t* attended) {
+    for (int64_t key = 0; key < keys.count; ++key) attended[key] = lowest_bits(tile.rows);
+    if (!keys.within_limits) {
+      keep_within_window(attended, keys.first, keys.count, task.first_position + tile.first_row,
+                         task.window_left, task.window_right);
+    }
+    if (!keys.mask_is_full) {
+      keep_unmasked<kKeysPerBlock>(attended, keys.count,
+                                   task.mask + tile.first_row * task.mask_row_stride +
+                                       keys.first * task.mask_column_stride,
+                                   task.mask_row_stride, task.mask_column_stride, tile.rows);
+    }
+  }
+
+  template <int kVectors>
+  static void apply_options(const PrefillTask& task, const Tile& tile, const Keys& keys,
+                            Scalar* logits) {
     if (scales_logits(task)) {
-      apply_scale<Simd, kVectors>(scratch.logits, keys,
+      apply_scale<Simd, kVectors>(logits, keys.count,
                                   static_cast<Scalar>(__builtin_fabs(task.scale)));
     }
     if (task.softcap > 0) {
-      apply_softcap<Simd, kVectors>(scratch.logits, keys, static_cast<Scalar>(task.softcap));
+      apply_softcap<Simd, kVectors>(logits, keys.count, static_cast<Scalar>(task.softcap));
     }
     if (task.bias) {
-      add_bias<Simd, kVectors>(scratch.logits, keys,
+      add_bias<Simd, kVectors>(logits, keys.count,
                                task.bias + tile.first_row * task.bias_row_stride +
-                                   first_key * task.bias_column_stride,
+                                   keys.first * task.bias_column_stride,
                                task.bias_row_stride, task.bias_column_stride, tile.rows);
     }
     if (task.alibi_slope != 0) {
-      add_alibi<Simd, kVectors>(scratch.logits, keys, static_cast<Scalar>(task.alibi_slope),
-                                position - first_key);
+      add_alibi<Simd, kVectors>(logits, keys.count, static_cast<Scalar>(task.alibi_slope),
+                                task.first_position + tile.first_row - keys.first);
     }
-    uint64_t attended[kKeysPerBlock];
-    if (!within_limits || !mask_is_full) {
-      for (int64_t key = 0; key < keys; ++key) attended[key] = ~uint64_t{0};
-      if (!within_limits) {
-        keep_within_window(attended, first_key, keys, position, task.window_left,
-                           task.window_right);
-      }
-      if (!mask_is_full) {
-        keep_unmasked(attended, keys,
-                      task.mask + tile.first_row * task.mask_row_stride +
-                          first_key * task.mask_column_stride,
-                      task.mask_row_stride, task.mask_column_stride, tile.rows);
-      }
-      apply_mask<Simd, kVectors>(scratch.logits, keys, attended);
-    }
-    const bool some_masked = !within_limits || !mask_is_full || task.bias;
-    const bool keep_apart = some_masked && !block_is_finite(v, keys, task.value_dim);
-    if (keep_apart) {
-      for (int64_t key = 0; key < keys; ++key) {
-        attended[key] = lanes_that_attend<Simd, kVectors>(scratch.logits +
-                                                          key * kVectors * Simd::kLanes);
+  }
+
+  template <int kVectors>
+  static void attend(const PrefillTask& task, const Tile& tile, const Scratch& scratch, Keys keys) {
+    uint64_t bits[kKeysPerBlock];
+    uint64_t* attended = bits;
+    const bool masked = !keys.within_limits || !keys.mask_is_full;
+    if (masked) {
+      find_attended(task, tile, keys, attended);
+      // A block rarely begins and ends where a mask does.
+      while (keys.count > 0 && attended[keys.count - 1] == 0) --keys.count;
+      if (keys.count == 0) return;
+      while (attended[0] == 0) {
+        ++attended;
+        keys.skip(1);
       }
     }
 
-    masked_softmax<Simd, kVectors>(scratch.logits, keys,
+    const auto steps = key_steps<kVectors, Simd::kLanes>(
+        task.first_position + tile.first_row + task.window_right + 1 - keys.first, keys.count);
+    qk_matmul<Simd>({keys.k.data, keys.k.stride, distance(keys.k, keys.v), tile.queries,
+                     task.head_dim, false},
+                    steps, scratch.logits);
+
+    apply_options<kVectors>(task, tile, keys, scratch.logits);
+    if (masked) apply_mask<Simd, kVectors>(scratch.logits, keys.count, attended);
+    const bool keep_apart =
+        (masked || task.bias) && !block_is_finite(keys.v, keys.count, task.value_dim);
+    if (keep_apart) {
+      for (int64_t key = 0; key < keys.count; ++key) {
+        attended[key] =
+            lanes_that_attend<Simd, kVectors>(scratch.logits + key * kVectors * Simd::kLanes);
+      }
+    }
+    masked_softmax<Simd, kVectors>(scratch.logits, keys.count,
                                    static_cast<Scalar>(softmax_scale(task) * kLog2E), tile.maximum,
                                    tile.sum, scratch.rescale);
 
+    const ValueOperands<Scalar> values{keys.v.data, keys.v.stride, scratch.logits,
+                                       scratch.rescale};
     if (keep_apart) {
-      aggregate_with_non_finite<kVectors>(v, keys, task.value_dim, steps, scratch.logits, attended,
-                                          scratch.rescale, scratch.v_copy, tile.output);
+      aggregate_with_non_finite(values, steps, keys.count, task.value_dim, attended,
+                                scratch.finite_values, tile.output);
     } else {
-      value_aggregation<Simd>({v.data, v.stride, scratch.logits, scratch.rescale}, steps,
-                              task.value_dim, tile.output);
+      value_aggregation<Simd>(values, steps, task.value_dim, tile.output);
     }
   }
 
@@ -383,13 +424,12 @@ struct Prefill {
                       task.value_dim, scratch.v_copy);
         loaded = true;
       }
-      const int64_t skip = begin - loaded_begin;
-      const KeyBlock<Scalar> tile_k{k.data + skip * k.stride, k.stride};
-      const KeyBlock<Scalar> tile_v{v.data + skip * v.stride, v.stride};
-      const bool within_limits = keys.full_begin <= begin && end <= keys.full_end;
+      Keys tile_keys{k, v, loaded_begin, loaded_end - loaded_begin,
+                     keys.full_begin <= begin && end <= keys.full_end, kind == TileKind::full};
+      tile_keys.skip(begin - loaded_begin);
+      tile_keys.count = end - begin;
       with_vectors(tile.vectors, [&](auto vectors) {
-        attend<vectors.value>(task, tile, scratch, tile_k, tile_v, begin, end - begin,
-                              within_limits, kind == TileKind::full);
+        attend<vectors.value>(task, tile, scratch, tile_keys);
       });
     }
   }

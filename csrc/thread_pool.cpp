@@ -146,7 +146,7 @@ class Pool {
     std::unique_lock lock(mutex_);
     while (!helper_left_.wait_for(lock, kInterruptPeriod, alone)) {
       lock.unlock();
-      stop.requested();
+      stop.look();
       lock.lock();
     }
   }
@@ -184,6 +184,13 @@ StopCheck::StopCheck(std::atomic<bool>& stop, bool (*interrupted)())
 
 bool StopCheck::requested() {
   if (stop_.load(std::memory_order_relaxed)) return true;
+  // Reading the clock takes as long as a small item.
+  constexpr unsigned kRequestsPerLook = 16;
+  if (!interrupted_ || ++requests_ % kRequestsPerLook != 0) return false;
+  return look();
+}
+
+bool StopCheck::look() {
   if (!interrupted_) return false;
   const auto now = Clock::now();
   if (now < next_call_) return false;

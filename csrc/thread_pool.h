@@ -18,10 +18,13 @@ class StopCheck {
   // `interrupted` is null for threads that may not call it.
   StopCheck(std::atomic<bool>& stop, bool (*interrupted)());
   bool requested();
+  // Calls `interrupted` if it is time to.
+  bool look();
 
  private:
   std::atomic<bool>& stop_;
   bool (*interrupted_)();
+  unsigned requests_ = 0;
   std::chrono::steady_clock::time_point next_call_;
 };
 

@@ -27,7 +27,9 @@ def test_lengths(backend, arrays, length):
 @pytest.mark.parametrize("lk", LENGTHS[1::2])
 def test_query_and_key_lengths(backend, arrays, lq, lk, is_causal):
     q, k, v = arrays(rows_to_judge_by(lq), hq=1, lq=lq, lk=lk, d=5)
-    assert_close_to_reference(q, k, v, is_causal=is_causal)
+    # With one query NumPy's BLAS sums the dot products in double.
+    factor = 3 if lq == 1 else None
+    assert_close_to_reference(q, k, v, is_causal=is_causal, factor=factor)
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 80, 128, 576])

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "few_queries.h"
 #include "key_steps.h"
 #include "lane_masks.h"
 #include "logits.h"
@@ -42,6 +43,9 @@ struct Prefill {
     Scalar* sum;      // [lane]
     int64_t first_row, rows;
     int vectors;
+
+    // So few queries that the lanes are elements: queries and output are [row][d].
+    bool few() const { return rows <= kFewQueries; }
   };
 
   // Hands out consecutive pieces of the scratch, or counts them where there is none.
@@ -263,14 +267,22 @@ struct Prefill {
 
     const auto steps = key_steps<kVectors, Simd::kLanes>(
         task.first_position + tile.first_row + task.window_right + 1 - keys.first, keys.count);
-    qk_matmul<Simd>({keys.k.data, keys.k.stride, distance(keys.k, keys.v), tile.queries,
-                     task.head_dim, false},
-                    steps, scratch.logits);
+    if (tile.few()) {
+      with_rows(tile.rows, [&](auto rows) {
+        qk_few_queries<Simd, rows.value>(keys.k.data, keys.k.stride, tile.queries, keys.count,
+                                         task.head_dim, scratch.logits);
+      });
+    } else {
+      qk_matmul<Simd>({keys.k.data, keys.k.stride, distance(keys.k, keys.v), tile.queries,
+                       task.head_dim, false},
+                      steps, scratch.logits);
+    }
 
     apply_options<kVectors>(task, tile, keys, scratch.logits);
     if (masked) apply_mask<Simd, kVectors>(scratch.logits, keys.count, attended);
     const bool keep_apart =
-        (masked || task.bias) && !block_is_finite(keys.v, keys.count, task.value_dim);
+        (masked || task.bias) &&
+        (tile.few() || !block_is_finite(keys.v, keys.count, task.value_dim));
     if (keep_apart) {
       for (int64_t key = 0; key < keys.count; ++key) {
         attended[key] =
@@ -283,7 +295,13 @@ struct Prefill {
 
     const ValueOperands<Scalar> values{keys.v.data, keys.v.stride, scratch.logits,
                                        scratch.rescale};
-    if (keep_apart) {
+    if (tile.few()) {
+      with_rows(tile.rows, [&](auto rows) {
+        aggregate_few_queries<Simd, rows.value>(
+            keys.v.data, keys.v.stride, scratch.logits, keep_apart ? attended : nullptr,
+            keys.count, task.value_dim, scratch.rescale, tile.output);
+      });
+    } else if (keep_apart) {
       aggregate_with_non_finite(values, steps, keys.count, task.value_dim, attended,
                                 scratch.finite_values, tile.output);
     } else {
@@ -296,12 +314,19 @@ struct Prefill {
   template <int kVectors>
   static void begin(const PrefillTask& task, const Tile& tile) {
     constexpr int kWidth = kVectors * Simd::kLanes;
-    pack_queries<Simd, kVectors>(task.q + tile.first_row * task.q_row_stride, task.q_row_stride,
-                                 task.q_column_stride, tile.rows, task.head_dim,
-                                 task.scale < 0 ? Scalar{-1} : Scalar{1}, tile.queries);
-    for (int64_t i = 0; i < task.value_dim * kWidth; i += Simd::kLanes) {
-      Simd::store(tile.output + i, Simd::zero());
+    if (tile.few()) {
+      copy_rows(task.q + tile.first_row * task.q_row_stride, task.q_row_stride,
+                task.q_column_stride, tile.rows, task.head_dim, tile.queries);
+      for (int64_t i = 0; task.scale < 0 && i < tile.rows * task.head_dim; ++i) {
+        tile.queries[i] = -tile.queries[i];
+      }
+    } else {
+      pack_queries<Simd, kVectors>(task.q + tile.first_row * task.q_row_stride, task.q_row_stride,
+                                   task.q_column_stride, tile.rows, task.head_dim,
+                                   task.scale < 0 ? Scalar{-1} : Scalar{1}, tile.queries);
     }
+    const int64_t outputs = task.value_dim * (tile.few() ? tile.rows : kWidth);
+    for (int64_t i = 0; i < outputs; ++i) tile.output[i] = 0;
     // A sink is a key without a value: the running sum begins with it.
     const bool has_sink = task.sink > -__builtin_inf();
     for (int i = 0; i < kWidth; ++i) {
@@ -323,9 +348,32 @@ struct Prefill {
     for (int i = 0; i < kVectors * Simd::kLanes; ++i) {
       factor[i] = tile.sum[i] == 0 ? Scalar{0} : Scalar{1} / tile.sum[i];
     }
+    if (tile.few()) {
+      for (int64_t row = 0; row < tile.rows; ++row) {
+        const auto row_factor = Simd::set(factor[row]);
+        char* const to = task.out + (tile.first_row + row) * task.out_row_stride;
+        for (int64_t d = 0; d < task.value_dim; d += Simd::kLanes) {
+          const int64_t left = task.value_dim - d;
+          const int64_t count = left < Simd::kLanes ? left : Simd::kLanes;
+          const Vec x = load_up_to<Simd>(tile.output + row * task.value_dim + d, count);
+          store_elements<Simd>(to + d * task.out_column_stride, task.out_column_stride,
+                               Simd::mul(x, row_factor), count);
+        }
+      }
+      return;
+    }
     unpack_output<Simd, kVectors>(tile.output, factor, tile.rows, task.value_dim,
                                   task.out + tile.first_row * task.out_row_stride,
                                   task.out_row_stride, task.out_column_stride);
+  }
+
+  // Calls `step` with a tile's few rows as a compile-time constant.
+  template <int kRows = kFewQueries, class Step>
+  static void with_rows(int64_t rows, Step step) {
+    if constexpr (kRows > 1) {
+      if (rows < kRows) return with_rows<kRows - 1>(rows, step);
+    }
+    step(Constant<kRows>{});
   }
 
   // Calls `step` with the tile's number of vectors as a compile-time constant.
@@ -334,11 +382,11 @@ struct Prefill {
     if constexpr (kVectors > 1) {
       if (vectors < kVectors) return with_vectors<kVectors - 1>(vectors, step);
     }
-    step(VectorCount<kVectors>{});
+    step(Constant<kVectors>{});
   }
-  template <int kCount>
-  struct VectorCount {
-    static constexpr int value = kCount;
+  template <int kValue>
+  struct Constant {
+    static constexpr int value = kValue;
   };
 
   // ---- the task -----------------------------------------------------------------------------

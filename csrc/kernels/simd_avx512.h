@@ -39,6 +39,9 @@ struct Float32 {
   // a * b + c
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
+  // All lanes added up.
+  static float sum(Vec x) { return _mm512_reduce_add_ps(x); }
+
   // `magnitude`, which is not negative, with the sign of `sign`.
   static Vec copy_sign(Vec magnitude, Vec sign) {
     return _mm512_or_ps(magnitude, _mm512_and_ps(sign, _mm512_set1_ps(-0.0f)));

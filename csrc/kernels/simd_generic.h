@@ -48,6 +48,9 @@ struct Float32 {
   // a * b + c; the compiler fuses it only where it is told to, by -ffp-contract
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 
+  // All lanes added up.
+  static float sum(Vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
   // `magnitude`, which is not negative, with the sign of `sign`.
   static Vec copy_sign(Vec magnitude, Vec sign) {
     return (Vec)((Bits)magnitude | ((Bits)sign & ~kMagnitude));

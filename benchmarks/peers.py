@@ -113,7 +113,9 @@ def openvino_peer(case: Case, threads: int) -> dict[str, Call]:
     node = ops.scaled_dot_product_attention(*inputs, causal=case.is_causal)
     config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
     config["PERFORMANCE_HINT"] = "LATENCY"
-    request = ov.Core().compile_model(ov.Model([node], inputs), "CPU", config).create_infer_request()
+    request = (
+        ov.Core().compile_model(ov.Model([node], inputs), "CPU", config).create_infer_request()
+    )
     return {
         "scaled_dot_product_attention": lambda: request.infer(
             [q, k, v], share_inputs=True, share_outputs=True

@@ -93,12 +93,14 @@ def measure_option_costs(threads: int, isa: str | None, rounds: int) -> list[dic
     rows = []
     for name, first, second in OPTION_COSTS:
         workers = [Worker("numattn", threads, isa) for _ in range(2)]
-        prepared = [w.ask({"prepare": c.as_dict()}) for w, c in zip(workers, (first, second))]
+        prepared = [
+            w.ask({"prepare": c.as_dict()}) for w, c in zip(workers, (first, second), strict=True)
+        ]
         calls = [max(1, int(TURN_SECONDS / p["seconds"])) for p in prepared]
         ratios = []
         for n in range(rounds):
             progress(f"{name}: round {n + 1} of {rounds}")
-            a, b = (w.ask({"time": c})["seconds"] for w, c in zip(workers, calls))
+            a, b = (w.ask({"time": c})["seconds"] for w, c in zip(workers, calls, strict=True))
             ratios.append(a / b)
         for worker in workers:
             worker.close()
@@ -142,7 +144,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--isa", help="pin numattn to this level")
-    parser.add_argument("--cases", nargs="+", choices=[*names, "options"], default=[*names, "options"])
+    parser.add_argument(
+        "--cases", nargs="+", choices=[*names, "options"], default=[*names, "options"]
+    )
     parser.add_argument("--peers", nargs="*", choices=list(PEERS)[1:], default=list(PEERS)[1:])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=Path("bench-results"))

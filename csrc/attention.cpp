@@ -24,10 +24,10 @@ bool classify_mask(const Problem& problem, const Execution& execution, MaskKinds
     static_cast<MaskKinds*>(context)->classify(row);
     return true;
   };
-  return run({classify, &kinds, kinds.rows(),
-              static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1,
-                                                   execution.num_threads)),
-              execution.interrupted});
+  return run(
+      {classify, &kinds, kinds.rows(),
+       static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1, execution.num_threads)),
+       execution.interrupted});
 }
 
 struct Prefilling {
@@ -60,9 +60,9 @@ Status attention(const Problem& problem, const Execution& execution) try {
     if (!classify_mask(problem, execution, *mask_kinds)) return Status::interrupted;
   }
   const Plan plan(problem, kernels, mask_kinds ? &*mask_kinds : nullptr, execution.num_threads);
-  Prefilling prefilling{plan, kernels,
-                        kernels.prefill_scratch_bytes(plan.rows_per_item(), problem.head_dim,
-                                                      problem.value_dim)};
+  Prefilling prefilling{
+      plan, kernels,
+      kernels.prefill_scratch_bytes(plan.rows_per_item(), problem.head_dim, problem.value_dim)};
   const bool done =
       run({prefill, &prefilling, plan.items(), plan.threads(), execution.interrupted});
   if (done) return Status::done;

@@ -31,7 +31,7 @@ struct Array {
 
 struct Problem {
   int batch_axes = 0;
-  int64_t batch_shape[kMaxBatchAxes];  // the first batch_axes are set
+  int64_t batch_shape[kMaxBatchAxes];     // the first batch_axes are set
   int64_t query_heads = 1, kv_heads = 1;  // query head h reads KV head h / (query_heads / kv_heads)
   int64_t query_length = 0, key_length = 0;
   int64_t head_dim = 1, value_dim = 1;

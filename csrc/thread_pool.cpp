@@ -115,7 +115,8 @@ class Pool {
         work_on(*running, nullptr);
         lock.lock();
         // From here on the job may be gone.
-        if (running->helpers.fetch_sub(1, std::memory_order_release) == 1) helper_left_.notify_all();
+        if (running->helpers.fetch_sub(1, std::memory_order_release) == 1)
+          helper_left_.notify_all();
         continue;
       }
       lock.unlock();

@@ -11,11 +11,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numattn as na
 import numpy as np
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
-
-import numattn as na
 
 # (q, k, v), each (batch, heads, tokens, head_dim), and the number of valid tokens of each item
 AttentionFunction = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -106,7 +105,7 @@ class MiniLM:
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """x * P(X <= x) for a standard normal X.
+    """X * P(X <= x) for a standard normal X.
 
     The probability is by Abramowitz and Stegun, 26.2.17; its error is below 7.5e-8.
     """

@@ -52,7 +52,8 @@ def compare_speed(model: MiniLM, what: str, texts: list[str]) -> None:
     print(
         f"{what} ({len(texts)} x {ids.shape[1]} tokens, padded): "
         f"{len(texts) / ours:.0f} a second with numattn, {len(texts) / theirs:.0f} with NumPy "
-        f"attention ({theirs / ours:.2f}x); the attention alone {their_attention / our_attention:.1f}x"
+        f"attention ({theirs / ours:.2f}x); "
+        f"the attention alone {their_attention / our_attention:.1f}x"
     )
 
 
@@ -67,7 +68,9 @@ def main() -> None:
         nearest = int(similar[i].argmax())
         print(f"  {sentence:68} {similar[i, nearest]:.2f}  {SENTENCES[nearest]}")
     plain = model.encode(ids, lengths, numpy_attention)
-    print(f"\nLargest difference from plain NumPy attention: {np.abs(embeddings - plain).max():.1e}")
+    print(
+        f"\nLargest difference from plain NumPy attention: {np.abs(embeddings - plain).max():.1e}"
+    )
     compare_speed(model, "Sentences", SENTENCES)
     passages = [" ".join(SENTENCES[i:] + SENTENCES[:i]) for i in range(0, len(SENTENCES), 2)]
     compare_speed(model, "Passages", [passage + " " + passage for passage in passages])

@@ -6,9 +6,8 @@ import sys
 import time
 from statistics import median
 
-import numpy as np
-
 import numattn as na
+import numpy as np
 
 # name, heads, queries, keys, head_dim, causal
 SHAPES = [

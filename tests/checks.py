@@ -1,9 +1,8 @@
 """How results are compared with the reference."""
 
+import numattn as na
 import numpy as np
 import reference
-
-import numattn as na
 from numattn import _runtime
 
 
@@ -18,9 +17,10 @@ def error_factor():
 def assert_close_to_reference(q, k, v, *, factor=None, **options):
     """Check out and lse against float64 (float64 against long double).
 
-    By default by `error_factor`: the largest error may be `factor` times that of plain NumPy in the same precision (float32 for
-    16-bit floats), plus one unit in the last place. Both are the largest of many numbers, so that
-    the arrays should give some thousand: plain NumPy's error of a few can be 0 by luck.
+    The largest error may be `factor` (default: `error_factor`) times that of plain NumPy in the
+    same precision (float32 for 16-bit floats), plus one unit in the last place. Both are the
+    largest of many numbers, so that the arrays should give some thousand: plain NumPy's error of a
+    few can be 0 by luck.
     """
     factor = factor or error_factor()
     precision = np.float64 if q.dtype == np.float64 else np.float32

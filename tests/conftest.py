@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from numattn import _numpy_backend, _runtime
 
 BACKENDS = ["numpy"]
@@ -58,10 +57,6 @@ def arrays(rng):
         lk = lq if lk is None else lk
         dv = d if dv is None else dv
         shapes = ((*batch, hq, lq, d), (*batch, hkv, lk, d), (*batch, hkv, lk, dv))
-        return tuple(
-            (amplitude * rng.standard_normal(shape, dtype=np.float32)) for shape in shapes
-        )
+        return tuple((amplitude * rng.standard_normal(shape, dtype=np.float32)) for shape in shapes)
 
     return make
-
-

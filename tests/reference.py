@@ -62,7 +62,7 @@ def attention(
 
 
 def weighted_sum(weights, v, attend):
-    """weights @ v, in which a value that is not attended to is no number at all."""
+    """Weights @ v, in which a value that is not attended to is no number at all."""
     if np.isfinite(v).all():
         return weights @ v
     terms = np.where(attend[..., None], weights[..., None] * v[..., None, :, :], 0)

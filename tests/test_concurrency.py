@@ -8,10 +8,9 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numattn as na
 import numpy as np
 import pytest
-
-import numattn as na
 from numattn import _runtime
 
 pytestmark = pytest.mark.skipif(

@@ -5,9 +5,8 @@ import inspect
 import re
 from pathlib import Path
 
-import pytest
-
 import numattn as na
+import pytest
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -3,10 +3,9 @@ expected; the same from every backend."""
 
 import re
 
+import numattn as na
 import numpy as np
 import pytest
-
-import numattn as na
 
 
 def zeros(*shape, dtype=np.float32):
@@ -34,7 +33,11 @@ CASES = {
     "key_length": ({"v": zeros(2, 2, 6, 6)}, ValueError, "v: got 6 keys, expected 7 as in k"),
     "no elements": ({"v": zeros(2, 2, 7, 0)}, ValueError, "v: got shape (2, 2, 7, 0), expected at"),
     "batch": ({"k": zeros(3, 2, 7, 8)}, ValueError, "q, k, v: got q (2, 4, 5, 8), k (3, 2, 7, 8)"),
-    "integers": ({"q": zeros(2, 4, 5, 8, dtype=int)}, TypeError, "q: got dtype int64, expected one"),
+    "integers": (
+        {"q": zeros(2, 4, 5, 8, dtype=int)},
+        TypeError,
+        "q: got dtype int64, expected one",
+    ),
     "complex": ({"v": zeros(2, 2, 7, 6, dtype=complex)}, TypeError, "v: got dtype complex128"),
     "objects": ({"k": K.astype(object)}, TypeError, "k: got dtype object, expected one of float16"),
     "strings": ({"k": "no array"}, TypeError, "k: got dtype str"),
@@ -44,7 +47,11 @@ CASES = {
         TypeError,
         "q, k, v: got q float32, k float64, v float32, expected one dtype",
     ),
-    "foreign byte order": ({"q": Q.astype(">f4")}, TypeError, "q: got dtype float32 of foreign byte"),
+    "foreign byte order": (
+        {"q": Q.astype(">f4")},
+        TypeError,
+        "q: got dtype float32 of foreign byte",
+    ),
     "masked array": ({"k": np.ma.array(K)}, TypeError, "k: got a masked array, expected a plain"),
     "float mask": ({"mask": zeros(5, 7)}, TypeError, "mask: got dtype float32, expected bool"),
     "mask shape": (
@@ -52,20 +59,44 @@ CASES = {
         ValueError,
         "mask: got shape (5, 6), expected one that broadcasts to (..., Hq, Lq, Lk) = (2, 4, 5, 7)",
     ),
-    "mask adds axes": ({"mask": zeros(3, 2, 4, 5, 7, dtype=bool)}, ValueError, "mask: got shape (3,"),
-    "bias kind": ({"bias": zeros(5, 7, dtype=bool)}, TypeError, "bias: got dtype bool, expected fl"),
+    "mask adds axes": (
+        {"mask": zeros(3, 2, 4, 5, 7, dtype=bool)},
+        ValueError,
+        "mask: got shape (3,",
+    ),
+    "bias kind": (
+        {"bias": zeros(5, 7, dtype=bool)},
+        TypeError,
+        "bias: got dtype bool, expected fl",
+    ),
     "bias precision": ({"bias": zeros(5, 7, dtype=float)}, TypeError, "bias: got dtype float64"),
     "bias shape": ({"bias": zeros(4, 7)}, ValueError, "bias: got shape (4, 7), expected one that"),
-    "causal": ({"is_causal": "yes"}, TypeError, "is_causal: got 'yes' (str), expected True or False"),
+    "causal": (
+        {"is_causal": "yes"},
+        TypeError,
+        "is_causal: got 'yes' (str), expected True or False",
+    ),
     "causal int": ({"is_causal": 1}, TypeError, "is_causal: got 1 (int)"),
     "lse": ({"return_lse": None}, TypeError, "return_lse: got None"),
     "bare window": ({"window": 3}, TypeError, "window: got 3 (int), expected (left, right)"),
-    "window sides": ({"window": (1, 2, 3)}, ValueError, "window: got (1, 2, 3), expected two sides"),
-    "negative window": ({"window": (-1, 0)}, ValueError, "window: got (-1, 0), expected sides that"),
+    "window sides": (
+        {"window": (1, 2, 3)},
+        ValueError,
+        "window: got (1, 2, 3), expected two sides",
+    ),
+    "negative window": (
+        {"window": (-1, 0)},
+        ValueError,
+        "window: got (-1, 0), expected sides that",
+    ),
     "float window": ({"window": (1.0, 0)}, TypeError, "window: got 1.0 (float), expected an int"),
     "NaN scale": ({"scale": np.nan}, ValueError, "scale: got nan, expected a finite number"),
     "infinite scale": ({"scale": np.inf}, ValueError, "scale: got inf, expected a finite number"),
-    "scale overflow": ({"scale": 1e39}, ValueError, "scale: got 1e+39, expected numbers that do not"),
+    "scale overflow": (
+        {"scale": 1e39},
+        ValueError,
+        "scale: got 1e+39, expected numbers that do not",
+    ),
     "huge int scale": ({"scale": 10**400}, ValueError, "scale: got 1"),
     "scale kind": ({"scale": "1"}, TypeError, "scale: got '1' (str), expected a real number"),
     "complex scale": ({"scale": 1j}, TypeError, "scale: got 1j (complex)"),
@@ -73,28 +104,88 @@ CASES = {
     "negative softcap": ({"softcap": -2.0}, ValueError, "softcap: got -2.0, expected a positive"),
     "NaN softcap": ({"softcap": np.nan}, ValueError, "softcap: got nan, expected a finite number"),
     "tiny softcap": ({"softcap": 1e-45}, ValueError, "scale: got"),
-    "negative length": ({"kv_lengths": [-1, 3]}, ValueError, "kv_lengths: got -1 at (0,), expected 0 t"),
-    "long length": ({"kv_lengths": [7, 8]}, ValueError, "kv_lengths: got 8 at (1,), expected 0 to 7"),
+    "negative length": (
+        {"kv_lengths": [-1, 3]},
+        ValueError,
+        "kv_lengths: got -1 at (0,), expected 0 t",
+    ),
+    "long length": (
+        {"kv_lengths": [7, 8]},
+        ValueError,
+        "kv_lengths: got 8 at (1,), expected 0 to 7",
+    ),
     "float length": ({"kv_lengths": [1.0, 2.0]}, TypeError, "kv_lengths: got dtype float64, exp"),
     "bool length": ({"kv_lengths": [True, False]}, TypeError, "kv_lengths: got dtype bool"),
-    "lengths shape": ({"kv_lengths": [1, 2, 3]}, ValueError, "kv_lengths: got shape (3,), expected"),
+    "lengths shape": (
+        {"kv_lengths": [1, 2, 3]},
+        ValueError,
+        "kv_lengths: got shape (3,), expected",
+    ),
     "offset kind": ({"q_offset": 1.5}, TypeError, "q_offset: got dtype float64, expected ints"),
     "offset range": ({"q_offset": 2**80}, ValueError, f"q_offset: got {2**80}, expected -"),
-    "offset shape": ({"q_offset": [[1, 2]]}, ValueError, "q_offset: got shape (1, 2), expected one"),
-    "slopes": ({"alibi_slopes": [1, 2]}, ValueError, "alibi_slopes: got shape (2,), expected one nu"),
-    "NaN slope": ({"alibi_slopes": [1, np.nan, 1, 1]}, ValueError, "alibi_slopes: got nan for head 1"),
+    "offset shape": (
+        {"q_offset": [[1, 2]]},
+        ValueError,
+        "q_offset: got shape (1, 2), expected one",
+    ),
+    "slopes": (
+        {"alibi_slopes": [1, 2]},
+        ValueError,
+        "alibi_slopes: got shape (2,), expected one nu",
+    ),
+    "NaN slope": (
+        {"alibi_slopes": [1, np.nan, 1, 1]},
+        ValueError,
+        "alibi_slopes: got nan for head 1",
+    ),
     "slope kind": ({"alibi_slopes": ["a"] * 4}, TypeError, "alibi_slopes: got dtype <U1"),
-    "sinks": ({"sinks": 1.0}, ValueError, "sinks: got shape (), expected one number per query head"),
+    "sinks": (
+        {"sinks": 1.0},
+        ValueError,
+        "sinks: got shape (), expected one number per query head",
+    ),
     "infinite sink": ({"sinks": [0, 0, np.inf, 0]}, ValueError, "sinks: got inf for head 2"),
-    "layout": ({"layout": "bldh"}, ValueError, "layout: got 'bldh', expected one of 'bhld', 'blhd'"),
-    "no threads": ({"num_threads": 0}, ValueError, "num_threads: got 0, expected a number of threads"),
-    "threads kind": ({"num_threads": 1.0}, TypeError, "num_threads: got 1.0 (float), expected an int"),
-    "many threads": ({"num_threads": 10**6}, ValueError, "num_threads: got 1000000, expected a num"),
+    "layout": (
+        {"layout": "bldh"},
+        ValueError,
+        "layout: got 'bldh', expected one of 'bhld', 'blhd'",
+    ),
+    "no threads": (
+        {"num_threads": 0},
+        ValueError,
+        "num_threads: got 0, expected a number of threads",
+    ),
+    "threads kind": (
+        {"num_threads": 1.0},
+        TypeError,
+        "num_threads: got 1.0 (float), expected an int",
+    ),
+    "many threads": (
+        {"num_threads": 10**6},
+        ValueError,
+        "num_threads: got 1000000, expected a num",
+    ),
     "out kind": ({"out": [0.0]}, TypeError, "out: got list, expected a numpy.ndarray"),
-    "out shape": ({"out": zeros(2, 4, 5, 7)}, ValueError, "out: got shape (2, 4, 5, 7), expected (2,"),
-    "out dtype": ({"out": zeros(2, 4, 5, 6, dtype=float)}, TypeError, "out: got dtype float64, expec"),
-    "out read-only": ({"out": READ_ONLY}, ValueError, "out: got a read-only array, expected a writ"),
-    "out overlaps": ({"out": OVERLAPPING}, ValueError, "out: got strides (480, 120, 4, 4) that overl"),
+    "out shape": (
+        {"out": zeros(2, 4, 5, 7)},
+        ValueError,
+        "out: got shape (2, 4, 5, 7), expected (2,",
+    ),
+    "out dtype": (
+        {"out": zeros(2, 4, 5, 6, dtype=float)},
+        TypeError,
+        "out: got dtype float64, expec",
+    ),
+    "out read-only": (
+        {"out": READ_ONLY},
+        ValueError,
+        "out: got a read-only array, expected a writ",
+    ),
+    "out overlaps": (
+        {"out": OVERLAPPING},
+        ValueError,
+        "out: got strides (480, 120, 4, 4) that overl",
+    ),
     "out is q": (
         {"v": zeros(2, 2, 7, 8), "out": Q},
         ValueError,

@@ -2,12 +2,12 @@
 
 import math
 
+import numattn as na
 import numpy as np
 import pytest
 from checks import assert_close_to_reference, assert_within
-
-import numattn as na
 from numattn import _runtime
+
 
 def rows_to_judge_by(length):
     """Return a batch size that makes some thousand queries."""

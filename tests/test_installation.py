@@ -1,14 +1,13 @@
-"""Promise: every call says what it runs on; what is pinned runs, and nothing falls back silently."""
+"""Promise: what is pinned runs, nothing falls back silently, and one can ask what is in use."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numattn as na
 import numpy as np
 import pytest
-
-import numattn as na
 from numattn import _runtime
 
 WITHOUT_EXTENSION = "import sys; sys.modules['numattn._core'] = None\n"
@@ -61,7 +60,11 @@ def test_best_level_is_the_default():
         ("NUMATTN_BACKEND", "gpu", "ValueError: NUMATTN_BACKEND='gpu': expected native or numpy"),
         ("NUMATTN_NUM_THREADS", "0", "ValueError: NUMATTN_NUM_THREADS: got 0, expected"),
         ("NUMATTN_NUM_THREADS", "-1", "ValueError: NUMATTN_NUM_THREADS: got -1, expected"),
-        ("NUMATTN_NUM_THREADS", "abc", "ValueError: NUMATTN_NUM_THREADS: got 'abc' (str), expected"),
+        (
+            "NUMATTN_NUM_THREADS",
+            "abc",
+            "ValueError: NUMATTN_NUM_THREADS: got 'abc' (str), expected",
+        ),
         ("NUMATTN_NUM_THREADS", "10000", "ValueError: NUMATTN_NUM_THREADS: got 10000, expected"),
     ],
 )

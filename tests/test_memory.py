@@ -1,13 +1,12 @@
-"""Promise: scratch memory is proportional to threads and tiles, never to Lq * Lk, and is not lost."""
+"""Promise: scratch memory goes with threads and tiles, never with Lq * Lk, and is not lost."""
 
 import os
 import subprocess
 import sys
 
+import numattn as na
 import numpy as np
 import pytest
-
-import numattn as na
 from numattn import _runtime
 
 # The peak of the process before and after; arrays are made before, and touched.

@@ -1,13 +1,12 @@
 """Promise: every option means exactly one thing, alone and in any mixture."""
 
+import numattn as na
 import numpy as np
 import pytest
 import reference
 from checks import assert_close_to_reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-import numattn as na
 
 # Small arrays give few numbers to judge by; mixtures look for wrong results, not for rounding.
 LOOSE = 8
@@ -114,14 +113,21 @@ def test_empty(backend):
         return np.zeros(shape, np.float32)
 
     assert na.attention(zeros(2, 0, 4), zeros(2, 3, 4), zeros(2, 3, 5)).shape == (2, 0, 5)
-    assert na.attention(zeros(0, 2, 3, 4), zeros(0, 2, 3, 4), zeros(0, 2, 3, 4)).shape == (0, 2, 3, 4)
+    assert na.attention(zeros(0, 2, 3, 4), zeros(0, 2, 3, 4), zeros(0, 2, 3, 4)).shape == (
+        0,
+        2,
+        3,
+        4,
+    )
     assert na.attention(zeros(0, 3, 4), zeros(0, 3, 4), zeros(0, 3, 4)).shape == (0, 3, 4)
     ones = np.ones((2, 3, 4), np.float32)
     out, lse = na.attention(ones, zeros(2, 0, 4), zeros(2, 0, 5), return_lse=True)
     assert not out.any()
     assert np.all(lse == -np.inf)
     mask = np.ones((3, 0), bool)
-    out, lse = na.attention(ones, zeros(2, 0, 4), zeros(2, 0, 5), mask=mask, sinks=[1, 2], return_lse=True)
+    out, lse = na.attention(
+        ones, zeros(2, 0, 4), zeros(2, 0, 5), mask=mask, sinks=[1, 2], return_lse=True
+    )
     assert not out.any()
     np.testing.assert_array_equal(lse, [[1] * 3, [2] * 3])
 

@@ -1,9 +1,8 @@
 """Promise: the bits of a result depend on the inputs' values alone."""
 
+import numattn as na
 import numpy as np
 import pytest
-
-import numattn as na
 
 OPTIONS = {
     "plain": {},

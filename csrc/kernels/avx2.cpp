@@ -1,6 +1,5 @@
-#include "simd_avx2.h"
-
 #include "make_table.h"
+#include "simd_avx2.h"
 
 namespace numattn {
 

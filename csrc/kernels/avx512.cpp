@@ -1,6 +1,5 @@
-#include "simd_avx512.h"
-
 #include "make_table.h"
+#include "simd_avx512.h"
 
 namespace numattn {
 

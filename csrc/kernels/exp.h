@@ -56,8 +56,7 @@ typename Simd::Vec tanh(typename Simd::Vec x) {
   const auto size = Simd::abs(x);
 
   const auto exponential = exp2<Simd>(Simd::mul(size, Simd::set(2.8853900818f)));  // 2 / ln 2
-  const auto large =
-      Simd::sub(one, Simd::div(Simd::set(2.0f), Simd::add(exponential, one)));
+  const auto large = Simd::sub(one, Simd::div(Simd::set(2.0f), Simd::add(exponential, one)));
 
   const auto square = Simd::mul(size, size);
   auto series = Simd::set(-0x1.76ac1ap-8f);

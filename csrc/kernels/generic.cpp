@@ -1,6 +1,5 @@
-#include "simd_generic.h"
-
 #include "make_table.h"
+#include "simd_generic.h"
 
 namespace numattn {
 

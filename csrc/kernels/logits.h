@@ -84,8 +84,8 @@ void apply_mask(typename Simd::Scalar* logits, int64_t keys, const uint64_t* att
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       auto* const at = logits + key * kWidth + v * Simd::kLanes;
-      Simd::store(at, Simd::select_bits(attended[key] >> (v * Simd::kLanes), Simd::load(at),
-                                        masked));
+      Simd::store(at,
+                  Simd::select_bits(attended[key] >> (v * Simd::kLanes), Simd::load(at), masked));
     }
   }
 }

@@ -187,8 +187,8 @@ struct Prefill {
   // The logits are scaled before the softmax where an option wants them so, or where the scale is
   // so small that its product with a logit of -inf would not be -inf. Else the softmax scales.
   static bool scales_logits(const PrefillTask& task) {
-    return task.softcap > 0 || task.bias || task.alibi_slope != 0 ||
-           task.sink > -__builtin_inf() || __builtin_fabs(task.scale) < kSmallestScale;
+    return task.softcap > 0 || task.bias || task.alibi_slope != 0 || task.sink > -__builtin_inf() ||
+           __builtin_fabs(task.scale) < kSmallestScale;
   }
   static double softmax_scale(const PrefillTask& task) {
     return scales_logits(task) ? 1.0 : __builtin_fabs(task.scale);
@@ -220,10 +220,10 @@ struct Prefill {
                          task.window_left, task.window_right);
     }
     if (!keys.mask_is_full) {
-      keep_unmasked<kKeysPerBlock>(attended, keys.count,
-                                   task.mask + tile.first_row * task.mask_row_stride +
-                                       keys.first * task.mask_column_stride,
-                                   task.mask_row_stride, task.mask_column_stride, tile.rows);
+      keep_unmasked<kKeysPerBlock>(
+          attended, keys.count,
+          task.mask + tile.first_row * task.mask_row_stride + keys.first * task.mask_column_stride,
+          task.mask_row_stride, task.mask_column_stride, tile.rows);
     }
   }
 
@@ -238,10 +238,10 @@ struct Prefill {
       apply_softcap<Simd, kVectors>(logits, keys.count, static_cast<Scalar>(task.softcap));
     }
     if (task.bias) {
-      add_bias<Simd, kVectors>(logits, keys.count,
-                               task.bias + tile.first_row * task.bias_row_stride +
-                                   keys.first * task.bias_column_stride,
-                               task.bias_row_stride, task.bias_column_stride, tile.rows);
+      add_bias<Simd, kVectors>(
+          logits, keys.count,
+          task.bias + tile.first_row * task.bias_row_stride + keys.first * task.bias_column_stride,
+          task.bias_row_stride, task.bias_column_stride, tile.rows);
     }
     if (task.alibi_slope != 0) {
       add_alibi<Simd, kVectors>(logits, keys.count, static_cast<Scalar>(task.alibi_slope),
@@ -280,9 +280,8 @@ struct Prefill {
 
     apply_options<kVectors>(task, tile, keys, scratch.logits);
     if (masked) apply_mask<Simd, kVectors>(scratch.logits, keys.count, attended);
-    const bool keep_apart =
-        (masked || task.bias) &&
-        (tile.few() || !block_is_finite(keys.v, keys.count, task.value_dim));
+    const bool keep_apart = (masked || task.bias) &&
+                            (tile.few() || !block_is_finite(keys.v, keys.count, task.value_dim));
     if (keep_apart) {
       for (int64_t key = 0; key < keys.count; ++key) {
         attended[key] =
@@ -293,13 +292,12 @@ struct Prefill {
                                    static_cast<Scalar>(softmax_scale(task) * kLog2E), tile.maximum,
                                    tile.sum, scratch.rescale);
 
-    const ValueOperands<Scalar> values{keys.v.data, keys.v.stride, scratch.logits,
-                                       scratch.rescale};
+    const ValueOperands<Scalar> values{keys.v.data, keys.v.stride, scratch.logits, scratch.rescale};
     if (tile.few()) {
       with_rows(tile.rows, [&](auto rows) {
-        aggregate_few_queries<Simd, rows.value>(
-            keys.v.data, keys.v.stride, scratch.logits, keep_apart ? attended : nullptr,
-            keys.count, task.value_dim, scratch.rescale, tile.output);
+        aggregate_few_queries<Simd, rows.value>(keys.v.data, keys.v.stride, scratch.logits,
+                                                keep_apart ? attended : nullptr, keys.count,
+                                                task.value_dim, scratch.rescale, tile.output);
       });
     } else if (keep_apart) {
       aggregate_with_non_finite(values, steps, keys.count, task.value_dim, attended,
@@ -461,8 +459,8 @@ struct Prefill {
       const int64_t begin = keys.begin > block_begin ? keys.begin : block_begin;
       const int64_t end = keys.end < block_end ? keys.end : block_end;
       if (begin >= end) continue;
-      const TileKind kind = task.mask ? task.mask_kinds[t * task.mask_kinds_stride + block]
-                                      : TileKind::full;
+      const TileKind kind =
+          task.mask ? task.mask_kinds[t * task.mask_kinds_stride + block] : TileKind::full;
       if (kind == TileKind::empty) continue;
       if (!loaded) {
         const int64_t count = loaded_end - loaded_begin;
@@ -472,13 +470,16 @@ struct Prefill {
                       task.value_dim, scratch.v_copy);
         loaded = true;
       }
-      Keys tile_keys{k, v, loaded_begin, loaded_end - loaded_begin,
-                     keys.full_begin <= begin && end <= keys.full_end, kind == TileKind::full};
+      Keys tile_keys{k,
+                     v,
+                     loaded_begin,
+                     loaded_end - loaded_begin,
+                     keys.full_begin <= begin && end <= keys.full_end,
+                     kind == TileKind::full};
       tile_keys.skip(begin - loaded_begin);
       tile_keys.count = end - begin;
-      with_vectors(tile.vectors, [&](auto vectors) {
-        attend<vectors.value>(task, tile, scratch, tile_keys);
-      });
+      with_vectors(tile.vectors,
+                   [&](auto vectors) { attend<vectors.value>(task, tile, scratch, tile_keys); });
     }
   }
 };

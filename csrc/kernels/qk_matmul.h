@@ -30,7 +30,7 @@ struct QkOperands {
 // which is worth 5 % at 2048 causal tokens.
 template <class Simd, int kKeys, int kVectors, int kWidth>
 [[gnu::always_inline]] inline void qk_register_tile(const QkOperands<typename Simd::Scalar>& from,
-                      typename Simd::Scalar* logits) {
+                                                    typename Simd::Scalar* logits) {
   using Scalar = typename Simd::Scalar;
   constexpr int64_t kDimsPerLine = kCacheLine / static_cast<int64_t>(sizeof(Scalar));
   const Scalar* const k = from.k;

@@ -29,7 +29,7 @@ struct PrefillTask {
   const char* q;  // [row][d]
   int64_t q_row_stride, q_column_stride;
   const char* next_q;  // q of the task that this thread is likely to get next, or null: a hint
-  const char* k;  // [key][d]
+  const char* k;       // [key][d]
   int64_t k_row_stride, k_column_stride;
   const char* v;  // [key][d]
   int64_t v_row_stride, v_column_stride;
@@ -45,8 +45,8 @@ struct PrefillTask {
   const char* bias;            // [row][key] float, natural logarithms; or null
   int64_t bias_row_stride, bias_column_stride;
 
-  int64_t first_position;              // of the first row, among the keys
-  int64_t window_left, window_right;   // inclusive; causal is a right side of 0
+  int64_t first_position;             // of the first row, among the keys
+  int64_t window_left, window_right;  // inclusive; causal is a right side of 0
   TileKeys tile_keys[kMaxTilesPerBlock];
 
   double scale;

@@ -87,9 +87,8 @@ void unpack_output(const typename Simd::Scalar* output, const typename Simd::Sca
       const int64_t columns = value_dim - d < Simd::kLanes ? value_dim - d : Simd::kLanes;
       typename Simd::Vec square[Simd::kLanes];
       for (int64_t i = 0; i < Simd::kLanes; ++i) {
-        square[i] = i < columns
-                        ? Simd::mul(Simd::load(output + (d + i) * kWidth + row), row_factor)
-                        : Simd::zero();
+        square[i] = i < columns ? Simd::mul(Simd::load(output + (d + i) * kWidth + row), row_factor)
+                                : Simd::zero();
       }
       Simd::transpose(square);
       for (int64_t i = 0; i < last; ++i) {

@@ -1,5 +1,6 @@
 // The third stage: a block's weighted values, added to a tile's output,
-//   output [d][query lane] = output * rescale [query lane] + Vt [d][key] * weights [key][query lane].
+//   output [d][query lane] = output * rescale [query lane] + Vt [d][key] * weights [key][query
+//   lane].
 #pragma once
 
 #include <cstdint>
@@ -46,8 +47,9 @@ template <class Simd, int kFirst, int kDims, int kVectors>
 // The block is summed by itself before it is added: the rounding error grows with the keys of a
 // block plus the number of blocks, not with all keys.
 template <class Simd, int kDims, int kVectors>
-[[gnu::always_inline]] inline void value_register_tile(const ValueOperands<typename Simd::Scalar>& from,
-                         const KeySteps<kVectors>& steps, typename Simd::Scalar* output) {
+[[gnu::always_inline]] inline void value_register_tile(
+    const ValueOperands<typename Simd::Scalar>& from, const KeySteps<kVectors>& steps,
+    typename Simd::Scalar* output) {
   constexpr int kWidth = kVectors * Simd::kLanes;
   typename Simd::Vec sums[kDims][kVectors];
 #pragma GCC unroll 8
@@ -69,8 +71,7 @@ template <class Simd, int kDims, int kVectors>
 
 template <class Simd, int kDims, int kVectors>
 void value_last_dims(const ValueOperands<typename Simd::Scalar>& from,
-                     const KeySteps<kVectors>& steps, int64_t dims,
-                     typename Simd::Scalar* output) {
+                     const KeySteps<kVectors>& steps, int64_t dims, typename Simd::Scalar* output) {
   if constexpr (kDims > 0) {
     if (dims == kDims) {
       value_register_tile<Simd, kDims>(from, steps, output);

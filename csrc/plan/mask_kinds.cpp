@@ -78,10 +78,9 @@ MaskKinds::MaskKinds(const Problem& problem, const KernelTable& kernels)
 void MaskKinds::classify(int64_t row) {
   const Array& mask = problem_.mask;
   const int64_t first_query = row % tiles_ * rows_per_tile_;
-  const int64_t queries =
-      tiles_ == 1 && mask.row_stride == 0
-          ? 1
-          : std::min(rows_per_tile_, problem_.query_length - first_query);
+  const int64_t queries = tiles_ == 1 && mask.row_stride == 0
+                              ? 1
+                              : std::min(rows_per_tile_, problem_.query_length - first_query);
   const char* const data =
       slice_data_[static_cast<std::size_t>(row / tiles_)] + first_query * mask.row_stride;
   for (int64_t block = 0; block < blocks_; ++block) {
@@ -93,16 +92,16 @@ void MaskKinds::classify(int64_t row) {
               keys, contents);
       if (contents.some_set && contents.some_clear) break;
     }
-    kinds_[static_cast<std::size_t>(row * blocks_ + block)] =
-        !contents.some_set    ? TileKind::empty
-        : contents.some_clear ? TileKind::mixed
-                              : TileKind::full;
+    kinds_[static_cast<std::size_t>(row * blocks_ + block)] = !contents.some_set ? TileKind::empty
+                                                              : contents.some_clear
+                                                                  ? TileKind::mixed
+                                                                  : TileKind::full;
   }
 }
 
 const TileKind* MaskKinds::tile(int64_t batch_item, int64_t head, int64_t first_row) const {
-  const int64_t slice = batch_offset(problem_, batch_slice_strides_, batch_item) +
-                        (head_slices_ == 1 ? 0 : head);
+  const int64_t slice =
+      batch_offset(problem_, batch_slice_strides_, batch_item) + (head_slices_ == 1 ? 0 : head);
   const int64_t tile = tiles_ == 1 ? 0 : first_row / rows_per_tile_;
   return kinds_.data() + (slice * tiles_ + tile) * blocks_;
 }

@@ -36,10 +36,10 @@ class MaskKinds {
   const Problem& problem_;
   int64_t rows_per_tile_, keys_per_block_;
   int64_t blocks_, tiles_, slices_;
-  int64_t head_slices_;                           // per batch slice
-  int64_t batch_slice_strides_[kMaxBatchAxes];    // in slices; 0 where the mask is broadcast
-  std::vector<TileKind> kinds_;                   // [slice][tile][key block]
-  std::vector<const char*> slice_data_;           // [slice]
+  int64_t head_slices_;                         // per batch slice
+  int64_t batch_slice_strides_[kMaxBatchAxes];  // in slices; 0 where the mask is broadcast
+  std::vector<TileKind> kinds_;                 // [slice][tile][key block]
+  std::vector<const char*> slice_data_;         // [slice]
 };
 
 }  // namespace numattn

@@ -27,8 +27,8 @@ Plan::Plan(const Problem& problem, const KernelTable& kernels, const MaskKinds* 
                        static_cast<double>(problem.query_length) *
                        static_cast<double>(problem.key_length) *
                        static_cast<double>(problem.head_dim + problem.value_dim);
-  threads_ = static_cast<int>(
-      std::clamp(flops / kFlopsPerThread, 1.0, static_cast<double>(num_threads)));
+  threads_ =
+      static_cast<int>(std::clamp(flops / kFlopsPerThread, 1.0, static_cast<double>(num_threads)));
 
   // Whatever the block of queries, each of its tiles is computed in the same way: the number of
   // threads may decide here without changing a bit of the result.
@@ -48,10 +48,9 @@ Plan::Plan(const Problem& problem, const KernelTable& kernels, const MaskKinds* 
 TileKeys Plan::tile_keys(int64_t first_position, int64_t rows, int64_t valid_keys) const {
   const int64_t last_position = first_position + rows - 1;
   const auto clip = [&](int64_t key) { return std::clamp<int64_t>(key, 0, valid_keys); };
-  return {clip(first_position - problem_.window_left),
-          clip(last_position + problem_.window_right + 1),
-          clip(last_position - problem_.window_left),
-          clip(first_position + problem_.window_right + 1)};
+  return {
+      clip(first_position - problem_.window_left), clip(last_position + problem_.window_right + 1),
+      clip(last_position - problem_.window_left), clip(first_position + problem_.window_right + 1)};
 }
 
 Plan::Place Plan::place(int64_t item) const {
@@ -107,8 +106,8 @@ PrefillTask Plan::task(int64_t item) const {
 
   const int64_t valid_keys =
       problem_.kv_lengths ? problem_.kv_lengths[batch_item] : problem_.key_length;
-  const int64_t offset = problem_.q_offset ? problem_.q_offset[batch_item]
-                                           : valid_keys - problem_.query_length;
+  const int64_t offset =
+      problem_.q_offset ? problem_.q_offset[batch_item] : valid_keys - problem_.query_length;
   task.first_position = offset + first_row;
   task.window_left = problem_.window_left;
   task.window_right = problem_.window_right;

@@ -288,7 +288,7 @@ def _check_overlap(out: Array, inputs: dict[str, Any]) -> None:
 
 def _shares_memory(a: Array, b: Array) -> bool:
     try:
-        return np.shares_memory(a, b, max_work=10_000)
+        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 

@@ -43,7 +43,7 @@ cdef extern from "attention.h" namespace "numattn" nogil:
         const double* alibi_slopes
         const double* sinks
 
-    cpdef enum class Status:
+    cdef enum class Status:
         done
         out_of_memory
         interrupted

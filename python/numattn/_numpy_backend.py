@@ -104,9 +104,9 @@ def _attend(a: Arguments, batch_item: tuple[int, ...], kv_heads: slice, rows: sl
 def _aggregate(weights: Array, v: Array, attend: Array) -> Array:
     finite = np.isfinite(v)
     if finite.all() or attend.all():
-        return np.matmul(weights, v)
+        return np.matmul(weights, v)  # type: ignore[no-any-return]
     # A weight of 0 would carry a NaN or an infinity into queries that mask its key.
-    out = np.matmul(weights, np.where(finite, v, 0))
+    out: Array = np.matmul(weights, np.where(finite, v, 0))
     attend = np.broadcast_to(attend, weights.shape)
     for key in np.flatnonzero(~finite.all(axis=(0, 1, 3))):
         column = weights[..., key, np.newaxis] * v[..., key, np.newaxis, :]

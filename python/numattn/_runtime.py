@@ -45,7 +45,7 @@ def _load_native() -> tuple[ModuleType | None, str]:
         message += _INSTALL_ADVICE + ". NUMATTN_BACKEND=numpy silences this."
         warnings.warn(message, RuntimeWarning, stacklevel=4)
         return None, f"the compiled kernels are missing ({error})"
-    return _core, wanted and "NUMATTN_BACKEND=native" or "the compiled kernels are there"
+    return _core, (wanted and "NUMATTN_BACKEND=native") or "the compiled kernels are there"
 
 
 def _choose_isa() -> str:
@@ -176,7 +176,9 @@ def runtime_info() -> dict[str, Any]:
             "reason": isa_reason,
         },
         "dtypes": [] if native is None else list(NATIVE_DTYPES),
-        "cpu": (platform.processor() or platform.machine()) if native is None else native.cpu_name(),
+        "cpu": (platform.processor() or platform.machine())
+        if native is None
+        else native.cpu_name(),
         "cpus": os.cpu_count() if native is None else native.usable_cpus(),
         "num_threads": _num_threads,
         "num_threads_reason": _num_threads_reason,

@@ -10,29 +10,38 @@
 namespace numattn {
 namespace {
 
+// highest [lane] is raised to the largest logit [key][lane] of a block.
+template <class Simd, int kVectors>
+void find_highest(const typename Simd::Scalar* logits, int64_t keys,
+                  typename Simd::Scalar* highest) {
+  constexpr int kWidth = kVectors * Simd::kLanes;
+  typename Simd::Vec so_far[kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) so_far[v] = Simd::load(highest + v * Simd::kLanes);
+  for (int64_t key = 0; key < keys; ++key) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      so_far[v] = Simd::max(so_far[v], Simd::load(logits + key * kWidth + v * Simd::kLanes));
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) Simd::store(highest + v * Simd::kLanes, so_far[v]);
+}
+
 // In place, logits [key][lane], where a masked one is -inf, become the weights
 //   exp2(factor * (logit - maximum)) [key][lane],
 // which are exactly 0 where masked; factor > 0 has the scale in it. Scaling the difference, and
 // not the queries or the logits, is what keeps the error below that of the plain computation: the
 // difference of near logits is exact, and so is the maximum.
-// maximum [lane], of logits, and sum [lane] run over all blocks of a tile; rescale [lane] is the
-// factor by which what was summed under the former maximum has to shrink.
+// highest [lane] is the largest logit so far, this block included. maximum [lane], the same before
+// this block, and sum [lane] run over all blocks of a tile; rescale [lane] is the factor by which
+// what was summed under the former maximum has to shrink.
 template <class Simd, int kVectors>
 void masked_softmax(typename Simd::Scalar* logits, int64_t keys, typename Simd::Scalar factor,
-                    typename Simd::Scalar* maximum, typename Simd::Scalar* sum,
-                    typename Simd::Scalar* rescale) {
+                    const typename Simd::Scalar* highest, typename Simd::Scalar* maximum,
+                    typename Simd::Scalar* sum, typename Simd::Scalar* rescale) {
   constexpr int kWidth = kVectors * Simd::kLanes;
   const auto masked = Simd::set(-__builtin_inff());
-  typename Simd::Vec highest[kVectors];
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) highest[v] = Simd::load(maximum + v * Simd::kLanes);
-  for (int64_t key = 0; key < keys; ++key) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      highest[v] = Simd::max(highest[v], Simd::load(logits + key * kWidth + v * Simd::kLanes));
-    }
-  }
-
   const auto scale = Simd::set(factor);
   typename Simd::Vec base[kVectors];
   typename Simd::Vec block_sum[kVectors];
@@ -40,11 +49,12 @@ void masked_softmax(typename Simd::Scalar* logits, int64_t keys, typename Simd::
   for (int v = 0; v < kVectors; ++v) {
     const int lane = v * Simd::kLanes;
     // A lane that has attended to nothing yet subtracts 0: -inf - -inf would be NaN.
-    base[v] = Simd::select_equal(highest[v], masked, Simd::zero(), highest[v]);
+    const auto now = Simd::load(highest + lane);
+    base[v] = Simd::select_equal(now, masked, Simd::zero(), now);
     block_sum[v] = Simd::zero();
     const auto difference = Simd::sub(Simd::load(maximum + lane), base[v]);
     Simd::store(rescale + lane, exp2<Simd>(Simd::mul(difference, scale)));
-    Simd::store(maximum + lane, highest[v]);
+    Simd::store(maximum + lane, now);
   }
   for (int64_t key = 0; key < keys; ++key) {
     auto* const at = logits + key * kWidth;

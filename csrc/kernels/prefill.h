@@ -64,6 +64,7 @@ struct Prefill {
     int tile_count;
     Scalar* logits;         // [key][lane], then weights
     Scalar* rescale;        // [lane]
+    Scalar* highest;        // [lane]
     Scalar* k_copy;         // [key][d]
     Scalar* v_copy;         // [key][d]
     Scalar* finite_values;  // [key][d]
@@ -75,6 +76,7 @@ struct Prefill {
     Scratch scratch{};
     scratch.logits = arena.take(int64_t{kKeysPerBlock} * kRowsPerTile);
     scratch.rescale = arena.take(kRowsPerTile);
+    scratch.highest = arena.take(kRowsPerTile);
     for (int64_t row = 0; row < rows; row += kRowsPerTile) {
       Tile& tile = scratch.tiles[scratch.tile_count++];
       tile.first_row = row;
@@ -267,6 +269,11 @@ struct Prefill {
 
     const auto steps = key_steps<kVectors, Simd::kLanes>(
         task.first_position + tile.first_row + task.window_right + 1 - keys.first, keys.count);
+    // Options and masks change logits: then the highest are looked for when that is done.
+    const bool final_logits = !masked && !scales_logits(task) && !tile.few();
+    for (int lane = 0; lane < kVectors * Simd::kLanes; lane += Simd::kLanes) {
+      Simd::store(scratch.highest + lane, Simd::load(tile.maximum + lane));
+    }
     if (tile.few()) {
       with_rows(tile.rows, [&](auto rows) {
         qk_few_queries<Simd, rows.value>(keys.k.data, keys.k.stride, tile.queries, keys.count,
@@ -274,7 +281,7 @@ struct Prefill {
       });
     } else {
       qk_matmul<Simd>({keys.k.data, keys.k.stride, distance(keys.k, keys.v), tile.queries,
-                       task.head_dim, false},
+                       task.head_dim, false, final_logits ? scratch.highest : nullptr},
                       steps, scratch.logits);
     }
 
@@ -288,9 +295,12 @@ struct Prefill {
             lanes_that_attend<Simd, kVectors>(scratch.logits + key * kVectors * Simd::kLanes);
       }
     }
+    if (!final_logits) {
+      find_highest<Simd, kVectors>(scratch.logits, keys.count, scratch.highest);
+    }
     masked_softmax<Simd, kVectors>(scratch.logits, keys.count,
-                                   static_cast<Scalar>(softmax_scale(task) * kLog2E), tile.maximum,
-                                   tile.sum, scratch.rescale);
+                                   static_cast<Scalar>(softmax_scale(task) * kLog2E),
+                                   scratch.highest, tile.maximum, tile.sum, scratch.rescale);
 
     const ValueOperands<Scalar> values{keys.v.data, keys.v.stride, scratch.logits, scratch.rescale};
     if (tile.few()) {
@@ -406,7 +416,6 @@ struct Prefill {
     const int64_t end_block = (end_key + kKeysPerBlock - 1) / kKeysPerBlock;
     for (int64_t block = begin_key / kKeysPerBlock; block < end_block; ++block) {
       if (task.should_stop(task.stop_context)) return false;
-      fetch_what_comes_next(task, end_block - block - 1);
       attend_block(task, scratch, block);
     }
 
@@ -415,25 +424,6 @@ struct Prefill {
       with_vectors(tile.vectors, [&](auto vectors) { finish<vectors.value>(task, tile); });
     }
     return true;
-  }
-
-  // Rows of `out` and of the next queries are each touched once, and far from the cache. Fetching
-  // them during the last blocks is worth 4 % at 512 keys.
-  static void fetch_what_comes_next(const PrefillTask& task, int64_t blocks_left) {
-    constexpr int64_t kBlocks = 4;
-    if (blocks_left >= kBlocks) return;
-    constexpr auto kSize = static_cast<int64_t>(sizeof(Scalar));
-    const int64_t begin = task.rows * (kBlocks - 1 - blocks_left) / kBlocks;
-    const int64_t end = task.rows * (kBlocks - blocks_left) / kBlocks;
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t byte = 0; byte < task.value_dim * kSize; byte += kCacheLine) {
-        __builtin_prefetch(task.out + row * task.out_row_stride + byte, 1, 2);
-      }
-      if (!task.next_q) continue;
-      for (int64_t byte = 0; byte < task.head_dim * kSize; byte += kCacheLine) {
-        __builtin_prefetch(task.next_q + row * task.q_row_stride + byte, 0, 2);
-      }
-    }
   }
 
   static void attend_block(const PrefillTask& task, const Scratch& scratch, int64_t block) {

@@ -19,7 +19,8 @@ struct QkOperands {
   int64_t v_distance;     // bytes from a key's row of K to its row of V, to be fetched; or 0
   const Scalar* queries;  // [d][lane]
   int64_t dims;
-  bool add;  // to the logits, instead of replacing them
+  bool add;         // to the logits, instead of replacing them
+  Scalar* highest;  // [lane], raised to the largest logit; or null
 };
 
 // One register tile: kKeys keys, with one broadcast per (key, d), against kVectors vectors of
@@ -75,8 +76,17 @@ template <class Simd, int kKeys, int kVectors, int kWidth>
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) {
       Scalar* const to = logits + key * kWidth + i * Simd::kLanes;
-      Simd::store(to, add ? Simd::add(Simd::load(to), sums[key][i]) : sums[key][i]);
+      if (add) sums[key][i] = Simd::add(Simd::load(to), sums[key][i]);
+      Simd::store(to, sums[key][i]);
     }
+  }
+  if (!from.highest) return;
+#pragma GCC unroll 8
+  for (int i = 0; i < kVectors; ++i) {
+    auto highest = Simd::load(from.highest + i * Simd::kLanes);
+#pragma GCC unroll 8
+    for (int key = 0; key < kKeys; ++key) highest = Simd::max(highest, sums[key][i]);
+    Simd::store(from.highest + i * Simd::kLanes, highest);
   }
 }
 
@@ -116,6 +126,7 @@ void qk_steps(QkOperands<typename Simd::Scalar> from, const KeySteps<kVectors>& 
   }
   if constexpr (kFirst + 1 < kVectors) {
     from.queries += Simd::kLanes;
+    if (from.highest) from.highest += Simd::kLanes;
     qk_steps<Simd, kFirst + 1>(from, steps, logits + keys * kWidth + Simd::kLanes);
   }
 }
@@ -124,11 +135,14 @@ void qk_steps(QkOperands<typename Simd::Scalar> from, const KeySteps<kVectors>& 
 template <class Simd, int kVectors>
 void qk_matmul(QkOperands<typename Simd::Scalar> from, const KeySteps<kVectors>& steps,
                typename Simd::Scalar* logits) {
+  using Scalar = typename Simd::Scalar;
   constexpr int kWidth = kVectors * Simd::kLanes;
   // Long vectors are summed in pieces, so that the rounding error doesn't grow with all of them.
   constexpr int64_t kDimsPerSum = Simd::kFusedMultiplyAdd ? 192 : 32;
+  Scalar* const highest = from.highest;
   for (int64_t left = from.dims; left > 0; left -= kDimsPerSum) {
     from.dims = left < kDimsPerSum ? left : kDimsPerSum;
+    from.highest = left <= kDimsPerSum ? highest : nullptr;
     qk_steps<Simd, 0>(from, steps, logits);
     from.k += kDimsPerSum;
     from.queries += kDimsPerSum * kWidth;

@@ -28,8 +28,7 @@ struct PrefillTask {
   // Each points at the task's first row; k, v, mask and bias at key 0.
   const char* q;  // [row][d]
   int64_t q_row_stride, q_column_stride;
-  const char* next_q;  // q of the task that this thread is likely to get next, or null: a hint
-  const char* k;       // [key][d]
+  const char* k;  // [key][d]
   int64_t k_row_stride, k_column_stride;
   const char* v;  // [key][d]
   int64_t v_row_stride, v_column_stride;

@@ -80,9 +80,6 @@ PrefillTask Plan::task(int64_t item) const {
   task.q = address(problem_.q, here);
   task.q_row_stride = problem_.q.row_stride;
   task.q_column_stride = problem_.q.column_stride;
-  // Threads take turns as long as items take the same time.
-  const int64_t next = item + threads_;
-  task.next_q = next < items_ ? address(problem_.q, place(next)) : nullptr;
   task.k = address(problem_.k, keys);
   task.k_row_stride = problem_.k.row_stride;
   task.k_column_stride = problem_.k.column_stride;

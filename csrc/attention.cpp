@@ -40,7 +40,8 @@ struct Prefilling {
 bool prefill(void* context, int64_t item, StopCheck& stop) {
   auto& prefilling = *static_cast<Prefilling*>(context);
   PrefillTask task = prefilling.plan.task(item);
-  task.scratch = thread_scratch(prefilling.scratch_bytes);
+  const ThreadScratch scratch(prefilling.scratch_bytes);
+  task.scratch = scratch.data();
   if (!task.scratch) {
     prefilling.out_of_memory.store(true, std::memory_order_relaxed);
     return false;
@@ -50,9 +51,10 @@ bool prefill(void* context, int64_t item, StopCheck& stop) {
   return prefilling.kernels.prefill(task);
 }
 
-}  // namespace
+// Beyond any memory, and small enough that the sizes of a tile's scratch do not overflow.
+constexpr int64_t kMaxDim = int64_t{1} << 40;
 
-Status attention(const Problem& problem, const Execution& execution) try {
+Status attention_of_some(const Problem& problem, const Execution& execution) {
   const KernelTable& kernels = active_kernels();
   std::optional<MaskKinds> mask_kinds;
   if (problem.mask.data) {
@@ -67,6 +69,16 @@ Status attention(const Problem& problem, const Execution& execution) try {
       run({prefill, &prefilling, plan.items(), plan.threads(), execution.interrupted});
   if (done) return Status::done;
   return prefilling.out_of_memory ? Status::out_of_memory : Status::interrupted;
+}
+
+}  // namespace
+
+Status attention(const Problem& problem, const Execution& execution) try {
+  bool empty = problem.query_heads == 0 || problem.query_length == 0;
+  for (int axis = 0; axis < problem.batch_axes; ++axis) empty |= problem.batch_shape[axis] == 0;
+  if (empty) return Status::done;
+  if (problem.head_dim > kMaxDim || problem.value_dim > kMaxDim) return Status::out_of_memory;
+  return attention_of_some(problem, execution);
 } catch (const std::bad_alloc&) {
   return Status::out_of_memory;
 } catch (const std::length_error&) {

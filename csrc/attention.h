@@ -6,8 +6,9 @@
 // (batch..., query_heads, query_length, key_length). All have the same batch axes: what is
 // broadcast has a stride of 0.
 // Strides are in bytes, of any sign, and 0 where an input is broadcast. Elements may be unaligned.
-// The caller allocates every array, outputs included. Outputs overlap neither themselves nor an
-// input. Inputs are only read, and only where a query attends (masked keys may be uninitialised).
+// The caller allocates every array, outputs included, and leaves them alone until the call is over.
+// Outputs overlap neither themselves nor an input. Keys and values that no query attends to don't
+// get into a result (they may be uninitialised), and those beyond kv_lengths are not read.
 // The caller has checked the arguments: nothing here is checked again.
 #pragma once
 

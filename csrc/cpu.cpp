@@ -24,8 +24,9 @@ std::string cpu_name() {
     name.append(reinterpret_cast<const char*>(words), sizeof(words));
   }
   name.erase(std::find(name.begin(), name.end(), '\0'), name.end());
-  const auto last = name.find_last_not_of(' ');
-  return last == std::string::npos ? "x86-64" : name.substr(name.find_first_not_of(' '), last + 1);
+  const auto first = name.find_first_not_of(' ');
+  if (first == std::string::npos) return "x86-64";
+  return name.substr(first, name.find_last_not_of(' ') + 1 - first);
 }
 
 // The compiler's run-time library asks CPUID and whether the operating system saves the registers.

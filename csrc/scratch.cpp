@@ -5,23 +5,41 @@
 namespace numattn {
 namespace {
 
-struct Scratch {
+void* allocate(int64_t bytes) {
+  return std::aligned_alloc(64, static_cast<std::size_t>((bytes + 63) / 64 * 64));
+}
+
+struct Kept {
   void* data = nullptr;
   int64_t size = 0;
-  ~Scratch() { std::free(data); }
+  bool in_use = false;
+  ~Kept() { std::free(data); }
 };
+
+thread_local Kept kept;
 
 }  // namespace
 
-void* thread_scratch(int64_t bytes) {
-  thread_local Scratch scratch;
-  if (bytes > scratch.size) {
-    std::free(scratch.data);
-    const int64_t size = (bytes + 63) / 64 * 64;
-    scratch.data = std::aligned_alloc(64, static_cast<std::size_t>(size));
-    scratch.size = scratch.data ? size : 0;
+ThreadScratch::ThreadScratch(int64_t bytes) : is_kept_(!kept.in_use) {
+  if (!is_kept_) {
+    data_ = allocate(bytes);
+    return;
   }
-  return scratch.data;
+  kept.in_use = true;
+  if (bytes > kept.size) {
+    std::free(kept.data);
+    kept.data = allocate(bytes);
+    kept.size = kept.data ? bytes : 0;
+  }
+  data_ = kept.data;
+}
+
+ThreadScratch::~ThreadScratch() {
+  if (is_kept_) {
+    kept.in_use = false;
+  } else {
+    std::free(data_);
+  }
 }
 
 }  // namespace numattn

@@ -5,8 +5,21 @@
 
 namespace numattn {
 
-// At least `bytes` bytes, aligned to 64, of the calling thread: valid until that thread asks
-// again or ends. Null if the memory cannot be had.
-void* thread_scratch(int64_t bytes);
+// Scratch of the calling thread for as long as the object lives. A thread that asks while it
+// holds some (a signal handler that computes during a computation) gets other memory.
+class ThreadScratch {
+ public:
+  explicit ThreadScratch(int64_t bytes);
+  ~ThreadScratch();
+  ThreadScratch(const ThreadScratch&) = delete;
+  ThreadScratch& operator=(const ThreadScratch&) = delete;
+
+  // Aligned to 64 bytes; null if the memory cannot be had.
+  void* data() const { return data_; }
+
+ private:
+  void* data_;
+  bool is_kept_;
+};
 
 }  // namespace numattn

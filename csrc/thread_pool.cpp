@@ -75,7 +75,7 @@ class Pool {
       jobs_.push_back(&running);
       jobs_posted_.fetch_add(1, std::memory_order_release);
     }
-    work_ready_.notify_all();
+    for (int i = 0; i < helpers_wanted; ++i) work_ready_.notify_one();
     work_on(running, running.job.interrupted);
     {
       std::lock_guard lock(mutex_);
@@ -209,7 +209,9 @@ bool run(const Job& job) {
   } else {
     work_on(running, job.interrupted);
   }
-  return running.items_done.load(std::memory_order_relaxed) == job.items;
+  // An interrupt may have been noticed when all items were done: it is one all the same.
+  return !running.stop.load(std::memory_order_relaxed) &&
+         running.items_done.load(std::memory_order_relaxed) == job.items;
 }
 
 }  // namespace numattn

@@ -130,3 +130,89 @@ def test_ctrl_c(isa, num_threads):
     assert time.monotonic() - sent[0] < 1
     thread.join()
     assert np.isfinite(na.attention(q, q, q)).all()
+
+
+def test_computing_in_a_signal_handler(arrays):
+    """Scratch that a computation uses is not given away to one inside of it."""
+    q, k, v = arrays(hq=4, lq=3000, d=64)
+    expected = na.attention(q, k, v, num_threads=1)
+    small = arrays(hq=2, lq=300, d=200)
+    handled = []
+
+    def handle(signum, frame):
+        handled.append(na.attention(*small, num_threads=1))
+
+    before = signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    try:
+        for _ in range(10):
+            np.testing.assert_array_equal(na.attention(q, k, v, num_threads=1), expected)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert handled
+    for result in handled:
+        np.testing.assert_array_equal(result, handled[0])
+
+
+def test_lengths_that_change_meanwhile(arrays):
+    q, k, v = arrays(2, hq=4, lq=500)
+    lengths = np.array([500, 100])
+    expected = na.attention(q, k, v, kv_lengths=lengths)
+    stop = threading.Event()
+
+    def change():
+        while not stop.is_set():
+            lengths[:] = 2**40
+            lengths[:] = 500, 100
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    try:
+        for _ in range(100):
+            try:
+                out = na.attention(q, k, v, kv_lengths=lengths)
+            except ValueError:
+                continue
+            np.testing.assert_array_equal(out[0], expected[0])
+    finally:
+        stop.set()
+        changer.join()
+
+
+def test_exit_in_the_middle_of_a_long_call():
+    """The interpreter goes away slowly while a daemon thread computes for seconds."""
+    code = """
+import threading, time, numpy as np, numattn as na
+class Slow:
+    def __del__(self):
+        time.sleep(0.5)
+slow = Slow()
+q = np.ones((8, 64, 64), np.float32)
+k = np.lib.stride_tricks.as_strided(q, (8, 2**24, 64), (0, 0, 4))
+threading.Thread(target=lambda: na.attention(q, k, k, num_threads=2), daemon=True).start()
+time.sleep(0.3)
+print("fine", flush=True)
+"""
+    result = run_python(code)
+    assert result.stdout == "fine\n"
+    assert result.returncode == 0, result.stderr
+
+
+def test_ctrl_c_at_any_moment(arrays):
+    """An interrupt that comes as the last item is done is no other error."""
+    q, k, v = arrays(hq=4, lq=1000, d=64)
+    interrupted = 0
+    for n in range(60):
+        signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.0002 * n)
+        before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.0002 * n)
+            for _ in range(100):
+                na.attention(q, k, v, num_threads=1 + n % 2)
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    assert interrupted == 60

@@ -6,6 +6,7 @@ import re
 import numattn as na
 import numpy as np
 import pytest
+from conftest import BACKENDS
 
 
 def zeros(*shape, dtype=np.float32):
@@ -95,7 +96,7 @@ CASES = {
     "scale overflow": (
         {"scale": 1e39},
         ValueError,
-        "scale: got 1e+39, expected numbers that do not",
+        "scale: got 1e+39, expected a number with which",
     ),
     "huge int scale": ({"scale": 10**400}, ValueError, "scale: got 1"),
     "scale kind": ({"scale": "1"}, TypeError, "scale: got '1' (str), expected a real number"),
@@ -103,7 +104,17 @@ CASES = {
     "zero softcap": ({"softcap": 0}, ValueError, "softcap: got 0, expected a positive number"),
     "negative softcap": ({"softcap": -2.0}, ValueError, "softcap: got -2.0, expected a positive"),
     "NaN softcap": ({"softcap": np.nan}, ValueError, "softcap: got nan, expected a finite number"),
-    "tiny softcap": ({"softcap": 1e-45}, ValueError, "scale: got"),
+    "tiny softcap": ({"softcap": 1e-45}, ValueError, "softcap: got 1e-45, expected a number"),
+    "huge softcap": ({"softcap": 3e38}, ValueError, "softcap: got 3e+38, expected a number"),
+    "none": ({"q": None}, TypeError, "q: got NoneType, expected an array"),
+    "huge sink": ({"sinks": [0, 1e39, 0, 0]}, ValueError, "sinks: got 1e+39 for head 1, expected"),
+    "huge slope": ({"alibi_slopes": [-1e39] * 4}, ValueError, "alibi_slopes: got -1e+39 for head 0"),
+    "layout kind": ({"layout": 5}, TypeError, "layout: got int, expected a str"),
+    "out byte order": (
+        {"out": zeros(2, 4, 5, 6, dtype=">f4")},
+        TypeError,
+        "out: got dtype float32 of foreign byte order, expected float32 as in q",
+    ),
     "negative length": (
         {"kv_lengths": [-1, 3]},
         ValueError,
@@ -200,7 +211,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", ["numpy", "avx2"], indirect=True)
+@pytest.mark.parametrize("backend", ["numpy", BACKENDS[-1]], indirect=True)
 def test_bad_arguments(backend, name):
     arguments, error, message = CASES[name]
     arguments = {"q": Q, "k": K, "v": V} | arguments
@@ -222,8 +233,11 @@ def test_too_large_a_result(backend):
     with pytest.raises((ValueError, MemoryError)):
         na.attention(huge, huge, huge)
     wide = np.lib.stride_tricks.as_strided(zeros(1), (1, 1, 2**45), (0, 0, 4))
-    with pytest.raises(MemoryError):
+    with pytest.raises(ValueError, match="^v: got shape"):
         na.attention(zeros(1, 1, 1), zeros(1, 1, 1), wide)
+    deep = np.lib.stride_tricks.as_strided(zeros(1), (1, 1, 2**55), (0, 0, 0))
+    with pytest.raises(ValueError, match="^q: got shape"):
+        na.attention(deep, deep, zeros(1, 1, 4))
 
 
 def test_thread_counts():

@@ -30,12 +30,6 @@ def run_python(code, **environment):
     )  # fmt: skip
 
 
-def test_a_required_extension_is_there():
-    """Where NUMATTN_BACKEND=native is set, as in `make test`, this runs on the kernels."""
-    if os.environ.get("NUMATTN_BACKEND") == "native":
-        assert na.runtime_info()["backend"] == "native"
-
-
 @needs_native
 def test_every_level_of_this_cpu_can_be_pinned():
     for name, available in _runtime.native.isa_names().items():

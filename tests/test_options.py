@@ -120,6 +120,10 @@ def test_empty(backend):
         4,
     )
     assert na.attention(zeros(0, 3, 4), zeros(0, 3, 4), zeros(0, 3, 4)).shape == (0, 3, 4)
+    none = zeros(0, 2, 3, 4)
+    for shape in ((3, 3), (0, 2, 3, 3)):
+        mask, bias = np.ones(shape, bool), zeros(*shape)
+        assert na.attention(none, none, none, mask=mask, bias=bias).shape == none.shape
     ones = np.ones((2, 3, 4), np.float32)
     out, lse = na.attention(ones, zeros(2, 0, 4), zeros(2, 0, 5), return_lse=True)
     assert not out.any()
@@ -167,6 +171,15 @@ def test_masked_keys_are_not_read(backend, arrays, name, bad, in_memory):
     assert np.isfinite(lse[:, seen]).all()
     if "some" in name:
         assert np.isnan(out[:, 45:]).all()
+
+
+def test_a_value_shows_wherever_its_key_is_attended_to(backend, arrays):
+    """Also where the key's logit is -inf, in full tiles and in mixed ones."""
+    q, k, v = arrays(hq=1, lq=200, lk=200)
+    q, k[0, 5], v[0, 5] = np.abs(q) + 1, -np.inf, np.nan
+    out = na.attention(q, k, v, is_causal=True)
+    assert np.isfinite(out[0, :5]).all()
+    assert np.isnan(out[0, 5:]).all()
 
 
 def test_attended_nan_shows(backend, arrays):

@@ -90,17 +90,5 @@ void apply_mask(typename Simd::Scalar* logits, int64_t keys, const uint64_t* att
   }
 }
 
-// The lanes, as bits, whose logit for a key is not -inf.
-template <class Simd, int kVectors>
-uint64_t lanes_that_attend(const typename Simd::Scalar* key_logits) {
-  const auto masked = Simd::set(-__builtin_inff());
-  uint64_t bits = 0;
-  for (int v = 0; v < kVectors; ++v) {
-    bits |= Simd::bits_not_equal(Simd::load(key_logits + v * Simd::kLanes), masked)
-            << (v * Simd::kLanes);
-  }
-  return bits;
-}
-
 }  // namespace
 }  // namespace numattn

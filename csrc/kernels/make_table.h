@@ -22,7 +22,6 @@ void exp2_array(const float* x, float* y, int64_t count) {
 template <class Simd>
 constexpr KernelTable make_table(const char* isa, int max_tiles_per_block) {
   return {isa,
-          Simd::kLanes,
           Prefill<Simd>::kRowsPerTile,
           kKeysPerBlock,
           max_tiles_per_block,

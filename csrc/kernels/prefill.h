@@ -1,5 +1,6 @@
-// Attention for tiles of many queries. The lanes of every vector are queries; keys come in
-// blocks, and each block goes through the three stages for each tile before the next one is read.
+// Attention for tiles of queries: keys come in blocks, and each block goes through the three
+// stages for each tile before the next one is read. The lanes of every vector are queries, unless
+// a tile has so few that its first and third stage are those of few_queries.h.
 #pragma once
 
 #include <cstdint>
@@ -229,6 +230,10 @@ struct Prefill {
     }
   }
 
+  static const char* bias_of(const PrefillTask& task, const Tile& tile, const Keys& keys) {
+    return task.bias + tile.first_row * task.bias_row_stride + keys.first * task.bias_column_stride;
+  }
+
   template <int kVectors>
   static void apply_options(const PrefillTask& task, const Tile& tile, const Keys& keys,
                             Scalar* logits) {
@@ -240,10 +245,8 @@ struct Prefill {
       apply_softcap<Simd, kVectors>(logits, keys.count, static_cast<Scalar>(task.softcap));
     }
     if (task.bias) {
-      add_bias<Simd, kVectors>(
-          logits, keys.count,
-          task.bias + tile.first_row * task.bias_row_stride + keys.first * task.bias_column_stride,
-          task.bias_row_stride, task.bias_column_stride, tile.rows);
+      add_bias<Simd, kVectors>(logits, keys.count, bias_of(task, tile, keys), task.bias_row_stride,
+                               task.bias_column_stride, tile.rows);
     }
     if (task.alibi_slope != 0) {
       add_alibi<Simd, kVectors>(logits, keys.count, static_cast<Scalar>(task.alibi_slope),
@@ -290,9 +293,12 @@ struct Prefill {
     const bool keep_apart = (masked || task.bias) &&
                             (tile.few() || !block_is_finite(keys.v, keys.count, task.value_dim));
     if (keep_apart) {
-      for (int64_t key = 0; key < keys.count; ++key) {
-        attended[key] =
-            lanes_that_attend<Simd, kVectors>(scratch.logits + key * kVectors * Simd::kLanes);
+      if (!masked) {
+        for (int64_t key = 0; key < keys.count; ++key) attended[key] = lowest_bits(tile.rows);
+      }
+      if (task.bias) {
+        keep_unbiased<Scalar>(attended, keys.count, bias_of(task, tile, keys), task.bias_row_stride,
+                              task.bias_column_stride, tile.rows);
       }
     }
     if (!final_logits) {
@@ -426,50 +432,54 @@ struct Prefill {
     return true;
   }
 
-  static void attend_block(const PrefillTask& task, const Scratch& scratch, int64_t block) {
-    const int64_t block_begin = block * kKeysPerBlock;
-    const int64_t block_end = block_begin + kKeysPerBlock;
-    KeyBlock<Scalar> k{}, v{};
-    int64_t loaded_begin = 0, loaded_end = 0;
-    // All tiles see the same keys of the block in memory; what a tile attends to is cut out.
-    for (int t = 0; t < scratch.tile_count; ++t) {
-      const TileKeys& keys = task.tile_keys[t];
-      const int64_t begin = keys.begin > block_begin ? keys.begin : block_begin;
-      const int64_t end = keys.end < block_end ? keys.end : block_end;
-      if (begin >= end) continue;
-      if (loaded_begin == loaded_end || begin < loaded_begin) loaded_begin = begin;
-      if (end > loaded_end) loaded_end = end;
-    }
-    if (loaded_begin == loaded_end) return;
+  struct KeyRange {
+    int64_t begin, end;
+    bool empty() const { return begin >= end; }
+  };
 
-    bool loaded = false;
+  static KeyRange keys_in_block(const TileKeys& keys, int64_t block) {
+    const int64_t begin = block * kKeysPerBlock;
+    const int64_t end = begin + kKeysPerBlock;
+    return {keys.begin > begin ? keys.begin : begin, keys.end < end ? keys.end : end};
+  }
+
+  // What any tile attends to. Other keys of the block may not even be there.
+  static KeyRange keys_of_all_tiles(const PrefillTask& task, int tile_count, int64_t block) {
+    KeyRange all{INT64_MAX, 0};
+    for (int t = 0; t < tile_count; ++t) {
+      const KeyRange range = keys_in_block(task.tile_keys[t], block);
+      if (range.empty()) continue;
+      if (range.begin < all.begin) all.begin = range.begin;
+      if (range.end > all.end) all.end = range.end;
+    }
+    return all;
+  }
+
+  static void attend_block(const PrefillTask& task, const Scratch& scratch, int64_t block) {
+    const KeyRange all = keys_of_all_tiles(task, scratch.tile_count, block);
+    Keys loaded{};
     for (int t = 0; t < scratch.tile_count; ++t) {
-      const Tile& tile = scratch.tiles[t];
-      const TileKeys& keys = task.tile_keys[t];
-      const int64_t begin = keys.begin > block_begin ? keys.begin : block_begin;
-      const int64_t end = keys.end < block_end ? keys.end : block_end;
-      if (begin >= end) continue;
+      const KeyRange range = keys_in_block(task.tile_keys[t], block);
       const TileKind kind =
           task.mask ? task.mask_kinds[t * task.mask_kinds_stride + block] : TileKind::full;
-      if (kind == TileKind::empty) continue;
-      if (!loaded) {
-        const int64_t count = loaded_end - loaded_begin;
-        k = key_block(task.k, task.k_row_stride, task.k_column_stride, loaded_begin, count,
-                      task.head_dim, scratch.k_copy);
-        v = key_block(task.v, task.v_row_stride, task.v_column_stride, loaded_begin, count,
-                      task.value_dim, scratch.v_copy);
-        loaded = true;
+      if (range.empty() || kind == TileKind::empty) continue;
+      if (loaded.count == 0) {
+        loaded.first = all.begin;
+        loaded.count = all.end - all.begin;
+        loaded.k = key_block(task.k, task.k_row_stride, task.k_column_stride, loaded.first,
+                             loaded.count, task.head_dim, scratch.k_copy);
+        loaded.v = key_block(task.v, task.v_row_stride, task.v_column_stride, loaded.first,
+                             loaded.count, task.value_dim, scratch.v_copy);
       }
-      Keys tile_keys{k,
-                     v,
-                     loaded_begin,
-                     loaded_end - loaded_begin,
-                     keys.full_begin <= begin && end <= keys.full_end,
-                     kind == TileKind::full};
-      tile_keys.skip(begin - loaded_begin);
-      tile_keys.count = end - begin;
+      Keys keys = loaded;
+      keys.skip(range.begin - loaded.first);
+      keys.count = range.end - range.begin;
+      keys.within_limits =
+          task.tile_keys[t].full_begin <= range.begin && range.end <= task.tile_keys[t].full_end;
+      keys.mask_is_full = kind == TileKind::full;
+      const Tile& tile = scratch.tiles[t];
       with_vectors(tile.vectors,
-                   [&](auto vectors) { attend<vectors.value>(task, tile, scratch, tile_keys); });
+                   [&](auto vectors) { attend<vectors.value>(task, tile, scratch, keys); });
     }
   }
 };

@@ -45,7 +45,7 @@ struct Float32 {
   static Vec div(Vec a, Vec b) { return a / b; }
   static Vec max(Vec a, Vec b) { return a > b ? a : b; }
   static Vec abs(Vec x) { return (Vec)((Bits)x & kMagnitude); }
-  // a * b + c; the compiler fuses it only where it is told to, by -ffp-contract
+  // a * b + c, which the build's -ffp-contract=fast fuses where the CPU can
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 
   // All lanes added up.

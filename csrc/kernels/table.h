@@ -62,7 +62,6 @@ struct PrefillTask {
 
 struct KernelTable {
   const char* isa;
-  int lanes;                // queries in a vector
   int rows_per_tile;        // queries in a tile
   int keys_per_block;       // keys in a key block; blocks start at its multiples
   int max_tiles_per_block;  // worth sharing a key block; at most kMaxTilesPerBlock

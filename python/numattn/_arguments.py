@@ -30,6 +30,9 @@ MAX_THREADS = 1024
 UNBOUNDED = 2**62
 MAX_POSITION = 2**60
 
+# Beyond any memory; only arrays with strides of 0 have such an axis.
+MAX_DIM = 2**40
+
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _LOG2_E = math.log2(math.e)
 
@@ -78,6 +81,8 @@ def check(
     num_threads: int | None,
 ) -> Arguments:
     """Check the arguments of `attention`; TypeError for kinds, ValueError for values."""
+    if not isinstance(layout, str):
+        _refuse_kind("layout", f"{type(layout).__name__}", "a str")
     if layout not in LAYOUTS:
         _refuse("layout", repr(layout), "one of " + ", ".join(map(repr, LAYOUTS)))
     arrays = {name: _array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
@@ -97,7 +102,7 @@ def check(
 
     mask_ = None if mask is None else _array("mask", mask)
     if mask_ is not None and mask_.dtype != np.bool_:
-        _refuse_kind("mask", f"dtype {mask_.dtype}", "bool, True = attend (a float mask is `bias`)")
+        _refuse_kind("mask", _dtype_of(mask_), "bool, True = attend (logits are added by `bias`)")
     bias_ = None if bias is None else _array("bias", bias)
     if bias_ is not None:
         _check_bias_dtype(bias_, dtype)
@@ -115,6 +120,7 @@ def check(
         out, _flag("return_lse", return_lse), one_head, layout, dtype,
         (*batch, query_heads, query_length, v_.shape[-1]),
     )  # fmt: skip
+    largest = float(np.finfo(np.float64 if dtype.itemsize == 8 else np.float32).max)
     kv_lengths_ = _ints_per_batch("kv_lengths", kv_lengths, batch, 0, key_length)
     arguments = Arguments(
         q=_broadcast(q_, (*batch, *q_.shape[-3:])),
@@ -130,8 +136,8 @@ def check(
         window_right=window_right,
         scale=scale_,
         softcap=softcap_,
-        alibi_slopes=_floats_per_head("alibi_slopes", alibi_slopes, query_heads),
-        sinks=_floats_per_head("sinks", sinks, query_heads),
+        alibi_slopes=_floats_per_head("alibi_slopes", alibi_slopes, query_heads, largest),
+        sinks=_floats_per_head("sinks", sinks, query_heads, largest),
         num_threads=None if num_threads is None else thread_count("num_threads", num_threads),
         result=result,
         result_lse=result_lse,
@@ -168,16 +174,22 @@ def _array(name: str, x: ArrayLike) -> Array:
     if isinstance(x, np.ma.MaskedArray):
         _refuse_kind(name, "a masked array", "a plain array (pass what is masked as `mask`)")
     try:
-        return np.asarray(x)
+        array = np.asarray(x)
     except ValueError as error:  # NumPy does not say which argument it was
         _refuse(name, f"what NumPy makes no array of ({error})", "an array")
+    if array.dtype == object and not isinstance(x, np.ndarray | int | list | tuple):
+        _refuse_kind(name, type(x).__name__, "an array")
+    return array
+
+
+def _dtype_of(x: Array) -> str:
+    return f"dtype {x.dtype.name}" + ("" if x.dtype.isnative else " of foreign byte order")
 
 
 def _common_dtype(arrays: dict[str, Array]) -> np.dtype[Any]:
     for name, x in arrays.items():
         if x.dtype.name not in ACCEPTED_DTYPES or not x.dtype.isnative:
-            seen = f"dtype {x.dtype.name}" + ("" if x.dtype.isnative else " of foreign byte order")
-            _refuse_kind(name, seen, "one of " + ", ".join(ACCEPTED_DTYPES))
+            _refuse_kind(name, _dtype_of(x), "one of " + ", ".join(ACCEPTED_DTYPES))
     dtypes = {name: x.dtype.name for name, x in arrays.items()}
     if len(set(dtypes.values())) > 1:
         seen = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
@@ -188,9 +200,8 @@ def _common_dtype(arrays: dict[str, Array]) -> np.dtype[Any]:
 def _check_bias_dtype(bias: Array, dtype: np.dtype[Any]) -> None:
     accepted = tuple(dict.fromkeys((dtype.name, "float32" if dtype.itemsize < 8 else "float64")))
     if bias.dtype.name not in accepted or not bias.dtype.isnative:
-        seen = f"dtype {bias.dtype.name}" + ("" if bias.dtype.isnative else ", foreign byte order")
         hint = " (a bool mask is `mask`)" if bias.dtype == np.bool_ else ""
-        _refuse_kind("bias", seen, " or ".join(accepted) + f" with q of {dtype.name}{hint}")
+        _refuse_kind("bias", _dtype_of(bias), " or ".join(accepted) + f" with q of {dtype.name}{hint}")
 
 
 def _heads_first(x: Array, layout: str) -> Array:
@@ -213,6 +224,9 @@ def _check_shapes(q: Array, k: Array, v: Array, given: dict[str, Array]) -> None
     if q.shape[-1] < 1 or v.shape[-1] < 1:
         name = "q" if q.shape[-1] < 1 else "v"
         _refuse(name, f"shape {given[name].shape}", "at least one element in the last axis")
+    if q.shape[-1] > MAX_DIM or v.shape[-1] > MAX_DIM:
+        name = "q" if q.shape[-1] > MAX_DIM else "v"
+        _refuse(name, f"shape {given[name].shape}", f"at most {MAX_DIM} elements in the last axis")
     if k.shape[-2] != v.shape[-2]:
         _refuse("v", f"{v.shape[-2]} keys", f"{k.shape[-2]} as in k ({shapes})")
     if k.shape[-3] != v.shape[-3]:
@@ -262,7 +276,7 @@ def _outputs(
         if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
             _refuse_kind("out", type(out).__name__, "a numpy.ndarray")
         if out.dtype != dtype:
-            _refuse_kind("out", f"dtype {out.dtype.name}", f"{dtype.name} as in q")
+            _refuse_kind("out", _dtype_of(out), f"{dtype.name} as in q")
         if out.shape != shape:
             _refuse("out", f"shape {out.shape}", str(shape))
         if not out.flags.writeable:
@@ -330,8 +344,8 @@ def _check_scale_fits(scale: float, softcap: float, dtype: np.dtype[Any]) -> Non
         return
     factor = abs(scale) / softcap if softcap else abs(scale) * _LOG2_E
     if factor > _FLOAT32_MAX or softcap * _LOG2_E > _FLOAT32_MAX:
-        what = f"{scale!r}" + (f" with softcap {softcap!r}" if softcap else "")
-        _refuse("scale", what, "numbers that do not overflow float32")
+        name, seen = ("softcap", softcap) if softcap else ("scale", scale)
+        _refuse(name, repr(seen), f"a number with which float32 does not overflow (scale {scale:.3g})")
 
 
 def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
@@ -370,11 +384,15 @@ def _ints_per_batch(
         broadcast = np.broadcast_to(array, batch)
     except ValueError:
         _refuse(name, f"shape {array.shape}", f"one that broadcasts to the batch shape {batch}")
-    return np.ascontiguousarray(broadcast, np.int64).reshape(batch)
+    # A copy: the kernels trust what has been checked, whatever the caller's threads do meanwhile.
+    return np.array(broadcast, np.int64, order="C")
 
 
 def _floats_per_head(
-    name: Literal["alibi_slopes", "sinks"], values: ArrayLike | None, query_heads: int
+    name: Literal["alibi_slopes", "sinks"],
+    values: ArrayLike | None,
+    query_heads: int,
+    largest: float,
 ) -> NDArray[np.float64] | None:
     if values is None:
         return None
@@ -383,12 +401,11 @@ def _floats_per_head(
         _refuse_kind(name, f"dtype {array.dtype}", "real numbers")
     if array.shape != (query_heads,):
         _refuse(name, f"shape {array.shape}", f"one number per query head, ({query_heads},)")
-    numbers = np.ascontiguousarray(array, np.float64)
-    # A sink of -inf is no sink; a slope has no such meaning.
-    bad = np.isnan(numbers) | (numbers == np.inf)
-    if name == "alibi_slopes":
-        bad |= ~np.isfinite(numbers)
+    numbers = np.array(array, np.float64, order="C")  # a copy, as above
+    bad = ~(np.abs(numbers) <= largest)
+    if name == "sinks":
+        bad &= numbers != -np.inf  # no sink
     if bad.any():
         head = int(np.argmax(bad))
-        _refuse(name, f"{numbers[head]} for head {head}", "finite numbers")
+        _refuse(name, f"{numbers[head]} for head {head}", f"numbers up to {largest:.2g} in size")
     return numbers

@@ -151,10 +151,11 @@ def attention(
     slower. 16-bit floats are accumulated in float32.
 
     A masked key is never read into a result, be it NaN; a NaN that is attended to shows. For the
-    same machine and ISA level the bits of a result depend on the inputs' values alone: not on the
-    number of threads, the other batch items or the arrays' strides. Scratch memory is
-    proportional to the number of threads, plus a byte for each tile of a dense mask (16 or more
-    queries by 96 keys on AVX2, 64 by 96 on AVX-512).
+    same machine and ISA level the bits of a result of the compiled kernels depend on the inputs'
+    values alone: not on the number of threads, the other batch items or the arrays' strides. Their
+    scratch memory is proportional to the number of threads, plus a byte for each tile of a dense
+    mask (96 keys by 8, 16 or 64 queries on generic, AVX2 or AVX-512); NumPy's is linear in the
+    lengths.
 
     The method is the online softmax of Milakov and Gimelshein [1]_ over blocks of keys, as in
     FlashAttention [2]_. The attention itself is that of Vaswani et al. [3]_.

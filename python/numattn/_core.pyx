@@ -2,12 +2,17 @@
 """The binding: NumPy arrays become pointers and strides, status codes become exceptions."""
 
 from cpython.float cimport PyFloat_CheckExact
+import os
+import threading
+
 from libc.math cimport isfinite, sqrt
 from libc.stdint cimport int64_t, uintptr_t
 from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 cimport numpy as cnp
+
+from . import _arguments
 
 cnp.import_array()
 
@@ -19,8 +24,6 @@ cdef extern from "Python.h":
 
 
 cdef extern from "attention.h" namespace "numattn" nogil:
-    int64_t kUnbounded
-
     cdef struct Array:
         char* data
         int64_t head_stride
@@ -64,7 +67,6 @@ cdef extern from "cpu.h" namespace "numattn" nogil:
 cdef extern from "kernels/table.h" namespace "numattn" nogil:
     cdef struct KernelTable:
         const char* isa
-        int lanes
         void (*exp2)(const float*, float*, int64_t) noexcept nogil
         double (*multiply_adds)(int64_t) noexcept nogil
 
@@ -79,7 +81,24 @@ cdef extern from "dispatch.h" namespace "numattn" nogil:
     string cpp_set_isa "numattn::set_isa"(const string&)
 
 
+cdef extern from "Python.h":
+    unsigned long PyThread_get_thread_ident() noexcept
+
+
+cdef int64_t max_dim = _arguments.MAX_DIM
 cdef int default_num_threads = 1
+# Python runs signal handlers in this thread alone: others need not ask, and must not when the
+# interpreter is going away under them.
+cdef unsigned long main_thread = threading.main_thread().ident
+
+
+def _after_fork_in_child():
+    global main_thread
+    main_thread = PyThread_get_thread_ident()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 cdef cbool interrupted() noexcept with gil:
@@ -95,7 +114,8 @@ cdef int _run(const Problem& problem, int num_threads) except -1:
     cdef Execution execution
     cdef Status status
     execution.num_threads = num_threads
-    execution.interrupted = interrupted
+    if PyThread_get_thread_ident() == main_thread:
+        execution.interrupted = interrupted
     with nogil:
         status = cpp_attention(problem, execution)
     if status == Status.out_of_memory:
@@ -166,8 +186,8 @@ def attention_common(object q, object k, object v, object is_causal, object scal
     if (
         problem.head_dim != k_shape[ndim - 1]
         or problem.key_length != v_shape[ndim - 2]
-        or problem.head_dim < 1
-        or problem.value_dim < 1
+        or not 1 <= problem.head_dim <= max_dim
+        or not 1 <= problem.value_dim <= max_dim
     ):
         return None
     if scale is None:

@@ -77,13 +77,15 @@ def _initial_num_threads() -> tuple[int, str]:
             return _arguments.thread_count("NUMATTN_NUM_THREADS", number), "NUMATTN_NUM_THREADS"
         except TypeError as error:
             raise ValueError(str(error)) from None
+    return min(_usable_cpus(), _arguments.MAX_THREADS), "the CPUs that this process may use"
+
+
+def _usable_cpus() -> int:
     if native is not None:
-        cpus = native.usable_cpus()
-    elif hasattr(os, "sched_getaffinity"):
-        cpus = len(os.sched_getaffinity(0))
-    else:
-        cpus = os.cpu_count() or 1
-    return min(cpus, _arguments.MAX_THREADS), "the CPUs that this process may use"
+        return int(native.usable_cpus())
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 native, backend_reason = _load_native()
@@ -179,7 +181,7 @@ def runtime_info() -> dict[str, Any]:
         "cpu": (platform.processor() or platform.machine())
         if native is None
         else native.cpu_name(),
-        "cpus": os.cpu_count() if native is None else native.usable_cpus(),
+        "cpus": _usable_cpus(),
         "num_threads": _num_threads,
         "num_threads_reason": _num_threads_reason,
     }

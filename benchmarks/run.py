@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-from cases import CASES, OPTION_COSTS, Case
+import numattn as na
+from cases import AVX2_BARS, BARS, CASES, OPTION_COSTS, Case
 from peers import PEERS
 
 TURN_SECONDS = 0.03  # at least one call
@@ -91,11 +92,10 @@ def measure(case: Case, peers: list[str], threads: int, isa: str | None, rounds:
 
 def measure_option_costs(threads: int, isa: str | None, rounds: int) -> list[dict]:
     rows = []
-    for name, first, second in OPTION_COSTS:
+    for name, bar, first, second in OPTION_COSTS:
         workers = [Worker("numattn", threads, isa) for _ in range(2)]
-        prepared = [
-            w.ask({"prepare": c.as_dict()}) for w, c in zip(workers, (first, second), strict=True)
-        ]
+        pairs = zip(workers, (first, second), strict=True)
+        prepared = [w.ask({"prepare": c.as_dict()}) for w, c in pairs]
         calls = [max(1, int(TURN_SECONDS / p["seconds"])) for p in prepared]
         ratios = []
         for n in range(rounds):
@@ -105,9 +105,21 @@ def measure_option_costs(threads: int, isa: str | None, rounds: int) -> list[dic
         for worker in workers:
             worker.close()
         progress("")
-        rows.append({"cost": name, "threads": threads, "ratio": round(median(ratios), 2)})
-        print(f"{name:36} {threads} threads  {rows[-1]['ratio']:6.2f}", flush=True)
+        ratio = round(median(ratios), 2)
+        rows.append({"cost": name, "threads": threads, "ratio": ratio, "bar": bar})
+        print(f"{name:36}{threads:2} threads {ratio:6.2f}   ({bar})", flush=True)
     return rows
+
+
+def show(row: dict, bars: dict[str, float]) -> None:
+    """Print a case's medians, and in brackets what is aimed at where there is an aim."""
+
+    def with_bar(value: float, bar: float | None, digits: int) -> str:
+        return f"{value:.{digits}f}" + (f" (>= {bar})" if bar else "")
+
+    share = with_bar(row["share_of_peak"], bars.get("peak"), 3)
+    peers = (f"{p} {with_bar(r, bars.get(p), 2)}" for p, r in row["speedup_over"].items())
+    print(f"{row['case']:10}{row['threads']:2} threads  {share:18}{'  '.join(peers)}", flush=True)
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -115,6 +127,8 @@ def plot(rows: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.fonttype"] = "none"  # text stays text
 
     threads = sorted({row["threads"] for row in rows})
     peers = [p for p in PEERS if any(p in row["speedup_over"] for row in rows)]
@@ -136,7 +150,8 @@ def plot(rows: list[dict], path: Path) -> None:
         ax.set_ylabel("their time / numattn's time")
         ax.set_title(f"{count} thread{'s' if count > 1 else ''}, float32", fontsize=10)
     axes[0, 0].legend(ncols=len(peers), fontsize=8, loc="upper left")
-    figure.savefig(path, dpi=110)
+    for suffix in (".png", ".svg"):
+        figure.savefig(path.with_suffix(suffix), dpi=110)
 
 
 def main() -> None:
@@ -153,7 +168,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     rows, costs, missing = [], [], {}
-    print(f"{'case':10}{'threads':>8}{'of peak':>9}   time over numattn's")
+    print("case, threads, share of the FMA peak, times as fast as each peer (in brackets: the bar)")
     for threads in arguments.threads:
         for case in CASES:
             if case.name not in arguments.cases:
@@ -161,15 +176,21 @@ def main() -> None:
             row = measure(case, arguments.peers, threads, arguments.isa, arguments.rounds)
             rows.append(row)
             missing |= row["missing"]
-            peers = "  ".join(f"{p} {r:.2f}" for p, r in row["speedup_over"].items())
-            print(f"{case.name:10}{threads:8}{row['share_of_peak']:9.3f}   {peers}", flush=True)
+            show(row, {} if arguments.isa else BARS.get((case.name, threads), {}))
         if "options" in arguments.cases:
             costs += measure_option_costs(threads, arguments.isa, arguments.rounds)
+    avx2_rows = []
+    if arguments.isa is None and "avx2" in na.runtime_info()["isa"]["available"]:
+        print("at NUMATTN_ISA=avx2:")
+        for case in CASES:
+            if case.name in AVX2_BARS and case.name in arguments.cases:
+                avx2_rows.append(measure(case, [], 1, "avx2", arguments.rounds))
+                show(avx2_rows[-1], {"peak": AVX2_BARS[case.name]})
     for peer, why in missing.items():
         print(f"left out: {peer} ({why}); pip install 'numattn[bench]' installs the peers")
 
     arguments.output.mkdir(parents=True, exist_ok=True)
-    results = {"cases": rows, "option_costs": costs}
+    results = {"cases": rows, "avx2_cases": avx2_rows, "option_costs": costs}
     (arguments.output / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {arguments.output / 'bench.json'}")
     if rows and arguments.peers:

@@ -30,6 +30,13 @@ def test_readme():
         exec(compile(block, str(README), "exec"), namespace)
 
 
+def test_readme_links_to_files_that_exist():
+    links = re.findall(r"\]\(([^)#:]+)\)", README.read_text())
+    assert len(links) > 3
+    for link in links:
+        assert (README.parent / link).exists(), link
+
+
 def test_readme_lists_every_option():
     table = README.read_text()
     for name in inspect.signature(na.attention).parameters:

@@ -108,7 +108,11 @@ CASES = {
     "huge softcap": ({"softcap": 3e38}, ValueError, "softcap: got 3e+38, expected a number"),
     "none": ({"q": None}, TypeError, "q: got NoneType, expected an array"),
     "huge sink": ({"sinks": [0, 1e39, 0, 0]}, ValueError, "sinks: got 1e+39 for head 1, expected"),
-    "huge slope": ({"alibi_slopes": [-1e39] * 4}, ValueError, "alibi_slopes: got -1e+39 for head 0"),
+    "huge slope": (
+        {"alibi_slopes": [-1e39] * 4},
+        ValueError,
+        "alibi_slopes: got -1e+39 for",
+    ),
     "layout kind": ({"layout": 5}, TypeError, "layout: got int, expected a str"),
     "out byte order": (
         {"out": zeros(2, 4, 5, 6, dtype=">f4")},
@@ -233,10 +237,10 @@ def test_too_large_a_result(backend):
     with pytest.raises((ValueError, MemoryError)):
         na.attention(huge, huge, huge)
     wide = np.lib.stride_tricks.as_strided(zeros(1), (1, 1, 2**45), (0, 0, 4))
-    with pytest.raises(ValueError, match="^v: got shape"):
+    with pytest.raises(ValueError, match=r"^v: got shape"):
         na.attention(zeros(1, 1, 1), zeros(1, 1, 1), wide)
     deep = np.lib.stride_tricks.as_strided(zeros(1), (1, 1, 2**55), (0, 0, 0))
-    with pytest.raises(ValueError, match="^q: got shape"):
+    with pytest.raises(ValueError, match=r"^q: got shape"):
         na.attention(deep, deep, zeros(1, 1, 4))
 
 

@@ -1,5 +1,7 @@
 """Promise: scratch memory goes with threads and tiles, never with Lq * Lk, and is not lost."""
 
+import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -63,6 +65,42 @@ def test_numpy_scratch_of_long_sequences():
 @pytest.mark.parametrize(("backend", "limit"), [("native", 16), ("numpy", 64)])
 def test_scratch_of_a_long_causal_sequence(backend, limit):
     assert added_peak(131072, 131072, NUMATTN_BACKEND=backend) < limit * 2**20
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize(("lq", "lk", "d"), [(1, 1, 1), (5, 7, 3), (65, 97, 17), (130, 193, 33)])
+def test_nothing_outside_the_arrays_is_touched(backend, arrays, at_end, lq, lk, d):
+    """Every array begins or ends at a page that may not be read or written."""
+    q, k, v = arrays(hq=2, lq=lq, lk=lk, d=d)
+    rng = np.random.default_rng(1)
+    mask = rng.random((lq, lk)) < 0.7
+    bias = rng.standard_normal((2, lq, lk)).astype(np.float32)
+    expected = na.attention(q, k, v, mask=mask, bias=bias, is_causal=True)
+    plain = na.attention(q, k, v)
+    q, k, v, mask, bias = (between_guards(x, at_end) for x in (q, k, v, mask, bias))
+    out = between_guards(np.zeros_like(expected), at_end)
+    na.attention(q, k, v, out=out)
+    np.testing.assert_array_equal(out, plain)
+    na.attention(q, k, v, mask=mask, bias=bias, is_causal=True, out=out)
+    np.testing.assert_array_equal(out, expected)
+
+
+def between_guards(x, at_end):
+    """Copy an array to memory that has a protected page on either side."""
+    page = mmap.PAGESIZE
+    inside = -(-x.nbytes // page) * page
+    memory = mmap.mmap(-1, inside + 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+    mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for guard in (start, start + page + inside):
+        assert mprotect(guard, page, 0) == 0
+    offset = page + (inside - x.nbytes if at_end else 0)
+    result = np.frombuffer(memory, np.uint8)[offset : offset + x.nbytes].view(x.dtype)
+    result = result.reshape(x.shape)
+    result[...] = x
+    return result
 
 
 def resident():

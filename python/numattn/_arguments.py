@@ -201,7 +201,9 @@ def _check_bias_dtype(bias: Array, dtype: np.dtype[Any]) -> None:
     accepted = tuple(dict.fromkeys((dtype.name, "float32" if dtype.itemsize < 8 else "float64")))
     if bias.dtype.name not in accepted or not bias.dtype.isnative:
         hint = " (a bool mask is `mask`)" if bias.dtype == np.bool_ else ""
-        _refuse_kind("bias", _dtype_of(bias), " or ".join(accepted) + f" with q of {dtype.name}{hint}")
+        _refuse_kind(
+            "bias", _dtype_of(bias), " or ".join(accepted) + f" with q of {dtype.name}{hint}"
+        )
 
 
 def _heads_first(x: Array, layout: str) -> Array:
@@ -345,7 +347,9 @@ def _check_scale_fits(scale: float, softcap: float, dtype: np.dtype[Any]) -> Non
     factor = abs(scale) / softcap if softcap else abs(scale) * _LOG2_E
     if factor > _FLOAT32_MAX or softcap * _LOG2_E > _FLOAT32_MAX:
         name, seen = ("softcap", softcap) if softcap else ("scale", scale)
-        _refuse(name, repr(seen), f"a number with which float32 does not overflow (scale {scale:.3g})")
+        _refuse(
+            name, repr(seen), f"a number with which float32 does not overflow (scale {scale:.3g})"
+        )
 
 
 def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:

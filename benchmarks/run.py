@@ -122,13 +122,22 @@ def show(row: dict, bars: dict[str, float]) -> None:
     print(f"{row['case']:10}{row['threads']:2} threads  {share:18}{'  '.join(peers)}", flush=True)
 
 
+def text_plot(rows: list[dict]) -> str:
+    """Draw the speedups in characters, as in the README."""
+    lines = []
+    for row in rows:
+        for n, (peer, speedup) in enumerate(row["speedup_over"].items()):
+            label = f"{row['case']:9} x{row['threads']}" if n == 0 else ""
+            bar = "#" * round(min(speedup, 6) * 8)  # eight marks for each time as fast
+            lines.append(f"{label:13}{peer:12} {bar} {speedup:.1f}")
+    return "\n".join(lines)
+
+
 def plot(rows: list[dict], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.fonttype"] = "none"  # text stays text
 
     threads = sorted({row["threads"] for row in rows})
     peers = [p for p in PEERS if any(p in row["speedup_over"] for row in rows)]
@@ -145,13 +154,13 @@ def plot(rows: list[dict], path: Path) -> None:
             ax.bar_label(bars, fmt=lambda r: f"{r:.1f}" if r == r else "", fontsize=7, padding=1)
         ax.axhline(1, color="black", linewidth=0.8)
         ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.set_ylim(top=ax.get_ylim()[1] * 1.3)
         ax.set_xticks(range(len(chosen)), [row["case"] for row in chosen])
         ax.set_ylabel("their time / numattn's time")
         ax.set_title(f"{count} thread{'s' if count > 1 else ''}, float32", fontsize=10)
     axes[0, 0].legend(ncols=len(peers), fontsize=8, loc="upper left")
-    for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -194,6 +203,7 @@ def main() -> None:
     (arguments.output / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {arguments.output / 'bench.json'}")
     if rows and arguments.peers:
+        (arguments.output / "bench.txt").write_text(text_plot(rows) + "\n")
         try:
             plot(rows, arguments.output / "bench.png")
         except ImportError as error:

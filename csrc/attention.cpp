@@ -51,9 +51,6 @@ bool prefill(void* context, int64_t item, StopCheck& stop) {
   return prefilling.kernels.prefill(task);
 }
 
-// Beyond any memory, and small enough that the sizes of a tile's scratch do not overflow.
-constexpr int64_t kMaxDim = int64_t{1} << 40;
-
 Status attention_of_some(const Problem& problem, const Execution& execution) {
   const KernelTable& kernels = active_kernels();
   std::optional<MaskKinds> mask_kinds;
@@ -77,7 +74,6 @@ Status attention(const Problem& problem, const Execution& execution) try {
   bool empty = problem.query_heads == 0 || problem.query_length == 0;
   for (int axis = 0; axis < problem.batch_axes; ++axis) empty |= problem.batch_shape[axis] == 0;
   if (empty) return Status::done;
-  if (problem.head_dim > kMaxDim || problem.value_dim > kMaxDim) return Status::out_of_memory;
   return attention_of_some(problem, execution);
 } catch (const std::bad_alloc&) {
   return Status::out_of_memory;

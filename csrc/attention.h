@@ -35,7 +35,7 @@ struct Problem {
   int64_t batch_shape[kMaxBatchAxes];     // the first batch_axes are set
   int64_t query_heads = 1, kv_heads = 1;  // query head h reads KV head h / (query_heads / kv_heads)
   int64_t query_length = 0, key_length = 0;
-  int64_t head_dim = 1, value_dim = 1;
+  int64_t head_dim = 1, value_dim = 1;  // 1 to 2^40, so that sizes of scratch do not overflow
 
   Array q, k, v, out;  // float32
   Array lse;           // float32; data null: not wanted

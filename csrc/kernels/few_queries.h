@@ -4,16 +4,13 @@
 
 #include <cstdint>
 
+#include "tile_io.h"
+
 namespace numattn {
 namespace {
 
 // A tile of at most so many queries is computed this way.
 constexpr int kFewQueries = 4;
-
-template <class Simd>
-typename Simd::Vec load_up_to(const typename Simd::Scalar* from, int64_t count) {
-  return count >= Simd::kLanes ? Simd::load(from) : Simd::load_first(from, count);
-}
 
 // logits [key][lane] = K [key][d] . queries [row][d], for the first kRows lanes.
 template <class Simd, int kRows, int kKeys>
@@ -98,12 +95,7 @@ void add_values(const typename Simd::Scalar* v, int64_t v_stride, int64_t last,
     for (int i = 0; i < kVectors; ++i) {
       auto* const to = output + row * value_dim + i * Simd::kLanes;
       const auto before = load_up_to<Simd>(to, elements(i));
-      const auto sum = Simd::fma(before, factor, sums[row][i]);
-      if (elements(i) == Simd::kLanes) {
-        Simd::store(to, sum);
-      } else {
-        Simd::store_first(to, sum, elements(i));
-      }
+      store_up_to<Simd>(to, Simd::fma(before, factor, sums[row][i]), elements(i));
     }
   }
 }

@@ -138,8 +138,7 @@ struct Prefill {
   static bool is_finite(const Scalar* row, int64_t dims) {
     Vec nan_unless_finite = Simd::zero();
     for (int64_t d = 0; d < dims; d += Simd::kLanes) {
-      const int64_t count = dims - d < Simd::kLanes ? dims - d : Simd::kLanes;
-      const Vec x = count == Simd::kLanes ? Simd::load(row + d) : Simd::load_first(row + d, count);
+      const Vec x = load_up_to<Simd>(row + d, dims - d);
       nan_unless_finite = Simd::fma(x, Simd::zero(), nan_unless_finite);
     }
     return Simd::bits_not_equal(nan_unless_finite, Simd::zero()) == 0;
@@ -278,7 +277,7 @@ struct Prefill {
       Simd::store(scratch.highest + lane, Simd::load(tile.maximum + lane));
     }
     if (tile.few()) {
-      with_rows(tile.rows, [&](auto rows) {
+      with_rows(tile, [&](auto rows) {
         qk_few_queries<Simd, rows.value>(keys.k.data, keys.k.stride, tile.queries, keys.count,
                                          task.head_dim, scratch.logits);
       });
@@ -310,7 +309,7 @@ struct Prefill {
 
     const ValueOperands<Scalar> values{keys.v.data, keys.v.stride, scratch.logits, scratch.rescale};
     if (tile.few()) {
-      with_rows(tile.rows, [&](auto rows) {
+      with_rows(tile, [&](auto rows) {
         aggregate_few_queries<Simd, rows.value>(keys.v.data, keys.v.stride, scratch.logits,
                                                 keep_apart ? attended : nullptr, keys.count,
                                                 task.value_dim, scratch.rescale, tile.output);
@@ -381,27 +380,27 @@ struct Prefill {
                                   task.out_row_stride, task.out_column_stride);
   }
 
-  // Calls `step` with a tile's few rows as a compile-time constant.
-  template <int kRows = kFewQueries, class Step>
-  static void with_rows(int64_t rows, Step step) {
-    if constexpr (kRows > 1) {
-      if (rows < kRows) return with_rows<kRows - 1>(rows, step);
-    }
-    step(Constant<kRows>{});
-  }
-
-  // Calls `step` with the tile's number of vectors as a compile-time constant.
-  template <int kVectors = Simd::kTileVectors, class Step>
-  static void with_vectors(int vectors, Step step) {
-    if constexpr (kVectors > 1) {
-      if (vectors < kVectors) return with_vectors<kVectors - 1>(vectors, step);
-    }
-    step(Constant<kVectors>{});
-  }
   template <int kValue>
   struct Constant {
     static constexpr int value = kValue;
   };
+
+  // Calls `step` with a number from 1 to kMost as a compile-time constant.
+  template <int kMost, class Step>
+  static void with_constant(int64_t number, Step step) {
+    if constexpr (kMost > 1) {
+      if (number < kMost) return with_constant<kMost - 1>(number, step);
+    }
+    step(Constant<kMost>{});
+  }
+  template <class Step>
+  static void with_rows(const Tile& tile, Step step) {
+    with_constant<kFewQueries>(tile.rows, step);
+  }
+  template <class Step>
+  static void with_vectors(const Tile& tile, Step step) {
+    with_constant<Simd::kTileVectors>(tile.vectors, step);
+  }
 
   // ---- the task -----------------------------------------------------------------------------
 
@@ -416,7 +415,7 @@ struct Prefill {
         begin_key = keys.begin < begin_key ? keys.begin : begin_key;
         end_key = keys.end > end_key ? keys.end : end_key;
       }
-      with_vectors(tile.vectors, [&](auto vectors) { begin<vectors.value>(task, tile); });
+      with_vectors(tile, [&](auto vectors) { begin<vectors.value>(task, tile); });
     }
 
     const int64_t end_block = (end_key + kKeysPerBlock - 1) / kKeysPerBlock;
@@ -427,7 +426,7 @@ struct Prefill {
 
     for (int t = 0; t < scratch.tile_count; ++t) {
       const Tile& tile = scratch.tiles[t];
-      with_vectors(tile.vectors, [&](auto vectors) { finish<vectors.value>(task, tile); });
+      with_vectors(tile, [&](auto vectors) { finish<vectors.value>(task, tile); });
     }
     return true;
   }
@@ -478,8 +477,7 @@ struct Prefill {
           task.tile_keys[t].full_begin <= range.begin && range.end <= task.tile_keys[t].full_end;
       keys.mask_is_full = kind == TileKind::full;
       const Tile& tile = scratch.tiles[t];
-      with_vectors(tile.vectors,
-                   [&](auto vectors) { attend<vectors.value>(task, tile, scratch, keys); });
+      with_vectors(tile, [&](auto vectors) { attend<vectors.value>(task, tile, scratch, keys); });
     }
   }
 };

@@ -7,13 +7,27 @@
 namespace numattn {
 namespace {
 
+// The first `count` elements, or a whole vector if there are more; further lanes are 0.
+template <class Simd>
+typename Simd::Vec load_up_to(const typename Simd::Scalar* from, int64_t count) {
+  return count >= Simd::kLanes ? Simd::load(from) : Simd::load_first(from, count);
+}
+
+template <class Simd>
+void store_up_to(typename Simd::Scalar* to, typename Simd::Vec x, int64_t count) {
+  if (count >= Simd::kLanes) {
+    Simd::store(to, x);
+  } else {
+    Simd::store_first(to, x, count);
+  }
+}
+
 // Up to a vector's length of elements, `stride` bytes apart; lanes from `count` on are 0.
 template <class Simd>
 typename Simd::Vec load_elements(const char* from, int64_t stride, int64_t count) {
   using Scalar = typename Simd::Scalar;
   if (stride == static_cast<int64_t>(sizeof(Scalar))) {
-    const auto* const elements = reinterpret_cast<const Scalar*>(from);
-    return count == Simd::kLanes ? Simd::load(elements) : Simd::load_first(elements, count);
+    return load_up_to<Simd>(reinterpret_cast<const Scalar*>(from), count);
   }
   Scalar elements[Simd::kLanes] = {};
   for (int64_t i = 0; i < count; ++i) {
@@ -26,12 +40,7 @@ template <class Simd>
 void store_elements(char* to, int64_t stride, typename Simd::Vec x, int64_t count) {
   using Scalar = typename Simd::Scalar;
   if (stride == static_cast<int64_t>(sizeof(Scalar))) {
-    auto* const elements = reinterpret_cast<Scalar*>(to);
-    if (count == Simd::kLanes) {
-      Simd::store(elements, x);
-    } else {
-      Simd::store_first(elements, x, count);
-    }
+    store_up_to<Simd>(reinterpret_cast<Scalar*>(to), x, count);
     return;
   }
   Scalar elements[Simd::kLanes];

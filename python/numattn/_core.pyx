@@ -1,12 +1,12 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
 """The binding: NumPy arrays become pointers and strides, status codes become exceptions."""
 
-from cpython.float cimport PyFloat_CheckExact
 import os
 import threading
 
+from cpython.float cimport PyFloat_CheckExact
 from libc.math cimport isfinite, sqrt
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport int64_t
 from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
@@ -21,6 +21,7 @@ cdef extern from "Python.h":
     # Declared here because Cython's own declaration would raise at once: the exception has to
     # stay set until the computation has stopped.
     int PyErr_CheckSignals() noexcept
+    unsigned long PyThread_get_thread_ident() noexcept
 
 
 cdef extern from "attention.h" namespace "numattn" nogil:
@@ -79,10 +80,6 @@ cdef extern from "dispatch.h" namespace "numattn" nogil:
     const vector[IsaLevel]& isa_levels()
     const KernelTable& active_kernels()
     string cpp_set_isa "numattn::set_isa"(const string&)
-
-
-cdef extern from "Python.h":
-    unsigned long PyThread_get_thread_ident() noexcept
 
 
 cdef int64_t max_dim = _arguments.MAX_DIM

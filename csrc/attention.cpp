@@ -32,7 +32,7 @@ bool classify_mask(const Problem& problem, const Execution& execution, MaskKinds
 
 struct Prefilling {
   const Plan& plan;
-  const KernelTable& kernels;
+  const DtypeKernels& kernels;
   int64_t scratch_bytes;
   std::atomic<bool> out_of_memory{false};
 };
@@ -52,7 +52,7 @@ bool prefill(void* context, int64_t item, StopCheck& stop) {
 }
 
 Status attention_of_some(const Problem& problem, const Execution& execution) {
-  const KernelTable& kernels = active_kernels();
+  const DtypeKernels& kernels = active_kernels().of(problem.dtype);
   std::optional<MaskKinds> mask_kinds;
   if (problem.mask.data) {
     mask_kinds.emplace(problem, kernels);

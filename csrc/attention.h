@@ -14,6 +14,8 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace numattn {
 
 // NumPy allows 64 axes; two are rows and columns.
@@ -37,10 +39,12 @@ struct Problem {
   int64_t query_length = 0, key_length = 0;
   int64_t head_dim = 1, value_dim = 1;  // 1 to 2^40, so that sizes of scratch do not overflow
 
-  Array q, k, v, out;  // float32
-  Array lse;           // float32; data null: not wanted
-  Array mask;          // bytes, 0 is masked; data null: none
-  Array bias;          // float32; data null: none
+  Dtype dtype = Dtype::float32;
+  Array q, k, v, out;           // of dtype
+  Array lse;                    // float64 where that is dtype, else float32; data null: not wanted
+  Array mask;                   // bytes, 0 is masked; data null: none
+  Array bias;                   // data null: none
+  bool bias_is_scalar = false;  // of lse's dtype, not of q's
 
   // For each batch item in row-major order: the position of the first query among the keys, and
   // how many keys are valid. Null: positions end with the valid keys; all keys are valid.

@@ -30,11 +30,18 @@ std::string cpu_name() {
 }
 
 // The compiler's run-time library asks CPUID and whether the operating system saves the registers.
-bool cpu_has_avx2_fma() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool cpu_has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
 bool cpu_has_avx512() {
-  return cpu_has_avx2_fma() && __builtin_cpu_supports("avx512f") &&
+  return cpu_has_avx2() && __builtin_cpu_supports("avx512f") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
+}
+bool cpu_has_avx512_bf16() {
+  return cpu_has_avx512() && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("avx512bf16");
 }
 #else
 std::string cpu_name() {
@@ -44,8 +51,9 @@ std::string cpu_name() {
   return "unknown";
 #endif
 }
-bool cpu_has_avx2_fma() { return false; }
+bool cpu_has_avx2() { return false; }
 bool cpu_has_avx512() { return false; }
+bool cpu_has_avx512_bf16() { return false; }
 #endif
 
 int usable_cpus() {

@@ -8,9 +8,11 @@ namespace numattn {
 // As named by the vendor, or the architecture where that is not known.
 std::string cpu_name();
 
-bool cpu_has_avx2_fma();
-// F, BW, DQ and VL, with the operating system saving the registers.
-bool cpu_has_avx512();
+// Of each level, the instructions that its kernels are compiled for, with the operating system
+// saving the registers.
+bool cpu_has_avx2();         // AVX2, FMA, F16C
+bool cpu_has_avx512();       // F, BW, DQ, VL
+bool cpu_has_avx512_bf16();  // and VNNI, BF16
 
 // CPUs that this process may run on: cgroup quotas are not counted.
 int usable_cpus();

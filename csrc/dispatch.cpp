@@ -10,14 +10,31 @@ extern const KernelTable kernels_generic;
 #if NUMATTN_HAVE_X86_KERNELS
 extern const KernelTable kernels_avx2;
 extern const KernelTable kernels_avx512;
+extern const DtypeKernels bfloat16_kernels_avx512_bf16;
+
+namespace {
+
+// Pairs of bfloat16 are all that this level adds.
+const KernelTable& avx512_bf16() {
+  static const KernelTable table = [] {
+    KernelTable copy = kernels_avx512;
+    copy.isa = "avx512_bf16";
+    copy.dtypes[static_cast<int>(Dtype::bfloat16)] = bfloat16_kernels_avx512_bf16;
+    return copy;
+  }();
+  return table;
+}
+
+}  // namespace
 #endif
 
 const std::vector<IsaLevel>& isa_levels() {
   static const std::vector<IsaLevel> levels = {
       {&kernels_generic, true},
 #if NUMATTN_HAVE_X86_KERNELS
-      {&kernels_avx2, cpu_has_avx2_fma()},
+      {&kernels_avx2, cpu_has_avx2()},
       {&kernels_avx512, cpu_has_avx512()},
+      {&avx512_bf16(), cpu_has_avx512_bf16()},
 #endif
   };
   return levels;

@@ -1,8 +1,10 @@
+#include "simd/avx2.h"
+
 #include "make_table.h"
-#include "simd_avx2.h"
+#include "simd/avx2_float64.h"
 
 namespace numattn {
 
-extern constinit const KernelTable kernels_avx2 = make_table<Float32>("avx2", 8);
+extern constinit const KernelTable kernels_avx2 = make_table<Float32, Float64>("avx2");
 
 }  // namespace numattn

@@ -1,8 +1,10 @@
+#include "simd/avx512.h"
+
 #include "make_table.h"
-#include "simd_avx512.h"
+#include "simd/avx512_float64.h"
 
 namespace numattn {
 
-extern constinit const KernelTable kernels_avx512 = make_table<Float32>("avx512", 4);
+extern constinit const KernelTable kernels_avx512 = make_table<Float32, Float64>("avx512");
 
 }  // namespace numattn

@@ -1,14 +1,62 @@
-// exp2 and tanh, lane by lane.
+// exp2 and tanh, lane by lane, in float32 and float64.
 #pragma once
 
 namespace numattn {
 namespace {
 
-// Highest power first.
-constexpr float kExp2Fused[] = {0x1.5c0df8p-10f, 0x1.3d00e2p-7f, 0x1.c6b8d0p-5f,
-                                0x1.ebf97ep-3f,  0x1.62e424p-1f, 1.0f};
-constexpr float kExp2Unfused[] = {1.5345812e-4f, 1.3399931e-3f, 9.6184890e-3f, 5.5503288e-2f,
-                                  2.4022647e-1f, 6.9314721e-1f, 1.0f};
+// Coefficients, the highest power first.
+template <class Scalar, bool kFused>
+struct Exp2Series;
+template <>
+struct Exp2Series<float, true> {
+  static constexpr float kTerms[] = {0x1.5c0df8p-10f, 0x1.3d00e2p-7f, 0x1.c6b8d0p-5f,
+                                     0x1.ebf97ep-3f,  0x1.62e424p-1f, 1.0f};
+};
+template <>
+struct Exp2Series<float, false> {
+  static constexpr float kTerms[] = {1.5345812e-4f, 1.3399931e-3f, 9.6184890e-3f, 5.5503288e-2f,
+                                     2.4022647e-1f, 6.9314721e-1f, 1.0f};
+};
+template <bool kFused>
+struct Exp2Series<double, kFused> {
+  static constexpr double kTerms[] = {
+      0x1.e9d3fe3952179p-32, 0x1.e6063f7217bc6p-28, 0x1.b524fae627834p-24, 0x1.62bfd47773353p-20,
+      0x1.ffcbfc670dcd4p-17, 0x1.430913096fd9fp-13, 0x1.5d87fe78a5276p-10, 0x1.3b2ab6fba1ddap-7,
+      0x1.c6b08d704a0c2p-5,  0x1.ebfbdff82c598p-3,  0x1.62e42fefa39efp-1,  1.0};
+};
+
+// tanh(x) = x + x^3 * series(x^2)
+template <class Scalar>
+struct TanhSeries;
+template <>
+struct TanhSeries<float> {
+  static constexpr float kTerms[] = {-0x1.76ac1ap-8f, 0x1.5256d8p-6f, -0x1.b84448p-5f,
+                                     0x1.110768p-3f, -0x1.555534p-2f};
+};
+template <>
+struct TanhSeries<double> {
+  static constexpr double kTerms[] = {
+      -0x1.21522c06d082ap-16, 0x1.4ddd5fb800f82p-14, -0x1.e3f90249802dbp-13, 0x1.33fc7f7473d21p-11,
+      -0x1.7d80275a99754p-10, 0x1.d6d17faac7499p-9,  -0x1.226e29216080bp-7,  0x1.664f4836ffb5ep-6,
+      -0x1.ba1ba1b92a52cp-5,  0x1.11111111107acp-3,  -0x1.5555555555553p-2};
+};
+
+// result[i] is the series in x[i]. Several vectors go through each step together: one after the
+// other, their chains of dependent operations would fill the CPU's scheduler and wait there (1 %
+// of a whole attention on Zen 5).
+template <class Simd, int kTerms, int kCount>
+[[gnu::always_inline]] inline void sum_series(const typename Simd::Scalar (&terms)[kTerms],
+                                              const typename Simd::Vec (&x)[kCount],
+                                              typename Simd::Vec (&result)[kCount]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) result[i] = Simd::set(terms[0]);
+#pragma GCC unroll 16
+  for (int term = 1; term < kTerms; ++term) {
+    const auto next = Simd::set(terms[term]);
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) result[i] = Simd::fma(result[i], x[i], next);
+  }
+}
 
 // x becomes 2^x, within 2 units in the last place over all of its range, subnormal results
 // included; exp2(0) is 1, exp2(-inf) is 0, exp2(NaN) is NaN.
@@ -16,27 +64,15 @@ constexpr float kExp2Unfused[] = {1.5345812e-4f, 1.3399931e-3f, 9.6184890e-3f, 5
 // 2^x = 2^whole * 2^fraction, |fraction| <= 1/2, and a polynomial for the second factor. The
 // coefficients of the short one make the largest error in units in the last place smallest,
 // rounding included (1.83 on AVX-512, every float tried). Without fused multiply-add its rounding
-// errors alone come near 2, and it takes a longer one, whose own error is nothing beside them.
-//
-// Several vectors go through each step together: one after the other, their chains of dependent
-// operations would fill the CPU's scheduler and wait there (1 % of a whole attention on Zen 5).
+// errors alone come near 2, and it takes a longer one, whose own error is nothing beside them, as
+// float64 does everywhere.
 template <class Simd, int kCount>
 [[gnu::always_inline]] inline void exp2(typename Simd::Vec (&x)[kCount]) {
-  using Vec = typename Simd::Vec;
-  constexpr int kTerms = Simd::kFusedMultiplyAdd ? 6 : 7;
-  constexpr const float* kTerm = Simd::kFusedMultiplyAdd ? kExp2Fused : kExp2Unfused;
-  Vec whole[kCount], fraction[kCount], power[kCount];
+  using Series = Exp2Series<typename Simd::Scalar, Simd::kFusedMultiplyAdd>;
+  typename Simd::Vec whole[kCount], fraction[kCount], power[kCount];
 #pragma GCC unroll 8
-  for (int i = 0; i < kCount; ++i) {
-    Simd::split(x[i], whole[i], fraction[i]);
-    power[i] = Simd::set(kTerm[0]);
-  }
-#pragma GCC unroll 8
-  for (int term = 1; term < kTerms; ++term) {
-    const Vec next = Simd::set(kTerm[term]);
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) power[i] = Simd::fma(power[i], fraction[i], next);
-  }
+  for (int i = 0; i < kCount; ++i) Simd::split(x[i], whole[i], fraction[i]);
+  sum_series<Simd>(Series::kTerms, fraction, power);
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) x[i] = Simd::scale_by_power_of_two(power[i], whole[i]);
 }
@@ -52,21 +88,21 @@ typename Simd::Vec exp2(typename Simd::Vec x) {
 // where that would cancel, an odd polynomial.
 template <class Simd>
 typename Simd::Vec tanh(typename Simd::Vec x) {
-  const auto one = Simd::set(1.0f);
+  using Scalar = typename Simd::Scalar;
+  constexpr Scalar kTwoLog2E = static_cast<Scalar>(2.8853900817779268);
+  const auto one = Simd::set(1);
   const auto size = Simd::abs(x);
 
-  const auto exponential = exp2<Simd>(Simd::mul(size, Simd::set(2.8853900818f)));  // 2 / ln 2
-  const auto large = Simd::sub(one, Simd::div(Simd::set(2.0f), Simd::add(exponential, one)));
+  const auto exponential = exp2<Simd>(Simd::mul(size, Simd::set(kTwoLog2E)));
+  const auto large = Simd::sub(one, Simd::div(Simd::set(2), Simd::add(exponential, one)));
 
-  const auto square = Simd::mul(size, size);
-  auto series = Simd::set(-0x1.76ac1ap-8f);
-  series = Simd::fma(series, square, Simd::set(0x1.5256d8p-6f));
-  series = Simd::fma(series, square, Simd::set(-0x1.b84448p-5f));
-  series = Simd::fma(series, square, Simd::set(0x1.110768p-3f));
-  series = Simd::fma(series, square, Simd::set(-0x1.555534p-2f));
-  const auto small = Simd::fma(Simd::mul(series, square), size, size);
+  const typename Simd::Vec square[1] = {Simd::mul(size, size)};
+  typename Simd::Vec series[1];
+  sum_series<Simd>(TanhSeries<Scalar>::kTerms, square, series);
+  const auto small = Simd::fma(Simd::mul(series[0], square[0]), size, size);
 
-  return Simd::copy_sign(Simd::select_less(size, Simd::set(0.625f), small, large), x);
+  return Simd::copy_sign(
+      Simd::select_less(size, Simd::set(static_cast<Scalar>(0.625)), small, large), x);
 }
 
 }  // namespace

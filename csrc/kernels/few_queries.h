@@ -9,14 +9,15 @@
 namespace numattn {
 namespace {
 
-// A tile of at most so many queries is computed this way.
-constexpr int kFewQueries = 4;
+// A tile of at most so many queries is computed this way; all tiles of a level with fewer lanes
+// than that are no few.
+template <class Simd>
+constexpr int kFewQueries = Simd::kTileVectors * Simd::kLanes > 4 ? 4 : 2;
 
 // logits [key][lane] = K [key][d] . queries [row][d], for the first kRows lanes.
-template <class Simd, int kRows, int kKeys>
-void dot_products(const typename Simd::Scalar* k, int64_t k_stride,
-                  const typename Simd::Scalar* queries, int64_t head_dim,
-                  typename Simd::Scalar* logits) {
+template <class Simd, int kRows, int kKeys, class Element>
+void dot_products(const Element* k, int64_t k_stride, const typename Simd::Scalar* queries,
+                  int64_t head_dim, typename Simd::Scalar* logits) {
   typename Simd::Vec sums[kKeys][kRows];
   for (int key = 0; key < kKeys; ++key) {
     for (int row = 0; row < kRows; ++row) sums[key][row] = Simd::zero();
@@ -45,10 +46,9 @@ void dot_products(const typename Simd::Scalar* k, int64_t k_stride,
   }
 }
 
-template <class Simd, int kRows>
-void qk_few_queries(const typename Simd::Scalar* k, int64_t k_stride,
-                    const typename Simd::Scalar* queries, int64_t keys, int64_t head_dim,
-                    typename Simd::Scalar* logits) {
+template <class Simd, int kRows, class Element>
+void qk_few_queries(const Element* k, int64_t k_stride, const typename Simd::Scalar* queries,
+                    int64_t keys, int64_t head_dim, typename Simd::Scalar* logits) {
   constexpr int kKeys = 4;
   int64_t key = 0;
   for (; key + kKeys <= keys; key += kKeys) {
@@ -64,8 +64,8 @@ void qk_few_queries(const typename Simd::Scalar* k, int64_t k_stride,
 // output [row][d] = output * rescale [lane] + weights [key][lane] * V [key][d], for kVectors
 // vectors of which the last one has `last` elements. attended [key] has the lanes that may read a
 // key, or is null if all may: a weight of 0 would let a NaN through.
-template <class Simd, int kRows, int kVectors>
-void add_values(const typename Simd::Scalar* v, int64_t v_stride, int64_t last,
+template <class Simd, int kRows, int kVectors, class Element>
+void add_values(const Element* v, int64_t v_stride, int64_t last,
                 const typename Simd::Scalar* weights, const uint64_t* attended, int64_t keys,
                 int64_t value_dim, const typename Simd::Scalar* rescale,
                 typename Simd::Scalar* output) {
@@ -100,11 +100,10 @@ void add_values(const typename Simd::Scalar* v, int64_t v_stride, int64_t last,
   }
 }
 
-template <class Simd, int kRows>
-void aggregate_few_queries(const typename Simd::Scalar* v, int64_t v_stride,
-                           const typename Simd::Scalar* weights, const uint64_t* attended,
-                           int64_t keys, int64_t value_dim, const typename Simd::Scalar* rescale,
-                           typename Simd::Scalar* output) {
+template <class Simd, int kRows, class Element>
+void aggregate_few_queries(const Element* v, int64_t v_stride, const typename Simd::Scalar* weights,
+                           const uint64_t* attended, int64_t keys, int64_t value_dim,
+                           const typename Simd::Scalar* rescale, typename Simd::Scalar* output) {
   constexpr int kVectors = 4;
   constexpr int64_t kDims = int64_t{kVectors} * Simd::kLanes;
   int64_t d = 0;

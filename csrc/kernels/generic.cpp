@@ -1,8 +1,9 @@
+#include "simd/generic.h"
+
 #include "make_table.h"
-#include "simd_generic.h"
 
 namespace numattn {
 
-extern constinit const KernelTable kernels_generic = make_table<Float32>("generic", 8);
+extern constinit const KernelTable kernels_generic = make_table<Float32, Float64>("generic");
 
 }  // namespace numattn

@@ -13,6 +13,13 @@ namespace {
 template <int kVectors>
 struct KeySteps {
   int64_t ends[kVectors];
+
+  // The same in units of so many keys: a key more for some vectors.
+  KeySteps in_units_of(int keys) const {
+    KeySteps units;
+    for (int i = 0; i < kVectors; ++i) units.ends[i] = (ends[i] + keys - 1) / keys;
+    return units;
+  }
 };
 
 // `limit` is the number of the block's keys that the tile's first query may attend to; every

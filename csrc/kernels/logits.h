@@ -30,9 +30,9 @@ void apply_softcap(typename Simd::Scalar* logits, int64_t keys, typename Simd::S
   }
 }
 
-// bias [row][key] in memory, strides in bytes. A bias of -inf masks, even
-// where the logit is NaN.
-template <class Simd, int kVectors>
+// bias [row][key] of Elements in memory, strides in bytes. A bias of -inf masks, even where the
+// logit is NaN.
+template <class Simd, class Element, int kVectors>
 void add_bias(typename Simd::Scalar* logits, int64_t keys, const char* bias, int64_t row_stride,
               int64_t column_stride, int64_t rows) {
   constexpr int kWidth = kVectors * Simd::kLanes;
@@ -41,8 +41,8 @@ void add_bias(typename Simd::Scalar* logits, int64_t keys, const char* bias, int
     for (int64_t key = 0; key < keys; key += Simd::kLanes) {
       const int64_t columns = keys - key < Simd::kLanes ? keys - key : Simd::kLanes;
       typename Simd::Vec square[Simd::kLanes];
-      load_transposed<Simd>(bias + row * row_stride + key * column_stride, row_stride,
-                            column_stride, rows - row, columns, square);
+      load_transposed<Simd, Element>(bias + row * row_stride + key * column_stride, row_stride,
+                                     column_stride, rows - row, columns, square);
       for (int64_t i = 0; i < columns; ++i) {
         auto* const at = logits + (key + i) * kWidth + row;
         const auto sum = Simd::add(Simd::load(at), square[i]);

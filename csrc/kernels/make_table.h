@@ -1,4 +1,4 @@
-// Turns the Simd of a level into the table that it exports.
+// Turns the vectors of a level into the table that it exports.
 #pragma once
 
 #include <cstdint>
@@ -6,29 +6,33 @@
 #include "exp.h"
 #include "peak.h"
 #include "prefill.h"
+#include "storage.h"
 #include "table.h"
 
 namespace numattn {
 namespace {
 
-template <class Simd>
-void exp2_array(const float* x, float* y, int64_t count) {
+template <class Simd, class Scalar>
+void exp2_array(const Scalar* x, Scalar* y, int64_t count) {
   for (int64_t i = 0; i < count; i += Simd::kLanes) {
-    const int64_t last = count - i < Simd::kLanes ? count - i : Simd::kLanes;
-    Simd::store_first(y + i, exp2<Simd>(Simd::load_first(x + i, last)), last);
+    store_up_to<Simd>(y + i, exp2<Simd>(load_up_to<Simd>(x + i, count - i)), count - i);
   }
 }
 
-template <class Simd>
-constexpr KernelTable make_table(const char* isa, int max_tiles_per_block) {
+template <class Simd, class Element>
+constexpr DtypeKernels kernels_for() {
+  using Kernel = Prefill<Simd, Element>;
+  return {Kernel::kRowsPerTile,  kKeysPerBlock, Simd::kTilesPerBlock,
+          Kernel::scratch_bytes, Kernel::run,   multiply_adds<Simd>};
+}
+
+template <class Float32, class Float64>
+constexpr KernelTable make_table(const char* isa) {
   return {isa,
-          Prefill<Simd>::kRowsPerTile,
-          kKeysPerBlock,
-          max_tiles_per_block,
-          Prefill<Simd>::scratch_bytes,
-          Prefill<Simd>::run,
-          exp2_array<Simd>,
-          multiply_adds<Simd>};
+          {kernels_for<Float32, float>(), kernels_for<Float64, double>(),
+           kernels_for<Float32, Float16Bits>(), kernels_for<Float32, Bfloat16Bits>()},
+          exp2_array<Float32, float>,
+          exp2_array<Float64, double>};
 }
 
 }  // namespace

@@ -29,13 +29,14 @@ void find_highest(const typename Simd::Scalar* logits, int64_t keys,
 }
 
 // In place, logits [key][lane], where a masked one is -inf, become the weights
-//   exp2(factor * (logit - maximum)) [key][lane],
+//   exp2(factor * (logit - maximum)) [unit of keys][lane],
 // which are exactly 0 where masked; factor > 0 has the scale in it. Scaling the difference, and
 // not the queries or the logits, is what keeps the error below that of the plain computation: the
 // difference of near logits is exact, and so is the maximum.
 // highest [lane] is the largest logit so far, this block included. maximum [lane], the same before
 // this block, and sum [lane] run over all blocks of a tile; rescale [lane] is the factor by which
-// what was summed under the former maximum has to shrink.
+// what was summed under the former maximum has to shrink. The sum is that of the weights before
+// they are rounded to what a unit holds.
 template <class Simd, int kVectors>
 void masked_softmax(typename Simd::Scalar* logits, int64_t keys, typename Simd::Scalar factor,
                     const typename Simd::Scalar* highest, typename Simd::Scalar* maximum,
@@ -56,18 +57,31 @@ void masked_softmax(typename Simd::Scalar* logits, int64_t keys, typename Simd::
     Simd::store(rescale + lane, exp2<Simd>(Simd::mul(difference, scale)));
     Simd::store(maximum + lane, now);
   }
-  for (int64_t key = 0; key < keys; ++key) {
-    auto* const at = logits + key * kWidth;
-    typename Simd::Vec weight[kVectors];
+  constexpr int kPerUnit = Simd::kUnitElements;
+  // What the last unit lacks attends to nothing.
+  for (int64_t i = keys * kWidth; i % (kPerUnit * kWidth) != 0; i += Simd::kLanes) {
+    Simd::store(logits + i, masked);
+  }
+  auto* const weights = reinterpret_cast<typename Simd::Unit*>(logits);
+  for (int64_t key = 0; key < keys; key += kPerUnit) {
+    typename Simd::Vec weight[kPerUnit][kVectors];
+#pragma GCC unroll 2
+    for (int i = 0; i < kPerUnit; ++i) {
+      const auto* const at = logits + (key + i) * kWidth;
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      weight[v] = Simd::mul(Simd::sub(Simd::load(at + v * Simd::kLanes), base[v]), scale);
+      for (int v = 0; v < kVectors; ++v) {
+        weight[i][v] = Simd::mul(Simd::sub(Simd::load(at + v * Simd::kLanes), base[v]), scale);
+      }
+      exp2<Simd>(weight[i]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) block_sum[v] = Simd::add(block_sum[v], weight[i][v]);
     }
-    exp2<Simd>(weight);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      Simd::store(at + v * Simd::kLanes, weight[v]);
-      block_sum[v] = Simd::add(block_sum[v], weight[v]);
+      typename Simd::Vec unit[kPerUnit];
+#pragma GCC unroll 2
+      for (int i = 0; i < kPerUnit; ++i) unit[i] = weight[i][v];
+      Simd::store(weights + key / kPerUnit * kWidth + v * Simd::kLanes, Simd::join_rounded(unit));
     }
   }
 #pragma GCC unroll 8

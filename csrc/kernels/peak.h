@@ -13,17 +13,19 @@ double multiply_adds(int64_t rounds) {
   constexpr int kSteps = 64;
   typename Simd::Vec chains[kChains];
 #pragma GCC unroll 12
-  for (int i = 0; i < kChains; ++i) chains[i] = Simd::set(static_cast<float>(i));
-  typename Simd::Vec factor = Simd::set(0.5f);
+  for (int i = 0; i < kChains; ++i) chains[i] = Simd::Single::set(static_cast<float>(i));
+  typename Simd::Vec elements[Simd::kUnitElements];
+  for (auto& element : elements) element = Simd::Single::set(0.5f);
+  const auto factor = Simd::join(elements);
   for (int64_t round = 0; round < rounds; ++round) {
     for (int step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 12
-      for (int i = 0; i < kChains; ++i) chains[i] = Simd::fma(chains[i], factor, factor);
+      for (int i = 0; i < kChains; ++i) chains[i] = Simd::multiply_add(factor, factor, chains[i]);
     }
   }
   // The result has to be used, or the compiler would leave the work out.
   for (int i = 0; i < kChains; ++i) asm volatile("" : : "m"(chains[i]));
-  return 2.0 * kChains * kSteps * Simd::kLanes * static_cast<double>(rounds);
+  return 2.0 * kChains * kSteps * Simd::kUnitElements * Simd::kLanes * static_cast<double>(rounds);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // The first stage: the logits of a block of keys and a tile of queries,
-//   logits [key][query lane] = K [key][d] * Qt [d][query lane].
+//   logits [key][query lane] = K [key][d] * Qt [d][query lane],
+// where d counts units: single elements, or pairs of 16-bit ones (simd/scalar_units.h).
 #pragma once
 
 #include <cstdint>
@@ -11,16 +12,16 @@ namespace {
 
 constexpr int64_t kCacheLine = 64;
 
-// What a register tile reads: kKeys rows of K where they lie, and `dims` of the queries' elements.
-template <class Scalar>
+// What a register tile reads: kKeys rows of K where they lie, and `units` of the queries' units.
+template <class Simd>
 struct QkOperands {
-  const Scalar* k;  // [key][d]
+  const typename Simd::Unit* k;  // [key][d]
   int64_t k_stride;
-  int64_t v_distance;     // bytes from a key's row of K to its row of V, to be fetched; or 0
-  const Scalar* queries;  // [d][lane]
-  int64_t dims;
-  bool add;         // to the logits, instead of replacing them
-  Scalar* highest;  // [lane], raised to the largest logit; or null
+  int64_t v_distance;  // bytes from a key's row of K to its row of V, to be fetched; or 0
+  const typename Simd::Unit* queries;  // [d][lane]
+  int64_t units;
+  bool add;                        // to the logits, instead of replacing them
+  typename Simd::Scalar* highest;  // [lane], raised to the largest logit; or null
 };
 
 // One register tile: kKeys keys, with one broadcast per (key, d), against kVectors vectors of
@@ -30,43 +31,43 @@ struct QkOperands {
 // of its queries. So it fetches the next tile's keys, and the values that its own keys will need,
 // which is worth 5 % at 2048 causal tokens.
 template <class Simd, int kKeys, int kVectors, int kWidth>
-[[gnu::always_inline]] inline void qk_register_tile(const QkOperands<typename Simd::Scalar>& from,
+[[gnu::always_inline]] inline void qk_register_tile(const QkOperands<Simd>& from,
                                                     typename Simd::Scalar* logits) {
-  using Scalar = typename Simd::Scalar;
-  constexpr int64_t kDimsPerLine = kCacheLine / static_cast<int64_t>(sizeof(Scalar));
-  const Scalar* const k = from.k;
+  using Unit = typename Simd::Unit;
+  constexpr int64_t kUnitsPerLine = kCacheLine / static_cast<int64_t>(sizeof(Unit));
+  const Unit* const k = from.k;
   const int64_t k_stride = from.k_stride;
-  const int64_t next_keys = kKeys * k_stride * static_cast<int64_t>(sizeof(Scalar));
+  const int64_t next_keys = kKeys * k_stride * static_cast<int64_t>(sizeof(Unit));
   const int64_t v_distance = from.v_distance;
-  const int64_t dims = from.dims;
+  const int64_t units = from.units;
   const bool add = from.add;
-  const Scalar* const queries = from.queries;
+  const Unit* const queries = from.queries;
   typename Simd::Vec sums[kKeys][kVectors];
 #pragma GCC unroll 8
   for (int key = 0; key < kKeys; ++key) {
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) sums[key][i] = Simd::zero();
   }
-  for (int64_t line = 0; line < dims; line += kDimsPerLine) {
+  for (int64_t line = 0; line < units; line += kUnitsPerLine) {
 #pragma GCC unroll 8
     for (int key = 0; key < kKeys; ++key) {
       const char* const row = reinterpret_cast<const char*>(k + key * k_stride + line);
       __builtin_prefetch(row + next_keys, 0, 3);
       __builtin_prefetch(row + v_distance, 0, 2);
     }
-    const int64_t end = line + kDimsPerLine < dims ? line + kDimsPerLine : dims;
+    const int64_t end = line + kUnitsPerLine < units ? line + kUnitsPerLine : units;
     for (int64_t d = line; d < end; ++d) {
-      typename Simd::Vec query[kVectors];
+      typename Simd::Units query[kVectors];
 #pragma GCC unroll 8
       for (int i = 0; i < kVectors; ++i) {
         query[i] = Simd::load(queries + d * kWidth + i * Simd::kLanes);
       }
 #pragma GCC unroll 8
       for (int key = 0; key < kKeys; ++key) {
-        const auto element = Simd::set(k[key * k_stride + d]);
+        const auto unit = Simd::set(k[key * k_stride + d]);
 #pragma GCC unroll 8
         for (int i = 0; i < kVectors; ++i) {
-          sums[key][i] = Simd::fma(element, query[i], sums[key][i]);
+          sums[key][i] = Simd::multiply_add(unit, query[i], sums[key][i]);
         }
       }
     }
@@ -75,7 +76,7 @@ template <class Simd, int kKeys, int kVectors, int kWidth>
   for (int key = 0; key < kKeys; ++key) {
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) {
-      Scalar* const to = logits + key * kWidth + i * Simd::kLanes;
+      auto* const to = logits + key * kWidth + i * Simd::kLanes;
       if (add) sums[key][i] = Simd::add(Simd::load(to), sums[key][i]);
       Simd::store(to, sums[key][i]);
     }
@@ -91,8 +92,7 @@ template <class Simd, int kKeys, int kVectors, int kWidth>
 }
 
 template <class Simd, int kKeys, int kVectors, int kWidth>
-void qk_last_keys(const QkOperands<typename Simd::Scalar>& from, int64_t keys,
-                  typename Simd::Scalar* logits) {
+void qk_last_keys(const QkOperands<Simd>& from, int64_t keys, typename Simd::Scalar* logits) {
   if constexpr (kKeys > 0) {
     if (keys == kKeys) {
       qk_register_tile<Simd, kKeys, kVectors, kWidth>(from, logits);
@@ -104,7 +104,7 @@ void qk_last_keys(const QkOperands<typename Simd::Scalar>& from, int64_t keys,
 
 // The keys of one step, for kVectors vectors.
 template <class Simd, int kVectors, int kWidth>
-void qk_step(QkOperands<typename Simd::Scalar> from, int64_t keys, typename Simd::Scalar* logits) {
+void qk_step(QkOperands<Simd> from, int64_t keys, typename Simd::Scalar* logits) {
   constexpr int kKeys = Simd::broadcast_rows(kVectors);
   for (; keys >= kKeys; keys -= kKeys) {
     qk_register_tile<Simd, kKeys, kVectors, kWidth>(from, logits);
@@ -115,7 +115,7 @@ void qk_step(QkOperands<typename Simd::Scalar> from, int64_t keys, typename Simd
 }
 
 template <class Simd, int kFirst, int kVectors>
-void qk_steps(QkOperands<typename Simd::Scalar> from, const KeySteps<kVectors>& steps,
+void qk_steps(QkOperands<Simd> from, const KeySteps<kVectors>& steps,
               typename Simd::Scalar* logits) {
   constexpr int kWidth = kVectors * Simd::kLanes;
   const int64_t begin = kFirst == 0 ? 0 : steps.ends[kFirst > 0 ? kFirst - 1 : 0];
@@ -133,19 +133,18 @@ void qk_steps(QkOperands<typename Simd::Scalar> from, const KeySteps<kVectors>& 
 
 // logits [key][lane], not yet scaled; those that the steps leave out are undefined.
 template <class Simd, int kVectors>
-void qk_matmul(QkOperands<typename Simd::Scalar> from, const KeySteps<kVectors>& steps,
+void qk_matmul(QkOperands<Simd> from, const KeySteps<kVectors>& steps,
                typename Simd::Scalar* logits) {
-  using Scalar = typename Simd::Scalar;
   constexpr int kWidth = kVectors * Simd::kLanes;
   // Long vectors are summed in pieces, so that the rounding error doesn't grow with all of them.
-  constexpr int64_t kDimsPerSum = Simd::kFusedMultiplyAdd ? 192 : 32;
-  Scalar* const highest = from.highest;
-  for (int64_t left = from.dims; left > 0; left -= kDimsPerSum) {
-    from.dims = left < kDimsPerSum ? left : kDimsPerSum;
-    from.highest = left <= kDimsPerSum ? highest : nullptr;
+  constexpr int64_t kUnitsPerSum = Simd::kFusedMultiplyAdd ? 192 : 32;
+  auto* const highest = from.highest;
+  for (int64_t left = from.units; left > 0; left -= kUnitsPerSum) {
+    from.units = left < kUnitsPerSum ? left : kUnitsPerSum;
+    from.highest = left <= kUnitsPerSum ? highest : nullptr;
     qk_steps<Simd, 0>(from, steps, logits);
-    from.k += kDimsPerSum;
-    from.queries += kDimsPerSum * kWidth;
+    from.k += kUnitsPerSum;
+    from.queries += kUnitsPerSum * kWidth;
     from.add = true;
   }
 }

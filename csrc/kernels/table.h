@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "../dtype.h"
+
 namespace numattn {
 
 // What a dense mask leaves of a query tile in a key block.
@@ -41,7 +43,8 @@ struct PrefillTask {
   int64_t mask_row_stride, mask_column_stride;
   const TileKind* mask_kinds;  // [tile][key block], where mask is not null
   int64_t mask_kinds_stride;   // elements from tile to tile
-  const char* bias;            // [row][key] float, natural logarithms; or null
+  const char* bias;            // [row][key], natural logarithms; or null
+  bool bias_is_scalar;         // of what is computed in, not of what q holds
   int64_t bias_row_stride, bias_column_stride;
 
   int64_t first_position;             // of the first row, among the keys
@@ -60,8 +63,8 @@ struct PrefillTask {
   void* stop_context;
 };
 
-struct KernelTable {
-  const char* isa;
+// The kernels for one dtype.
+struct DtypeKernels {
   int rows_per_tile;        // queries in a tile
   int keys_per_block;       // keys in a key block; blocks start at its multiples
   int max_tiles_per_block;  // worth sharing a key block; at most kMaxTilesPerBlock
@@ -70,10 +73,19 @@ struct KernelTable {
   // False if it was stopped.
   bool (*prefill)(const PrefillTask& task);
 
-  // For tests: y[i] = 2^x[i], by the exp2 of the kernels.
-  void (*exp2)(const float* x, float* y, int64_t count);
   // For benchmarks: multiply-adds as fast as this level can; returns the flops done.
   double (*multiply_adds)(int64_t rounds);
+};
+
+struct KernelTable {
+  const char* isa;
+  DtypeKernels dtypes[kDtypes];
+
+  // For tests: y[i] = 2^x[i], by the exp2 of the kernels.
+  void (*exp2_float32)(const float* x, float* y, int64_t count);
+  void (*exp2_float64)(const double* x, double* y, int64_t count);
+
+  const DtypeKernels& of(Dtype dtype) const { return dtypes[static_cast<int>(dtype)]; }
 };
 
 }  // namespace numattn

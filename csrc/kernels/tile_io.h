@@ -1,5 +1,6 @@
 // Moving a tile between arrays in memory, of any strides, and the kernels' own layouts, in which
-// the lanes of a vector are queries.
+// the lanes of a vector are queries. An Element is what an array holds: the Scalar of the vectors,
+// or a 16-bit float.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +9,13 @@ namespace numattn {
 namespace {
 
 // The first `count` elements, or a whole vector if there are more; further lanes are 0.
-template <class Simd>
-typename Simd::Vec load_up_to(const typename Simd::Scalar* from, int64_t count) {
+template <class Simd, class Element>
+auto load_up_to(const Element* from, int64_t count) {
   return count >= Simd::kLanes ? Simd::load(from) : Simd::load_first(from, count);
 }
 
-template <class Simd>
-void store_up_to(typename Simd::Scalar* to, typename Simd::Vec x, int64_t count) {
+template <class Simd, class Element, class Vec>
+void store_up_to(Element* to, Vec x, int64_t count) {
   if (count >= Simd::kLanes) {
     Simd::store(to, x);
   } else {
@@ -23,42 +24,41 @@ void store_up_to(typename Simd::Scalar* to, typename Simd::Vec x, int64_t count)
 }
 
 // Up to a vector's length of elements, `stride` bytes apart; lanes from `count` on are 0.
-template <class Simd>
+template <class Simd, class Element>
 typename Simd::Vec load_elements(const char* from, int64_t stride, int64_t count) {
-  using Scalar = typename Simd::Scalar;
-  if (stride == static_cast<int64_t>(sizeof(Scalar))) {
-    return load_up_to<Simd>(reinterpret_cast<const Scalar*>(from), count);
+  if (stride == static_cast<int64_t>(sizeof(Element))) {
+    return load_up_to<Simd>(reinterpret_cast<const Element*>(from), count);
   }
-  Scalar elements[Simd::kLanes] = {};
+  Element elements[Simd::kLanes] = {};
   for (int64_t i = 0; i < count; ++i) {
-    __builtin_memcpy(&elements[i], from + i * stride, sizeof(Scalar));
+    __builtin_memcpy(&elements[i], from + i * stride, sizeof(Element));
   }
   return Simd::load(elements);
 }
 
-template <class Simd>
+template <class Simd, class Element>
 void store_elements(char* to, int64_t stride, typename Simd::Vec x, int64_t count) {
-  using Scalar = typename Simd::Scalar;
-  if (stride == static_cast<int64_t>(sizeof(Scalar))) {
-    store_up_to<Simd>(reinterpret_cast<Scalar*>(to), x, count);
+  if (stride == static_cast<int64_t>(sizeof(Element))) {
+    store_up_to<Simd>(reinterpret_cast<Element*>(to), x, count);
     return;
   }
-  Scalar elements[Simd::kLanes];
+  Element elements[Simd::kLanes];
   Simd::store(elements, x);
   for (int64_t i = 0; i < count; ++i) {
-    __builtin_memcpy(to + i * stride, &elements[i], sizeof(Scalar));
+    __builtin_memcpy(to + i * stride, &elements[i], sizeof(Element));
   }
 }
 
 // A square of kLanes rows and columns, transposed: result[column] has the rows in its lanes.
 // Rows from `rows` on and columns from `columns` on are 0. Strides in bytes.
-template <class Simd>
+template <class Simd, class Element>
 void load_transposed(const char* from, int64_t row_stride, int64_t column_stride, int64_t rows,
                      int64_t columns, typename Simd::Vec (&result)[Simd::kLanes]) {
 #pragma GCC unroll 16
   for (int i = 0; i < Simd::kLanes; ++i) {
-    result[i] = i < rows ? load_elements<Simd>(from + i * row_stride, column_stride, columns)
-                         : Simd::zero();
+    result[i] = i < rows
+                    ? load_elements<Simd, Element>(from + i * row_stride, column_stride, columns)
+                    : Simd::zero();
   }
   Simd::transpose(result);
 }
@@ -73,10 +73,12 @@ void fetch_next_rows(const char* square, int64_t row_stride) {
   }
 }
 
-// q [row][d] in memory becomes queries [d][lane], times `sign`; lanes without a row are 0.
-template <class Simd, int kVectors>
+// q [row][d] in memory becomes queries [unit of d][lane], times `sign`; lanes without a row are 0,
+// and so is what the last unit has beyond head_dim.
+template <class Simd, class Element, int kVectors>
 void pack_queries(const char* q, int64_t row_stride, int64_t column_stride, int64_t rows,
-                  int64_t head_dim, typename Simd::Scalar sign, typename Simd::Scalar* queries) {
+                  int64_t head_dim, typename Simd::Scalar sign, typename Simd::Unit* queries) {
+  constexpr int kPerUnit = Simd::kUnitElements;
   constexpr int kWidth = kVectors * Simd::kLanes;
   const auto factor = Simd::set(sign);
   for (int v = 0; v < kVectors; ++v) {
@@ -86,16 +88,17 @@ void pack_queries(const char* q, int64_t row_stride, int64_t column_stride, int6
       typename Simd::Vec square[Simd::kLanes];
       const char* const from = q + row * row_stride + d * column_stride;
       fetch_next_rows<Simd, false>(from, row_stride);
-      load_transposed<Simd>(from, row_stride, column_stride, rows - row, columns, square);
-      for (int64_t i = 0; i < columns; ++i) {
-        Simd::store(queries + (d + i) * kWidth + row, Simd::mul(square[i], factor));
+      load_transposed<Simd, Element>(from, row_stride, column_stride, rows - row, columns, square);
+      for (int64_t i = 0; i < columns; ++i) square[i] = Simd::mul(square[i], factor);
+      for (int64_t i = 0; i < columns; i += kPerUnit) {
+        Simd::store(queries + (d + i) / kPerUnit * kWidth + row, Simd::join(&square[i]));
       }
     }
   }
 }
 
 // output [d][lane], times factor [lane], becomes out [row][d] in memory.
-template <class Simd, int kVectors>
+template <class Simd, class Element, int kVectors>
 void unpack_output(const typename Simd::Scalar* output, const typename Simd::Scalar* factor,
                    int64_t rows, int64_t value_dim, char* out, int64_t row_stride,
                    int64_t column_stride) {
@@ -114,7 +117,7 @@ void unpack_output(const typename Simd::Scalar* output, const typename Simd::Sca
       char* const to = out + row * row_stride + d * column_stride;
       fetch_next_rows<Simd, true>(to, row_stride);
       for (int64_t i = 0; i < last; ++i) {
-        store_elements<Simd>(to + i * row_stride, column_stride, square[i], columns);
+        store_elements<Simd, Element>(to + i * row_stride, column_stride, square[i], columns);
       }
     }
   }

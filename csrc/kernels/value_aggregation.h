@@ -1,6 +1,7 @@
 // The third stage: a block's weighted values, added to a tile's output,
 //   output [d][query lane] = output * rescale [query lane] + Vt [d][key] * weights [key][query
-//   lane].
+//   lane],
+// where key counts units: single keys, or pairs of keys in 16 bits (simd/scalar_units.h).
 #pragma once
 
 #include <cstdint>
@@ -10,34 +11,34 @@
 namespace numattn {
 namespace {
 
-template <class Scalar>
+template <class Simd>
 struct ValueOperands {
-  const Scalar* v;  // [key][d]
+  const typename Simd::Unit* v;  // [key][d]
   int64_t v_stride;
-  const Scalar* weights;  // [key][lane]
-  const Scalar* rescale;  // [lane]
+  const typename Simd::Unit* weights;    // [key][lane]
+  const typename Simd::Scalar* rescale;  // [lane]
 };
 
 // Adds the keys of the steps from kFirst on to the sums of a register tile: kDims elements of
 // every row of V, read where they lie with one broadcast per (key, d).
 template <class Simd, int kFirst, int kDims, int kVectors>
-[[gnu::always_inline]] inline void sum_values(const ValueOperands<typename Simd::Scalar>& from,
+[[gnu::always_inline]] inline void sum_values(const ValueOperands<Simd>& from,
                                               const KeySteps<kVectors>& steps,
                                               typename Simd::Vec (&sums)[kDims][kVectors]) {
   constexpr int kWidth = kVectors * Simd::kLanes;
   const int64_t begin = kFirst == 0 ? 0 : steps.ends[kFirst > 0 ? kFirst - 1 : 0];
   for (int64_t key = begin; key < steps.ends[kFirst]; ++key) {
-    typename Simd::Vec weight[kVectors];
+    typename Simd::Units weight[kVectors];
 #pragma GCC unroll 8
     for (int i = kFirst; i < kVectors; ++i) {
       weight[i] = Simd::load(from.weights + key * kWidth + i * Simd::kLanes);
     }
 #pragma GCC unroll 8
     for (int d = 0; d < kDims; ++d) {
-      const auto element = Simd::set(from.v[key * from.v_stride + d]);
+      const auto unit = Simd::set(from.v[key * from.v_stride + d]);
 #pragma GCC unroll 8
       for (int i = kFirst; i < kVectors; ++i) {
-        sums[d][i] = Simd::fma(element, weight[i], sums[d][i]);
+        sums[d][i] = Simd::multiply_add(unit, weight[i], sums[d][i]);
       }
     }
   }
@@ -47,9 +48,9 @@ template <class Simd, int kFirst, int kDims, int kVectors>
 // The block is summed by itself before it is added: the rounding error grows with the keys of a
 // block plus the number of blocks, not with all keys.
 template <class Simd, int kDims, int kVectors>
-[[gnu::always_inline]] inline void value_register_tile(
-    const ValueOperands<typename Simd::Scalar>& from, const KeySteps<kVectors>& steps,
-    typename Simd::Scalar* output) {
+[[gnu::always_inline]] inline void value_register_tile(const ValueOperands<Simd>& from,
+                                                       const KeySteps<kVectors>& steps,
+                                                       typename Simd::Scalar* output) {
   constexpr int kWidth = kVectors * Simd::kLanes;
   typename Simd::Vec sums[kDims][kVectors];
 #pragma GCC unroll 8
@@ -70,8 +71,8 @@ template <class Simd, int kDims, int kVectors>
 }
 
 template <class Simd, int kDims, int kVectors>
-void value_last_dims(const ValueOperands<typename Simd::Scalar>& from,
-                     const KeySteps<kVectors>& steps, int64_t dims, typename Simd::Scalar* output) {
+void value_last_dims(const ValueOperands<Simd>& from, const KeySteps<kVectors>& steps, int64_t dims,
+                     typename Simd::Scalar* output) {
   if constexpr (kDims > 0) {
     if (dims == kDims) {
       value_register_tile<Simd, kDims>(from, steps, output);
@@ -81,10 +82,10 @@ void value_last_dims(const ValueOperands<typename Simd::Scalar>& from,
   }
 }
 
-// output [d][lane]
+// output [d][lane]; the steps count units
 template <class Simd, int kVectors>
-void value_aggregation(ValueOperands<typename Simd::Scalar> from, const KeySteps<kVectors>& steps,
-                       int64_t value_dim, typename Simd::Scalar* output) {
+void value_aggregation(ValueOperands<Simd> from, const KeySteps<kVectors>& steps, int64_t value_dim,
+                       typename Simd::Scalar* output) {
   constexpr int kDims = Simd::broadcast_rows(kVectors);
   constexpr int kWidth = kVectors * Simd::kLanes;
   for (; value_dim >= kDims; value_dim -= kDims) {

@@ -45,7 +45,7 @@ int64_t batch_offset(const Problem& problem, const int64_t* batch_strides, int64
   return offset;
 }
 
-MaskKinds::MaskKinds(const Problem& problem, const KernelTable& kernels)
+MaskKinds::MaskKinds(const Problem& problem, const DtypeKernels& kernels)
     : problem_(problem),
       rows_per_tile_(kernels.rows_per_tile),
       keys_per_block_(kernels.keys_per_block) {

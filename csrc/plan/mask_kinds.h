@@ -20,7 +20,7 @@ int64_t batch_offset(const Problem& problem, const int64_t* batch_strides, int64
 class MaskKinds {
  public:
   // Throws std::bad_alloc. The problem is kept by reference.
-  MaskKinds(const Problem& problem, const KernelTable& kernels);
+  MaskKinds(const Problem& problem, const DtypeKernels& kernels);
 
   // One tile of one slice. All rows have to be classified before they are read; different rows
   // may be classified by different threads.

@@ -19,7 +19,7 @@ int64_t batch_items(const Problem& problem) {
 
 }  // namespace
 
-Plan::Plan(const Problem& problem, const KernelTable& kernels, const MaskKinds* mask_kinds,
+Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const MaskKinds* mask_kinds,
            int num_threads)
     : problem_(problem), kernels_(kernels), mask_kinds_(mask_kinds) {
   const int64_t heads = batch_items(problem) * problem.query_heads;
@@ -98,6 +98,7 @@ PrefillTask Plan::task(int64_t item) const {
   task.mask_kinds = mask_kinds_ ? mask_kinds_->tile(batch_item, head, first_row) : nullptr;
   task.mask_kinds_stride = mask_kinds_ ? mask_kinds_->tile_stride() : 0;
   task.bias = address(problem_.bias, here);
+  task.bias_is_scalar = problem_.bias_is_scalar;
   task.bias_row_stride = problem_.bias.row_stride;
   task.bias_column_stride = problem_.bias.column_stride;
 

@@ -13,7 +13,7 @@ namespace numattn {
 class Plan {
  public:
   // `mask_kinds` is null where the problem has no mask. All are kept by reference.
-  Plan(const Problem& problem, const KernelTable& kernels, const MaskKinds* mask_kinds,
+  Plan(const Problem& problem, const DtypeKernels& kernels, const MaskKinds* mask_kinds,
        int num_threads);
 
   int64_t items() const { return items_; }
@@ -34,7 +34,7 @@ class Plan {
   TileKeys tile_keys(int64_t first_position, int64_t rows, int64_t valid_keys) const;
 
   const Problem& problem_;
-  const KernelTable& kernels_;
+  const DtypeKernels& kernels_;
   const MaskKinds* mask_kinds_;
   int64_t rows_per_item_;
   int64_t items_per_head_;

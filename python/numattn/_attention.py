@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from . import _arguments, _numpy_backend, _runtime
+from . import _arguments, _runtime
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -146,16 +146,17 @@ def attention(
 
     Notes
     -----
-    `q`, `k` and `v` have one dtype: float16, bfloat16 (of ``ml_dtypes``), float32 or float64. The
-    compiled kernels take float32; the others are computed by NumPy, with the same meaning but much
-    slower. 16-bit floats are accumulated in float32.
+    `q`, `k` and `v` have one dtype: float16, bfloat16 (of ``ml_dtypes``), float32 or float64.
+    16-bit floats are computed in float32 and rounded at the end, where what is too large for
+    float16 becomes infinite. On CPUs with AVX512_BF16 the weights of bfloat16 values are rounded to
+    bfloat16 too (not their sum), and subnormal bfloat16 (below 1.2e-38) counts as 0.
 
     A masked key is never read into a result, be it NaN; a NaN that is attended to shows. For the
     same machine and ISA level the bits of a result of the compiled kernels depend on the inputs'
     values alone: not on the number of threads, the other batch items or the arrays' strides. Their
     scratch memory is proportional to the number of threads, plus a byte for each tile of a dense
-    mask (96 keys by 8, 16 or 64 queries on generic, AVX2 or AVX-512); NumPy's is linear in the
-    lengths.
+    mask (96 keys by 8, 16 or 64 queries on generic, AVX2 or AVX-512, half as many in float64);
+    NumPy's is linear in the lengths.
 
     The method is the online softmax of Milakov and Gimelshein [1]_ over blocks of keys, as in
     FlashAttention [2]_. The attention itself is that of Vaswani et al. [3]_.
@@ -210,10 +211,7 @@ def attention(
         q, k, v, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
         kv_lengths, layout, return_lse, out, num_threads,
     )  # fmt: skip
-    if arguments.q.dtype.name in _runtime.NATIVE_DTYPES:
-        _runtime.attention_backend(arguments)
-    else:
-        _numpy_backend.attention(arguments)
+    _runtime.attention_backend(arguments)
     if arguments.result_lse is None:
         return arguments.result
     return arguments.result, arguments.result_lse

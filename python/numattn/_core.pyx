@@ -24,6 +24,14 @@ cdef extern from "Python.h":
     unsigned long PyThread_get_thread_ident() noexcept
 
 
+cdef extern from "dtype.h" namespace "numattn" nogil:
+    cdef enum class Dtype:
+        float32
+        float64
+        float16
+        bfloat16
+
+
 cdef extern from "attention.h" namespace "numattn" nogil:
     cdef struct Array:
         char* data
@@ -39,7 +47,9 @@ cdef extern from "attention.h" namespace "numattn" nogil:
         int64_t query_heads, kv_heads
         int64_t query_length, key_length
         int64_t head_dim, value_dim
+        Dtype dtype
         Array q, k, v, out, lse, mask, bias
+        cbool bias_is_scalar
         const int64_t* q_offset
         const int64_t* kv_lengths
         int64_t window_left, window_right
@@ -66,10 +76,14 @@ cdef extern from "cpu.h" namespace "numattn" nogil:
 
 
 cdef extern from "kernels/table.h" namespace "numattn" nogil:
-    cdef struct KernelTable:
-        const char* isa
-        void (*exp2)(const float*, float*, int64_t) noexcept nogil
+    cdef struct DtypeKernels:
         double (*multiply_adds)(int64_t) noexcept nogil
+
+    cdef cppclass KernelTable:
+        const char* isa
+        void (*exp2_float32)(const float*, float*, int64_t) noexcept nogil
+        void (*exp2_float64)(const double*, double*, int64_t) noexcept nogil
+        const DtypeKernels& of(Dtype)
 
 
 cdef extern from "dispatch.h" namespace "numattn" nogil:
@@ -136,18 +150,48 @@ cdef inline void _fill(Array* to, cnp.ndarray x, int batch_axes, cbool has_colum
     to.column_stride = strides[ndim - 1] if has_columns else 0
 
 
-cdef inline bint _is_plain_float32(object x) noexcept:
+# NumPy numbers the types of other packages as they are imported.
+cdef int bfloat16_number = -1
+
+
+cdef bint _find_dtype(cnp.ndarray x, Dtype* dtype):
+    """Whether the kernels take x's elements, and as what."""
+    global bfloat16_number
+    cdef int number = cnp.PyArray_TYPE(x)
+    if not cnp.PyArray_ISNOTSWAPPED(x):
+        return False
+    if number == cnp.NPY_FLOAT32:
+        dtype[0] = Dtype.float32
+    elif number == cnp.NPY_FLOAT64:
+        dtype[0] = Dtype.float64
+    elif number == cnp.NPY_FLOAT16:
+        dtype[0] = Dtype.float16
+    elif number == bfloat16_number:
+        dtype[0] = Dtype.bfloat16
+    elif x.dtype.name == "bfloat16":
+        bfloat16_number = number
+        dtype[0] = Dtype.bfloat16
+    else:
+        return False
+    return True
+
+
+cdef inline bint _is_plain(object x, int number) noexcept:
     return (
         cnp.PyArray_CheckExact(x)
-        and cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_FLOAT32
+        and cnp.PyArray_TYPE(<cnp.ndarray>x) == number
         and cnp.PyArray_ISNOTSWAPPED(<cnp.ndarray>x)
     )
 
 
 def attention_common(object q, object k, object v, object is_causal, object scale):
-    """Compute the common call: float32 arrays with the same leading axes and nothing but
+    """Compute the common call: arrays of one dtype with the same leading axes and nothing but
     `is_causal` and `scale`. None where it is not that call, or has something wrong."""
-    if not (_is_plain_float32(q) and _is_plain_float32(k) and _is_plain_float32(v)):
+    cdef Problem problem
+    if not cnp.PyArray_CheckExact(q) or not _find_dtype(<cnp.ndarray>q, &problem.dtype):
+        return None
+    cdef int number = cnp.PyArray_TYPE(<cnp.ndarray>q)
+    if not (_is_plain(k, number) and _is_plain(v, number)):
         return None
     if is_causal is not True and is_causal is not False:
         return None
@@ -161,7 +205,6 @@ def attention_common(object q, object k, object v, object is_causal, object scal
     cdef const cnp.npy_intp* q_shape = cnp.PyArray_DIMS(<cnp.ndarray>q)
     cdef const cnp.npy_intp* k_shape = cnp.PyArray_DIMS(<cnp.ndarray>k)
     cdef const cnp.npy_intp* v_shape = cnp.PyArray_DIMS(<cnp.ndarray>v)
-    cdef Problem problem
     cdef cnp.npy_intp out_shape[64]
     cdef int axis
     problem.batch_axes = max(ndim - 3, 0)
@@ -199,7 +242,7 @@ def attention_common(object q, object k, object v, object is_causal, object scal
     for axis in range(ndim - 1):
         out_shape[axis] = q_shape[axis]
     out_shape[ndim - 1] = problem.value_dim
-    cdef cnp.ndarray out = cnp.PyArray_EMPTY(ndim, out_shape, cnp.NPY_FLOAT32, 0)
+    cdef cnp.ndarray out = cnp.PyArray_EMPTY(ndim, out_shape, number, 0)
     _fill(&problem.q, <cnp.ndarray>q, problem.batch_axes, True)
     _fill(&problem.k, <cnp.ndarray>k, problem.batch_axes, True)
     _fill(&problem.v, <cnp.ndarray>v, problem.batch_axes, True)
@@ -227,6 +270,8 @@ def attention(object arguments):
     problem.key_length = cnp.PyArray_DIM(k, ndim - 2)
     problem.head_dim = cnp.PyArray_DIM(q, ndim - 1)
     problem.value_dim = cnp.PyArray_DIM(v, ndim - 1)
+    if not _find_dtype(q, &problem.dtype):
+        raise TypeError(f"dtype {q.dtype.name} is not one that the kernels take")
     _fill(&problem.q, q, problem.batch_axes, True)
     _fill(&problem.k, k, problem.batch_axes, True)
     _fill(&problem.v, v, problem.batch_axes, True)
@@ -237,6 +282,9 @@ def attention(object arguments):
         _fill(&problem.mask, <cnp.ndarray>mask, problem.batch_axes, True)
     if bias is not None:
         _fill(&problem.bias, <cnp.ndarray>bias, problem.batch_axes, True)
+        problem.bias_is_scalar = (
+            cnp.PyArray_TYPE(<cnp.ndarray>bias) in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64)
+        )
     if q_offset is not None:
         problem.q_offset = <const int64_t*>cnp.PyArray_DATA(<cnp.ndarray>q_offset)
     if kv_lengths is not None:
@@ -291,17 +339,33 @@ def set_isa(str name):
         raise ValueError(problem.decode())
 
 
-def exp2(const float[::1] x not None, float[::1] y not None):
-    """y = 2**x by the kernels' own exp2 (for tests)."""
+ctypedef fused real:
+    float
+    double
+
+
+def exp2(const real[::1] x not None, real[::1] y not None):
+    """y = 2**x by the kernels' own exp2, in float32 or float64 (for tests)."""
     if x.shape[0] != y.shape[0]:
         raise ValueError("x and y differ in length")
-    if x.shape[0]:
-        active_kernels().exp2(&x[0], &y[0], x.shape[0])
+    if x.shape[0] == 0:
+        return
+    if real is float:
+        active_kernels().exp2_float32(&x[0], &y[0], x.shape[0])
+    else:
+        active_kernels().exp2_float64(&x[0], &y[0], x.shape[0])
 
 
-def multiply_adds(int64_t rounds):
-    """Run multiply-adds as fast as the ISA level in use can; return the flops (for benchmarks)."""
+def multiply_adds(int64_t rounds, str dtype="float32"):
+    """Run multiply-adds as fast as the ISA level in use can, as the kernels for a dtype do them;
+    return the flops (for benchmarks)."""
     cdef double flops
+    cdef Dtype wanted = {
+        "float32": Dtype.float32,
+        "float64": Dtype.float64,
+        "float16": Dtype.float16,
+        "bfloat16": Dtype.bfloat16,
+    }[dtype]
     with nogil:
-        flops = active_kernels().multiply_adds(rounds)
+        flops = active_kernels().of(wanted).multiply_adds(rounds)
     return flops

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __version__ = metadata.version("numattn")
 
 BACKENDS = ("native", "numpy")
-ISA_LEVELS = ("generic", "avx2", "avx512")
+ISA_LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 
 _INSTALL_ADVICE = (
     "install a C++20 compiler (GCC 11 or Clang 14, or later), then run "
@@ -154,9 +154,9 @@ def runtime_info() -> dict[str, Any]:
     dict
         ``version``, ``python`` and ``numpy`` (versions); ``backend`` ("native" or "numpy") and
         ``backend_reason``; ``isa``, a dict of the levels ``built``, ``available`` on this CPU, the
-        one ``chosen`` (None for the NumPy backend) and the ``reason``; ``dtypes``, those that the
-        compiled kernels take (the others go to NumPy); ``cpu``; ``cpus``, how many this process
-        may use; ``num_threads`` and ``num_threads_reason``.
+        one ``chosen`` (None for the NumPy backend) and the ``reason``; ``dtypes``, those that
+        `attention` takes; ``cpu``; ``cpus``, how many this process may use; ``num_threads`` and
+        ``num_threads_reason``.
 
     Examples
     --------
@@ -177,7 +177,7 @@ def runtime_info() -> dict[str, Any]:
             "chosen": None if native is None else native.isa(),
             "reason": isa_reason,
         },
-        "dtypes": [] if native is None else list(NATIVE_DTYPES),
+        "dtypes": list(_arguments.ACCEPTED_DTYPES),
         "cpu": (platform.processor() or platform.machine())
         if native is None
         else native.cpu_name(),
@@ -185,9 +185,6 @@ def runtime_info() -> dict[str, Any]:
         "num_threads": _num_threads,
         "num_threads_reason": _num_threads_reason,
     }
-
-
-NATIVE_DTYPES = ("float32",)
 
 
 def show_runtime() -> None:
@@ -207,7 +204,7 @@ def show_runtime() -> None:
         f"ISA level {isa['chosen'] or '-'} ({isa['reason']})",
         f"          built: {', '.join(isa['built']) or '-'}",
         f"          available here: {', '.join(isa['available']) or '-'}",
-        f"dtypes    {', '.join(info['dtypes']) or '-'} compiled, others by NumPy",
+        f"dtypes    {', '.join(info['dtypes'])}",
         f"CPU       {info['cpu']}, {info['cpus']} usable",
         f"threads   {info['num_threads']} ({info['num_threads_reason']})",
     ]

@@ -1,21 +1,29 @@
-// AVX2 with FMA: eight float lanes, for Haswell and later, Zen 1 and later.
+// AVX2 with FMA and F16C: eight float lanes, for Haswell and later, Zen 1 and later.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
 
+#include "../storage.h"
+#include "scalar_units.h"
+
 namespace numattn {
 namespace {
 
-struct Float32 {
+struct Float32Lanes {
   using Scalar = float;
   using Vec = __m256;
+};
+
+struct Float32 : ScalarUnits<Float32Lanes> {
+  using Single = Float32;
 
   static constexpr bool kFusedMultiplyAdd = true;
   static constexpr int kLanes = 8;
   // Two query vectors by six keys: 12 accumulators, two operands and a broadcast in 16 registers.
   static constexpr int kTileVectors = 2;
+  static constexpr int kTilesPerBlock = 8;
   static constexpr int broadcast_rows(int vectors) { return vectors == 2 ? 6 : 8; }
 
   static Vec zero() { return _mm256_setzero_ps(); }
@@ -29,6 +37,28 @@ struct Float32 {
     _mm256_maskstore_ps(to, first(count), x);
   }
 
+  static Vec load(const Float16Bits* from) { return _mm256_cvtph_ps(load_16(from)); }
+  static Vec load_first(const Float16Bits* from, int64_t count) {
+    return _mm256_cvtph_ps(load_first_16(from, count));
+  }
+  static void store(Float16Bits* to, Vec x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), to_float16(x));
+  }
+  static void store_first(Float16Bits* to, Vec x, int64_t count) {
+    store_first_16(to, to_float16(x), count);
+  }
+
+  static Vec load(const Bfloat16Bits* from) { return from_bfloat16(load_16(from)); }
+  static Vec load_first(const Bfloat16Bits* from, int64_t count) {
+    return from_bfloat16(load_first_16(from, count));
+  }
+  static void store(Bfloat16Bits* to, Vec x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), to_bfloat16(x));
+  }
+  static void store_first(Bfloat16Bits* to, Vec x, int64_t count) {
+    store_first_16(to, to_bfloat16(x), count);
+  }
+
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
@@ -37,6 +67,7 @@ struct Float32 {
   static Vec abs(Vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
   // a * b + c
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static Vec multiply_add(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
 
   // All lanes added up.
   static float sum(Vec x) {
@@ -112,6 +143,34 @@ struct Float32 {
   }
 
  private:
+  static __m128i load_16(const void* from) {
+    return _mm_loadu_si128(static_cast<const __m128i*>(from));
+  }
+  static __m128i load_first_16(const void* from, int64_t count) {
+    __m128i x = _mm_setzero_si128();
+    __builtin_memcpy(&x, from, static_cast<size_t>(count) * sizeof(uint16_t));
+    return x;
+  }
+  static void store_first_16(void* to, __m128i x, int64_t count) {
+    __builtin_memcpy(to, &x, static_cast<size_t>(count) * sizeof(uint16_t));
+  }
+  static __m128i to_float16(Vec x) {
+    return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static Vec from_bfloat16(__m128i x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+  }
+  // To nearest, ties to even; a NaN stays one.
+  static __m128i to_bfloat16(Vec x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  }
   static __m256i first(int64_t count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)),
                               _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

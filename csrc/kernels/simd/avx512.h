@@ -5,18 +5,26 @@
 
 #include <cstdint>
 
+#include "../storage.h"
+#include "scalar_units.h"
+
 namespace numattn {
 namespace {
 
-struct Float32 {
+struct Float32Lanes {
   using Scalar = float;
   using Vec = __m512;
+};
+
+struct Float32 : ScalarUnits<Float32Lanes> {
+  using Single = Float32;
 
   static constexpr bool kFusedMultiplyAdd = true;
   static constexpr int kLanes = 16;
   // Four query vectors by six keys are 24 accumulators; with four operands and a broadcast they
   // fill 29 of the 32 registers and need 10 loads for 24 multiply-adds.
   static constexpr int kTileVectors = 4;
+  static constexpr int kTilesPerBlock = 4;
   static constexpr int broadcast_rows(int vectors) { return vectors == 4 ? 6 : 8; }
 
   static Vec zero() { return _mm512_setzero_ps(); }
@@ -30,6 +38,32 @@ struct Float32 {
     _mm512_mask_storeu_ps(to, first(count), x);
   }
 
+  static Vec load(const Float16Bits* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static Vec load_first(const Float16Bits* from, int64_t count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), from));
+  }
+  static void store(Float16Bits* to, Vec x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_float16(x));
+  }
+  static void store_first(Float16Bits* to, Vec x, int64_t count) {
+    _mm256_mask_storeu_epi16(to, first(count), to_float16(x));
+  }
+
+  static Vec load(const Bfloat16Bits* from) {
+    return from_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static Vec load_first(const Bfloat16Bits* from, int64_t count) {
+    return from_bfloat16(_mm256_maskz_loadu_epi16(first(count), from));
+  }
+  static void store(Bfloat16Bits* to, Vec x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_bfloat16(x));
+  }
+  static void store_first(Bfloat16Bits* to, Vec x, int64_t count) {
+    _mm256_mask_storeu_epi16(to, first(count), to_bfloat16(x));
+  }
+
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
@@ -38,6 +72,7 @@ struct Float32 {
   static Vec abs(Vec x) { return _mm512_abs_ps(x); }
   // a * b + c
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static Vec multiply_add(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
 
   // All lanes added up.
   static float sum(Vec x) { return _mm512_reduce_add_ps(x); }
@@ -103,9 +138,28 @@ struct Float32 {
     }
   }
 
- private:
+ protected:
   static __mmask16 first(int64_t count) {
     return static_cast<__mmask16>((1u << static_cast<unsigned>(count)) - 1u);
+  }
+
+ private:
+  static __m256i to_float16(Vec x) {
+    return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static Vec from_bfloat16(__m256i x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+  }
+  // To nearest, ties to even; a NaN stays one. (vcvtneps2bf16 takes subnormal numbers for 0.)
+  static __m256i to_bfloat16(Vec x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(
+        _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, quiet), 16));
   }
   static Vec interleave_low(Vec a, Vec b) {
     return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));

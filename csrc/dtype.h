@@ -1,0 +1,10 @@
+// What q, k, v and out hold.
+#pragma once
+
+namespace numattn {
+
+// 16-bit floats are computed in float32.
+enum class Dtype { float32, float64, float16, bfloat16 };
+constexpr int kDtypes = 4;
+
+}  // namespace numattn

@@ -1,0 +1,221 @@
+// Any CPU: four float lanes or two double lanes in the compiler's own vectors (GCC and Clang),
+// which become SSE2 on baseline x86-64 and NEON on arm64.
+#pragma once
+
+#include <cstdint>
+
+#include "../storage.h"
+#include "scalar_units.h"
+
+namespace numattn {
+namespace {
+
+typedef float FloatLanes __attribute__((vector_size(16)));
+typedef double DoubleLanes __attribute__((vector_size(16)));
+typedef int32_t FloatLaneBits __attribute__((vector_size(16)));
+typedef int64_t DoubleLaneBits __attribute__((vector_size(16)));
+
+// What a floating-point type is made of; `rounder` leaves no bits for a fraction when added.
+template <class Scalar>
+struct Format;
+template <>
+struct Format<float> {
+  using Scalar = float;
+  using Vec = FloatLanes;
+  using Bits = FloatLaneBits;
+  using Int = int32_t;
+  static constexpr int kFractionBits = 23, kBias = 127;
+  static constexpr float kRounder = 0x1.8p23f, kLowest = -151, kHighest = 129;
+};
+template <>
+struct Format<double> {
+  using Scalar = double;
+  using Vec = DoubleLanes;
+  using Bits = DoubleLaneBits;
+  using Int = int64_t;
+  static constexpr int kFractionBits = 52, kBias = 1023;
+  static constexpr double kRounder = 0x1.8p52, kLowest = -1078, kHighest = 1025;
+};
+
+template <class ScalarType>
+struct Generic : ScalarUnits<Format<ScalarType>> {
+  using Scalar = ScalarType;
+  using Vec = typename Format<Scalar>::Vec;
+  using Single = Generic;
+
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  static constexpr bool kFusedMultiplyAdd = true;
+#else
+  static constexpr bool kFusedMultiplyAdd = false;
+#endif
+  static constexpr int kLanes = 16 / sizeof(Scalar);
+  // Two query vectors by four keys leave room among 16 registers for the products that a CPU
+  // without fused multiply-add needs.
+  static constexpr int kTileVectors = 2;
+  static constexpr int kTilesPerBlock = 64 / (kTileVectors * kLanes);
+  static constexpr int broadcast_rows(int) { return 4; }
+
+  static Vec zero() { return Vec{}; }
+  static Vec set(Scalar x) { return x - Vec{}; }
+  static Vec load(const Scalar* from) {
+    Vec x;
+    __builtin_memcpy(&x, from, sizeof(x));
+    return x;
+  }
+  static Vec load_first(const Scalar* from, int64_t count) {
+    Vec x{};
+    for (int64_t i = 0; i < count; ++i) x[i] = from[i];
+    return x;
+  }
+  static void store(Scalar* to, Vec x) { __builtin_memcpy(to, &x, sizeof(x)); }
+  static void store_first(Scalar* to, Vec x, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = x[i];
+  }
+
+  // 16-bit floats, lane by lane.
+  template <class Stored>
+  static Vec load(const Stored* from) {
+    return load_first(from, kLanes);
+  }
+  template <class Stored>
+  static Vec load_first(const Stored* from, int64_t count) {
+    Vec x{};
+    for (int64_t i = 0; i < count; ++i) x[i] = widened(from[i]);
+    return x;
+  }
+  template <class Stored>
+  static void store(Stored* to, Vec x) {
+    store_first(to, x, kLanes);
+  }
+  template <class Stored>
+  static void store_first(Stored* to, Vec x, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) narrow(x[i], to[i]);
+  }
+
+  static Vec add(Vec a, Vec b) { return a + b; }
+  static Vec sub(Vec a, Vec b) { return a - b; }
+  static Vec mul(Vec a, Vec b) { return a * b; }
+  static Vec div(Vec a, Vec b) { return a / b; }
+  static Vec max(Vec a, Vec b) { return a > b ? a : b; }
+  static Vec abs(Vec x) { return (Vec)((Bits)x & magnitude()); }
+  // a * b + c, which the build's -ffp-contract=fast fuses where the CPU can
+  static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static Vec multiply_add(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
+
+  // All lanes added up.
+  static Scalar sum(Vec x) {
+    if constexpr (kLanes == 2) return x[0] + x[1];
+    return (x[0] + x[kLanes - 2]) + (x[1] + x[kLanes - 1]);
+  }
+
+  // `magnitude`, which is not negative, with the sign of `sign`.
+  static Vec copy_sign(Vec size, Vec sign) {
+    return (Vec)((Bits)size | ((Bits)sign & ~magnitude()));
+  }
+  // Lanes where a < b take `yes`, the others `no`.
+  static Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return a < b ? yes : no; }
+  // Lanes where a equals b take `yes`, the others `no`.
+  static Vec select_equal(Vec a, Vec b, Vec yes, Vec no) { return a == b ? yes : no; }
+  // Lanes whose bit is set keep x, the others take `other`.
+  static Vec select_bits(uint64_t bits, Vec x, Vec other) {
+    Bits lane_bit;
+    for (int i = 0; i < kLanes; ++i) lane_bit[i] = Int{1} << i;
+    const Bits wanted = (static_cast<Int>(bits & 0xf) - Bits{}) & lane_bit;
+    return wanted == lane_bit ? x : other;
+  }
+  // A bit for every lane where a differs from b (NaN differs from everything).
+  static uint64_t bits_not_equal(Vec a, Vec b) {
+    const Bits differ = a != b;
+    uint64_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint64_t>(differ[i] & 1) << i;
+    return bits;
+  }
+
+  // x = whole + fraction, whole an integer and |fraction| <= 1/2. What lies outside of the range
+  // beyond which 2^x is 0 or infinite is moved to its ends, so that `whole` stays an integer that
+  // scale_by_power_of_two takes. Comparisons are false for a NaN, which stays.
+  static void split(Vec x, Vec& whole, Vec& fraction) {
+    x = x < set(This::kLowest) ? set(This::kLowest) : x;
+    x = x > set(This::kHighest) ? set(This::kHighest) : x;
+    const Vec rounder = set(This::kRounder);
+    whole = (x + rounder) - rounder;
+    fraction = x - whole;
+  }
+  // x * 2^whole for a `whole` from split(). In two steps, because the smallest power is no float:
+  // the first is exact, the second rounds once, into the subnormal numbers if need be.
+  static Vec scale_by_power_of_two(Vec x, Vec whole) {
+    // What adding the rounder leaves in the lowest bits is the integer.
+    const Bits exponent = (Bits)(whole + set(This::kRounder)) - (Bits)set(This::kRounder);
+    const Bits half = exponent >> 1;
+    return x * power_of_two(half) * power_of_two(exponent - half);
+  }
+
+  // rows[i] lane j <-> rows[j] lane i
+  static void transpose(Vec (&rows)[kLanes]) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = i + 1; j < kLanes; ++j) {
+        const Scalar above = rows[i][j];
+        rows[i][j] = rows[j][i];
+        rows[j][i] = above;
+      }
+    }
+  }
+
+ private:
+  using This = Format<Scalar>;
+  using Bits = typename This::Bits;
+  using Int = typename This::Int;
+
+  static Bits magnitude() { return ~(Bits)set(-Scalar{0}); }
+  static Vec power_of_two(Bits exponent) {
+    return (Vec)((exponent + This::kBias) << This::kFractionBits);
+  }
+
+  static float float_of(uint32_t bits) {
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof(x));
+    return x;
+  }
+  static uint32_t bits_of(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, sizeof(x));
+    return bits;
+  }
+
+  static float widened(Bfloat16Bits x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+  static void narrow(float x, Bfloat16Bits& to) {
+    const uint32_t bits = bits_of(x);
+    const uint32_t to_even = 0x7fff + (bits >> 16 & 1);
+    to.bits = static_cast<uint16_t>((x == x ? bits + to_even : bits | 0x400000) >> 16);
+  }
+
+  // The exponents of float32 go further by 2^112 at either end.
+  static float widened(Float16Bits x) {
+    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+    const uint32_t size = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+    if (size >= 0x0f800000) return float_of(sign | 0x7f800000 | size);  // inf and NaN
+    return float_of(sign | bits_of(float_of(size) * 0x1p112f));
+  }
+  static void narrow(float x, Float16Bits& to) {
+    const uint32_t bits = bits_of(x);
+    const uint32_t size = bits & 0x7fffffff;
+    uint32_t half;
+    if (x != x) {
+      half = 0x7e00 | (size >> 13 & 0x3ff);
+    } else if (size >= bits_of(65520.0f)) {
+      half = 0x7c00;
+    } else if (size < bits_of(0x1p-14f)) {
+      // Adding 1/2 rounds to multiples of 2^-24, the smallest float16.
+      half = bits_of(float_of(size) + 0.5f) - bits_of(0.5f);
+    } else {
+      half = (size - (112u << 23) + 0xfff + (size >> 13 & 1)) >> 13;
+    }
+    to.bits = static_cast<uint16_t>(half | (bits >> 16 & 0x8000));
+  }
+};
+
+using Float32 = Generic<float>;
+using Float64 = Generic<double>;
+
+}  // namespace
+}  // namespace numattn

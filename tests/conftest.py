@@ -4,9 +4,19 @@ import numpy as np
 import pytest
 from numattn import _numpy_backend, _runtime
 
-BACKENDS = ["numpy"]
+LEVELS = []
 if _runtime.native is not None:
-    BACKENDS += [name for name, available in _runtime.native.isa_names().items() if available]
+    LEVELS = [name for name, available in _runtime.native.isa_names().items() if available]
+# For float32 this level has the kernels of avx512.
+BACKENDS = ["numpy", *LEVELS]
+FLOAT32_LEVELS = [name for name in LEVELS if name != "avx512_bf16"]
+
+DTYPES = ["float32", "float64", "float16", "bfloat16"]
+
+
+def with_dtypes(levels):
+    """Return all pairs of level and dtype that differ in what runs."""
+    return [(x, d) for x in levels for d in DTYPES if x != "avx512_bf16" or d == "bfloat16"]
 
 
 class Backend:
@@ -26,20 +36,48 @@ class Backend:
         pass
 
 
-@pytest.fixture(params=BACKENDS)
+def use(name, monkeypatch):
+    backend = Backend(name, monkeypatch)
+    yield name
+    backend.restore()
+
+
+@pytest.fixture(params=["numpy", *FLOAT32_LEVELS])
 def backend(request, monkeypatch):
-    """Run the test on every ISA level of this machine, and on the NumPy backend."""
-    backend = Backend(request.param, monkeypatch)
-    yield backend.name
-    backend.restore()
+    """Run the float32 test on every ISA level of this machine, and on the NumPy backend."""
+    yield from use(request.param, monkeypatch)
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name != "numpy"])
+@pytest.fixture(params=FLOAT32_LEVELS)
 def isa(request, monkeypatch):
-    """Run the test on every ISA level of this machine."""
-    backend = Backend(request.param, monkeypatch)
-    yield backend.name
-    backend.restore()
+    """Run the float32 test on every ISA level of this machine."""
+    yield from use(request.param, monkeypatch)
+
+
+@pytest.fixture(params=BACKENDS)
+def any_backend(request, monkeypatch):
+    """Run the test, which chooses dtypes itself, on every level and on the NumPy backend."""
+    yield from use(request.param, monkeypatch)
+
+
+def named_dtype(name):
+    if name == "bfloat16":
+        return np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    return np.dtype(name)
+
+
+@pytest.fixture(params=with_dtypes(BACKENDS), ids="-".join)
+def dtype(request, monkeypatch):
+    """Run the test with every dtype, each on every level and on the NumPy backend."""
+    for _ in use(request.param[0], monkeypatch):
+        yield named_dtype(request.param[1])
+
+
+@pytest.fixture(params=with_dtypes(LEVELS), ids="-".join)
+def native_dtype(request, monkeypatch):
+    """Run the test with every dtype, each on every level."""
+    for _ in use(request.param[0], monkeypatch):
+        yield named_dtype(request.param[1])
 
 
 @pytest.fixture
@@ -52,11 +90,11 @@ def rng():
 def arrays(rng):
     """Return a function that makes random q, k and v."""
 
-    def make(*batch, hq=1, hkv=None, lq=5, lk=None, d=8, dv=None, amplitude=1.0):
+    def make(*batch, hq=1, hkv=None, lq=5, lk=None, d=8, dv=None, amplitude=1.0, dtype=np.float32):
         hkv = hq if hkv is None else hkv
         lk = lq if lk is None else lk
         dv = d if dv is None else dv
         shapes = ((*batch, hq, lq, d), (*batch, hkv, lk, d), (*batch, hkv, lk, dv))
-        return tuple((amplitude * rng.standard_normal(shape, dtype=np.float32)) for shape in shapes)
+        return tuple((amplitude * rng.standard_normal(shape)).astype(dtype) for shape in shapes)
 
     return make

@@ -6,6 +6,7 @@ import numpy as np
 def attention(
     q, k, v, *, mask=None, bias=None, is_causal=False, q_offset=None, window=None, scale=None,
     softcap=None, alibi_slopes=None, sinks=None, kv_lengths=None, layout="bhld", dtype=np.float64,
+    matmul=np.matmul,
 ):  # fmt: skip
     """Return (out, lse). With another `dtype` it is the plain NumPy computation in that dtype."""
     one_head = q.ndim == k.ndim == v.ndim == 2
@@ -25,13 +26,14 @@ def attention(
     j = np.arange(keys)
 
     with np.errstate(all="ignore"):
-        s = q @ k.swapaxes(-1, -2) * dtype(1 / np.sqrt(dim) if scale is None else scale)
+        s = matmul(q, k.swapaxes(-1, -2)) * dtype(1 / np.sqrt(dim) if scale is None else scale)
         if softcap is not None:
             s = dtype(softcap) * np.tanh(s / dtype(softcap))
         attend = np.broadcast_to(j < valid[..., None, None, None], pairs)
         if bias is not None:
-            s = s + np.asarray(bias).astype(dtype)
-            attend = attend & (np.asarray(bias) != -np.inf)
+            bias = np.asarray(bias).astype(dtype)
+            s = s + bias
+            attend = attend & (bias != -np.inf)
         if alibi_slopes is not None:
             s = s - np.asarray(alibi_slopes, dtype)[:, None, None] * abs(p - j).astype(dtype)
         if mask is not None:
@@ -53,7 +55,7 @@ def attention(
         total = w.sum(axis=-1, keepdims=True) + np.exp(sink - m)
         lse = (m + np.log(total))[..., 0]
         weights = np.where(attend, w / np.where(total == 0, 1, total), 0)
-        out = weighted_sum(weights, v, attend)
+        out = weighted_sum(weights, v, attend, matmul)
     if one_head:
         return out[0], lse[0]
     if layout == "blhd":
@@ -61,9 +63,14 @@ def attention(
     return out, lse
 
 
-def weighted_sum(weights, v, attend):
+def weighted_sum(weights, v, attend, matmul):
     """Weights @ v, in which a value that is not attended to is no number at all."""
     if np.isfinite(v).all():
-        return weights @ v
+        return matmul(weights, v)
     terms = np.where(attend[..., None], weights[..., None] * v[..., None, :, :], 0)
     return terms.sum(axis=-2)
+
+
+def matmul_by_einsum(a, b):
+    """Multiply without BLAS."""
+    return np.einsum("...ij,...jk->...ik", a, b)

@@ -254,3 +254,27 @@ def test_thread_counts():
     na.set_num_threads(3)
     assert na.get_num_threads() == na.runtime_info()["num_threads"] == 3
     na.set_num_threads(before)
+
+
+def test_other_dtypes_are_named(backend):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    accepted = "expected one of float16, bfloat16, float32, float64"
+    for dtype, seen in {
+        ml_dtypes.float8_e4m3fn: "dtype float8_e4m3fn",
+        np.int8: "dtype int8",
+        np.longdouble: f"dtype {np.dtype(np.longdouble).name}",
+        ">f2": "dtype float16 of foreign byte order",
+        ">f8": "dtype float64 of foreign byte order",
+    }.items():
+        x = Q.astype(dtype)
+        with pytest.raises(TypeError, match=re.escape(f"q: got {seen}, {accepted}")):
+            na.attention(x, x, x)
+    half, brain = Q.astype(np.float16), Q.astype(ml_dtypes.bfloat16)
+    with pytest.raises(TypeError, match="q float16, k bfloat16, v float16, expected one dtype"):
+        na.attention(half, brain, half)
+    bias = np.zeros((5, 5), np.float16)
+    wanted = "bias: got dtype float16, expected bfloat16 or float32 with q of bfloat16"
+    with pytest.raises(TypeError, match=wanted):
+        na.attention(brain, brain, brain, bias=bias)
+    with pytest.raises(TypeError, match="out: got dtype float16, expected bfloat16 as in q"):
+        na.attention(brain, brain, brain, out=np.zeros_like(half))

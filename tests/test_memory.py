@@ -70,12 +70,12 @@ def test_scratch_of_a_long_causal_sequence(backend, limit):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
 @pytest.mark.parametrize("at_end", [False, True])
 @pytest.mark.parametrize(("lq", "lk", "d"), [(1, 1, 1), (5, 7, 3), (65, 97, 17), (130, 193, 33)])
-def test_nothing_outside_the_arrays_is_touched(backend, arrays, at_end, lq, lk, d):
+def test_nothing_outside_the_arrays_is_touched(dtype, arrays, at_end, lq, lk, d):
     """Every array begins or ends at a page that may not be read or written."""
-    q, k, v = arrays(hq=2, lq=lq, lk=lk, d=d)
+    q, k, v = arrays(hq=2, lq=lq, lk=lk, d=d, dtype=dtype)
     rng = np.random.default_rng(1)
     mask = rng.random((lq, lk)) < 0.7
-    bias = rng.standard_normal((2, lq, lk)).astype(np.float32)
+    bias = rng.standard_normal((2, lq, lk)).astype(dtype)
     expected = na.attention(q, k, v, mask=mask, bias=bias, is_causal=True)
     plain = na.attention(q, k, v)
     q, k, v, mask, bias = (between_guards(x, at_end) for x in (q, k, v, mask, bias))

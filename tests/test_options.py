@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import reference
 from checks import assert_close_to_reference
+from conftest import DTYPES, named_dtype
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -37,13 +38,27 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("layout", ["bhld", "blhd"])
 @pytest.mark.parametrize("name", ALONE)
-def test_alone(backend, arrays, name, layout):
-    q, k, v = arrays(2, hq=4, hkv=2, lq=90, lk=110, d=16, dv=20)
-    if layout == "blhd":
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    assert_close_to_reference(q, k, v, layout=layout, **ALONE[name])
+def test_alone(dtype, arrays, name):
+    q, k, v = arrays(2, hq=4, hkv=2, lq=90, lk=111, d=16, dv=20, dtype=dtype)
+    assert_close_to_reference(q, k, v, **ALONE[name])
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_alone_in_the_other_layout(backend, arrays, name):
+    q, k, v = (x.swapaxes(1, 2) for x in arrays(2, hq=4, hkv=2, lq=90, lk=110, d=16, dv=20))
+    assert_close_to_reference(q, k, v, layout="blhd", **ALONE[name])
+
+
+@pytest.mark.parametrize("name", ["causal", "lengths and window", "sinks", "alibi"])
+@pytest.mark.parametrize("lq", [1, 3])
+def test_alone_with_few_queries(dtype, arrays, name, lq):
+    q, k, v = arrays(500, hq=4, hkv=2, lq=lq, lk=111, d=17, dv=20, dtype=dtype)
+    options = dict(ALONE[name])
+    if "kv_lengths" in options:
+        options["kv_lengths"] = np.arange(500) % 112
+    factor = 3 if lq == 1 else None  # with one query NumPy's BLAS sums in double
+    assert_close_to_reference(q, k, v, **options, factor=factor)
 
 
 MASK_SHAPES = [(2, 4, 90, 110), (1, 4, 1, 110), (2, 1, 90, 110), (90, 110), (4, 90, 1), (110,), ()]
@@ -85,6 +100,16 @@ def test_bias(backend, arrays, rng, shape):
     assert_close_to_reference(q, k, v, bias=bias)
     holes = np.where(rng.random(shape) < 0.4, np.float32(-np.inf), bias)
     assert_close_to_reference(q, k, v, bias=holes, factor=LOOSE)
+
+
+def test_masks_and_biases_of_every_dtype(dtype, arrays, rng):
+    q, k, v = arrays(2, hq=4, hkv=2, lq=90, lk=111, d=16, dtype=dtype)
+    bias = rng.standard_normal((90, 111))
+    bias[rng.random(bias.shape) < 0.2] = -np.inf
+    mask = rng.random((90, 111)) < 0.5
+    for bias_dtype in {dtype, np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)}:
+        assert_close_to_reference(q, k, v, bias=bias.astype(bias_dtype), factor=LOOSE)
+    assert_close_to_reference(q, k, v, mask=mask, factor=LOOSE)
 
 
 @pytest.mark.parametrize("layout", ["bhld", "blhd"])
@@ -136,8 +161,8 @@ def test_empty(backend):
     np.testing.assert_array_equal(lse, [[1] * 3, [2] * 3])
 
 
-def test_nothing_to_attend(backend, arrays):
-    q, k, v = arrays(hq=2, lq=50, lk=60)
+def test_nothing_to_attend(dtype, arrays):
+    q, k, v = arrays(hq=2, lq=50, lk=60, dtype=dtype)
     out, lse = na.attention(q, k, v, mask=np.zeros((50, 60), bool), return_lse=True)
     assert not out.any()
     assert np.all(lse == -np.inf)
@@ -160,14 +185,20 @@ HIDES_KEYS_70_ON = {
 @pytest.mark.parametrize("name", HIDES_KEYS_70_ON)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("in_memory", [np.ascontiguousarray, np.asfortranarray])
-def test_masked_keys_are_not_read(backend, arrays, name, bad, in_memory):
-    q, k, v = map(in_memory, arrays(hq=2, lq=50, lk=100, d=9))
+def test_masked_keys_are_not_read(dtype, arrays, name, bad, in_memory):
+    q, k, v = map(in_memory, arrays(hq=2, lq=50, lk=100, d=9, dtype=dtype))
     seen = slice(None, 45) if "some" in name else slice(None)
-    expected = na.attention(q, k, v, **HIDES_KEYS_70_ON[name])[:, seen]
+    options = dict(HIDES_KEYS_70_ON[name])
+    if "bias" in options:
+        options["bias"] = options["bias"].astype(dtype)
+    expected = na.attention(q, k, v, **options)[:, seen]
     k[:, 70:], v[:, 70:] = bad, bad
-    out, lse = na.attention(q, k, v, **HIDES_KEYS_70_ON[name], return_lse=True)
+    out, lse = na.attention(q, k, v, **options, return_lse=True)
     # The same bits, unless the block of keys had to be computed around the bad values.
-    np.testing.assert_allclose(out[:, seen], expected, rtol=0, atol=2e-7)
+    ulp = 1e-2 if dtype.itemsize == 2 else 2e-7
+    np.testing.assert_allclose(
+        out[:, seen].astype(np.float64), expected.astype(np.float64), rtol=0, atol=ulp
+    )
     assert np.isfinite(lse[:, seen]).all()
     if "some" in name:
         assert np.isnan(out[:, 45:]).all()
@@ -182,14 +213,14 @@ def test_a_value_shows_wherever_its_key_is_attended_to(backend, arrays):
     assert np.isnan(out[0, 5:]).all()
 
 
-def test_attended_nan_shows(backend, arrays):
-    q, k, v = arrays(hq=1, lq=50, lk=50)
+def test_attended_nan_shows(dtype, arrays):
+    q, k, v = arrays(hq=1, lq=50, lk=50, dtype=dtype)
     v[0, 20, 3] = np.nan
     out = na.attention(q, k, v, is_causal=True)
     assert np.isnan(out[0, 20:, 3]).all()
     assert np.isfinite(out[0, :20]).all()
     assert np.isfinite(np.delete(out[0], 3, axis=1)).all()
-    q, k, v = arrays(hq=1, lq=50, lk=50)
+    q, k, v = arrays(hq=1, lq=50, lk=50, dtype=dtype)
     k[0, 30, 0] = np.nan
     out, lse = na.attention(q, k, v, window=(0, 0), return_lse=True)
     assert np.isnan(out[0, 30]).all()
@@ -199,7 +230,8 @@ def test_attended_nan_shows(backend, arrays):
 
 @st.composite
 def problems(draw):
-    """Draw arrays and a mixture of all options."""
+    """Draw arrays of one dtype and a mixture of all options."""
+    dtype = named_dtype(draw(st.sampled_from(DTYPES)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     hkv = draw(st.integers(1, 3))
     hq = hkv * draw(st.integers(1, 3))
@@ -209,7 +241,7 @@ def problems(draw):
     amplitude = draw(st.sampled_from([0.1, 1]))
 
     def array(*shape):
-        return (amplitude * rng.standard_normal(shape)).astype(np.float32)
+        return (amplitude * rng.standard_normal(shape)).astype(dtype)
 
     step = draw(st.sampled_from([1, 1, 2, -1]))
     q = array(*batch, hq, lq * abs(step), d)[..., ::step, :]
@@ -227,7 +259,9 @@ def problems(draw):
     if draw(st.booleans()):
         options["mask"] = rng.random(broadcast) < draw(st.sampled_from([0.01, 0.5, 0.99]))
     if draw(st.booleans()):
-        options["bias"] = rng.standard_normal(broadcast).astype(np.float32)
+        wide = np.float64 if dtype.itemsize == 8 else np.float32
+        bias_dtype = dtype if draw(st.booleans()) else wide
+        options["bias"] = rng.standard_normal(broadcast).astype(bias_dtype)
         options["bias"][rng.random(broadcast) < 0.1] = -np.inf
     if draw(st.booleans()):
         options["q_offset"] = draw(st.integers(-200, 300))
@@ -256,17 +290,24 @@ def problems(draw):
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(problem=problems(), num_threads=st.integers(1, 3))
-def test_random_mixtures(backend, problem, num_threads):
+def test_random_mixtures(any_backend, problem, num_threads):
     q, k, v, options = problem
-    expected, expected_lse = reference.attention(q, k, v, **options)
+    precision = np.float64 if q.dtype == np.float64 else np.float32
+    trusted = np.longdouble if precision is np.float64 else np.float64
+    expected, expected_lse = reference.attention(q, k, v, **options, dtype=trusted)
     out, lse = na.attention(q, k, v, **options, return_lse=True, num_threads=num_threads)
-    # Large logits (ALiBi far away) cost plain float32 its digits too.
-    plain, plain_lse = reference.attention(q, k, v, **options, dtype=np.float32)
+    # Large logits (ALiBi far away) cost the plain computation its digits too.
+    plain, plain_lse = reference.attention(q, k, v, **options, dtype=precision)
+    plain = plain.astype(q.dtype).astype(precision)
     with np.errstate(invalid="ignore"):
         lost = np.nanmax(np.abs(plain - expected), initial=0)
         lost_lse = np.nanmax(np.abs(plain_lse - expected_lse), initial=0)
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 + LOOSE * lost)
-    np.testing.assert_allclose(lse, expected_lse, rtol=0, atol=1e-5 + LOOSE * lost_lse)
-    into = np.full(out.shape, np.nan, np.float32)[..., ::-1]
+    little = 100 * np.finfo(precision).eps
+    rounding = little if q.dtype.itemsize > 2 else 2.0**-7 * np.abs(expected).max(initial=0)
+    np.testing.assert_allclose(
+        out.astype(precision), expected, rtol=0, atol=rounding + LOOSE * lost
+    )
+    np.testing.assert_allclose(lse, expected_lse, rtol=0, atol=little + LOOSE * lost_lse)
+    into = np.full(out.shape, np.nan, q.dtype)[..., ::-1]
     assert na.attention(q, k, v, **options, out=into) is into
     np.testing.assert_array_equal(into, out)

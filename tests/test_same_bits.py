@@ -21,12 +21,12 @@ def options(request):
     return OPTIONS[request.param]
 
 
-@pytest.fixture
-def qkv(arrays):
-    return arrays(3, hq=4, hkv=2, lq=333, lk=402, d=36)
+@pytest.fixture(params=[36, 35], ids="d={}".format)
+def qkv(native_dtype, arrays, request):
+    return arrays(3, hq=4, hkv=2, lq=333, lk=403, d=request.param, dtype=native_dtype)
 
 
-def test_threads(isa, qkv, options):
+def test_threads(qkv, options):
     expected = na.attention(*qkv, **options, return_lse=True, num_threads=1)
     for num_threads in (2, 3, 7):
         actual = na.attention(*qkv, **options, return_lse=True, num_threads=num_threads)
@@ -34,14 +34,24 @@ def test_threads(isa, qkv, options):
         np.testing.assert_array_equal(actual[1], expected[1])
 
 
-def test_batch_neighbours(isa, qkv, options):
+def test_threads_with_long_sequences(native_dtype, arrays):
+    """Of so many keys that they are added up in parts, which tiles begin at different keys."""
+    q, k, v = arrays(hq=1, lq=700, lk=5000, d=4, dtype=native_dtype)
+    for more in ({}, {"window": (3000, 0)}, {"window": (2001, None), "sinks": [0.3]}):
+        expected = na.attention(q, k, v, **more, num_threads=1)
+        for num_threads in (2, 5):
+            actual = na.attention(q, k, v, **more, num_threads=num_threads)
+            np.testing.assert_array_equal(actual, expected)
+
+
+def test_batch_neighbours(qkv, options):
     together = na.attention(*qkv, **options)
     for item in range(3):
         alone = na.attention(*(x[item] for x in qkv), **options)
         np.testing.assert_array_equal(alone, together[item])
 
 
-def test_layouts_and_strides(isa, qkv, options):
+def test_layouts_and_strides(qkv, options):
     expected = na.attention(*qkv, **options)
     as_blhd = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in qkv]
     np.testing.assert_array_equal(
@@ -56,7 +66,7 @@ def test_layouts_and_strides(isa, qkv, options):
     np.testing.assert_array_equal(na.attention(*reversed_, **options), expected)
 
 
-def test_unaligned_arrays(isa, qkv, options):
+def test_unaligned_arrays(qkv, options):
     def unaligned(x):
         raw = np.zeros(x.nbytes + 1, np.uint8)[1:]
         result = raw.view(np.uint8).reshape(-1)[: x.nbytes].view(x.dtype).reshape(x.shape)
@@ -65,12 +75,12 @@ def test_unaligned_arrays(isa, qkv, options):
         return result
 
     moved = [unaligned(x) for x in qkv]
-    out = unaligned(np.zeros((3, 4, 333, 36), np.float32))
+    out = unaligned(np.zeros_like(qkv[0]))
     na.attention(*moved, **options, out=out)
     np.testing.assert_array_equal(out, na.attention(*qkv, **options))
 
 
-def test_common_call_and_general_call(isa, qkv):
+def test_common_call_and_general_call(qkv):
     """The short way into the kernels and the one through all checks."""
     for options in ({}, {"is_causal": True}, {"scale": 0.3}):
         common = na.attention(*qkv, **options)
@@ -78,6 +88,6 @@ def test_common_call_and_general_call(isa, qkv):
         np.testing.assert_array_equal(common, general)
 
 
-def test_full_mask_is_no_mask(isa, qkv):
-    mask = np.ones((333, 402), bool)
+def test_full_mask_is_no_mask(qkv):
+    mask = np.ones((333, 403), bool)
     np.testing.assert_array_equal(na.attention(*qkv, mask=mask), na.attention(*qkv))

@@ -22,6 +22,7 @@ class Case:
     left_window: int | None = None
     mask: str | None = None
     bias: bool = False
+    dtype: str = "float32"
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -57,25 +58,47 @@ def dense_mask(case: Case) -> np.ndarray:
 
 
 def arrays(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Make q, k and v of normally distributed float32."""
+    """Make normally distributed q, k and v."""
     rng = np.random.default_rng(0)
     b, d = case.batch, case.head_dim
-    return (
-        rng.standard_normal((b, case.query_heads, case.query_length, d), dtype=np.float32),
-        rng.standard_normal((b, case.kv_heads, case.key_length, d), dtype=np.float32),
-        rng.standard_normal((b, case.kv_heads, case.key_length, d), dtype=np.float32),
+    q, k, v = (
+        rng.standard_normal(shape, dtype=np.float32).astype(numpy_dtype(case.dtype))
+        for shape in (
+            (b, case.query_heads, case.query_length, d),
+            (b, case.kv_heads, case.key_length, d),
+            (b, case.kv_heads, case.key_length, d),
+        )
     )
+    return q, k, v
 
+
+def numpy_dtype(name: str) -> np.dtype:
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+_BERT512 = (1, 12, 12, 512, 512, 64)
+_LLAMA2K = (1, 32, 8, 2048, 2048, 128)
+_ENC4K = (1, 8, 8, 4096, 4096, 64)
+_2K = (1, 8, 8, 2048, 2048, 64)
 
 CASES = [
     Case("bert128", 1, 12, 12, 128, 128, 64),
-    Case("bert512", 1, 12, 12, 512, 512, 64),
+    Case("bert512", *_BERT512),
     Case("gpt1k", 1, 12, 12, 1024, 1024, 64, is_causal=True),
-    Case("llama2k", 1, 32, 8, 2048, 2048, 128, is_causal=True),
-    Case("enc4k", 1, 8, 8, 4096, 4096, 64),
+    Case("llama2k", *_LLAMA2K, is_causal=True),
+    Case("enc4k", *_ENC4K),
     Case("enc4k128", 1, 4, 4, 4096, 4096, 128),
     Case("odd", 2, 5, 5, 777, 1031, 80),
     Case("tiny", 1, 1, 1, 16, 16, 64),
+    Case("bert512-bf16", *_BERT512, dtype="bfloat16"),
+    Case("llama2k-bf16", *_LLAMA2K, is_causal=True, dtype="bfloat16"),
+    Case("enc4k-bf16", *_ENC4K, dtype="bfloat16"),
+    Case("enc4k-f16", *_ENC4K, dtype="float16"),
+    Case("enc2k-f64", *_2K, dtype="float64"),
 ]
 
 # What is aimed at on a CPU with AVX-512 whose kernels run at that level, by threads: the share of
@@ -96,13 +119,22 @@ BARS: dict[tuple[str, int], dict[str, float]] = {
     ("enc4k", 2): {"peak": 0.86, "openvino": 1.7},
     ("enc4k128", 2): {"peak": 0.88},
     ("odd", 2): {"peak": 0.74},
+    ("bert512-bf16", 1): {"peak": 0.76, "torch": 3.5},
+    ("llama2k-bf16", 1): {"peak": 0.80, "torch": 4.0},
+    ("enc4k-bf16", 1): {"peak": 0.86, "torch": 4.0},
+    ("enc4k-f16", 1): {"peak": 0.84, "torch": 3.0},
+    ("enc2k-f64", 1): {"peak": 0.74, "torch": 2.0},
+    ("llama2k-bf16", 2): {"peak": 0.76},
+    ("enc4k-bf16", 2): {"peak": 0.82, "openvino": 1.35},
+    ("enc4k-f16", 2): {"peak": 0.80},
+    ("enc2k-f64", 2): {"peak": 0.70},
 }
 # The share of the AVX2 peak at NUMATTN_ISA=avx2, one thread.
 AVX2_BARS = {"bert512": 0.75, "enc4k": 0.78, "enc4k128": 0.84}
 
-_2K = (1, 8, 8, 2048, 2048, 64)
-# What an option costs: the time of the first case over that of the second, and what is aimed at.
-OPTION_COSTS = [
+# What an option costs: the time of the first case over that of the second, and what is aimed at;
+# then the level it is measured at, if not the best.
+OPTION_COSTS: list[tuple] = [
     (
         "mask that is causal / is_causal",
         "<= 1.2",
@@ -112,6 +144,20 @@ OPTION_COSTS = [
     ("no mask / 8 documents", ">= 5", Case("", *_2K), Case("", *_2K, mask="documents")),
     ("random mask / no mask", "<= 1.35", Case("", *_2K, mask="random"), Case("", *_2K)),
     ("dense bias / no bias", "<= 1.5", Case("", *_2K, bias=True), Case("", *_2K)),
+    (
+        "bfloat16 / float32 at avx512",
+        "<= 1.17",
+        Case("", *_2K, dtype="bfloat16"),
+        Case("", *_2K),
+        "avx512",
+    ),
+    (
+        "bfloat16 / float32 at avx2",
+        "<= 1.17",
+        Case("", *_2K, dtype="bfloat16"),
+        Case("", *_2K),
+        "avx2",
+    ),
     (
         "window of 256 at 16384 / at 4096",
         "<= 4.4",

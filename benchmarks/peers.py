@@ -12,6 +12,10 @@ Call = Callable[[], object]
 Peer = Callable[[Case, int], dict[str, Call]]
 
 
+class Unsupported(Exception):
+    """The library does not compute that case on a CPU."""
+
+
 def numattn_peer(case: Case, threads: int) -> dict[str, Call]:
     import numattn as na
 
@@ -31,8 +35,10 @@ def numattn_peer(case: Case, threads: int) -> dict[str, Call]:
 def numpy_peer(case: Case, threads: int) -> dict[str, Call]:
     del threads  # set in the environment
     q, k, v = arrays(case)
+    if q.dtype.itemsize == 2:
+        raise Unsupported("NumPy has no fast matmul of 16-bit floats")
     group = case.query_heads // case.kv_heads
-    scale = np.float32(1 / np.sqrt(case.head_dim))
+    scale = q.dtype.type(1 / np.sqrt(case.head_dim))
     future = None
     if case.is_causal:
         j = np.arange(case.key_length)
@@ -58,7 +64,8 @@ def torch_peer(case: Case, threads: int) -> dict[str, Call]:
 
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    q, k, v = map(torch.from_numpy, arrays(case))
+    dtype = getattr(torch, case.dtype)
+    q, k, v = (torch.from_numpy(x.astype(np.float64)).to(dtype) for x in arrays(case))
     sdpa = torch.nn.functional.scaled_dot_product_attention
     options = {"is_causal": case.is_causal, "enable_gqa": case.kv_heads != case.query_heads}
     return {"scaled_dot_product_attention": lambda: sdpa(q, k, v, **options)}
@@ -67,6 +74,9 @@ def torch_peer(case: Case, threads: int) -> dict[str, Call]:
 def onnxruntime_peer(case: Case, threads: int) -> dict[str, Call]:
     import onnxruntime as ort
     from onnx import TensorProto, helper
+
+    if case.dtype != "float32":
+        raise Unsupported("its attention on CPUs is compared in float32 alone")
 
     def session(node, inputs):
         declared = [
@@ -107,20 +117,28 @@ def openvino_peer(case: Case, threads: int) -> dict[str, Call]:
     from openvino import opset13 as ops
 
     q, k, v = arrays(case)
+    if case.dtype not in ("float32", "bfloat16"):
+        raise Unsupported(f"its attention on CPUs has no {case.dtype}")
+    precision = "f32" if case.dtype == "float32" else "bf16"
     group = case.query_heads // case.kv_heads
     k, v = (np.repeat(x, group, axis=1) for x in (k, v))  # it takes no grouped heads: not timed
-    inputs = [ops.parameter(x.shape, np.float32) for x in (q, k, v)]
+    inputs = [ops.parameter(x.shape, getattr(ov.Type, precision)) for x in (q, k, v)]
     node = ops.scaled_dot_product_attention(*inputs, causal=case.is_causal)
-    config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    config = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
     config["PERFORMANCE_HINT"] = "LATENCY"
     request = (
         ov.Core().compile_model(ov.Model([node], inputs), "CPU", config).create_infer_request()
     )
-    return {
-        "scaled_dot_product_attention": lambda: request.infer(
-            [q, k, v], share_inputs=True, share_outputs=True
-        )
-    }
+    raw = [x if precision == "f32" else x.view(np.uint16) for x in (q, k, v)]
+    for i, x in enumerate(raw):
+        tensor = ov.Tensor(x, x.shape, getattr(ov.Type, precision))
+        request.set_input_tensor(i, tensor)
+
+    def infer(keep_alive=raw):
+        request.start_async()
+        request.wait()
+
+    return {"scaled_dot_product_attention": infer}
 
 
 PEERS: dict[str, Peer] = {

@@ -70,7 +70,7 @@ def measure(case: Case, peers: list[str], threads: int, isa: str | None, rounds:
     shares, ratios = [], {peer: [] for peer in workers if peer != "numattn"}
     for n in range(rounds):
         progress(f"{case.name}, {threads} threads: round {n + 1} of {rounds}")
-        peak = workers["numattn"].ask({"peak": TURN_SECONDS})["flops_per_second"]
+        peak = workers["numattn"].ask({"peak": TURN_SECONDS, "dtype": case.dtype})["flops"]
         ours = workers["numattn"].ask({"time": calls["numattn"]})["seconds"]
         shares.append(case.flops / ours / peak)
         for peer in ratios:
@@ -92,8 +92,8 @@ def measure(case: Case, peers: list[str], threads: int, isa: str | None, rounds:
 
 def measure_option_costs(threads: int, isa: str | None, rounds: int) -> list[dict]:
     rows = []
-    for name, bar, first, second in OPTION_COSTS:
-        workers = [Worker("numattn", threads, isa) for _ in range(2)]
+    for name, bar, first, second, *level in OPTION_COSTS:
+        workers = [Worker("numattn", threads, *(level or [isa])) for _ in range(2)]
         pairs = zip(workers, (first, second), strict=True)
         prepared = [w.ask({"prepare": c.as_dict()}) for w, c in pairs]
         calls = [max(1, int(TURN_SECONDS / p["seconds"])) for p in prepared]
@@ -119,7 +119,7 @@ def show(row: dict, bars: dict[str, float]) -> None:
 
     share = with_bar(row["share_of_peak"], bars.get("peak"), 3)
     peers = (f"{p} {with_bar(r, bars.get(p), 2)}" for p, r in row["speedup_over"].items())
-    print(f"{row['case']:10}{row['threads']:2} threads  {share:18}{'  '.join(peers)}", flush=True)
+    print(f"{row['case']:14}{row['threads']:2} threads  {share:18}{'  '.join(peers)}", flush=True)
 
 
 def text_plot(rows: list[dict]) -> str:
@@ -127,9 +127,9 @@ def text_plot(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         for n, (peer, speedup) in enumerate(row["speedup_over"].items()):
-            label = f"{row['case']:9} x{row['threads']}" if n == 0 else ""
+            label = f"{row['case']:13} x{row['threads']}" if n == 0 else ""
             bar = "#" * round(min(speedup, 6) * 8)  # eight marks for each time as fast
-            lines.append(f"{label:13}{peer:12} {bar} {speedup:.1f}")
+            lines.append(f"{label:17}{peer:12} {bar} {speedup:.1f}")
     return "\n".join(lines)
 
 
@@ -158,7 +158,7 @@ def plot(rows: list[dict], path: Path) -> None:
         ax.set_ylim(top=ax.get_ylim()[1] * 1.3)
         ax.set_xticks(range(len(chosen)), [row["case"] for row in chosen])
         ax.set_ylabel("their time / numattn's time")
-        ax.set_title(f"{count} thread{'s' if count > 1 else ''}, float32", fontsize=10)
+        ax.set_title(f"{count} thread{'s' if count > 1 else ''}", fontsize=10)
     axes[0, 0].legend(ncols=len(peers), fontsize=8, loc="upper left")
     figure.savefig(path, dpi=110)
 
@@ -177,7 +177,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     rows, costs, missing = [], [], {}
-    print("case, threads, share of the FMA peak, times as fast as each peer (in brackets: the bar)")
+    print(
+        "case, threads, share of the dtype's peak, times as fast as a peer (in brackets: the bar)"
+    )
     for threads in arguments.threads:
         for case in CASES:
             if case.name not in arguments.cases:

@@ -2,7 +2,7 @@
 
 Reads one JSON request a line from standard input and answers with one JSON line:
 {"prepare": case} makes the arrays and calls it once; {"time": calls} times so many calls;
-{"peak": seconds} measures multiply-adds on all threads (numattn only).
+{"peak": seconds, "dtype": name} measures multiply-adds on all threads (numattn only).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from cases import Case
-from peers import PEERS
+from peers import PEERS, Unsupported
 
 
 def seconds(call, calls):
@@ -23,18 +23,21 @@ def seconds(call, calls):
     return (time.perf_counter() - begin) / calls
 
 
-def measure_peak(threads, wanted):
+def measure_peak(threads, wanted, dtype):
     """Return flops a second, all threads together."""
     from numattn import _core
 
-    _core.multiply_adds(200)
+    def multiply_adds(rounds):
+        return _core.multiply_adds(rounds, dtype)
+
+    multiply_adds(200)
     begin = time.perf_counter()
-    _core.multiply_adds(2000)
+    multiply_adds(2000)
     rounds = max(2000, int(2000 * wanted / (time.perf_counter() - begin)))
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(_core.multiply_adds, [200] * threads))
+        list(pool.map(multiply_adds, [200] * threads))
         begin = time.perf_counter()
-        flops = sum(pool.map(_core.multiply_adds, [rounds] * threads))
+        flops = sum(pool.map(multiply_adds, [rounds] * threads))
         return flops / (time.perf_counter() - begin)
 
 
@@ -58,12 +61,12 @@ def main():
                 variant = min(times, key=times.__getitem__)
                 call = calls[variant]
                 answer = {"variant": variant, "seconds": times[variant]}
-            except ImportError as error:
+            except (ImportError, Unsupported) as error:
                 answer = {"missing": str(error)}
         elif "time" in request:
             answer = {"seconds": seconds(call, request["time"])}
         else:
-            answer = {"flops_per_second": measure_peak(threads, request["peak"])}
+            answer = {"flops": measure_peak(threads, request["peak"], request["dtype"])}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

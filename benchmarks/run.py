@@ -64,8 +64,10 @@ def measure(case: Case, peers: list[str], threads: int, isa: str | None, rounds:
     for peer, worker in list(workers.items()):
         progress(f"{case.name}, {threads} threads: preparing {peer}")
         prepared[peer] = worker.ask({"prepare": case.as_dict()})
-        if "missing" in prepared[peer]:
+        if "seconds" not in prepared[peer]:
             workers.pop(peer).close()
+    if "numattn" not in workers:
+        raise RuntimeError(f"{case.name} needs {prepared['numattn']['missing']}")
     calls = {p: max(1, int(TURN_SECONDS / prepared[p]["seconds"])) for p in workers}
     shares, ratios = [], {peer: [] for peer in workers if peer != "numattn"}
     for n in range(rounds):
@@ -92,7 +94,10 @@ def measure(case: Case, peers: list[str], threads: int, isa: str | None, rounds:
 
 def measure_option_costs(threads: int, isa: str | None, rounds: int) -> list[dict]:
     rows = []
+    available = na.runtime_info()["isa"]["available"]
     for name, bar, first, second, *level in OPTION_COSTS:
+        if level and (isa or level[0] not in available):
+            continue
         workers = [Worker("numattn", threads, *(level or [isa])) for _ in range(2)]
         pairs = zip(workers, (first, second), strict=True)
         prepared = [w.ask({"prepare": c.as_dict()}) for w, c in pairs]

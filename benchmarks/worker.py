@@ -61,7 +61,9 @@ def main():
                 variant = min(times, key=times.__getitem__)
                 call = calls[variant]
                 answer = {"variant": variant, "seconds": times[variant]}
-            except (ImportError, Unsupported) as error:
+            except Unsupported:
+                answer = {"unsupported": True}
+            except ImportError as error:
                 answer = {"missing": str(error)}
         elif "time" in request:
             answer = {"seconds": seconds(call, request["time"])}

@@ -40,11 +40,11 @@ struct Problem {
   int64_t head_dim = 1, value_dim = 1;  // 1 to 2^40, so that sizes of scratch do not overflow
 
   Dtype dtype = Dtype::float32;
-  Array q, k, v, out;           // of dtype
-  Array lse;                    // float64 where that is dtype, else float32; data null: not wanted
-  Array mask;                   // bytes, 0 is masked; data null: none
-  Array bias;                   // data null: none
-  bool bias_is_scalar = false;  // of lse's dtype, not of q's
+  Array q, k, v, out;            // of dtype
+  Array lse;                     // float64 where that is dtype, else float32; data null: not wanted
+  Array mask;                    // bytes, 0 is masked; data null: none
+  Array bias;                    // data null: none
+  bool bias_is_float32 = false;  // whatever dtype is; else of dtype
 
   // For each batch item in row-major order: the position of the first query among the keys, and
   // how many keys are valid. Null: positions end with the valid keys; all keys are valid.

@@ -3,7 +3,7 @@
 
 namespace numattn {
 
-// 16-bit floats are computed in float32.
+// 16-bit floats are computed in float32, but for products of bfloat16 where a CPU has them.
 enum class Dtype { float32, float64, float16, bfloat16 };
 constexpr int kDtypes = 4;
 

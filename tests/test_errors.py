@@ -46,7 +46,7 @@ CASES = {
     "mixed dtypes": (
         {"k": K.astype(float)},
         TypeError,
-        "q, k, v: got q float32, k float64, v float32, expected one dtype",
+        "q, k, v: got q float32, k float64, v float32, expected one dtype for all three: float16,",
     ),
     "foreign byte order": (
         {"q": Q.astype(">f4")},

@@ -138,7 +138,7 @@ def test_16_bit_floats_are_rounded_like_a_cast(dtype):
         for row in out:
             normal = np.abs(v.astype(np.float64)) >= float(np.finfo(np.float32).tiny)
             np.testing.assert_array_equal(row[normal], v[normal])
-            # The instruction of avx512_bf16 takes subnormal bfloat16 for 0.
+            # The instruction of avx512_bf16 takes subnormal numbers for 0.
             difference = row[~normal].astype(np.float64) - v[~normal].astype(np.float64)
             assert np.abs(difference).max(initial=0) <= float(np.finfo(np.float32).tiny)
 

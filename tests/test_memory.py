@@ -19,7 +19,9 @@ def memory(what):
         if line.startswith(what):
             return int(line.split()[1]) * 1024
 length, d = {length}, 32
-q, k, v = np.random.default_rng(0).standard_normal((3, 1, length, d), dtype=np.float32)
+dtype = {dtype}
+rng = np.random.default_rng(0)
+q, k, v = rng.standard_normal((3, 1, length, d), dtype=np.float32).astype(dtype)
 out = np.ones_like(q)
 small = q[:, :64]
 na.attention(small, small, small, is_causal=True, out=out[:, :64])
@@ -33,13 +35,16 @@ print(memory("VmHWM") - before)
 ATTEND = "na.attention(q[:, -{rows}:], k, v, is_causal=True, out=out[:, -{rows}:])"
 
 
-def added_peak(length, rows, use=ATTEND, **environment):
+def added_peak(length, rows, use=ATTEND, dtype="np.float32", **environment):
+    code = PEAK.format(length=length, use=use.format(rows=rows), dtype=dtype)
     result = subprocess.run(
-        [sys.executable, "-c", PEAK.format(length=length, use=use.format(rows=rows))],
+        [sys.executable, "-c", code],
         capture_output=True, text=True, check=True, env=os.environ | environment,
     )  # fmt: skip
     return int(result.stdout)
 
+
+DTYPES = ["np.float32", "np.float64", "np.float16", "__import__('ml_dtypes').bfloat16"]
 
 needs_linux = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
 
@@ -51,13 +56,16 @@ def test_the_measurement_sees_memory_come_and_go():
 
 @needs_linux
 @pytest.mark.skipif(_runtime.native is None, reason="needs the compiled kernels")
-def test_native_scratch_of_long_sequences():
-    assert added_peak(131072, 4096) < 16 * 2**20
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_native_scratch_of_long_sequences(dtype):
+    assert added_peak(131072, 4096, dtype=dtype) < 16 * 2**20
 
 
 @needs_linux
-def test_numpy_scratch_of_long_sequences():
-    assert added_peak(131072, 256, NUMATTN_BACKEND="numpy") < 64 * 2**20
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numpy_scratch_of_long_sequences(dtype):
+    limit = 128 if dtype == "np.float64" else 64
+    assert added_peak(131072, 256, dtype=dtype, NUMATTN_BACKEND="numpy") < limit * 2**20
 
 
 @needs_linux
@@ -69,7 +77,10 @@ def test_scratch_of_a_long_causal_sequence(backend, limit):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
 @pytest.mark.parametrize("at_end", [False, True])
-@pytest.mark.parametrize(("lq", "lk", "d"), [(1, 1, 1), (5, 7, 3), (65, 97, 17), (130, 193, 33)])
+@pytest.mark.parametrize(
+    ("lq", "lk", "d"),
+    [(1, 1, 1), (5, 7, 3), (3, 98, 16), (65, 97, 17), (70, 99, 32), (130, 193, 33)],
+)
 def test_nothing_outside_the_arrays_is_touched(dtype, arrays, at_end, lq, lk, d):
     """Every array begins or ends at a page that may not be read or written."""
     q, k, v = arrays(hq=2, lq=lq, lk=lk, d=d, dtype=dtype)

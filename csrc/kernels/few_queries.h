@@ -9,8 +9,7 @@
 namespace numattn {
 namespace {
 
-// A tile of at most so many queries is computed this way; all tiles of a level with fewer lanes
-// than that are no few.
+// A tile of at most so many queries is computed this way: fewer than a whole tile has.
 template <class Simd>
 constexpr int kFewQueries = Simd::kTileVectors * Simd::kLanes > 4 ? 4 : 2;
 

@@ -1,5 +1,5 @@
-// The 16-bit floats as they lie in memory. Nothing is computed in them: the vectors of simd/ load
-// and store them as float32.
+// The 16-bit floats as they lie in memory. The vectors of simd/ load and store them as float32;
+// only avx512_bf16.h multiplies them as they are.
 #pragma once
 
 #include <cstdint>

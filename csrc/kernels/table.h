@@ -44,7 +44,7 @@ struct PrefillTask {
   const TileKind* mask_kinds;  // [tile][key block], where mask is not null
   int64_t mask_kinds_stride;   // elements from tile to tile
   const char* bias;            // [row][key], natural logarithms; or null
-  bool bias_is_scalar;         // of what is computed in, not of what q holds
+  bool bias_is_float32;        // whatever q holds; else of what q holds
   int64_t bias_row_stride, bias_column_stride;
 
   int64_t first_position;             // of the first row, among the keys
@@ -56,7 +56,7 @@ struct PrefillTask {
   double alibi_slope;  // 0 for none
   double sink;         // natural logarithm, -inf for none
 
-  void* scratch;  // KernelTable::prefill_scratch_bytes, aligned to 64 bytes
+  void* scratch;  // DtypeKernels::prefill_scratch_bytes, aligned to 64 bytes
 
   // Asked once per key block. True abandons the task: `out` and `lse` are then undefined.
   bool (*should_stop)(void* context);

@@ -98,7 +98,7 @@ PrefillTask Plan::task(int64_t item) const {
   task.mask_kinds = mask_kinds_ ? mask_kinds_->tile(batch_item, head, first_row) : nullptr;
   task.mask_kinds_stride = mask_kinds_ ? mask_kinds_->tile_stride() : 0;
   task.bias = address(problem_.bias, here);
-  task.bias_is_scalar = problem_.bias_is_scalar;
+  task.bias_is_float32 = problem_.bias_is_float32;
   task.bias_row_stride = problem_.bias.row_stride;
   task.bias_column_stride = problem_.bias.column_stride;
 

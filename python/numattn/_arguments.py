@@ -193,12 +193,12 @@ def _common_dtype(arrays: dict[str, Array]) -> np.dtype[Any]:
     dtypes = {name: x.dtype.name for name, x in arrays.items()}
     if len(set(dtypes.values())) > 1:
         seen = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        _refuse_kind("q, k, v", seen, "one dtype for all three")
+        _refuse_kind("q, k, v", seen, "one dtype for all three: " + ", ".join(ACCEPTED_DTYPES))
     return arrays["q"].dtype
 
 
 def _check_bias_dtype(bias: Array, dtype: np.dtype[Any]) -> None:
-    accepted = tuple(dict.fromkeys((dtype.name, "float32" if dtype.itemsize < 8 else "float64")))
+    accepted = tuple(dict.fromkeys((dtype.name, "float32")))
     if bias.dtype.name not in accepted or not bias.dtype.isnative:
         hint = " (a bool mask is `mask`)" if bias.dtype == np.bool_ else ""
         _refuse_kind(

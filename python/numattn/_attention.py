@@ -149,7 +149,8 @@ def attention(
     `q`, `k` and `v` have one dtype: float16, bfloat16 (of ``ml_dtypes``), float32 or float64.
     16-bit floats are computed in float32 and rounded at the end, where what is too large for
     float16 becomes infinite. On CPUs with AVX512_BF16 the weights of bfloat16 values are rounded to
-    bfloat16 too (not their sum), and subnormal bfloat16 (below 1.2e-38) counts as 0.
+    bfloat16 too (not their sum), and products and sums below 1.2e-38 count as 0, so that values
+    below some 1e-36 lose digits.
 
     A masked key is never read into a result, be it NaN; a NaN that is attended to shows. For the
     same machine and ISA level the bits of a result of the compiled kernels depend on the inputs'

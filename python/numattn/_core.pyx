@@ -49,7 +49,7 @@ cdef extern from "attention.h" namespace "numattn" nogil:
         int64_t head_dim, value_dim
         Dtype dtype
         Array q, k, v, out, lse, mask, bias
-        cbool bias_is_scalar
+        cbool bias_is_float32
         const int64_t* q_offset
         const int64_t* kv_lengths
         int64_t window_left, window_right
@@ -282,9 +282,7 @@ def attention(object arguments):
         _fill(&problem.mask, <cnp.ndarray>mask, problem.batch_axes, True)
     if bias is not None:
         _fill(&problem.bias, <cnp.ndarray>bias, problem.batch_axes, True)
-        problem.bias_is_scalar = (
-            cnp.PyArray_TYPE(<cnp.ndarray>bias) in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64)
-        )
+        problem.bias_is_float32 = cnp.PyArray_TYPE(<cnp.ndarray>bias) == cnp.NPY_FLOAT32
     if q_offset is not None:
         problem.q_offset = <const int64_t*>cnp.PyArray_DATA(<cnp.ndarray>q_offset)
     if kv_lengths is not None:

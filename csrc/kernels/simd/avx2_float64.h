@@ -35,6 +35,13 @@ struct Float64 : ScalarUnits<Float64Lanes> {
     _mm256_maskstore_pd(to, first(count), x);
   }
 
+  static Vec load(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
+  static Vec load_first(const float* from, int64_t count) {
+    __m128 x = _mm_setzero_ps();
+    __builtin_memcpy(&x, from, static_cast<size_t>(count) * sizeof(float));
+    return _mm256_cvtps_pd(x);
+  }
+
   static Vec add(Vec a, Vec b) { return _mm256_add_pd(a, b); }
   static Vec sub(Vec a, Vec b) { return _mm256_sub_pd(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm256_mul_pd(a, b); }

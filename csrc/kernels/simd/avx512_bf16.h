@@ -1,7 +1,7 @@
 // AVX-512 with BF16: the matrix products take pairs of bfloat16 and add up in float32; all else is
 // as in avx512.h. For Cooper Lake and Sapphire Rapids, Zen 4 and later.
 //
-// The instruction takes subnormal bfloat16 (below 1.2e-38) for 0.
+// The instruction takes subnormal numbers (below 1.2e-38) for 0, its operands and sums alike.
 #pragma once
 
 #include <immintrin.h>

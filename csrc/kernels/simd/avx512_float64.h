@@ -35,6 +35,11 @@ struct Float64 : ScalarUnits<Float64Lanes> {
     _mm512_mask_storeu_pd(to, first(count), x);
   }
 
+  static Vec load(const float* from) { return _mm512_cvtps_pd(_mm256_loadu_ps(from)); }
+  static Vec load_first(const float* from, int64_t count) {
+    return _mm512_cvtps_pd(_mm256_maskz_loadu_ps(first(count), from));
+  }
+
   static Vec add(Vec a, Vec b) { return _mm512_add_pd(a, b); }
   static Vec sub(Vec a, Vec b) { return _mm512_sub_pd(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_pd(a, b); }

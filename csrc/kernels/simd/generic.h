@@ -72,7 +72,7 @@ struct Generic : ScalarUnits<Format<ScalarType>> {
     for (int64_t i = 0; i < count; ++i) to[i] = x[i];
   }
 
-  // 16-bit floats, lane by lane.
+  // Elements of other types, lane by lane.
   template <class Stored>
   static Vec load(const Stored* from) {
     return load_first(from, kLanes);
@@ -182,6 +182,7 @@ struct Generic : ScalarUnits<Format<ScalarType>> {
     return bits;
   }
 
+  static Scalar widened(float x) { return x; }
   static float widened(Bfloat16Bits x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
   static void narrow(float x, Bfloat16Bits& to) {
     const uint32_t bits = bits_of(x);

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
+#include <memory>
 #include <new>
 #include <optional>
 #include <stdexcept>
@@ -30,42 +32,85 @@ bool classify_mask(const Problem& problem, const Execution& execution, MaskKinds
        execution.interrupted});
 }
 
-struct Prefilling {
+struct Computation {
+  Computation(const Plan& plan, const DtypeKernels& kernels) : plan(plan), kernels(kernels) {}
+
   const Plan& plan;
   const DtypeKernels& kernels;
-  int64_t scratch_bytes;
+  int64_t state_bytes = 0;         // of one chunk's state
+  std::unique_ptr<char[]> states;  // [state], from an address aligned to 64 bytes on
+  std::unique_ptr<std::atomic<int64_t>[]> chunks_done;  // [first state of a head]
   std::atomic<bool> out_of_memory{false};
+
+  char* state(int64_t number) const {
+    const auto begin = (reinterpret_cast<uintptr_t>(states.get()) + 63) / 64 * 64;
+    return reinterpret_cast<char*>(begin) + number * state_bytes;
+  }
 };
 
-bool prefill(void* context, int64_t item, StopCheck& stop) {
-  auto& prefilling = *static_cast<Prefilling*>(context);
-  PrefillTask task = prefilling.plan.task(item);
-  const ThreadScratch scratch(prefilling.scratch_bytes);
-  task.scratch = scratch.data();
-  if (!task.scratch) {
-    prefilling.out_of_memory.store(true, std::memory_order_relaxed);
+// `own_state` is for a head of one chunk.
+bool decode(Computation& computation, Item& item, char* own_state) {
+  const DtypeKernels& kernels = computation.kernels;
+  const bool is_alone = item.chunks == 1;
+  item.task.state = is_alone ? own_state : computation.state(item.state);
+  if (!kernels.decode(item.task)) return false;
+  if (is_alone) {
+    kernels.decode_finish(item.task, own_state, 1, 0);
+    return true;
+  }
+  const int64_t first_state = item.state - item.chunk;
+  std::atomic<int64_t>& done = computation.chunks_done[static_cast<size_t>(first_state)];
+  if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == item.chunks) {
+    kernels.decode_finish(item.task, computation.state(first_state), item.chunks,
+                          computation.state_bytes);
+  }
+  return true;
+}
+
+bool compute(void* context, int64_t number, StopCheck& stop) {
+  auto& computation = *static_cast<Computation*>(context);
+  const DtypeKernels& kernels = computation.kernels;
+  Item item = computation.plan.item(number);
+  Task& task = item.task;
+  const int64_t rows = task.heads * task.queries;
+  const int64_t scratch_bytes =
+      item.is_decode ? kernels.decode_scratch_bytes(rows, task.head_dim)
+                     : kernels.prefill_scratch_bytes(rows, task.head_dim, task.value_dim);
+  const int64_t state_bytes =
+      item.is_decode && item.chunks == 1 ? kernels.decode_state_bytes(rows, task.value_dim) : 0;
+  const ThreadScratch scratch(scratch_bytes + state_bytes);
+  if (!scratch.data()) {
+    computation.out_of_memory.store(true, std::memory_order_relaxed);
     return false;
   }
+  task.scratch = scratch.data();
   task.should_stop = stop_requested;
   task.stop_context = &stop;
-  return prefilling.kernels.prefill(task);
+  if (!item.is_decode) return kernels.prefill(task);
+  return decode(computation, item, static_cast<char*>(scratch.data()) + scratch_bytes);
 }
 
 Status attention_of_some(const Problem& problem, const Execution& execution) {
   const DtypeKernels& kernels = active_kernels().of(problem.dtype);
   std::optional<MaskKinds> mask_kinds;
-  if (problem.mask.data) {
+  if (problem.mask.data && !Plan::is_decoded(problem, kernels, problem.query_length)) {
     mask_kinds.emplace(problem, kernels);
     if (!classify_mask(problem, execution, *mask_kinds)) return Status::interrupted;
   }
   const Plan plan(problem, kernels, mask_kinds ? &*mask_kinds : nullptr, execution.num_threads);
-  Prefilling prefilling{
-      plan, kernels,
-      kernels.prefill_scratch_bytes(plan.rows_per_item(), problem.head_dim, problem.value_dim)};
+  Computation computation(plan, kernels);
+  if (plan.states() > 0) {
+    computation.state_bytes = kernels.decode_state_bytes(plan.max_decode_rows(), problem.value_dim);
+    if (plan.states() > INT64_MAX / 2 / computation.state_bytes) return Status::out_of_memory;
+    computation.states = std::make_unique_for_overwrite<char[]>(
+        static_cast<size_t>(plan.states() * computation.state_bytes + 63));
+    computation.chunks_done =
+        std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(plan.states()));
+  }
   const bool done =
-      run({prefill, &prefilling, plan.items(), plan.threads(), execution.interrupted});
+      run({compute, &computation, plan.items(), plan.threads(), execution.interrupted});
   if (done) return Status::done;
-  return prefilling.out_of_memory ? Status::out_of_memory : Status::interrupted;
+  return computation.out_of_memory ? Status::out_of_memory : Status::interrupted;
 }
 
 }  // namespace

@@ -6,6 +6,9 @@
 // (batch..., query_heads, query_length, key_length). All have the same batch axes: what is
 // broadcast has a stride of 0.
 // Strides are in bytes, of any sign, and 0 where an input is broadcast. Elements may be unaligned.
+// Ragged batches: the sequences of a batch stand behind each other in the rows of q and out, and of
+// k and v. Pages: k and v are (pages, kv_heads, page_size, ...), and key j of a batch item is row
+// j % page_size of page block_table[item][j / page_size].
 // The caller allocates every array, outputs included, and leaves them alone until the call is over.
 // Outputs overlap neither themselves nor an input. Keys and values that no query attends to don't
 // get into a result (they may be uninitialised), and those beyond kv_lengths are not read.
@@ -27,8 +30,9 @@ inline constexpr int64_t kUnbounded = int64_t{1} << 62;
 struct Array {
   char* data = nullptr;
   int64_t head_stride = 0;
-  int64_t row_stride = 0;     // queries of q, out, lse, mask, bias; keys of k and v
-  int64_t column_stride = 0;  // elements of a vector; keys of mask and bias; unused for lse
+  int64_t row_stride = 0;                // queries of q, out, lse, mask, bias; keys of k and v
+  int64_t column_stride = 0;             // elements of a vector; keys of mask and bias; else unused
+  int64_t page_stride = 0;               // of k, v and their scales in pages
   int64_t batch_strides[kMaxBatchAxes];  // the first Problem::batch_axes are set
 };
 
@@ -45,6 +49,19 @@ struct Problem {
   Array mask;                    // bytes, 0 is masked; data null: none
   Array bias;                    // data null: none
   bool bias_is_float32 = false;  // whatever dtype is; else of dtype
+
+  // 8-bit integers in place of dtype, each row to be multiplied by its scale: float32, without
+  // columns.
+  bool k_is_int8 = false, v_is_int8 = false;
+  Array k_scales, v_scales;  // data null unless k, v are 8-bit integers
+
+  // Ragged: [batch item + 1], where the rows of each sequence begin; the batch has one axis and
+  // strides of 0. Null: every item has query_length queries and key_length keys.
+  const int64_t* query_starts = nullptr;
+  const int64_t* key_starts = nullptr;
+  // In pages: [batch item][pages_per_item] numbers of pages. Null: not in pages.
+  const int64_t* block_table = nullptr;
+  int64_t pages_per_item = 0, page_size = 0;
 
   // For each batch item in row-major order: the position of the first query among the keys, and
   // how many keys are valid. Null: positions end with the valid keys; all keys are valid.

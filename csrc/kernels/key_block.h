@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "storage.h"
+#include "table.h"
 #include "tile_io.h"
 
 namespace numattn {
@@ -20,117 +22,107 @@ struct KeyBlock {
   const Item* row(int64_t i) const { return data + i * stride; }
 };
 
-// Rows of K or V in memory: [key][d] of Elements, strides in bytes.
-struct KeyRows {
-  const char* data;
-  int64_t row_stride, column_stride;
-  int64_t dims;
-
-  const char* row(int64_t key) const { return data + key * row_stride; }
-};
+inline const char* key_row(const KeyRows& rows, int64_t key) {
+  if (!rows.pages) return rows.data + key * rows.row_stride;
+  return rows.data + rows.pages[key / rows.page_size] * rows.page_stride +
+         key % rows.page_size * rows.row_stride;
+}
+inline float key_scale(const KeyRows& rows, int64_t key) {
+  const char* from = rows.scales;
+  if (rows.pages) {
+    from += rows.pages[key / rows.page_size] * rows.scale_page_stride;
+    key %= rows.page_size;
+  }
+  float scale;
+  __builtin_memcpy(&scale, from + key * rows.scale_row_stride, sizeof(scale));
+  return scale;
+}
 
 // Items side by side and aligned, without a copy.
 template <class Item>
 bool is_in_place(const KeyRows& rows, int64_t item_elements) {
   constexpr auto kSize = static_cast<int64_t>(sizeof(Item));
-  return rows.column_stride * item_elements == kSize && rows.row_stride % kSize == 0 &&
-         rows.dims % item_elements == 0 &&
+  return !rows.pages && rows.column_stride * item_elements == kSize &&
+         rows.row_stride % kSize == 0 && rows.dims % item_elements == 0 &&
          reinterpret_cast<uintptr_t>(rows.data) % alignof(Item) == 0;
 }
 template <class Item>
-KeyBlock<Item> in_place(const KeyRows& rows) {
-  return {reinterpret_cast<const Item*>(rows.data),
+KeyBlock<Item> in_place(const KeyRows& rows, int64_t first) {
+  return {reinterpret_cast<const Item*>(key_row(rows, first)),
           rows.row_stride / static_cast<int64_t>(sizeof(Item))};
 }
 
-// [key][d] of Elements, for the kernels that convert in registers. `copy` has room for all.
-template <class Element>
-KeyBlock<Element> element_block(const KeyRows& rows, int64_t keys, Element* copy) {
-  if (is_in_place<Element>(rows, 1)) return in_place<Element>(rows);
-  for (int64_t key = 0; key < keys; ++key) {
-    for (int64_t d = 0; d < rows.dims; ++d) {
-      __builtin_memcpy(copy + key * rows.dims + d, rows.row(key) + d * rows.column_stride,
-                       sizeof(Element));
-    }
-  }
-  return {copy, rows.dims};
-}
-
-// Rows of Elements become rows of Scalars.
+// K as the first stage reads it, [key][unit of d]; a last unit is filled up with 0. Elements of 8
+// bits are not multiplied by their scale: the logits are.
 template <class Simd, class Element>
-void widen_rows(const KeyRows& rows, int64_t keys, typename Simd::Scalar* to) {
-  for (int64_t key = 0; key < keys; ++key) {
-    for (int64_t d = 0; d < rows.dims; d += Simd::kLanes) {
-      const int64_t count = rows.dims - d < Simd::kLanes ? rows.dims - d : Simd::kLanes;
-      const auto piece = load_elements<Simd, Element>(rows.row(key) + d * rows.column_stride,
-                                                      rows.column_stride, count);
-      store_up_to<Simd>(to + key * rows.dims + d, piece, count);
-    }
-  }
-}
-
-// K as the first stage reads it, [key][unit of d]; a last unit is filled up with 0.
-template <class Simd, class Element>
-KeyBlock<typename Simd::Unit> key_units(const KeyRows& rows, int64_t keys,
+KeyBlock<typename Simd::Unit> key_units(const KeyRows& rows, int64_t first, int64_t keys,
                                         typename Simd::Unit* copy) {
   using Unit = typename Simd::Unit;
   constexpr int kPerUnit = Simd::kUnitElements;
   if constexpr (sizeof(Element) * kPerUnit == sizeof(Unit)) {
-    if (is_in_place<Unit>(rows, kPerUnit)) return in_place<Unit>(rows);
+    if (is_in_place<Unit>(rows, kPerUnit)) return in_place<Unit>(rows, first);
   }
-  if constexpr (kPerUnit == 1) {
-    widen_rows<Simd, Element>(rows, keys, copy);
-    return {copy, rows.dims};
-  } else {
-    const int64_t units = (rows.dims + kPerUnit - 1) / kPerUnit;
-    for (int64_t key = 0; key < keys; ++key) {
-      auto* const to = reinterpret_cast<Element*>(copy + key * units);
+  const int64_t units = (rows.dims + kPerUnit - 1) / kPerUnit;
+  for (int64_t key = 0; key < keys; ++key) {
+    const char* const from = key_row(rows, first + key);
+    auto* const to = copy + key * units;
+    if constexpr (kPerUnit == 1) {
+      for (int64_t d = 0; d < rows.dims; d += Simd::kLanes) {
+        const int64_t count = rows.dims - d < Simd::kLanes ? rows.dims - d : Simd::kLanes;
+        store_up_to<Simd>(
+            to + d,
+            load_elements<Simd, Element>(from + d * rows.column_stride, rows.column_stride, count),
+            count);
+      }
+    } else {
       for (int64_t d = 0; d < units * kPerUnit; ++d) {
         Element element{};
         if (d < rows.dims) {
-          __builtin_memcpy(&element, rows.row(key) + d * rows.column_stride, sizeof(Element));
+          __builtin_memcpy(&element, from + d * rows.column_stride, sizeof(Element));
         }
-        __builtin_memcpy(to + d, &element, sizeof(Element));
+        set_element(to[d / kPerUnit], static_cast<int>(d % kPerUnit), element);
       }
     }
-    return {copy, units};
   }
+  return {copy, units};
 }
 
-// V as the third stage reads it, [unit of keys][d]; a last unit is filled up with 0.
+// V as the third stage reads it, [unit of keys][d]; a last unit is filled up with 0. Elements of 8
+// bits are multiplied by their scale, and rounded to what a unit holds.
 template <class Simd, class Element>
-KeyBlock<typename Simd::Unit> value_units(const KeyRows& rows, int64_t keys,
+KeyBlock<typename Simd::Unit> value_units(const KeyRows& rows, int64_t first, int64_t keys,
                                           typename Simd::Unit* copy) {
+  using Single = typename Simd::Single;
+  using Unit = typename Simd::Unit;
   constexpr int kPerUnit = Simd::kUnitElements;
-  if constexpr (kPerUnit == 1) {
-    return key_units<Simd, Element>(rows, keys, copy);
-  } else {
-    const bool side_by_side = rows.column_stride == static_cast<int64_t>(sizeof(Element));
-    for (int64_t key = 0; key < keys; key += kPerUnit) {
-      auto* const to = copy + key / kPerUnit * rows.dims;
-      typename Simd::Vec pieces[kPerUnit];
-      int64_t d = 0;
-      if (side_by_side && key + kPerUnit <= keys) {
-        for (; d + Simd::kLanes <= rows.dims; d += Simd::kLanes) {
-          for (int i = 0; i < kPerUnit; ++i) {
-            pieces[i] = Simd::load(reinterpret_cast<const Element*>(rows.row(key + i)) + d);
-          }
-          Simd::store(to + d, Simd::join(pieces));
-        }
-      }
-      for (; d < rows.dims; d += Simd::kLanes) {
-        const int64_t count = rows.dims - d < Simd::kLanes ? rows.dims - d : Simd::kLanes;
-        for (int i = 0; i < kPerUnit; ++i) {
-          pieces[i] = key + i < keys
-                          ? load_elements<Simd, Element>(rows.row(key + i) + d * rows.column_stride,
-                                                         rows.column_stride, count)
-                          : Simd::zero();
-        }
-        store_up_to<Simd>(to + d, Simd::join(pieces), count);
-      }
-    }
-    return {copy, rows.dims};
+  if constexpr (kPerUnit == 1 && sizeof(Element) == sizeof(Unit)) {
+    if (is_in_place<Unit>(rows, 1)) return in_place<Unit>(rows, first);
   }
+  for (int64_t key = 0; key < keys; key += kPerUnit) {
+    const char* from[kPerUnit];
+    typename Simd::Vec scale[kPerUnit];
+    for (int i = 0; i < kPerUnit; ++i) {
+      from[i] = key + i < keys ? key_row(rows, first + key + i) : nullptr;
+      scale[i] = Single::set(rows.scales && from[i] ? key_scale(rows, first + key + i) : 1);
+    }
+    auto* const to = copy + key / kPerUnit * rows.dims;
+    for (int64_t d = 0; d < rows.dims; d += Simd::kLanes) {
+      const int64_t count = rows.dims - d < Simd::kLanes ? rows.dims - d : Simd::kLanes;
+      typename Simd::Vec pieces[kPerUnit];
+      for (int i = 0; i < kPerUnit; ++i) {
+        pieces[i] = from[i] ? load_elements<Simd, Element>(from[i] + d * rows.column_stride,
+                                                           rows.column_stride, count)
+                            : Simd::zero();
+      }
+      if (!rows.scales) {
+        store_up_to<Simd>(to + d, Simd::join(pieces), count);
+        continue;
+      }
+      for (int i = 0; i < kPerUnit; ++i) pieces[i] = Single::mul(pieces[i], scale[i]);
+      store_up_to<Simd>(to + d, Simd::join_rounded(pieces), count);
+    }
+  }
+  return {copy, rows.dims};
 }
 
 // Whether no element is NaN or infinite.

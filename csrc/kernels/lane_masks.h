@@ -57,15 +57,16 @@ void keep_unmasked(uint64_t* attended, int64_t keys, const char* mask, int64_t r
   }
 }
 
-// bias [row][key] of Elements in memory: -inf is masked; strides in bytes.
+// bias [row][key] of Elements in memory: -inf is masked; strides in bytes. Lanes from `first_lane`
+// on are the rows.
 template <class Element>
 void keep_unbiased(uint64_t* attended, int64_t keys, const char* bias, int64_t row_stride,
-                   int64_t column_stride, int64_t rows) {
+                   int64_t column_stride, int64_t rows, int64_t first_lane = 0) {
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t i = 0; i < keys; ++i) {
       Element x;
       __builtin_memcpy(&x, bias + row * row_stride + i * column_stride, sizeof(x));
-      if (is_minus_infinity(x)) attended[i] &= ~(uint64_t{1} << row);
+      if (is_minus_infinity(x)) attended[i] &= ~(uint64_t{1} << (first_lane + row));
     }
   }
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "decode.h"
 #include "exp.h"
 #include "peak.h"
 #include "prefill.h"
@@ -21,9 +22,20 @@ void exp2_array(const Scalar* x, Scalar* y, int64_t count) {
 
 template <class Simd, class Element>
 constexpr DtypeKernels kernels_for() {
-  using Kernel = Prefill<Simd, Element>;
-  return {Kernel::kRowsPerTile,  kKeysPerBlock, Simd::kTilesPerBlock,
-          Kernel::scratch_bytes, Kernel::run,   multiply_adds<Simd>};
+  using OfTiles = Prefill<Simd, Element>;
+  using OfRows = Decode<typename Simd::Single, Element>;
+  return {OfTiles::kRowsPerTile,
+          kKeysPerBlock,
+          Simd::kTilesPerBlock,
+          OfTiles::scratch_bytes,
+          OfTiles::run,
+          OfRows::kMaxRows,
+          kKeysPerBlock * static_cast<int>(kBlocksPerPart),
+          OfRows::scratch_bytes,
+          OfRows::state_bytes,
+          OfRows::run,
+          OfRows::finish,
+          multiply_adds<Simd>};
 }
 
 template <class Float32, class Float64>

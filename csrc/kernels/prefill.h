@@ -1,11 +1,10 @@
 // Attention for tiles of queries: keys come in blocks, and each block goes through the three
-// stages for each tile before the next one is read. The lanes of every vector are queries, unless
-// a tile has so few that its first and third stage are those of few_queries.h.
+// stages for each tile before the next one is read. The lanes of every vector are queries.
 #pragma once
 
 #include <cstdint>
 
-#include "few_queries.h"
+#include "constants.h"
 #include "key_block.h"
 #include "key_steps.h"
 #include "lane_masks.h"
@@ -19,12 +18,6 @@
 
 namespace numattn {
 namespace {
-
-constexpr int kKeysPerBlock = 96;
-// Blocks whose results are added up before they are added to those of all others: the rounding
-// errors grow with the blocks of a part plus the number of parts. 20,000 keys of float32 have a
-// third of the error of one long sum.
-constexpr int64_t kBlocksPerPart = 16;
 
 // Elements are what the arrays q, k, v and out hold. Simd says what is computed with: scalars, and
 // the units of the matrix products (simd/scalar_units.h).
@@ -50,8 +43,6 @@ struct Prefill {
     Unit* k_copy;         // [key][unit of d]
     Unit* v_copy;         // [unit of keys][d]
     Unit* finite_values;  // [unit of keys][d]
-    Element* k_few_copy;  // [key][d]
-    Element* v_few_copy;  // [key][d]
     int64_t bytes;
   };
 
@@ -72,8 +63,6 @@ struct Prefill {
     arena.take(scratch.k_copy, kKeysPerBlock * units_of<Simd>(head_dim));
     arena.take(scratch.v_copy, units_of<Simd>(kKeysPerBlock) * value_dim);
     arena.take(scratch.finite_values, units_of<Simd>(kKeysPerBlock) * value_dim);
-    arena.take(scratch.k_few_copy, kKeysPerBlock * head_dim);
-    arena.take(scratch.v_few_copy, kKeysPerBlock * value_dim);
     // Last, because short sequences do without.
     for (int t = 0; t < scratch.tile_count; ++t) {
       Tile& tile = scratch.tiles[t];
@@ -129,9 +118,8 @@ struct Prefill {
   // Keys side by side in one block, as one tile attends to them. Their number is a multiple of
   // kPerUnit, unless they are the last ones that any tile attends to.
   struct Keys {
-    KeyBlock<Unit> k, v;             // for tiles that are not few()
-    KeyBlock<Element> few_k, few_v;  // for those that are
-    int64_t v_distance;              // bytes from a row of k to the row of V in memory, or 0
+    KeyBlock<Unit> k, v;
+    int64_t v_distance;  // bytes from a row of k to the row of V in memory, or 0
     int64_t first, count;
     bool within_limits;  // every query attends to all of them, as far as limits decide
     bool mask_is_full;   // likewise, as far as the dense mask decides
@@ -140,15 +128,13 @@ struct Prefill {
     void skip(int64_t keys) {
       k.data += keys * k.stride;
       v.data += keys / kPerUnit * v.stride;
-      few_k.data += keys * few_k.stride;
-      few_v.data += keys * few_v.stride;
       first += keys;
       count -= keys;
     }
   };
 
   // attended [key]: bit i for query lane i.
-  static void find_attended(const PrefillTask& task, const Tile& tile, const Keys& keys,
+  static void find_attended(const Task& task, const Tile& tile, const Keys& keys,
                             uint64_t* attended) {
     for (int64_t key = 0; key < keys.count; ++key) attended[key] = lowest_bits(tile.rows);
     if (!keys.within_limits) {
@@ -163,23 +149,13 @@ struct Prefill {
     }
   }
 
-  static const char* bias_of(const PrefillTask& task, const Tile& tile, const Keys& keys) {
+  static const char* bias_of(const Task& task, const Tile& tile, const Keys& keys) {
     return task.bias + tile.first_row * task.bias_row_stride + keys.first * task.bias_column_stride;
   }
 
-  // Calls `use` with a null pointer of the type of the bias's elements.
-  template <class Use>
-  static void with_bias_type(const PrefillTask& task, Use use) {
-    if (task.bias_is_float32) {
-      use(static_cast<float*>(nullptr));
-    } else {
-      use(static_cast<Element*>(nullptr));
-    }
-  }
-
   template <int kVectors>
-  static void apply_options(const PrefillTask& task, const Tile& tile, const Keys& keys,
-                            Scalar* logits) {
+  static void apply_options(const Task& task, const Tile& tile, const Keys& keys, Scalar* logits) {
+    if (task.k.scales) scale_keys<Single, kVectors>(logits, keys.count, task.k, keys.first);
     if (scales_logits(task)) {
       apply_scale<Single, kVectors>(logits, keys.count,
                                     static_cast<Scalar>(__builtin_fabs(task.scale)));
@@ -188,26 +164,31 @@ struct Prefill {
       apply_softcap<Single, kVectors>(logits, keys.count, static_cast<Scalar>(task.softcap));
     }
     if (task.bias) {
-      with_bias_type(task, [&]<class Bias>(Bias*) {
+      with_bias_type<Element>(task, [&]<class Bias>(Bias*) {
         add_bias<Single, Bias, kVectors>(logits, keys.count, bias_of(task, tile, keys),
                                          task.bias_row_stride, task.bias_column_stride, tile.rows);
       });
     }
-    if (task.alibi_slope != 0) {
-      add_alibi<Single, kVectors>(logits, keys.count, static_cast<Scalar>(task.alibi_slope),
-                                  task.first_position + tile.first_row - keys.first);
+    if (has_alibi(task)) {
+      Scalar slopes[kRowsPerTile], distances[kRowsPerTile];
+      for (int lane = 0; lane < kVectors * Simd::kLanes; ++lane) {
+        slopes[lane] = static_cast<Scalar>(*task.alibi_slopes);
+        distances[lane] =
+            static_cast<Scalar>(task.first_position + tile.first_row + lane - keys.first);
+      }
+      add_alibi<Single, kVectors>(logits, keys.count, slopes, distances);
     }
   }
 
   // Where V has what a weight of 0 would carry on: which lanes may see it. All that the masks leave
   // them, but for a bias of -inf.
-  static void find_allowed(const PrefillTask& task, const Tile& tile, const Keys& keys, bool masked,
+  static void find_allowed(const Task& task, const Tile& tile, const Keys& keys, bool masked,
                            uint64_t* attended) {
     if (!masked) {
       for (int64_t key = 0; key < keys.count; ++key) attended[key] = lowest_bits(tile.rows);
     }
     if (!task.bias) return;
-    with_bias_type(task, [&]<class Bias>(Bias*) {
+    with_bias_type<Element>(task, [&]<class Bias>(Bias*) {
       keep_unbiased<Bias>(attended, keys.count, bias_of(task, tile, keys), task.bias_row_stride,
                           task.bias_column_stride, tile.rows);
     });
@@ -234,7 +215,7 @@ struct Prefill {
   }
 
   template <int kVectors>
-  static void attend(const PrefillTask& task, const Tile& tile, const Scratch& scratch, Keys keys) {
+  static void attend(const Task& task, const Tile& tile, const Scratch& scratch, Keys keys) {
     uint64_t bits[kKeysPerBlock];
     uint64_t* attended = bits;
     const bool masked = !keys.within_limits || !keys.mask_is_full;
@@ -247,44 +228,26 @@ struct Prefill {
     const auto steps = key_steps<kVectors, Simd::kLanes>(
         task.first_position + tile.first_row + task.window_right + 1 - keys.first, keys.count);
     // Options and masks change logits: then the highest are looked for when that is done.
-    const bool final_logits = !masked && !scales_logits(task) && !tile.few();
+    const bool final_logits = !masked && !scales_logits(task) && !task.k.scales;
     for (int lane = 0; lane < kVectors * Simd::kLanes; lane += Simd::kLanes) {
       Single::store(scratch.highest + lane, Single::load(tile.part.maximum + lane));
     }
-    if (tile.few()) {
-      tile.with_rows([&](auto rows) {
-        qk_few_queries<Single, rows.value>(keys.few_k.data, keys.few_k.stride, tile.few_queries,
-                                           keys.count, task.head_dim, scratch.logits);
-      });
-    } else {
-      qk_matmul<Simd>(
-          {keys.k.data, keys.k.stride, keys.v_distance, tile.queries, units_of<Simd>(task.head_dim),
-           false, final_logits ? scratch.highest : nullptr},
-          steps, scratch.logits);
-    }
+    qk_matmul<Simd>(
+        {keys.k.data, keys.k.stride, keys.v_distance, tile.queries, units_of<Simd>(task.head_dim),
+         false, final_logits ? scratch.highest : nullptr},
+        steps, scratch.logits);
 
     apply_options<kVectors>(task, tile, keys, scratch.logits);
     if (masked) apply_mask<Single, kVectors>(scratch.logits, keys.count, attended);
-    const bool keep_apart =
-        (masked || task.bias) &&
-        (tile.few() || !is_finite<Simd>(keys.v, units_of<Simd>(keys.count), task.value_dim));
+    const bool keep_apart = (masked || task.bias) &&
+                            !is_finite<Simd>(keys.v, units_of<Simd>(keys.count), task.value_dim);
     if (keep_apart) find_allowed(task, tile, keys, masked, attended);
     if (!final_logits) {
       find_highest<Single, kVectors>(scratch.logits, keys.count, scratch.highest);
     }
-    const auto factor = static_cast<Scalar>(softmax_scale(task) * kLog2E);
-    if (tile.few()) {
-      masked_softmax<Single, kVectors>(scratch.logits, keys.count, factor, scratch.highest,
-                                       tile.part.maximum, tile.part.sum, scratch.rescale);
-      tile.with_rows([&](auto rows) {
-        aggregate_few_queries<Single, rows.value>(
-            keys.few_v.data, keys.few_v.stride, scratch.logits, keep_apart ? attended : nullptr,
-            keys.count, task.value_dim, scratch.rescale, tile.part.output);
-      });
-      return;
-    }
-    masked_softmax<Simd, kVectors>(scratch.logits, keys.count, factor, scratch.highest,
-                                   tile.part.maximum, tile.part.sum, scratch.rescale);
+    masked_softmax<Simd, kVectors>(
+        scratch.logits, keys.count, static_cast<Scalar>(softmax_scale(task) * kLog2E),
+        scratch.highest, tile.part.maximum, tile.part.sum, scratch.rescale);
     const ValueOperands<Simd> values{
         keys.v.data, keys.v.stride, reinterpret_cast<const Unit*>(scratch.logits), scratch.rescale};
     if (keep_apart) {
@@ -298,8 +261,8 @@ struct Prefill {
 
   // ---- the task -----------------------------------------------------------------------------
 
-  static bool run(const PrefillTask& task) {
-    const Scratch scratch = lay_out(task.scratch, task.rows, task.head_dim, task.value_dim);
+  static bool run(const Task& task) {
+    const Scratch scratch = lay_out(task.scratch, task.queries, task.head_dim, task.value_dim);
     int64_t begin_key = INT64_MAX;
     int64_t end_key = 0;
     bool in_parts = false;
@@ -337,7 +300,7 @@ struct Prefill {
   static int64_t part_of(int64_t block) { return block / kBlocksPerPart; }
 
   // What a tile adds up to depends on its own first part alone, not on those of its neighbours.
-  static void end_part(const PrefillTask& task, const Scratch& scratch, int64_t part) {
+  static void end_part(const Task& task, const Scratch& scratch, int64_t part) {
     for (int t = 0; t < scratch.tile_count; ++t) {
       const TileKeys& keys = task.tile_keys[t];
       const int64_t first_part = part_of(keys.begin / kKeysPerBlock);
@@ -363,7 +326,7 @@ struct Prefill {
   }
 
   // What any tile attends to. Keys beyond may not even be there.
-  static KeyRange keys_of_all_tiles(const PrefillTask& task, int tile_count, int64_t block) {
+  static KeyRange keys_of_all_tiles(const Task& task, int tile_count, int64_t block) {
     KeyRange all{INT64_MAX, 0};
     for (int t = 0; t < tile_count; ++t) {
       if (task.tile_keys[t].begin >= task.tile_keys[t].end) continue;
@@ -375,32 +338,25 @@ struct Prefill {
     return all;
   }
 
-  // What a tile reads of a block; the other members are the tile's own.
-  static void load(const PrefillTask& task, const Scratch& scratch, KeyRange range, bool few,
-                   Keys& keys) {
+  // K and V of a block; the other members are a tile's own.
+  static void load(const Task& task, const Scratch& scratch, KeyRange range, Keys& keys) {
     const int64_t count = range.end - range.begin;
-    const KeyRows k{task.k + range.begin * task.k_row_stride, task.k_row_stride,
-                    task.k_column_stride, task.head_dim};
-    const KeyRows v{task.v + range.begin * task.v_row_stride, task.v_row_stride,
-                    task.v_column_stride, task.value_dim};
-    if (few) {
-      keys.few_k = element_block<Element>(k, count, scratch.k_few_copy);
-      keys.few_v = element_block<Element>(v, count, scratch.v_few_copy);
-      return;
-    }
-    keys.k = key_units<Simd, Element>(k, count, scratch.k_copy);
-    keys.v = value_units<Simd, Element>(v, count, scratch.v_copy);
+    keys.k = task.k.is_int8 ? key_units<Simd, Int8>(task.k, range.begin, count, scratch.k_copy)
+                            : key_units<Simd, Element>(task.k, range.begin, count, scratch.k_copy);
+    keys.v = task.v.is_int8
+                 ? value_units<Simd, Int8>(task.v, range.begin, count, scratch.v_copy)
+                 : value_units<Simd, Element>(task.v, range.begin, count, scratch.v_copy);
     const bool both_in_place = keys.k.data != scratch.k_copy && keys.v.data != scratch.v_copy;
-    keys.v_distance = both_in_place && k.row_stride == v.row_stride
-                          ? static_cast<int64_t>(reinterpret_cast<uintptr_t>(v.data) -
-                                                 reinterpret_cast<uintptr_t>(k.data))
+    keys.v_distance = both_in_place && task.k.row_stride == task.v.row_stride
+                          ? static_cast<int64_t>(reinterpret_cast<uintptr_t>(keys.v.data) -
+                                                 reinterpret_cast<uintptr_t>(keys.k.data))
                           : 0;
   }
 
-  static void attend_block(const PrefillTask& task, const Scratch& scratch, int64_t block) {
+  static void attend_block(const Task& task, const Scratch& scratch, int64_t block) {
     const KeyRange all = keys_of_all_tiles(task, scratch.tile_count, block);
     Keys loaded{};
-    bool is_loaded[2] = {false, false};  // for other tiles, for few()
+    bool is_loaded = false;
     for (int t = 0; t < scratch.tile_count; ++t) {
       const Tile& tile = scratch.tiles[t];
       const TileKeys& tile_keys = task.tile_keys[t];
@@ -408,8 +364,8 @@ struct Prefill {
       const TileKind kind =
           task.mask ? task.mask_kinds[t * task.mask_kinds_stride + block] : TileKind::full;
       if (tile_keys.begin >= tile_keys.end || range.empty() || kind == TileKind::empty) continue;
-      if (!is_loaded[tile.few()]) load(task, scratch, all, tile.few(), loaded);
-      is_loaded[tile.few()] = true;
+      if (!is_loaded) load(task, scratch, all, loaded);
+      is_loaded = true;
 
       const int64_t whole_units = units_of<Simd>(range.end) * kPerUnit;
       range.end = whole_units < all.end ? whole_units : all.end;

@@ -1,5 +1,6 @@
-// The 16-bit floats as they lie in memory. The vectors of simd/ load and store them as float32;
-// only avx512_bf16.h multiplies them as they are.
+// Elements as they lie in memory that are no scalars of the vectors: the vectors of simd/ load and
+// store 16-bit floats as float32, and load 8-bit integers as floats; only avx512_bf16.h multiplies
+// 16-bit floats as they are.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +13,9 @@ struct Float16Bits {
 };
 struct Bfloat16Bits {
   uint16_t bits;
+};
+struct Int8 {
+  int8_t value;
 };
 
 inline bool is_minus_infinity(float x) { return x == -__builtin_inff(); }

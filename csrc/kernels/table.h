@@ -22,41 +22,54 @@ struct TileKeys {
 
 constexpr int kMaxTilesPerBlock = 16;
 
-// Up to kMaxTilesPerBlock tiles of consecutive queries of one head, against that head's keys.
-struct PrefillTask {
-  int64_t rows;  // queries
+// The rows of K or V for one head: [key][d]. With pages, key j is row j % page_size of page
+// pages[j / page_size].
+struct KeyRows {
+  const char* data;  // of key 0, or of page 0
+  int64_t row_stride, column_stride;
+  int64_t dims;
+  const int64_t* pages;  // or null
+  int64_t page_size, page_stride;
+  // Rows of int8, each to be multiplied by a float of its own: strided and paged like the rows.
+  bool is_int8;
+  const char* scales;
+  int64_t scale_row_stride, scale_page_stride;
+};
+
+// Consecutive queries of one head, or of all heads that share a head of K and V, against keys.
+struct Task {
+  int64_t heads;    // 1 for prefill
+  int64_t queries;  // of each head
   int64_t head_dim, value_dim;
 
-  // Each points at the task's first row; k, v, mask and bias at key 0.
-  const char* q;  // [row][d]
-  int64_t q_row_stride, q_column_stride;
-  const char* k;  // [key][d]
-  int64_t k_row_stride, k_column_stride;
-  const char* v;  // [key][d]
-  int64_t v_row_stride, v_column_stride;
-  char* out;  // [row][d]
-  int64_t out_row_stride, out_column_stride;
-  char* lse;  // [row], or null
-  int64_t lse_stride;
+  // Each points at the first query of the first head; mask and bias at key 0.
+  const char* q;  // [head][query][d]
+  int64_t q_head_stride, q_row_stride, q_column_stride;
+  KeyRows k, v;
+  char* out;  // [head][query][d]
+  int64_t out_head_stride, out_row_stride, out_column_stride;
+  char* lse;  // [head][query], or null
+  int64_t lse_head_stride, lse_row_stride;
 
-  const char* mask;  // [row][key] bytes, 0 is masked; or null
-  int64_t mask_row_stride, mask_column_stride;
-  const TileKind* mask_kinds;  // [tile][key block], where mask is not null
+  const char* mask;  // [head][query][key] bytes, 0 is masked; or null
+  int64_t mask_head_stride, mask_row_stride, mask_column_stride;
+  const TileKind* mask_kinds;  // [tile][key block], for prefill where mask is not null
   int64_t mask_kinds_stride;   // elements from tile to tile
-  const char* bias;            // [row][key], natural logarithms; or null
+  const char* bias;            // [head][query][key], natural logarithms; or null
   bool bias_is_float32;        // whatever q holds; else of what q holds
-  int64_t bias_row_stride, bias_column_stride;
+  int64_t bias_head_stride, bias_row_stride, bias_column_stride;
 
-  int64_t first_position;             // of the first row, among the keys
-  int64_t window_left, window_right;  // inclusive; causal is a right side of 0
-  TileKeys tile_keys[kMaxTilesPerBlock];
+  int64_t first_position;                 // of the first query, among the keys
+  int64_t window_left, window_right;      // inclusive; causal is a right side of 0
+  TileKeys tile_keys[kMaxTilesPerBlock];  // of each tile; for decode the first, of all queries
 
   double scale;
-  double softcap;      // 0 for none
-  double alibi_slope;  // 0 for none
-  double sink;         // natural logarithm, -inf for none
+  double softcap;              // 0 for none
+  const double* alibi_slopes;  // [head], or null
+  const double* sinks;         // [head], natural logarithms, -inf for none; or null
 
-  void* scratch;  // DtypeKernels::prefill_scratch_bytes, aligned to 64 bytes
+  void* state;    // for decode: DtypeKernels::decode_state_bytes, aligned to 64 bytes
+  void* scratch;  // of the kernel's scratch_bytes, aligned to 64 bytes
 
   // Asked once per key block. True abandons the task: `out` and `lse` are then undefined.
   bool (*should_stop)(void* context);
@@ -69,9 +82,20 @@ struct DtypeKernels {
   int keys_per_block;       // keys in a key block; blocks start at its multiples
   int max_tiles_per_block;  // worth sharing a key block; at most kMaxTilesPerBlock
 
+  // Up to max_tiles_per_block tiles of queries of one head, with all their keys.
   int64_t (*prefill_scratch_bytes)(int64_t rows, int64_t head_dim, int64_t value_dim);
-  // False if it was stopped.
-  bool (*prefill)(const PrefillTask& task);
+  bool (*prefill)(const Task& task);  // false if it was stopped
+
+  // Few queries, up to so many rows over all heads of the task, with a chunk of their keys: what
+  // lies in tile_keys[0], into `state`. Chunks start at multiples of keys_per_chunk. Then
+  // decode_finish merges the states of a task's chunks, which stand state_stride
+  // bytes apart (aligned to 64), into out and lse.
+  int max_decode_rows;
+  int keys_per_chunk;
+  int64_t (*decode_scratch_bytes)(int64_t rows, int64_t head_dim);
+  int64_t (*decode_state_bytes)(int64_t rows, int64_t value_dim);
+  bool (*decode)(const Task& task);  // false if it was stopped
+  void (*decode_finish)(const Task& task, void* states, int64_t chunks, int64_t state_stride);
 
   // For benchmarks: multiply-adds as fast as this level can; returns the flops done.
   double (*multiply_adds)(int64_t rounds);

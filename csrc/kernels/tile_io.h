@@ -30,7 +30,7 @@ typename Simd::Vec load_elements(const char* from, int64_t stride, int64_t count
     return load_up_to<Simd>(reinterpret_cast<const Element*>(from), count);
   }
   Element elements[Simd::kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < Simd::kLanes && i < count; ++i) {
     __builtin_memcpy(&elements[i], from + i * stride, sizeof(Element));
   }
   return Simd::load(elements);

@@ -1,7 +1,6 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <limits>
 
 namespace numattn {
 namespace {
@@ -10,8 +9,12 @@ namespace {
 constexpr int64_t kItemsPerThread = 4;
 // A microsecond or two of work: what it takes to hand some of it to a thread that spins.
 constexpr double kFlopsPerThread = 5e5;
+// The flops that take as long as reading a byte of K or V from memory.
+constexpr double kFlopsPerByte = 10;
 
-int64_t batch_items(const Problem& problem) {
+int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t count_batch_items(const Problem& problem) {
   int64_t items = 1;
   for (int axis = 0; axis < problem.batch_axes; ++axis) items *= problem.batch_shape[axis];
   return items;
@@ -19,30 +22,85 @@ int64_t batch_items(const Problem& problem) {
 
 }  // namespace
 
+bool Plan::is_decoded(const Problem& problem, const DtypeKernels& kernels, int64_t queries) {
+  return problem.query_heads / problem.kv_heads * queries <= kernels.max_decode_rows;
+}
+
 Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const MaskKinds* mask_kinds,
            int num_threads)
-    : problem_(problem), kernels_(kernels), mask_kinds_(mask_kinds) {
-  const int64_t heads = batch_items(problem) * problem.query_heads;
-  const double flops = 2.0 * static_cast<double>(heads) *
-                       static_cast<double>(problem.query_length) *
-                       static_cast<double>(problem.key_length) *
-                       static_cast<double>(problem.head_dim + problem.value_dim);
+    : problem_(problem),
+      kernels_(kernels),
+      mask_kinds_(mask_kinds),
+      batch_items_(count_batch_items(problem)) {
+  const bool ragged = problem.query_starts != nullptr;
+  double work = 0;
+  const auto look_at = [&](const Sequence& sequence, double times) {
+    work += times * cost(sequence);
+    if (is_decoded(problem, kernels, sequence.queries)) {
+      max_decode_rows_ = std::max(max_decode_rows_, group() * sequence.queries);
+    }
+  };
+  if (ragged) {
+    for (int64_t i = 0; i < batch_items_; ++i) look_at(sequence(i), 1);
+  } else {
+    look_at(sequence(0), static_cast<double>(batch_items_));
+  }
   threads_ =
-      static_cast<int>(std::clamp(flops / kFlopsPerThread, 1.0, static_cast<double>(num_threads)));
+      static_cast<int>(std::clamp(work / kFlopsPerThread, 1.0, static_cast<double>(num_threads)));
 
   // Whatever the block of queries, each of its tiles is computed in the same way: the number of
   // threads may decide here without changing a bit of the result.
   int64_t tiles = kernels.max_tiles_per_block;
-  const auto items_with = [&](int64_t tiles_per_item) {
-    const int64_t rows = tiles_per_item * kernels.rows_per_tile;
-    return heads * ((problem.query_length + rows - 1) / rows);
+  const auto count = [&] {
+    rows_per_item_ = tiles * kernels.rows_per_tile;
+    Counts all{0, 0};
+    before_.clear();
+    for (int64_t i = 0; ragged && i < batch_items_; ++i) {
+      before_.push_back(all);
+      const Counts more = counts(sequence(i));
+      all = {all.items + more.items, all.states + more.states};
+    }
+    if (ragged) {
+      before_.push_back(all);
+    } else {
+      const Counts each = counts(sequence(0));
+      all = {batch_items_ * each.items, batch_items_ * each.states};
+    }
+    items_ = all.items;
+    states_ = all.states;
   };
-  while (tiles > 1 && items_with(tiles) < kItemsPerThread * threads_) tiles /= 2;
-  rows_per_item_ = tiles * kernels.rows_per_tile;
-  items_ = items_with(tiles);
-  items_per_head_ = (problem.query_length + rows_per_item_ - 1) / rows_per_item_;
-  rows_per_item_ = std::min(rows_per_item_, problem.query_length);
+  for (count(); tiles > 1 && items_ < kItemsPerThread * threads_; count()) tiles /= 2;
   threads_ = static_cast<int>(std::min<int64_t>(threads_, std::max<int64_t>(items_, 1)));
+}
+
+Plan::Sequence Plan::sequence(int64_t batch_item) const {
+  if (!problem_.query_starts) {
+    return {batch_item, 0, problem_.query_length, 0, problem_.key_length};
+  }
+  const int64_t* const q = problem_.query_starts + batch_item;
+  const int64_t* const k = problem_.key_starts + batch_item;
+  return {batch_item, q[0], q[1] - q[0], k[0], k[1] - k[0]};
+}
+
+int64_t Plan::chunks(const Sequence& sequence) const {
+  return std::max<int64_t>(1, quotient_up(sequence.keys, kernels_.keys_per_chunk));
+}
+
+Plan::Counts Plan::counts(const Sequence& sequence) const {
+  if (!is_decoded(problem_, kernels_, sequence.queries)) {
+    return {problem_.query_heads * quotient_up(sequence.queries, rows_per_item_), 0};
+  }
+  if (sequence.queries == 0) return {0, 0};
+  const int64_t items = problem_.kv_heads * chunks(sequence);
+  return {items, chunks(sequence) > 1 ? items : 0};
+}
+
+double Plan::cost(const Sequence& sequence) const {
+  const auto dims = static_cast<double>(problem_.head_dim + problem_.value_dim);
+  const auto keys = static_cast<double>(sequence.keys);
+  const double flops = 2.0 * static_cast<double>(problem_.query_heads * sequence.queries);
+  const double bytes = 4.0 * static_cast<double>(problem_.kv_heads);
+  return std::max(flops, kFlopsPerByte * bytes) * keys * dims;
 }
 
 TileKeys Plan::tile_keys(int64_t first_position, int64_t rows, int64_t valid_keys) const {
@@ -53,73 +111,142 @@ TileKeys Plan::tile_keys(int64_t first_position, int64_t rows, int64_t valid_key
       clip(last_position - problem_.window_left), clip(first_position + problem_.window_right + 1)};
 }
 
-Plan::Place Plan::place(int64_t item) const {
-  const int64_t head = item / items_per_head_;
-  // Under a causal limit the last queries have the most keys.
-  int64_t block = item % items_per_head_;
-  if (problem_.window_right != kUnbounded) block = items_per_head_ - 1 - block;
-  return {head / problem_.query_heads, head % problem_.query_heads, block * rows_per_item_};
-}
-
-char* Plan::address(const Array& array, const Place& place) const {
+char* Plan::address(const Array& array, const Sequence& sequence, int64_t head, int64_t row) const {
   if (!array.data) return nullptr;
-  return array.data + batch_offset(problem_, array.batch_strides, place.batch_item) +
-         place.head * array.head_stride + place.first_row * array.row_stride;
+  return array.data + batch_offset(problem_, array.batch_strides, sequence.batch_item) +
+         head * array.head_stride + row * array.row_stride;
 }
 
-PrefillTask Plan::task(int64_t item) const {
-  const Place here = place(item);
-  const auto [batch_item, head, first_row] = here;
-  const Place keys{batch_item, head / (problem_.query_heads / problem_.kv_heads), 0};
+KeyRows Plan::key_rows(const Array& array, const Array& scales, bool is_int8, int64_t dims,
+                       const Sequence& sequence, int64_t kv_head) const {
+  KeyRows rows;
+  rows.row_stride = array.row_stride;
+  rows.column_stride = array.column_stride;
+  rows.dims = dims;
+  rows.is_int8 = is_int8;
+  rows.scale_row_stride = scales.row_stride;
+  if (!problem_.block_table) {
+    rows.data = address(array, sequence, kv_head, sequence.first_key);
+    rows.scales = address(scales, sequence, kv_head, sequence.first_key);
+    rows.pages = nullptr;
+    return rows;
+  }
+  rows.data = array.data + kv_head * array.head_stride;
+  rows.scales = scales.data ? scales.data + kv_head * scales.head_stride : nullptr;
+  rows.pages = problem_.block_table + sequence.batch_item * problem_.pages_per_item;
+  rows.page_size = problem_.page_size;
+  rows.page_stride = array.page_stride;
+  rows.scale_page_stride = scales.page_stride;
+  return rows;
+}
 
-  PrefillTask task;
-  task.rows = std::min(rows_per_item_, problem_.query_length - first_row);
+int64_t Plan::valid_keys(const Sequence& sequence) const {
+  return problem_.kv_lengths ? problem_.kv_lengths[sequence.batch_item] : sequence.keys;
+}
+
+void Plan::set_arrays(Task& task, const Sequence& sequence, int64_t head, int64_t heads,
+                      int64_t first_query, int64_t queries) const {
+  const int64_t row = sequence.first_query + first_query;
+  const int64_t kv_head = head / group();
+  task.heads = heads;
+  task.queries = queries;
   task.head_dim = problem_.head_dim;
   task.value_dim = problem_.value_dim;
 
-  task.q = address(problem_.q, here);
+  task.q = address(problem_.q, sequence, head, row);
+  task.q_head_stride = problem_.q.head_stride;
   task.q_row_stride = problem_.q.row_stride;
   task.q_column_stride = problem_.q.column_stride;
-  task.k = address(problem_.k, keys);
-  task.k_row_stride = problem_.k.row_stride;
-  task.k_column_stride = problem_.k.column_stride;
-  task.v = address(problem_.v, keys);
-  task.v_row_stride = problem_.v.row_stride;
-  task.v_column_stride = problem_.v.column_stride;
-  task.out = address(problem_.out, here);
+  task.k = key_rows(problem_.k, problem_.k_scales, problem_.k_is_int8, problem_.head_dim, sequence,
+                    kv_head);
+  task.v = key_rows(problem_.v, problem_.v_scales, problem_.v_is_int8, problem_.value_dim, sequence,
+                    kv_head);
+  task.out = address(problem_.out, sequence, head, row);
+  task.out_head_stride = problem_.out.head_stride;
   task.out_row_stride = problem_.out.row_stride;
   task.out_column_stride = problem_.out.column_stride;
-  task.lse = address(problem_.lse, here);
-  task.lse_stride = problem_.lse.row_stride;
+  task.lse = address(problem_.lse, sequence, head, row);
+  task.lse_head_stride = problem_.lse.head_stride;
+  task.lse_row_stride = problem_.lse.row_stride;
 
-  task.mask = address(problem_.mask, here);
+  task.mask = address(problem_.mask, sequence, head, row);
+  task.mask_head_stride = problem_.mask.head_stride;
   task.mask_row_stride = problem_.mask.row_stride;
   task.mask_column_stride = problem_.mask.column_stride;
-  task.mask_kinds = mask_kinds_ ? mask_kinds_->tile(batch_item, head, first_row) : nullptr;
-  task.mask_kinds_stride = mask_kinds_ ? mask_kinds_->tile_stride() : 0;
-  task.bias = address(problem_.bias, here);
+  task.bias = address(problem_.bias, sequence, head, row);
   task.bias_is_float32 = problem_.bias_is_float32;
+  task.bias_head_stride = problem_.bias.head_stride;
   task.bias_row_stride = problem_.bias.row_stride;
   task.bias_column_stride = problem_.bias.column_stride;
 
-  const int64_t valid_keys =
-      problem_.kv_lengths ? problem_.kv_lengths[batch_item] : problem_.key_length;
-  const int64_t offset =
-      problem_.q_offset ? problem_.q_offset[batch_item] : valid_keys - problem_.query_length;
-  task.first_position = offset + first_row;
+  const int64_t offset = problem_.q_offset ? problem_.q_offset[sequence.batch_item]
+                                           : valid_keys(sequence) - sequence.queries;
+  task.first_position = offset + first_query;
   task.window_left = problem_.window_left;
   task.window_right = problem_.window_right;
-  int tile = 0;
-  for (int64_t row = 0; row < task.rows; row += kernels_.rows_per_tile) {
-    const int64_t rows = std::min<int64_t>(kernels_.rows_per_tile, task.rows - row);
-    task.tile_keys[tile++] = tile_keys(task.first_position + row, rows, valid_keys);
-  }
 
   task.scale = problem_.scale;
   task.softcap = problem_.softcap;
-  task.alibi_slope = problem_.alibi_slopes ? problem_.alibi_slopes[head] : 0.0;
-  task.sink = problem_.sinks ? problem_.sinks[head] : -std::numeric_limits<double>::infinity();
-  return task;
+  task.alibi_slopes = problem_.alibi_slopes ? problem_.alibi_slopes + head : nullptr;
+  task.sinks = problem_.sinks ? problem_.sinks + head : nullptr;
+}
+
+void Plan::set_prefill(Item& item, const Sequence& sequence, int64_t local) const {
+  const int64_t blocks = quotient_up(sequence.queries, rows_per_item_);
+  const int64_t head = local / blocks;
+  // Under a causal limit the last queries have the most keys.
+  int64_t block = local % blocks;
+  if (problem_.window_right != kUnbounded) block = blocks - 1 - block;
+  const int64_t first = block * rows_per_item_;
+  Task& task = item.task;
+  set_arrays(task, sequence, head, 1, first, std::min(rows_per_item_, sequence.queries - first));
+  task.mask_kinds = mask_kinds_ ? mask_kinds_->tile(sequence.batch_item, head, first) : nullptr;
+  task.mask_kinds_stride = mask_kinds_ ? mask_kinds_->tile_stride() : 0;
+  int tile = 0;
+  for (int64_t row = 0; row < task.queries; row += kernels_.rows_per_tile) {
+    const int64_t rows = std::min<int64_t>(kernels_.rows_per_tile, task.queries - row);
+    task.tile_keys[tile++] = tile_keys(task.first_position + row, rows, valid_keys(sequence));
+  }
+}
+
+void Plan::set_decode(Item& item, const Sequence& sequence, int64_t local) const {
+  item.chunks = chunks(sequence);
+  item.chunk = local % item.chunks;
+  Task& task = item.task;
+  set_arrays(task, sequence, local / item.chunks * group(), group(), 0, sequence.queries);
+  const int64_t begin = item.chunk * kernels_.keys_per_chunk;
+  const int64_t end = begin + kernels_.keys_per_chunk;
+  TileKeys keys = tile_keys(task.first_position, task.queries, valid_keys(sequence));
+  keys.begin = std::max(keys.begin, begin);
+  keys.end = std::min(keys.end, end);
+  task.tile_keys[0] = keys;
+}
+
+Item Plan::item(int64_t number) const {
+  int64_t batch_item;
+  Counts before;
+  if (before_.empty()) {
+    const Counts each = counts(sequence(0));
+    batch_item = number / each.items;
+    before = {batch_item * each.items, batch_item * each.states};
+  } else {
+    const auto after =
+        std::upper_bound(before_.begin(), before_.end(), number,
+                         [](int64_t n, const Counts& counts) { return n < counts.items; });
+    batch_item = after - before_.begin() - 1;
+    before = before_[static_cast<size_t>(batch_item)];
+  }
+  const Sequence here = sequence(batch_item);
+  const int64_t local = number - before.items;
+  Item item;
+  item.is_decode = is_decoded(problem_, kernels_, here.queries);
+  if (item.is_decode) {
+    set_decode(item, here, local);
+    item.state = before.states + local;
+  } else {
+    set_prefill(item, here, local);
+  }
+  return item;
 }
 
 }  // namespace numattn

@@ -48,6 +48,13 @@ struct Float32 : ScalarUnits<Float32Lanes> {
     store_first_16(to, to_float16(x), count);
   }
 
+  static Vec load(const Int8* from) { return load_first(from, kLanes); }
+  static Vec load_first(const Int8* from, int64_t count) {
+    __m128i bytes = _mm_setzero_si128();
+    __builtin_memcpy(&bytes, from, static_cast<size_t>(count));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  }
+
   static Vec load(const Bfloat16Bits* from) { return from_bfloat16(load_16(from)); }
   static Vec load_first(const Bfloat16Bits* from, int64_t count) {
     return from_bfloat16(load_first_16(from, count));

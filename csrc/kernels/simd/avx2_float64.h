@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../storage.h"
 #include "scalar_units.h"
 
 namespace numattn {
@@ -40,6 +41,12 @@ struct Float64 : ScalarUnits<Float64Lanes> {
     __m128 x = _mm_setzero_ps();
     __builtin_memcpy(&x, from, static_cast<size_t>(count) * sizeof(float));
     return _mm256_cvtps_pd(x);
+  }
+  static Vec load(const Int8* from) { return load_first(from, kLanes); }
+  static Vec load_first(const Int8* from, int64_t count) {
+    __m128i bytes = _mm_setzero_si128();
+    __builtin_memcpy(&bytes, from, static_cast<size_t>(count));
+    return _mm256_cvtepi32_pd(_mm_cvtepi8_epi32(bytes));
   }
 
   static Vec add(Vec a, Vec b) { return _mm256_add_pd(a, b); }

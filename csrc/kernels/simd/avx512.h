@@ -51,6 +51,13 @@ struct Float32 : ScalarUnits<Float32Lanes> {
     _mm256_mask_storeu_epi16(to, first(count), to_float16(x));
   }
 
+  static Vec load(const Int8* from) {
+    return from_int8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static Vec load_first(const Int8* from, int64_t count) {
+    return from_int8(_mm_maskz_loadu_epi8(first(count), from));
+  }
+
   static Vec load(const Bfloat16Bits* from) {
     return from_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }
@@ -147,6 +154,7 @@ struct Float32 : ScalarUnits<Float32Lanes> {
   static __m256i to_float16(Vec x) {
     return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
+  static Vec from_int8(__m128i x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)); }
   static Vec from_bfloat16(__m256i x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
   }

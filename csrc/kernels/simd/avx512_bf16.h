@@ -26,6 +26,14 @@ struct Bfloat16Pairs : Float32 {
   using Float32::set;
   using Float32::store;
   using Float32::store_first;
+  friend void set_element(Unit& unit, int i, Bfloat16Bits x) { unit.elements[i] = x; }
+  // Whole numbers of 8 bits have no more digits than bfloat16.
+  friend void set_element(Unit& unit, int i, Int8 x) {
+    const float wide = x.value;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &wide, sizeof(bits));
+    unit.elements[i].bits = static_cast<uint16_t>(bits >> 16);
+  }
   static Units set(Unit x) {
     int bits;
     __builtin_memcpy(&bits, &x, sizeof(bits));

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../storage.h"
 #include "scalar_units.h"
 
 namespace numattn {
@@ -38,6 +39,11 @@ struct Float64 : ScalarUnits<Float64Lanes> {
   static Vec load(const float* from) { return _mm512_cvtps_pd(_mm256_loadu_ps(from)); }
   static Vec load_first(const float* from, int64_t count) {
     return _mm512_cvtps_pd(_mm256_maskz_loadu_ps(first(count), from));
+  }
+  static Vec load(const Int8* from) { return load_first(from, kLanes); }
+  static Vec load_first(const Int8* from, int64_t count) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(first(count), from);
+    return _mm512_cvtepi32_pd(_mm256_cvtepi8_epi32(bytes));
   }
 
   static Vec add(Vec a, Vec b) { return _mm512_add_pd(a, b); }

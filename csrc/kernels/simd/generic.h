@@ -183,6 +183,7 @@ struct Generic : ScalarUnits<Format<ScalarType>> {
   }
 
   static Scalar widened(float x) { return x; }
+  static Scalar widened(Int8 x) { return x.value; }
   static float widened(Bfloat16Bits x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
   static void narrow(float x, Bfloat16Bits& to) {
     const uint32_t bits = bits_of(x);

@@ -39,8 +39,8 @@ struct Decode {
     Scalar* logits;       // [key][lane], then weights
     Scalar* rescale;      // [lane]
     Scalar* highest;      // [lane]
-    const char** k_rows;  // [key]
-    const char** v_rows;  // [key]
+    const char** k_rows;  // [key], and kKeysAhead more
+    const char** v_rows;  // likewise
   };
 
   static int64_t rows_of(const Task& task) { return task.heads * task.queries; }
@@ -67,8 +67,8 @@ struct Decode {
     arena.take(scratch.logits, kKeysPerBlock * width_of(rows));
     arena.take(scratch.rescale, width_of(rows));
     arena.take(scratch.highest, width_of(rows));
-    arena.take(scratch.k_rows, kKeysPerBlock);
-    arena.take(scratch.v_rows, kKeysPerBlock);
+    arena.take(scratch.k_rows, kKeysPerBlock + kKeysAhead);
+    arena.take(scratch.v_rows, kKeysPerBlock + kKeysAhead);
     return scratch;
   }
   static int64_t scratch_bytes(int64_t rows, int64_t head_dim) {
@@ -147,50 +147,59 @@ struct Decode {
   }
 
   // Calls `step` with the first row of each group of rows and their number as a constant.
-  template <class Step>
+  template <int kMost, class Step>
   static void for_rows(int64_t rows, Step step) {
-    for (int64_t row = 0; row < rows; row += kRowsTogether<Simd>) {
-      with_constant<kRowsTogether<Simd>>(rows - row, [&](auto together) { step(row, together); });
+    for (int64_t row = 0; row < rows; row += kMost) {
+      with_constant<kMost>(rows - row, [&](auto together) { step(row, together); });
     }
   }
 
-  template <class KElement>
+  // Calls `use` with the type of the elements of K or V and whether they stand side by side.
+  template <class Use>
+  static void with_elements(const KeyRows& rows, Use use) {
+    const auto with_layout = [&]<class Stored>(Stored*) {
+      if (rows.column_stride == static_cast<int64_t>(sizeof(Stored))) {
+        use(static_cast<Stored*>(nullptr), Constant<1>{});
+      } else {
+        use(static_cast<Stored*>(nullptr), Constant<0>{});
+      }
+    };
+    if (rows.is_int8) {
+      with_layout(static_cast<Int8*>(nullptr));
+    } else {
+      with_layout(static_cast<Element*>(nullptr));
+    }
+  }
+
+  static RowPointers pointers(const KeyRows& rows, const char* const* pointers) {
+    const int64_t bytes = rows.dims * rows.column_stride;
+    const bool side_by_side = bytes == rows.row_stride && !rows.pages;
+    return {pointers, rows.column_stride, side_by_side ? 0 : bytes};
+  }
+
   static void multiply_queries(const Task& task, const Scratch& scratch, const Keys& keys,
                                int64_t width) {
-    const int64_t v_bytes = task.value_dim * (task.v.is_int8 ? 1 : sizeof(Element));
-    for_rows(rows_of(task), [&](int64_t row, auto together) {
-      const char* const* const next = row == 0 ? keys.v_rows : nullptr;
-      const Scalar* const queries = scratch.queries + row * task.head_dim;
-      if (task.k.column_stride == static_cast<int64_t>(sizeof(KElement))) {
-        qk_rows<Simd, KElement, together.value, true>(keys.k_rows, keys.count, task.k.column_stride,
-                                                      next, v_bytes, queries, task.head_dim, width,
-                                                      scratch.logits + row);
-      } else {
-        qk_rows<Simd, KElement, together.value, false>(keys.k_rows, keys.count,
-                                                       task.k.column_stride, next, v_bytes, queries,
-                                                       task.head_dim, width, scratch.logits + row);
-      }
+    const RowPointers k = pointers(task.k, keys.k_rows);
+    with_elements(task.k, [&]<class Stored>(Stored*, auto side_by_side) {
+      for_rows<kQkRows<Simd>>(rows_of(task), [&](int64_t row, auto together) {
+        qk_rows<Simd, Stored, together.value, side_by_side.value == 1>(
+            k, keys.count, row == 0, scratch.queries + row * task.head_dim, task.head_dim, width,
+            scratch.logits + row);
+      });
     });
   }
 
-  template <class VElement>
   static void aggregate(const Task& task, const Scratch& scratch, const State& state,
                         const Keys& keys, int64_t width, const uint64_t* attended) {
-    for_rows(rows_of(task), [&](int64_t row, auto together) {
-      uint64_t of_rows[kKeysPerBlock];
-      for (int64_t key = 0; attended && key < keys.count; ++key)
-        of_rows[key] = attended[key] >> row;
-      const uint64_t* const may_read = attended ? of_rows : nullptr;
-      Scalar* const output = state.output + row * task.value_dim;
-      if (task.v.column_stride == static_cast<int64_t>(sizeof(VElement))) {
-        aggregate_rows<Simd, VElement, together.value, true>(
-            keys.v_rows, keys.count, task.v.column_stride, scratch.logits + row, width, may_read,
-            task.value_dim, scratch.rescale + row, output);
-      } else {
-        aggregate_rows<Simd, VElement, together.value, false>(
-            keys.v_rows, keys.count, task.v.column_stride, scratch.logits + row, width, may_read,
-            task.value_dim, scratch.rescale + row, output);
-      }
+    const RowPointers v = pointers(task.v, keys.v_rows);
+    with_elements(task.v, [&]<class Stored>(Stored*, auto side_by_side) {
+      for_rows<kValueRows>(rows_of(task), [&](int64_t row, auto together) {
+        uint64_t of_rows[kKeysPerBlock];
+        for (int64_t i = 0; attended && i < keys.count; ++i) of_rows[i] = attended[i] >> row;
+        aggregate_rows<Simd, Stored, together.value, side_by_side.value == 1>(
+            v, keys.count, row == 0, scratch.logits + row, width, attended ? of_rows : nullptr,
+            task.value_dim, scratch.rescale + row, state.output + row * task.value_dim);
+      });
     });
   }
 
@@ -215,11 +224,7 @@ struct Decode {
     for (int lane = 0; lane < kWidth; lane += Simd::kLanes) {
       Simd::store(scratch.highest + lane, Simd::load(state.maximum + lane));
     }
-    if (task.k.is_int8) {
-      multiply_queries<Int8>(task, scratch, keys, kWidth);
-    } else {
-      multiply_queries<Element>(task, scratch, keys, kWidth);
-    }
+    multiply_queries(task, scratch, keys, kWidth);
     apply_options<kVectors>(task, keys, scratch.logits);
     if (masked) apply_mask<Simd, kVectors>(scratch.logits, keys.count, attended);
     if (task.bias) {
@@ -238,12 +243,7 @@ struct Decode {
                                    static_cast<Scalar>(softmax_scale(task) * kLog2E),
                                    scratch.highest, state.maximum, state.sum, scratch.rescale);
     if (task.v.scales) scale_keys<Simd, kVectors>(scratch.logits, keys.count, task.v, keys.first);
-    const uint64_t* const may_read = masked || task.bias ? attended : nullptr;
-    if (task.v.is_int8) {
-      aggregate<Int8>(task, scratch, state, keys, kWidth, may_read);
-    } else {
-      aggregate<Element>(task, scratch, state, keys, kWidth, may_read);
-    }
+    aggregate(task, scratch, state, keys, kWidth, masked || task.bias ? attended : nullptr);
   }
 
   // ---- the chunk ------------------------------------------------------------------------------
@@ -286,9 +286,10 @@ struct Decode {
       keys.first = first;
       keys.count = (block_end < all.end ? block_end : all.end) - first;
       keys.within_limits = all.full_begin <= first && first + keys.count <= all.full_end;
-      for (int64_t i = 0; i < keys.count; ++i) {
-        keys.k_rows[i] = key_row(task.k, first + i);
-        keys.v_rows[i] = key_row(task.v, first + i);
+      for (int64_t i = 0; i < kKeysPerBlock + kKeysAhead; ++i) {
+        const int64_t key = first + i < all.end ? first + i : all.end - 1;
+        keys.k_rows[i] = key_row(task.k, key);
+        keys.v_rows[i] = key_row(task.v, key);
       }
       with_constant<kMaxVectors>(width_of(rows) / Simd::kLanes, [&](auto vectors) {
         attend<vectors.value>(task, scratch, state, keys);

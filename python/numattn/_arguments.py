@@ -1,7 +1,8 @@
 """The arguments of `attention`: checked once, for every backend, and brought into one form.
 
 Whatever the user passed, a backend sees arrays with the axes ``(batch..., heads, rows, columns)``
-whose batch axes are all the same (broadcast ones have a stride of 0).
+whose batch axes are all the same (broadcast ones have a stride of 0). Ragged and paged problems,
+which differ in where the rows are, are checked in `_sequence_arguments`.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ _LOG2_E = math.log2(math.e)
 
 @dataclass(slots=True)
 class Arguments:
-    """What one call of `attention` computes, in the form that backends take."""
+    """What one call computes, in the form that backends take."""
 
-    q: Array  # (batch..., Hq, Lq, D)
-    k: Array  # (batch..., Hkv, Lk, D)
-    v: Array  # (batch..., Hkv, Lk, Dv)
+    q: Array  # (batch..., Hq, Lq, D); ragged: (Hq, total of Lq, D)
+    k: Array  # (batch..., Hkv, Lk, D); ragged: (Hkv, total of Lk, D); paged: (pages, Hkv, size, D)
+    v: Array  # (batch..., Hkv, Lk, Dv), likewise
     out: Array  # (batch..., Hq, Lq, Dv)
     lse: Array | None  # (batch..., Hq, Lq)
     mask: Array | None  # (batch..., Hq, Lq, Lk) bool
@@ -59,6 +60,56 @@ class Arguments:
     num_threads: int | None
     result: Array  # `out` as the caller gets it
     result_lse: Array | None
+    k_scale: Array | None = None  # where k is int8: as k without its last axis
+    v_scale: Array | None = None
+    query_starts: NDArray[np.int64] | None = None  # ragged: (B + 1,)
+    key_starts: NDArray[np.int64] | None = None
+    block_table: NDArray[np.int64] | None = None  # paged: (B, pages of an item)
+
+
+@dataclass(slots=True)
+class Options:
+    """What all entry points understand alike."""
+
+    window_left: int
+    window_right: int
+    scale: float
+    softcap: float
+    alibi_slopes: NDArray[np.float64] | None
+    sinks: NDArray[np.float64] | None
+    num_threads: int | None
+
+
+def check_options(
+    dtype: np.dtype[Any],
+    query_heads: int,
+    head_dim: int,
+    is_causal: bool,
+    window: tuple[int | None, int | None] | None,
+    scale: float | None,
+    softcap: float | None,
+    alibi_slopes: ArrayLike | None,
+    sinks: ArrayLike | None,
+    num_threads: int | None,
+) -> Options:
+    window_left, window_right = _window(window)
+    if _flag("is_causal", is_causal):
+        window_right = 0
+    softcap_ = 0.0 if softcap is None else _real("softcap", softcap)
+    if softcap is not None and not softcap_ > 0:
+        _refuse("softcap", repr(softcap), "a positive number, or None for no cap")
+    scale_ = 1 / math.sqrt(head_dim) if scale is None else _real("scale", scale)
+    _check_scale_fits(scale_, softcap_, dtype)
+    largest = float(np.finfo(np.float64 if dtype.itemsize == 8 else np.float32).max)
+    return Options(
+        window_left=window_left,
+        window_right=window_right,
+        scale=scale_,
+        softcap=softcap_,
+        alibi_slopes=_floats_per_head("alibi_slopes", alibi_slopes, query_heads, largest),
+        sinks=_floats_per_head("sinks", sinks, query_heads, largest),
+        num_threads=None if num_threads is None else thread_count("num_threads", num_threads),
+    )
 
 
 def check(
@@ -79,13 +130,16 @@ def check(
     return_lse: bool,
     out: Array | None,
     num_threads: int | None,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
 ) -> Arguments:
     """Check the arguments of `attention`; TypeError for kinds, ValueError for values."""
-    if not isinstance(layout, str):
-        _refuse_kind("layout", f"{type(layout).__name__}", "a str")
-    if layout not in LAYOUTS:
-        _refuse("layout", repr(layout), "one of " + ", ".join(map(repr, LAYOUTS)))
+    check_layout(layout)
     arrays = {name: _array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
+    scales = {
+        "k": _key_scales("k", arrays["k"], k_scale),
+        "v": _key_scales("v", arrays["v"], v_scale),
+    }
     dtype = _common_dtype(arrays)
     for name, x in arrays.items():
         if x.ndim < 2:
@@ -107,20 +161,14 @@ def check(
     if bias_ is not None:
         _check_bias_dtype(bias_, dtype)
 
-    window_left, window_right = _window(window)
-    if _flag("is_causal", is_causal):
-        window_right = 0
-    softcap_ = 0.0 if softcap is None else _real("softcap", softcap)
-    if softcap is not None and not softcap_ > 0:
-        _refuse("softcap", repr(softcap), "a positive number, or None for no cap")
-    scale_ = 1 / math.sqrt(head_dim) if scale is None else _real("scale", scale)
-    _check_scale_fits(scale_, softcap_, dtype)
-
+    options = check_options(
+        dtype, query_heads, head_dim, is_causal, window, scale, softcap, alibi_slopes, sinks,
+        num_threads,
+    )  # fmt: skip
     result, result_lse = _outputs(
         out, _flag("return_lse", return_lse), one_head, layout, dtype,
         (*batch, query_heads, query_length, v_.shape[-1]),
     )  # fmt: skip
-    largest = float(np.finfo(np.float64 if dtype.itemsize == 8 else np.float32).max)
     kv_lengths_ = _ints_per_batch("kv_lengths", kv_lengths, batch, 0, key_length)
     arguments = Arguments(
         q=_broadcast(q_, (*batch, *q_.shape[-3:])),
@@ -132,20 +180,29 @@ def check(
         bias=None if bias_ is None else _broadcast_pairs("bias", bias_, pairs, one_head),
         q_offset=_ints_per_batch("q_offset", q_offset, batch, -MAX_POSITION, MAX_POSITION),
         kv_lengths=kv_lengths_,
-        window_left=window_left,
-        window_right=window_right,
-        scale=scale_,
-        softcap=softcap_,
-        alibi_slopes=_floats_per_head("alibi_slopes", alibi_slopes, query_heads, largest),
-        sinks=_floats_per_head("sinks", sinks, query_heads, largest),
-        num_threads=None if num_threads is None else thread_count("num_threads", num_threads),
+        window_left=options.window_left,
+        window_right=options.window_right,
+        scale=options.scale,
+        softcap=options.softcap,
+        alibi_slopes=options.alibi_slopes,
+        sinks=options.sinks,
+        num_threads=options.num_threads,
         result=result,
         result_lse=result_lse,
+        k_scale=_broadcast_scales(scales["k"], one_head, layout, (*batch, *k_.shape[-3:-1])),
+        v_scale=_broadcast_scales(scales["v"], one_head, layout, (*batch, *v_.shape[-3:-1])),
     )
     if out is not None:
         inputs = dict(arrays, mask=mask_, bias=bias_, alibi_slopes=alibi_slopes, sinks=sinks)
-        _check_overlap(out, inputs)
+        _check_overlap(out, inputs | {"k_scale": k_scale, "v_scale": v_scale})
     return arguments
+
+
+def check_layout(layout: str) -> None:
+    if not isinstance(layout, str):
+        _refuse_kind("layout", f"{type(layout).__name__}", "a str")
+    if layout not in LAYOUTS:
+        _refuse("layout", repr(layout), "one of " + ", ".join(map(repr, LAYOUTS)))
 
 
 def thread_count(name: str, value: object) -> int:
@@ -187,6 +244,8 @@ def _dtype_of(x: Array) -> str:
 
 
 def _common_dtype(arrays: dict[str, Array]) -> np.dtype[Any]:
+    """Return q's dtype, which k and v have too, unless they are int8."""
+    arrays = {name: x for name, x in arrays.items() if name == "q" or x.dtype != np.int8}
     for name, x in arrays.items():
         if x.dtype.name not in ACCEPTED_DTYPES or not x.dtype.isnative:
             _refuse_kind(name, _dtype_of(x), "one of " + ", ".join(ACCEPTED_DTYPES))
@@ -195,6 +254,38 @@ def _common_dtype(arrays: dict[str, Array]) -> np.dtype[Any]:
         seen = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
         _refuse_kind("q, k, v", seen, "one dtype for all three: " + ", ".join(ACCEPTED_DTYPES))
     return arrays["q"].dtype
+
+
+def _key_scales(name: str, x: Array, scale: ArrayLike | None) -> Array | None:
+    """Check the scales of an array of int8, one float for each key: of x's shape less an axis."""
+    argument = f"{name}_scale"
+    if x.dtype != np.int8:
+        if scale is not None:
+            _refuse_kind(argument, f"scales for {name} of {_dtype_of(x)}", f"{name} of int8")
+        return None
+    if scale is None:
+        _refuse_kind(name, "dtype int8", f"`{argument}` beside it, as `quantize_kv` gives both")
+    scales = _array(argument, scale)
+    if scales.dtype.kind != "f" or not scales.dtype.isnative:
+        _refuse_kind(argument, _dtype_of(scales), "float32")
+    if scales.shape != x.shape[:-1]:
+        _refuse(argument, f"shape {scales.shape}", f"{x.shape[:-1]}, a scale for each key")
+    scales = scales.astype(np.float32, copy=False)
+    finite = np.isfinite(scales)
+    if not finite.all():
+        where = tuple(map(int, np.argwhere(~finite)[0]))
+        _refuse(argument, f"{scales[where]} at {where}", "finite numbers")
+    return scales
+
+
+def _broadcast_scales(
+    scales: Array | None, one_head: bool, layout: str, shape: tuple[int, ...]
+) -> Array | None:
+    if scales is None:
+        return None
+    if one_head or scales.ndim == 1:
+        return _broadcast(scales[np.newaxis], shape)
+    return _broadcast(scales if layout == "bhld" else scales.swapaxes(-2, -1), shape)
 
 
 def _check_bias_dtype(bias: Array, dtype: np.dtype[Any]) -> None:

@@ -30,6 +30,8 @@ def attention(
     return_lse: Literal[False] = False,
     out: NDArray[Any] | None = None,
     num_threads: int | None = None,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
 ) -> NDArray[Any]: ...
 @overload
 def attention(
@@ -51,6 +53,8 @@ def attention(
     return_lse: Literal[True],
     out: NDArray[Any] | None = None,
     num_threads: int | None = None,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any]]: ...
 def attention(
     q: ArrayLike,
@@ -71,6 +75,8 @@ def attention(
     return_lse: bool = False,
     out: NDArray[Any] | None = None,
     num_threads: int | None = None,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
     r"""Scaled dot-product attention, ``softmax(scale * q @ k.T) @ v`` with options.
 
@@ -122,6 +128,9 @@ def attention(
     num_threads : int, optional
         Threads for this call, the calling one included. Default: `get_num_threads`. The result does
         not depend on it, to the bit.
+    k_scale, v_scale : array_like of float32, shape (..., Hkv, Lk), optional
+        With `k` or `v` of int8, as `quantize_kv` gives them: each key's row is multiplied by its
+        scale. In the layout "blhd", (..., Lk, Hkv).
 
     Returns
     -------
@@ -142,11 +151,12 @@ def attention(
 
     See Also
     --------
-    set_num_threads, runtime_info
+    attention_varlen, attention_paged, KVCache, merge_states, quantize_kv, set_num_threads
 
     Notes
     -----
-    `q`, `k` and `v` have one dtype: float16, bfloat16 (of ``ml_dtypes``), float32 or float64.
+    `q`, `k` and `v` have one dtype: float16, bfloat16 (of ``ml_dtypes``), float32 or float64; `k`
+    and `v` may be int8 with scales instead.
     16-bit floats are computed in float32 and rounded at the end, where what is too large for
     float16 becomes infinite. On CPUs with AVX512_BF16 the weights of bfloat16 values are rounded to
     bfloat16 too (not their sum), and products and sums below 1.2e-38 count as 0, so that values
@@ -156,8 +166,9 @@ def attention(
     same machine and ISA level the bits of a result of the compiled kernels depend on the inputs'
     values alone: not on the number of threads, the other batch items or the arrays' strides. Their
     scratch memory is proportional to the number of threads, plus a byte for each tile of a dense
-    mask (96 keys by 8, 16 or 64 queries on generic, AVX2 or AVX-512, half as many in float64);
-    NumPy's is linear in the lengths.
+    mask (96 keys by 8, 16 or 64 queries on generic, AVX2 or AVX-512, half as many in float64), and
+    where few queries attend to many keys the size of their result for every 1536 keys; NumPy's is
+    linear in the lengths.
 
     The method is the online softmax of Milakov and Gimelshein [1]_ over blocks of keys, as in
     FlashAttention [2]_. The attention itself is that of Vaswani et al. [3]_.
@@ -204,14 +215,21 @@ def attention(
         and return_lse is False
         and out is None
         and num_threads is None
+        and k_scale is None
+        and v_scale is None
     ):
         result = _runtime.attention_common(q, k, v, is_causal, scale)
         if result is not None:
             return result  # type: ignore[no-any-return]
     arguments = _arguments.check(
         q, k, v, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
-        kv_lengths, layout, return_lse, out, num_threads,
+        kv_lengths, layout, return_lse, out, num_threads, k_scale, v_scale,
     )  # fmt: skip
+    return compute(arguments)  # type: ignore[no-any-return]
+
+
+def compute(arguments: _arguments.Arguments) -> Any:
+    """Run the backend on checked arguments; return what the caller gets."""
     _runtime.attention_backend(arguments)
     if arguments.result_lse is None:
         return arguments.result

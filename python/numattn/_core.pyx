@@ -38,6 +38,7 @@ cdef extern from "attention.h" namespace "numattn" nogil:
         int64_t head_stride
         int64_t row_stride
         int64_t column_stride
+        int64_t page_stride
         int64_t* batch_strides
 
     cdef cppclass Problem:
@@ -50,6 +51,12 @@ cdef extern from "attention.h" namespace "numattn" nogil:
         Dtype dtype
         Array q, k, v, out, lse, mask, bias
         cbool bias_is_float32
+        cbool k_is_int8, v_is_int8
+        Array k_scales, v_scales
+        const int64_t* query_starts
+        const int64_t* key_starts
+        const int64_t* block_table
+        int64_t pages_per_item, page_size
         const int64_t* q_offset
         const int64_t* kv_lengths
         int64_t window_left, window_right
@@ -251,9 +258,21 @@ def attention_common(object q, object k, object v, object is_causal, object scal
     return out
 
 
+cdef void _fill_pages(Array* to, cnp.ndarray x, int batch_axes, cbool has_columns) noexcept:
+    """`x` has the axes (pages, heads, rows[, columns])."""
+    cdef int axis
+    _fill(to, x, 1, has_columns)
+    to.page_stride = to.batch_strides[0]
+    for axis in range(batch_axes):
+        to.batch_strides[axis] = 0
+
+
 def attention(object arguments):
     """Fill ``arguments.out`` and, if wanted, ``arguments.lse``; see `numattn._arguments`."""
     cdef Problem problem
+    cdef object query_starts = arguments.query_starts, key_starts = arguments.key_starts
+    cdef object block_table = arguments.block_table
+    cdef object k_scale = arguments.k_scale, v_scale = arguments.v_scale
     cdef cnp.ndarray q = arguments.q, k = arguments.k, v = arguments.v, out = arguments.out
     # They stay referenced until the computation is over.
     cdef object lse = arguments.lse, mask = arguments.mask, bias = arguments.bias
@@ -261,23 +280,51 @@ def attention(object arguments):
     cdef object alibi_slopes = arguments.alibi_slopes, sinks = arguments.sinks
     cdef int ndim = cnp.PyArray_NDIM(q)
     cdef int axis
-    problem.batch_axes = ndim - 3
+    cdef int array_axes = ndim - 3
+    problem.batch_axes = array_axes
     for axis in range(problem.batch_axes):
         problem.batch_shape[axis] = cnp.PyArray_DIM(q, axis)
     problem.query_heads = cnp.PyArray_DIM(q, ndim - 3)
-    problem.kv_heads = cnp.PyArray_DIM(k, ndim - 3)
+    problem.kv_heads = cnp.PyArray_DIM(k, cnp.PyArray_NDIM(k) - 3)
     problem.query_length = cnp.PyArray_DIM(q, ndim - 2)
-    problem.key_length = cnp.PyArray_DIM(k, ndim - 2)
+    problem.key_length = cnp.PyArray_DIM(k, cnp.PyArray_NDIM(k) - 2)
     problem.head_dim = cnp.PyArray_DIM(q, ndim - 1)
-    problem.value_dim = cnp.PyArray_DIM(v, ndim - 1)
+    problem.value_dim = cnp.PyArray_DIM(v, cnp.PyArray_NDIM(v) - 1)
     if not _find_dtype(q, &problem.dtype):
         raise TypeError(f"dtype {q.dtype.name} is not one that the kernels take")
-    _fill(&problem.q, q, problem.batch_axes, True)
-    _fill(&problem.k, k, problem.batch_axes, True)
-    _fill(&problem.v, v, problem.batch_axes, True)
-    _fill(&problem.out, out, problem.batch_axes, True)
+    problem.k_is_int8 = k_scale is not None
+    problem.v_is_int8 = v_scale is not None
+    _fill(&problem.q, q, array_axes, True)
+    _fill(&problem.out, out, array_axes, True)
+    if block_table is None:
+        _fill(&problem.k, k, array_axes, True)
+        _fill(&problem.v, v, array_axes, True)
+        if k_scale is not None:
+            _fill(&problem.k_scales, <cnp.ndarray>k_scale, array_axes, False)
+        if v_scale is not None:
+            _fill(&problem.v_scales, <cnp.ndarray>v_scale, array_axes, False)
+    else:
+        _fill_pages(&problem.k, k, array_axes, True)
+        _fill_pages(&problem.v, v, array_axes, True)
+        if k_scale is not None:
+            _fill_pages(&problem.k_scales, <cnp.ndarray>k_scale, array_axes, False)
+        if v_scale is not None:
+            _fill_pages(&problem.v_scales, <cnp.ndarray>v_scale, array_axes, False)
+        problem.block_table = <const int64_t*>cnp.PyArray_DATA(<cnp.ndarray>block_table)
+        problem.pages_per_item = cnp.PyArray_DIM(<cnp.ndarray>block_table, 1)
+        problem.page_size = problem.key_length
+        problem.key_length = problem.pages_per_item * problem.page_size
     if lse is not None:
-        _fill(&problem.lse, <cnp.ndarray>lse, problem.batch_axes, False)
+        _fill(&problem.lse, <cnp.ndarray>lse, array_axes, False)
+    if query_starts is not None:
+        problem.batch_axes = 1
+        problem.batch_shape[0] = cnp.PyArray_DIM(<cnp.ndarray>query_starts, 0) - 1
+        problem.q.batch_strides[0] = problem.out.batch_strides[0] = 0
+        problem.k.batch_strides[0] = problem.v.batch_strides[0] = 0
+        problem.k_scales.batch_strides[0] = problem.v_scales.batch_strides[0] = 0
+        problem.lse.batch_strides[0] = 0
+        problem.query_starts = <const int64_t*>cnp.PyArray_DATA(<cnp.ndarray>query_starts)
+        problem.key_starts = <const int64_t*>cnp.PyArray_DATA(<cnp.ndarray>key_starts)
     if mask is not None:
         _fill(&problem.mask, <cnp.ndarray>mask, problem.batch_axes, True)
     if bias is not None:

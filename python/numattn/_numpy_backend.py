@@ -7,11 +7,14 @@ number; a row sees all of its keys at once.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from ._arguments import Arguments
@@ -24,6 +27,70 @@ _BLOCK_LOGITS = 1 << 20
 
 def attention(arguments: Arguments) -> None:
     """Fill ``arguments.out`` and, if wanted, ``arguments.lse``."""
+    for problem in _plain_problems(arguments):
+        _attention(problem)
+
+
+def _plain_problems(a: Arguments) -> Iterator[Arguments]:
+    """Yield problems without sequences, pages and scales."""
+    if a.query_starts is not None and a.key_starts is not None:
+        for i, (q, k) in enumerate(
+            zip(_slices(a.query_starts), _slices(a.key_starts), strict=True)
+        ):
+            yield from _plain_problems(
+                replace(
+                    a,
+                    q=a.q[:, q],
+                    k=a.k[:, k],
+                    v=a.v[:, k],
+                    out=a.out[:, q],
+                    lse=None if a.lse is None else a.lse[:, q],
+                    k_scale=None if a.k_scale is None else a.k_scale[:, k],
+                    v_scale=None if a.v_scale is None else a.v_scale[:, k],
+                    q_offset=None if a.q_offset is None else a.q_offset[i],
+                    query_starts=None,
+                    key_starts=None,
+                )
+            )
+    elif a.block_table is not None and a.kv_lengths is not None:
+        for i, length in enumerate(a.kv_lengths):
+            pages = a.block_table[i, : -(-int(length) // a.k.shape[2])]
+
+            def gathered(x: Array | None, pages: Array = pages, length: int = length) -> Any:
+                if x is None:
+                    return None
+                rows = x[pages].swapaxes(0, 1)
+                return rows.reshape(rows.shape[0], -1, *rows.shape[3:])[:, :length]
+
+            yield from _plain_problems(
+                replace(
+                    a,
+                    q=a.q[i],
+                    k=gathered(a.k),
+                    v=gathered(a.v),
+                    out=a.out[i],
+                    lse=None if a.lse is None else a.lse[i],
+                    k_scale=gathered(a.k_scale),
+                    v_scale=gathered(a.v_scale),
+                    q_offset=None if a.q_offset is None else a.q_offset[i],
+                    kv_lengths=None,
+                    block_table=None,
+                )
+            )
+    else:
+        precision = np.float64 if a.q.dtype.itemsize == 8 else np.float32
+        if a.k_scale is not None:
+            a = replace(a, k=a.k * a.k_scale[..., np.newaxis].astype(precision), k_scale=None)
+        if a.v_scale is not None:
+            a = replace(a, v=a.v * a.v_scale[..., np.newaxis].astype(precision), v_scale=None)
+        yield a
+
+
+def _slices(starts: Array) -> Iterator[slice]:
+    return map(slice, starts[:-1].tolist(), starts[1:].tolist())
+
+
+def _attention(arguments: Arguments) -> None:
     kv_heads, key_length = arguments.k.shape[-3:-1]
     query_heads, query_length = arguments.q.shape[-3:-1]
     if arguments.out.size == 0:

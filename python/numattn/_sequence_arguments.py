@@ -1,0 +1,195 @@
+"""The arguments of `attention_varlen` and `attention_paged`, in the form of `_arguments`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _arguments
+from ._arguments import (
+    Arguments,
+    _array,
+    _broadcast,
+    _check_overlap,
+    _check_shapes,
+    _common_dtype,
+    _flag,
+    _heads_first,
+    _ints_per_batch,
+    _key_scales,
+    _lse_heads_first,
+    _outputs,
+    _refuse,
+    _refuse_kind,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    Array = NDArray[Any]
+
+
+def check_varlen(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    k_scale: ArrayLike | None,
+    v_scale: ArrayLike | None,
+    q_offset: int | ArrayLike | None,
+    return_lse: bool,
+    out: Array | None,
+    **options: Any,
+) -> Arguments:
+    """Check the arguments of `attention_varlen`."""
+    arrays = {name: _array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
+    scales = [_key_scales(name, arrays[name], x) for name, x in (("k", k_scale), ("v", v_scale))]
+    dtype = _common_dtype(arrays)
+    for name, x in arrays.items():
+        if x.ndim != 3:
+            _refuse(name, f"shape {x.shape}", "(total length, heads, dim)")
+    q_, k_, v_ = (x.swapaxes(0, 1) for x in arrays.values())
+    _check_shapes(q_, k_, v_, arrays)
+    query_starts = _starts("cu_seqlens_q", cu_seqlens_q, q_.shape[1], "q")
+    key_starts = _starts("cu_seqlens_k", cu_seqlens_k, k_.shape[1], "k")
+    if len(query_starts) != len(key_starts):
+        seen = f"{len(key_starts)} numbers"
+        _refuse("cu_seqlens_k", seen, f"{len(query_starts)} as in cu_seqlens_q")
+    batch = (len(query_starts) - 1,)
+    checked = _arguments.check_options(dtype, q_.shape[0], q_.shape[-1], **options)
+    result, result_lse = _outputs(
+        out, _flag("return_lse", return_lse), False, "blhd", dtype, (*q_.shape[:2], v_.shape[-1])
+    )
+    if out is not None:
+        _check_overlap(out, dict(arrays, k_scale=k_scale, v_scale=v_scale))
+    limit = _arguments.MAX_POSITION
+    return Arguments(
+        q=q_,
+        k=k_,
+        v=v_,
+        out=result.swapaxes(0, 1),
+        lse=None if result_lse is None else result_lse.swapaxes(0, 1),
+        mask=None,
+        bias=None,
+        q_offset=_ints_per_batch("q_offset", q_offset, batch, -limit, limit),
+        kv_lengths=None,
+        window_left=checked.window_left,
+        window_right=checked.window_right,
+        scale=checked.scale,
+        softcap=checked.softcap,
+        alibi_slopes=checked.alibi_slopes,
+        sinks=checked.sinks,
+        num_threads=checked.num_threads,
+        result=result,
+        result_lse=result_lse,
+        k_scale=None if scales[0] is None else scales[0].swapaxes(0, 1),
+        v_scale=None if scales[1] is None else scales[1].swapaxes(0, 1),
+        query_starts=query_starts,
+        key_starts=key_starts,
+    )
+
+
+def _starts(name: str, starts: ArrayLike, total: int, what: str) -> NDArray[np.int64]:
+    array = _array(name, starts)
+    if array.dtype.kind not in "iu":
+        _refuse_kind(name, f"dtype {array.dtype}", "ints")
+    if array.ndim != 1 or array.size < 1:
+        _refuse(name, f"shape {array.shape}", "(sequences + 1,)")
+    outside = (array < 0) | (array > total)
+    if outside.any():
+        at = int(np.argmax(outside))
+        _refuse(name, f"{array[at]} at {at}", f"0 to {total}, the rows of {what}")
+    numbers = array.astype(np.int64)  # a copy: the kernels trust what has been checked
+    decreasing = np.diff(numbers) < 0
+    if decreasing.any():
+        at = int(np.argmax(decreasing))
+        seen = f"{numbers[at]} and then {numbers[at + 1]} at {at + 1}"
+        _refuse(name, seen, "numbers that do not decrease")
+    for at, wanted in ((0, 0), (-1, total)):
+        if numbers[at] != wanted:
+            where = "first" if at == 0 else "last"
+            _refuse(name, f"{numbers[at]} as the {where}", f"{wanted} ({what} has {total} rows)")
+    return numbers
+
+
+def check_paged(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_table: ArrayLike,
+    kv_lengths: ArrayLike,
+    k_scale: ArrayLike | None,
+    v_scale: ArrayLike | None,
+    q_offset: int | ArrayLike | None,
+    layout: str,
+    return_lse: bool,
+    out: Array | None,
+    **options: Any,
+) -> Arguments:
+    """Check the arguments of `attention_paged`."""
+    _arguments.check_layout(layout)
+    given = {"q": _array("q", q), "k": _array("k_pages", k_pages), "v": _array("v_pages", v_pages)}
+    scales = [_key_scales(name, given[name], x) for name, x in (("k", k_scale), ("v", v_scale))]
+    dtype = _common_dtype(given)
+    axes = "(B, heads, length, dim)" if layout == "bhld" else "(B, length, heads, dim)"
+    for name, x in given.items():
+        if x.ndim != 4:
+            wanted = axes if name == "q" else "(pages, page_size, heads, dim)"
+            _refuse(name if name == "q" else f"{name}_pages", f"shape {x.shape}", wanted)
+    q_ = _heads_first(given["q"], layout)
+    k_, v_ = (given[name].swapaxes(1, 2) for name in ("k", "v"))
+    _check_shapes(q_, k_, v_, given)
+    pages, page_size = given["k"].shape[:2]
+    if given["v"].shape[0] != pages:
+        _refuse("v_pages", f"{given['v'].shape[0]} pages", f"{pages} as in k_pages")
+    batch = q_.shape[:1]
+
+    table = _array("block_table", block_table)
+    if table.dtype.kind not in "iu":
+        _refuse_kind("block_table", f"dtype {table.dtype}", "ints")
+    if table.ndim != 2 or table.shape[0] != batch[0]:
+        _refuse("block_table", f"shape {table.shape}", f"({batch[0]}, pages of a sequence)")
+    lengths = _ints_per_batch("kv_lengths", kv_lengths, batch, 0, table.shape[1] * page_size)
+    if lengths is None:
+        _refuse_kind("kv_lengths", "None", "the number of valid keys of each batch item")
+    numbers = np.array(table, np.int64, order="C")
+    # Only pages with valid keys are read, and only they have to be there.
+    is_read = np.arange(table.shape[1]) * page_size < lengths[:, np.newaxis]
+    outside = is_read & ((table < 0) | (table >= pages))
+    if outside.any():
+        where = tuple(map(int, np.argwhere(outside)[0]))
+        _refuse("block_table", f"{table[where]} at {where}", f"0 to {pages - 1}")
+
+    checked = _arguments.check_options(dtype, q_.shape[1], q_.shape[-1], **options)
+    result, result_lse = _outputs(
+        out, _flag("return_lse", return_lse), False, layout, dtype, (*q_.shape[:3], v_.shape[-1])
+    )
+    if out is not None:
+        inputs = {"q": given["q"], "k_pages": given["k"], "v_pages": given["v"]}
+        _check_overlap(out, inputs | {"k_scale": k_scale, "v_scale": v_scale})
+    limit = _arguments.MAX_POSITION
+    return Arguments(
+        q=_broadcast(q_, q_.shape),
+        k=k_,
+        v=v_,
+        out=_heads_first(result, layout),
+        lse=None if result_lse is None else _lse_heads_first(result_lse, False, layout),
+        mask=None,
+        bias=None,
+        q_offset=_ints_per_batch("q_offset", q_offset, batch, -limit, limit),
+        kv_lengths=lengths,
+        window_left=checked.window_left,
+        window_right=checked.window_right,
+        scale=checked.scale,
+        softcap=checked.softcap,
+        alibi_slopes=checked.alibi_slopes,
+        sinks=checked.sinks,
+        num_threads=checked.num_threads,
+        result=result,
+        result_lse=result_lse,
+        k_scale=None if scales[0] is None else scales[0].swapaxes(1, 2),
+        v_scale=None if scales[1] is None else scales[1].swapaxes(1, 2),
+        block_table=numbers,
+    )

@@ -1,0 +1,185 @@
+"""Attention over disjoint sets of keys, merged; and keys and values in 8 bits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ._arguments import ACCEPTED_DTYPES, _array, _check_overlap, _refuse, _refuse_kind
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+
+def merge_states(
+    out_a: ArrayLike,
+    lse_a: ArrayLike,
+    out_b: ArrayLike | None = None,
+    lse_b: ArrayLike | None = None,
+    *,
+    axis: int | None = None,
+    out: NDArray[Any] | None = None,
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Merge attention over disjoint sets of keys into attention over all of them.
+
+    Exact but for rounding: each part is weighted by its share of the denominator. Sinks go to one
+    part only.
+
+    Parameters
+    ----------
+    out_a : array_like, shape (..., Dv)
+        The result over one set of keys; or, with `axis`, the results over all sets, stacked.
+    lse_a : array_like, shape ``out_a.shape[:-1]``
+        Its log-sum-exp, natural logarithm; -inf where a query attended to nothing.
+    out_b, lse_b : array_like, optional
+        The same for the other set. Not with `axis`.
+    axis : int, optional
+        The axis of `lse_a` along which the sets are stacked; the same axis of `out_a`, counted from
+        the front if it is not negative.
+    out : ndarray, optional
+        Where to write the merged result; may be `out_a` or `out_b` itself.
+
+    Returns
+    -------
+    out : ndarray, shape (..., Dv)
+        In the dtype of `out_a`.
+    lse : ndarray
+        Of all keys, float32 (float64 for float64).
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes or shapes do not belong together.
+
+    See Also
+    --------
+    attention
+
+    Notes
+    -----
+    With the merged maximum subtracted, this is the sum of the softmax's numerators over the sum of
+    its denominators, as in M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax",
+    2018.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numattn as na
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 100, 8), dtype=np.float32)
+    >>> old = na.attention(q, k[:, :60], v[:, :60], return_lse=True)
+    >>> new = na.attention(q, k[:, 60:], v[:, 60:], return_lse=True)
+    >>> out, lse = na.merge_states(*old, *new)
+    >>> bool(np.allclose(out, na.attention(q, k, v), atol=1e-6))
+    True
+    """
+    results, logs = _array("out_a", out_a), _array("lse_a", lse_a)
+    if results.dtype.name not in ACCEPTED_DTYPES:
+        _refuse_kind("out_a", f"dtype {results.dtype.name}", "one of " + ", ".join(ACCEPTED_DTYPES))
+    if axis is None:
+        if out_b is None or lse_b is None:
+            _refuse_kind("out_b, lse_b", "None", "the other state, or `axis` for stacked ones")
+        other, other_logs = _array("out_b", out_b), _array("lse_b", lse_b)
+        if other.dtype != results.dtype:
+            _refuse_kind("out_b", f"dtype {other.dtype.name}", f"{results.dtype.name} as in out_a")
+        if other.shape != results.shape:
+            _refuse("out_b", f"shape {other.shape}", f"{results.shape} as in out_a")
+        _check_lse("lse_a", logs, results)
+        _check_lse("lse_b", other_logs, results)
+        parts = [(results, logs), (other, other_logs)]
+    else:
+        if out_b is not None or lse_b is not None:
+            _refuse_kind("out_b, lse_b", "arrays", "None beside `axis`")
+        _check_lse("lse_a", logs, results)
+        if not -logs.ndim <= axis < logs.ndim:
+            _refuse("axis", repr(axis), f"an axis of lse_a, whose shape is {logs.shape}")
+        first = axis % logs.ndim
+        parts = list(zip(np.moveaxis(results, first, 0), np.moveaxis(logs, first, 0), strict=True))
+        if not parts:
+            _refuse("out_a", f"shape {results.shape}", "at least one state along `axis`")
+
+    precision = np.float64 if results.dtype == np.float64 else np.float32
+    with np.errstate(all="ignore"):
+        all_logs = np.stack([log.astype(precision) for _, log in parts])
+        maximum = all_logs.max(axis=0)
+        base = np.where(maximum == -np.inf, precision(0), maximum)
+        weights = np.exp(all_logs - base)
+        total = weights.sum(axis=0)
+        lse = (maximum + np.log(total)).astype(precision)
+        weights /= np.where(total == 0, precision(1), total)
+        # What attended to nothing is no part of the result, be it NaN.
+        merged = np.zeros(parts[0][0].shape, precision)
+        for (result, _), weight in zip(parts, weights, strict=True):
+            share = weight[..., np.newaxis]
+            merged += np.where(share == 0, precision(0), share * result.astype(precision))
+        if out is None:
+            return merged.astype(results.dtype), lse
+        if not isinstance(out, np.ndarray) or out.dtype != results.dtype:
+            _refuse_kind("out", f"{getattr(out, 'dtype', type(out).__name__)}", results.dtype.name)
+        if out.shape != merged.shape:
+            _refuse("out", f"shape {out.shape}", str(merged.shape))
+        _check_overlap(out, {})
+        out[...] = merged.astype(results.dtype)
+    return out, lse
+
+
+def _check_lse(name: str, lse: NDArray[Any], out: NDArray[Any]) -> None:
+    if lse.dtype.kind != "f":
+        _refuse_kind(name, f"dtype {lse.dtype}", "floats")
+    if out.ndim < 1 or lse.shape != out.shape[:-1]:
+        _refuse(name, f"shape {lse.shape}", f"{out.shape[:-1]}, that of its out without an axis")
+
+
+def quantize_kv(x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Round keys or values to 8 bits, with a scale for each token and head.
+
+    Parameters
+    ----------
+    x : array_like, shape (..., D)
+        Keys or values of float16, bfloat16, float32 or float64; every vector along the last axis
+        gets a scale of its own.
+
+    Returns
+    -------
+    numbers : ndarray of int8, shape of `x`
+        From -127 to 127.
+    scale : ndarray of float32, shape ``x.shape[:-1]``
+        ``numbers * scale[..., None]`` is near `x`: within half a scale, which is the largest size
+        in a vector over 127.
+
+    Raises
+    ------
+    TypeError
+        If `x` is of another dtype.
+    ValueError
+        If a number is NaN or infinite, or too large for a scale of float32.
+
+    See Also
+    --------
+    attention, KVCache
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numattn as na
+    >>> numbers, scale = na.quantize_kv(np.array([[1.0, -0.5], [0.0, 0.0]]))
+    >>> numbers
+    array([[127, -64],
+           [  0,   0]], dtype=int8)
+    >>> (numbers * scale[:, None]).round(2)
+    array([[ 1. , -0.5],
+           [ 0. ,  0. ]], dtype=float32)
+    """
+    array = _array("x", x)
+    if array.dtype.name not in ACCEPTED_DTYPES or array.ndim < 1:
+        seen = f"dtype {array.dtype.name}, shape {array.shape}"
+        _refuse_kind("x", seen, "vectors of " + ", ".join(ACCEPTED_DTYPES))
+    wide = array.astype(np.float64 if array.dtype == np.float64 else np.float32, copy=False)
+    largest = np.abs(wide).max(axis=-1, initial=0)
+    if not np.all(largest <= np.finfo(np.float32).max):
+        where = tuple(map(int, np.argwhere(~(largest <= np.finfo(np.float32).max))[0]))
+        _refuse("x", f"{largest[where]} in the vector at {where}", "finite numbers of float32")
+    scale = (largest / 127).astype(np.float32)
+    divisor = np.where(scale == 0, np.float32(1), scale)[..., np.newaxis]
+    numbers = np.clip(np.rint(wide / divisor), -127, 127).astype(np.int8)
+    return numbers, scale

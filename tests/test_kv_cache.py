@@ -1,0 +1,197 @@
+"""Promise: a cache attends as if all tokens were there, in memory that grows as it should."""
+
+import numattn as na
+import numpy as np
+import pytest
+import reference
+
+
+def tokens(rng, dtype=np.float32, batch=2, hq=4, hkv=2, length=60, d=8, dv=12):
+    shapes = (batch, hq, length, d), (batch, hkv, length, d), (batch, hkv, length, dv)
+    return tuple(rng.standard_normal(shape).astype(dtype) for shape in shapes)
+
+
+@pytest.mark.parametrize("steps", [[60], [1] * 60, [20, 1, 1, 30, 8]])
+@pytest.mark.parametrize("quantize", [False, True])
+def test_steps_are_the_whole(dtype, rng, steps, quantize):
+    q, k, v = tokens(rng, dtype)
+    cache = na.KVCache(2, 2, 8, 12, dtype=dtype, quantize=quantize)
+    outs, at = [], 0
+    for n in steps:
+        part = slice(at, at + n)
+        cache.append(k[:, :, part], v[:, :, part])
+        outs.append(cache.attend(q[:, :, part], softcap=9.0))
+        at += n
+    expected, _ = reference.attention(q, k, v, is_causal=True, softcap=9.0)
+    tolerance = {8: 1e-13, 4: 1e-5, 2: 3e-2}[dtype.itemsize] if not quantize else 5e-2
+    out = np.concatenate(outs, axis=2).astype(np.float64)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=tolerance)
+    assert cache.lengths.tolist() == [60, 60]
+    assert cache.k.shape == (2, 2, 60, 8)
+    assert cache.v.shape == (2, 2, 60, 12)
+    if not quantize:
+        np.testing.assert_array_equal(cache.k, k)
+
+
+def test_ragged_batches_and_layouts(backend, rng):
+    q, k, v = tokens(rng, length=10)
+    cache = na.KVCache(2, 2, 8, 12)
+    cache.append(k[:, :, :6], v[:, :, :6], lengths=[6, 2])
+    cache.append(k[:, :, 6:9], v[:, :, 6:9], lengths=[0, 3])
+    assert cache.lengths.tolist() == [6, 5]
+    out, lse = cache.attend(q[:, :, :2], return_lse=True)
+    blhd = cache.attend(q[:, :, :2].swapaxes(1, 2), layout="blhd")
+    np.testing.assert_array_equal(blhd.swapaxes(1, 2), out)
+    history = [
+        (k[0, :, :6], v[0, :, :6]),
+        tuple(np.concatenate([x[1, :, :2], x[1, :, 6:9]], axis=1) for x in (k, v)),
+    ]
+    for i, (keys, values) in enumerate(history):
+        expected = reference.attention(q[i, :, :2], keys, values, is_causal=True)
+        np.testing.assert_allclose(out[i], expected[0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(lse[i], expected[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep_first", [0, 3])
+@pytest.mark.parametrize("steps", [[1] * 60, [7, 1, 8, 8, 2, 8, 8, 8, 8, 2], [5] * 12])
+@pytest.mark.parametrize("quantize", [False, True])
+def test_windows(backend, rng, keep_first, steps, quantize):
+    """Every query sees its window and the first tokens, with the positions of the whole text."""
+    window = 8
+    q, k, v = tokens(rng)
+    cache = na.KVCache(2, 2, 8, 12, window=window, keep_first=keep_first, quantize=quantize)
+    p, j = np.arange(60)[:, None], np.arange(60)
+    mask = (j <= p) & ((j > p - window) | (j < keep_first))
+    options = {"alibi_slopes": [0.1, 0.2, 0, 0.3], "sinks": [0.5, -1, 2, 0]}
+    expected, expected_lse = reference.attention(q, k, v, mask=mask, **options)
+    at, sizes = 0, []
+    for n in steps:
+        part = slice(at, at + n)
+        cache.append(k[:, :, part], v[:, :, part])
+        out, lse = cache.attend(q[:, :, part], **options, return_lse=True)
+        atol = 5e-2 if quantize else 1e-5
+        np.testing.assert_allclose(out, expected[:, :, part], rtol=0, atol=atol)
+        np.testing.assert_allclose(lse, expected_lse[:, :, part], rtol=0, atol=atol)
+        at += n
+        sizes.append(cache.nbytes)
+    assert sizes[-1] <= 2 * 2 * 20 * 4 * (keep_first + 2 * window) + 2 * 2 * 8 * 100
+    assert len(set(sizes[len(sizes) // 2 :])) == 1
+
+
+def test_ragged_window(backend, rng):
+    q, k, v = tokens(rng, length=40)
+    cache = na.KVCache(2, 2, 8, 12, window=6, keep_first=2)
+    at = np.zeros(2, int)
+    history = [[], []]
+    for counts in ([3, 1], [6, 0], [0, 6], [1, 1], [6, 5], [1, 6], [2, 2]):
+        n = max(counts)
+        new = [x[:, :, at.max() : at.max() + n] for x in (k, v)]
+        cache.append(*new, lengths=counts)
+        for i, count in enumerate(counts):
+            history[i] += [(new[0][i, :, t], new[1][i, :, t]) for t in range(count)]
+        at += 1
+        out = cache.attend(q[:, :, :1])
+        for i in range(2):
+            keys, values = (np.stack(x, axis=1) for x in zip(*history[i], strict=True))
+            length = keys.shape[1]
+            j = np.arange(length)
+            mask = (j >= length - 6) | (j < 2)
+            expected, _ = reference.attention(q[i, :, :1], keys, values, mask=mask)
+            np.testing.assert_allclose(out[i], expected, rtol=0, atol=1e-5)
+
+
+def test_truncate_reset_and_select(rng):
+    q, k, v = tokens(rng, length=20)
+    cache = na.KVCache(2, 2, 8, 12)
+    cache.append(k, v)
+    before = cache.attend(q[:, :, :3])
+    beams = cache.select([1, 1, 0])
+    assert beams.lengths.tolist() == [20, 20, 20]
+    np.testing.assert_array_equal(beams.attend(q[[1, 1, 0], :, :3]), before[[1, 1, 0]])
+    twin = cache.copy()
+    twin.append(k[:, :, :1], v[:, :, :1])
+    cache.truncate(12)
+    assert cache.lengths.tolist() == [12, 12]
+    expected, _ = reference.attention(q[:, :, :3], k[:, :, :12], v[:, :, :12], is_causal=True)
+    np.testing.assert_allclose(cache.attend(q[:, :, :3]), expected, rtol=0, atol=1e-5)
+    cache.reset()
+    assert cache.lengths.tolist() == [0, 0]
+    assert not cache.attend(q[:, :, :1]).any()
+    assert twin.lengths.tolist() == [21, 21]
+
+
+def test_appending_copies_little(rng, monkeypatch):
+    """Bytes written while growing, against the final bytes: 100,000 appends of one token."""
+    from numattn import _kv_cache
+
+    written = 0
+
+    class Counting(np.ndarray):
+        def __setitem__(self, index, value):
+            nonlocal written
+            written += self.view(np.ndarray)[index].nbytes
+            super().__setitem__(index, value)
+
+    empty = np.empty
+    monkeypatch.setattr(_kv_cache.np, "empty", lambda *a, **o: empty(*a, **o).view(Counting))
+    cache = na.KVCache(1, 1, 4)
+    k = np.ones((1, 1, 1, 4), np.float32)
+    for _ in range(100_000):
+        cache.append(k, k)
+    assert written <= 4 * 2 * 100_000 * 16
+    assert cache.nbytes <= 2 * 2 * 100_000 * 16
+
+
+def contents(cache):
+    return cache.lengths.tolist(), cache.k.tobytes(), cache.v.tobytes(), cache.nbytes
+
+
+def test_a_failed_append_changes_nothing(rng):
+    _, k, v = tokens(rng, length=4)
+    for cache in (na.KVCache(2, 2, 8, 12), na.KVCache(2, 2, 8, 12, window=3, quantize=True)):
+        cache.append(k[:, :, :3], v[:, :, :3])
+        before = contents(cache)
+        bad = k[:, :, :1].copy()
+        bad[0, 0, 0, 0] = np.nan
+        failing = [
+            ((k[:, :, :2], v[:, :, :1]), {}, ValueError, "v: got 1 tokens, expected 2 as in k"),
+            ((k[:1], v), {}, ValueError, "k: got shape (1, 2, 4, 8), expected (2, 2, tokens, 8)"),
+            ((k.astype(float), v), {}, TypeError, "k: got dtype float64, expected float32 as"),
+            ((k[:, :, :1], v[:, :, :1]), {"lengths": [1, 2]}, ValueError, "lengths: got 2 at 1"),
+            ((k[:, :, :1], v[:, :, :1]), {"lengths": [1]}, ValueError, "lengths: got shape (1,)"),
+        ]
+        if cache._window:
+            failing.append(((k, v), {}, ValueError, "k: got 4 tokens, expected at most the window"))
+            failing.append(((bad, v[:, :, :1]), {}, ValueError, "x: got nan in the vector at"))
+        for arguments, options, error, message in failing:
+            with pytest.raises(error) as raised:
+                cache.append(*arguments, **options)
+            assert message in str(raised.value)
+            assert contents(cache) == before
+
+
+def test_bad_arguments(rng):
+    q, k, v = tokens(rng, length=4)
+    for arguments, options, error, message in (
+        ((2, 0, 8), {}, ValueError, "kv_heads: got 0, expected at least 1"),
+        ((2, 2, 8.0), {}, TypeError, "head_dim: got 8.0"),
+        ((2, 2, 8), {"dtype": int}, TypeError, "dtype: got int64, expected one of"),
+        ((2, 2, 8), {"keep_first": 2}, ValueError, "keep_first: got 2, expected 0 where"),
+        ((2, 2, 8), {"window": 0}, ValueError, "window: got 0, expected at least 1"),
+    ):
+        with pytest.raises(error) as raised:
+            na.KVCache(*arguments, **options)
+        assert message in str(raised.value)
+    cache = na.KVCache(2, 2, 8, 12, window=3)
+    for part in (slice(0, 3), slice(3, 4), slice(0, 3), slice(0, 3)):
+        cache.append(k[:, :, part], v[:, :, part])
+    with pytest.raises(ValueError, match="q: got 4 queries, expected at most the window's 3"):
+        cache.attend(q)
+    with pytest.raises(ValueError, match="window: got \\(1, 1\\), expected none"):
+        cache.attend(q[:, :, :1], window=(1, 1))
+    with pytest.raises(TypeError, match="mask: got an array, expected none"):
+        cache.attend(q[:, :, :1], mask=np.ones((1, 1), bool))
+    with pytest.raises(ValueError, match="n: got 1, expected a length whose window"):
+        cache.truncate(1)
+    with pytest.raises(ValueError, match="indices: got 2 at 1, expected numbers of 2"):
+        cache.select([0, 2])

@@ -1,0 +1,368 @@
+"""Promise: ragged batches, pages, 8-bit keys and merged parts are the same attention."""
+
+from itertools import pairwise
+
+import numattn as na
+import numpy as np
+import pytest
+import reference
+from checks import assert_within
+from numattn import _runtime
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "many": {
+        "window": (100, 5),
+        "softcap": 5.0,
+        "sinks": [0.1, 0.2, -np.inf, 0.4],
+        "alibi_slopes": [0.1, 0.2, 0.0, 0.4],
+        "scale": -0.3,
+    },
+}
+LENGTHS_Q = [5, 0, 1, 64, 130, 3, 17, 2]
+LENGTHS_K = [9, 7, 3300, 64, 150, 0, 200, 1]
+
+
+@pytest.fixture(params=OPTIONS)
+def options(request):
+    return OPTIONS[request.param]
+
+
+def cumulative(lengths):
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+@pytest.fixture
+def ragged(rng):
+    def make(dtype, d=16, dv=20):
+        q = rng.standard_normal((sum(LENGTHS_Q), 4, d)).astype(dtype)
+        k = rng.standard_normal((sum(LENGTHS_K), 2, d)).astype(dtype)
+        v = rng.standard_normal((sum(LENGTHS_K), 2, dv)).astype(dtype)
+        return q, k, v
+
+    return make
+
+
+def pairs_of_slices():
+    q, k = cumulative(LENGTHS_Q), cumulative(LENGTHS_K)
+    return [(slice(*a), slice(*b)) for a, b in zip(pairwise(q), pairwise(k), strict=True)]
+
+
+def test_varlen_is_attention_of_each_sequence(native_dtype, ragged, options):
+    """To the bit: neither the neighbours nor the threads matter."""
+    q, k, v = ragged(native_dtype)
+    starts = cumulative(LENGTHS_Q), cumulative(LENGTHS_K).astype(np.int32)
+    out, lse = na.attention_varlen(q, k, v, *starts, **options, return_lse=True, num_threads=1)
+    for threads in (2, 5):
+        again = na.attention_varlen(q, k, v, *starts, **options, num_threads=threads)
+        np.testing.assert_array_equal(again, out)
+    for rows, keys in pairs_of_slices():
+        alone, alone_lse = na.attention(
+            q[rows], k[keys], v[keys], **options, layout="blhd", return_lse=True
+        )
+        np.testing.assert_array_equal(out[rows], alone)
+        np.testing.assert_array_equal(lse[rows], alone_lse)
+
+
+def test_varlen_against_the_reference(backend, ragged, options):
+    q, k, v = ragged(np.float32)
+    out, lse = na.attention_varlen(
+        q, k, v, cumulative(LENGTHS_Q), cumulative(LENGTHS_K), **options, return_lse=True
+    )
+    for rows, keys in pairs_of_slices():
+        expected = reference.attention(q[rows], k[keys], v[keys], **options, layout="blhd")
+        np.testing.assert_allclose(out[rows], expected[0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(lse[rows], expected[1], rtol=0, atol=2e-5)
+
+
+def test_varlen_offsets_and_out(backend, ragged):
+    q, k, v = ragged(np.float32)
+    starts = cumulative(LENGTHS_Q), cumulative(LENGTHS_K)
+    offsets = np.arange(len(LENGTHS_Q)) * 3
+    out = np.full((*q.shape[:2], v.shape[-1]), np.nan, np.float32)
+    result = na.attention_varlen(q, k, v, *starts, is_causal=True, q_offset=offsets, out=out)
+    assert result is out
+    for i, (rows, keys) in enumerate(pairs_of_slices()):
+        expected, _ = reference.attention(
+            q[rows], k[keys], v[keys], is_causal=True, q_offset=offsets[i], layout="blhd"
+        )
+        np.testing.assert_allclose(out[rows], expected, rtol=0, atol=1e-5)
+
+
+def test_varlen_without_sequences(backend):
+    nothing = np.zeros((0, 2, 4), np.float32)
+    assert na.attention_varlen(nothing, nothing, nothing, [0], [0]).shape == (0, 2, 4)
+    assert na.attention_varlen(nothing, nothing, nothing, [0, 0], [0, 0]).shape == (0, 2, 4)
+
+
+def in_pages(x, lengths, page_size, rng):
+    """Return pages in random order with NaN where there is nothing, and the table."""
+    batch, heads, _, d = x.shape
+    needed = [-(-n // page_size) for n in lengths]
+    order = rng.permutation(sum(needed) + 3)
+    pages = np.full((len(order), page_size, heads, d), np.nan).astype(x.dtype)
+    table = np.full((batch, max(needed) + 1), -7)
+    used = 0
+    for i, n in enumerate(lengths):
+        for j in range(needed[i]):
+            table[i, j] = order[used]
+            part = x[i, :, j * page_size : min((j + 1) * page_size, n)]
+            pages[order[used], : part.shape[1]] = part.swapaxes(0, 1)
+            used += 1
+    return pages, table
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16, 200])
+@pytest.mark.parametrize("lq", [1, 3, 40])
+def test_pages(native_dtype, arrays, rng, options, page_size, lq):
+    """To the bit the attention to the same keys side by side."""
+    lengths = [150, 0, 33, 1]
+    q, k, v = arrays(4, hq=4, hkv=2, lq=lq, lk=150, d=16, dv=20, dtype=native_dtype)
+    k_pages, table = in_pages(k, lengths, page_size, np.random.default_rng(1))
+    v_pages, _ = in_pages(v, lengths, page_size, np.random.default_rng(1))
+    expected, expected_lse = na.attention(q, k, v, kv_lengths=lengths, **options, return_lse=True)
+    out, lse = na.attention_paged(q, k_pages, v_pages, table, lengths, **options, return_lse=True)
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(lse, expected_lse)
+    blhd = na.attention_paged(
+        q.swapaxes(1, 2), k_pages, v_pages, table, lengths, **options, layout="blhd"
+    )
+    np.testing.assert_array_equal(blhd.swapaxes(1, 2), expected)
+
+
+def test_pages_in_numpy_and_shared_pages(backend, arrays, rng):
+    q, k, v = arrays(2, hq=4, hkv=2, lq=2, lk=64, d=8)
+    k_pages, table = in_pages(k, [64, 64], 16, np.random.default_rng(1))
+    v_pages, _ = in_pages(v, [64, 64], 16, np.random.default_rng(1))
+    table[1, 0] = table[0, 0]
+    k[1, :, :16], v[1, :, :16] = k[0, :, :16], v[0, :, :16]
+    out = na.attention_paged(q, k_pages, v_pages, table, [64, 50], is_causal=True)
+    expected, _ = reference.attention(q, k, v, kv_lengths=[64, 50], is_causal=True)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+
+
+def test_chunks_are_merged(dtype, arrays):
+    """More keys than a chunk of decoding has; windows that leave whole chunks out."""
+    q, k, v = arrays(2, hq=4, hkv=2, lq=2, lk=5000, d=20, dtype=dtype)
+    precision = np.float64 if dtype == np.float64 else np.float32
+    trusted = np.longdouble if dtype == np.float64 else np.float64
+    for more in (
+        {},
+        {"is_causal": True, "window": (100, 0)},
+        {"sinks": [9.0, 1, 2, -np.inf], "kv_lengths": [4000, 1537]},
+        {"q_offset": -1, "is_causal": True},
+    ):
+        expected = reference.attention(q, k, v, **more, dtype=trusted)
+        plain = [
+            reference.attention(q, k, v, **more, dtype=precision, matmul=matmul)
+            for matmul in (np.matmul, reference.matmul_by_einsum)
+        ]
+        out, lse = na.attention(q, k, v, **more, return_lse=True)
+        assert_within(out, [x.astype(dtype) for x, _ in plain], expected[0], 4)
+        assert_within(lse, [x for _, x in plain], expected[1], 4)
+
+
+@pytest.mark.parametrize("lq", [1, 4, 70])
+@pytest.mark.parametrize("which", ["k", "v", "kv"])
+def test_8_bits_are_attention_to_what_they_stand_for(dtype, arrays, lq, which):
+    q, k, v = arrays(2, hq=4, hkv=2, lq=lq, lk=211, d=24, dv=40, dtype=dtype)
+    precision = np.float64 if dtype == np.float64 else np.float32
+    given, options = {"k": k, "v": v}, {"is_causal": True, "window": (180, None)}
+    meant = {name: x.astype(precision) for name, x in given.items()}
+    scales = {}
+    for name in which:
+        given[name], scale = na.quantize_kv(given[name])
+        scales[f"{name}_scale"] = scale
+        meant[name] = given[name] * scale[..., None].astype(precision)
+    out, lse = na.attention(q, **given, **scales, **options, return_lse=True)
+    assert out.dtype == dtype
+    wide = q.astype(precision)
+    trusted = np.longdouble if dtype == np.float64 else np.float64
+    expected = reference.attention(wide, **meant, **options, dtype=trusted)
+    plain, plain_lse = reference.attention(wide, **meant, **options, dtype=precision)
+    # Some hundred numbers are few to judge by; weights in bfloat16 lose what bfloat16 does.
+    factor = 6 if dtype.itemsize > 2 else 2
+    assert_within(out, [plain.astype(dtype)], expected[0], factor)
+    assert_within(lse, [plain_lse], expected[1], 6)
+    for threads in (1, 3):
+        again = na.attention(q, **given, **scales, **options, num_threads=threads)
+        np.testing.assert_array_equal(again, out)
+    swapped = {name: x.swapaxes(1, 2) for name, x in given.items()}
+    swapped |= {name: x.swapaxes(1, 2) for name, x in scales.items()}
+    blhd = na.attention(q.swapaxes(1, 2), **swapped, **options, layout="blhd")
+    np.testing.assert_allclose(
+        blhd.swapaxes(1, 2).astype(precision), out.astype(precision), rtol=0, atol=1e-5
+    )
+
+
+def test_8_bits_in_pages_and_ragged(backend, arrays):
+    q, k, v = arrays(2, hq=4, hkv=2, lq=2, lk=64, d=8)
+    (k8, k_scale), (v8, v_scale) = na.quantize_kv(k), na.quantize_kv(v)
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    expected = na.attention(q, k8, v8, **scales, is_causal=True)
+    pages = [x.reshape(2, 2, 4, 16, -1).transpose(0, 2, 3, 1, 4).reshape(8, 16, 2, -1)
+             for x in (k8, v8)]  # fmt: skip
+    paged_scales = {
+        name: x.reshape(2, 2, 4, 16).transpose(0, 2, 3, 1).reshape(8, 16, 2)
+        for name, x in scales.items()
+    }
+    table = np.arange(8).reshape(2, 4)
+    out = na.attention_paged(q, *pages, table, [64, 64], **paged_scales, is_causal=True)
+    np.testing.assert_array_equal(out, expected)
+    flat = [x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (q, k8, v8)]
+    flat_scales = {name: x.swapaxes(1, 2).reshape(-1, 2) for name, x in scales.items()}
+    out = na.attention_varlen(*flat, [0, 2, 4], [0, 64, 128], **flat_scales, is_causal=True)
+    np.testing.assert_array_equal(out.reshape(2, 2, 4, 8).swapaxes(1, 2), expected)
+
+
+def test_8_bits_lose_less_than_a_percent(isa, arrays):
+    q, k, v = arrays(hq=8, hkv=2, lq=4, lk=2000, d=128)
+    (k8, k_scale), (v8, v_scale) = na.quantize_kv(k), na.quantize_kv(v)
+    exact = na.attention(q, k, v)
+    out = na.attention(q, k8, v8, k_scale=k_scale, v_scale=v_scale)
+    assert np.linalg.norm(out - exact) <= 0.01 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 5, 7)])
+def test_quantize(dtype, rng, shape):
+    x = rng.standard_normal(shape).astype(dtype)
+    x[..., 0] = 0
+    numbers, scale = na.quantize_kv(x)
+    assert numbers.dtype == np.int8
+    assert scale.dtype == np.float32
+    assert scale.shape == shape[:-1]
+    back = numbers * scale[..., None]
+    assert np.all(np.abs(back - x.astype(np.float32)) <= 0.51 * scale[..., None])
+
+
+def test_merging_two_and_more(dtype, arrays):
+    q, k, v = arrays(2, hq=4, hkv=2, lq=10, lk=90, d=8, dtype=dtype)
+    ends = [0, 13, 13, 60, 90]
+    parts = [
+        na.attention(
+            q, k[..., a:b, :], v[..., a:b, :], sinks=[1, 2, 3, 4] if a == 0 and b else None,
+            return_lse=True,
+        )
+        for a, b in pairwise(ends)
+    ]  # fmt: skip
+    expected, expected_lse = reference.attention(q, k, v, sinks=[1, 2, 3, 4])
+    step = {8: 1e-14, 4: 2e-6, 2: 2e-2}[dtype.itemsize]
+    stacked = [np.stack(x) for x in zip(*parts, strict=True)]
+    state = parts[0]
+    for part in parts[1:]:
+        state = na.merge_states(*state, *part)
+    other_axis = [np.stack(x, axis=2) for x in zip(*parts, strict=True)]
+    for out, lse in (
+        state,
+        na.merge_states(*stacked, axis=0),
+        na.merge_states(*other_axis, axis=2),
+        na.merge_states(*other_axis, axis=-2),
+    ):
+        assert out.dtype == dtype
+        np.testing.assert_allclose(out.astype(float), expected, rtol=0, atol=3 * step)
+        np.testing.assert_allclose(lse, expected_lse, rtol=0, atol=1e-5)
+
+
+def test_merging_with_nothing():
+    nothing = np.zeros((2, 3), np.float32), np.full(2, -np.inf, np.float32)
+    something = np.ones((2, 3), np.float32), np.zeros(2, np.float32)
+    out, lse = na.merge_states(*nothing, *nothing)
+    assert not out.any()
+    assert np.all(lse == -np.inf)
+    out, lse = na.merge_states(*nothing, *something)
+    np.testing.assert_array_equal(out, something[0])
+    np.testing.assert_array_equal(lse, something[1])
+    into = something[0].copy()
+    assert na.merge_states(into, something[1], *nothing, out=into)[0] is into
+    np.testing.assert_array_equal(into, something[0])
+
+
+X = np.zeros((6, 2, 4), np.float32)
+VARLEN = {
+    "decreasing": ([0, 4, 3, 6], [0, 2, 4, 6], ValueError, "cu_seqlens_q: got 4 and then 3 at 2"),
+    "beyond": ([0, 7], [0, 6], ValueError, "cu_seqlens_q: got 7 at 1, expected 0 to 6"),
+    "negative": ([0, 6], [-1, 6], ValueError, "cu_seqlens_k: got -1 at 0"),
+    "begin": ([1, 6], [0, 6], ValueError, "cu_seqlens_q: got 1 as the first, expected 0"),
+    "end": ([0, 6], [0, 5], ValueError, "cu_seqlens_k: got 5 as the last, expected 6"),
+    "number": ([0, 6], [0, 3, 6], ValueError, "cu_seqlens_k: got 3 numbers, expected 2"),
+    "kind": ([0.0, 6.0], [0, 6], TypeError, "cu_seqlens_q: got dtype float64, expected ints"),
+    "shape": ([[0, 6]], [0, 6], ValueError, "cu_seqlens_q: got shape (1, 2)"),
+    "empty": ([], [0, 6], TypeError, "cu_seqlens_q: got dtype float64"),
+}
+
+
+@pytest.mark.parametrize("name", VARLEN)
+def test_bad_varlen(backend, name):
+    starts_q, starts_k, error, message = VARLEN[name]
+    with pytest.raises(error) as raised:
+        na.attention_varlen(X, X, X, starts_q, starts_k)
+    assert message in str(raised.value)
+
+
+PAGES = np.zeros((3, 2, 1, 4), np.float32)
+Q = np.zeros((2, 1, 1, 4), np.float32)
+PAGED = {
+    "page": ([[0, 3], [0, 0]], [4, 1], ValueError, "block_table: got 3 at (0, 1), expected 0 to 2"),
+    "negative": ([[0, 1], [-1, 0]], [4, 1], ValueError, "block_table: got -1 at (1, 0)"),
+    "length": ([[0, 1], [0, 0]], [5, 1], ValueError, "kv_lengths: got 5 at (0,), expected 0 to 4"),
+    "table": ([[0, 1]], [4, 4], ValueError, "block_table: got shape (1, 2), expected (2, pages"),
+    "kind": ([[0.0], [0.0]], [1, 1], TypeError, "block_table: got dtype float64, expected ints"),
+    "no lengths": ([[0], [0]], None, TypeError, "kv_lengths: got None"),
+}
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_bad_pages(backend, name):
+    table, lengths, error, message = PAGED[name]
+    with pytest.raises(error) as raised:
+        na.attention_paged(Q, PAGES, PAGES, table, lengths)
+    assert message in str(raised.value)
+
+
+def test_bad_scales(backend):
+    k8, scale = na.quantize_kv(Q)
+    bad = scale.copy()
+    bad[1, 0, 0] = np.nan
+    for options, error, message in (
+        ({}, TypeError, "k: got dtype int8, expected `k_scale` beside it"),
+        ({"k_scale": scale[0]}, ValueError, "k_scale: got shape (1, 1), expected (2, 1, 1)"),
+        ({"k_scale": bad}, ValueError, "k_scale: got nan at (1, 0, 0), expected finite"),
+        ({"k_scale": scale.astype(int)}, TypeError, "k_scale: got dtype int64, expected float32"),
+        ({"k_scale": scale, "v_scale": scale}, TypeError, "v_scale: got scales for v of dtype f"),
+    ):
+        with pytest.raises(error) as raised:
+            na.attention(Q, k8, Q, **options)
+        assert message in str(raised.value)
+    with pytest.raises(ValueError, match="x: got nan in the vector at"):
+        na.quantize_kv(np.full((2, 3), np.nan))
+    with pytest.raises(TypeError, match="x: got dtype int64"):
+        na.quantize_kv(np.zeros((2, 3), int))
+
+
+def test_bad_states():
+    out, lse = np.zeros((2, 3), np.float32), np.zeros(2, np.float32)
+    for arguments, options, error, message in (
+        ((out, lse), {}, TypeError, "out_b, lse_b: got None"),
+        ((out, lse, out[:1], lse), {}, ValueError, "out_b: got shape (1, 3), expected (2, 3)"),
+        ((out, lse, out, out), {}, ValueError, "lse_b: got shape (2, 3), expected (2,)"),
+        ((out, lse, out.astype(float), lse), {}, TypeError, "out_b: got dtype float64"),
+        ((out, lse), {"axis": 1}, ValueError, "axis: got 1, expected an axis of lse_a"),
+    ):
+        with pytest.raises(error) as raised:
+            na.merge_states(*arguments, **options)
+        assert message in str(raised.value)
+
+
+def test_bits_do_not_depend_on_the_batch_or_the_threads(native_dtype, arrays):
+    """A long sequence among short ones, decoded."""
+    if _runtime.native is None:
+        pytest.skip("of the compiled kernels")
+    q, k, v = arrays(5, hq=4, hkv=2, lq=1, lk=4000, d=16, dtype=native_dtype)
+    lengths = [4000, 3, 0, 1600, 96]
+    out = na.attention(q, k, v, kv_lengths=lengths, num_threads=1)
+    for threads in (2, 5):
+        again = na.attention(q, k, v, kv_lengths=lengths, num_threads=threads)
+        np.testing.assert_array_equal(again, out)
+    for i, n in enumerate(lengths):
+        np.testing.assert_array_equal(na.attention(q[i], k[i, :, :n], v[i, :, :n]), out[i])

@@ -40,6 +40,17 @@ class Case:
         return self.batch * self.query_heads * pairs
 
     @property
+    def is_decode(self) -> bool:
+        """Few queries: what bounds them is reading K and V, not multiplying."""
+        return self.query_length <= 4 and self.key_length >= 1024
+
+    @property
+    def bytes_read(self) -> int:
+        """Keys and values once."""
+        size = numpy_dtype(self.dtype).itemsize
+        return 2 * self.batch * self.kv_heads * self.key_length * self.head_dim * size
+
+    @property
     def flops(self) -> float:
         """Useful operations: a multiply-add for each of q k and w v, for each attended pair."""
         return 4.0 * self.head_dim * self.attended_pairs
@@ -99,10 +110,18 @@ CASES = [
     Case("enc4k-bf16", *_ENC4K, dtype="bfloat16"),
     Case("enc4k-f16", *_ENC4K, dtype="float16"),
     Case("enc2k-f64", *_2K, dtype="float64"),
+    Case("decode8k", 1, 32, 8, 1, 8192, 128),
+    Case("decode32k", 1, 32, 8, 1, 32768, 128),
+    Case("decode32k-bf16", 1, 32, 8, 1, 32768, 128, dtype="bfloat16"),
+    Case("decode32k-f16", 1, 32, 8, 1, 32768, 128, dtype="float16"),
+    Case("batch4k-bf16", 8, 32, 8, 1, 4096, 128, dtype="bfloat16"),
+    Case("mha8k-bf16", 1, 32, 32, 1, 8192, 128, dtype="bfloat16"),
+    Case("four16k-bf16", 1, 32, 8, 4, 16384, 128, is_causal=True, dtype="bfloat16"),
+    Case("tiny-decode", 1, 1, 1, 1, 64, 64),
 ]
 
 # What is aimed at on a CPU with AVX-512 whose kernels run at that level, by threads: the share of
-# the peak, and how many times as fast as a peer.
+# the peak (of the bandwidth of reading for few queries), and how many times as fast as a peer.
 BARS: dict[tuple[str, int], dict[str, float]] = {
     ("bert128", 1): {"peak": 0.78, "torch": 1.7, "onnxruntime": 1.0},
     ("bert512", 1): {"peak": 0.86, "torch": 2.3},
@@ -128,6 +147,15 @@ BARS: dict[tuple[str, int], dict[str, float]] = {
     ("enc4k-bf16", 2): {"peak": 0.82, "openvino": 1.35},
     ("enc4k-f16", 2): {"peak": 0.80},
     ("enc2k-f64", 2): {"peak": 0.70},
+    ("decode32k", 1): {"peak": 0.85},
+    ("decode8k", 2): {"peak": 0.85, "torch": 4.0, "onnxruntime": 2.5},
+    ("decode32k", 2): {"peak": 0.87},
+    ("decode32k-bf16", 2): {"peak": 0.85, "torch": 20.0},
+    ("decode32k-f16", 2): {"peak": 0.82, "torch": 20.0},
+    ("batch4k-bf16", 2): {"peak": 0.85},
+    ("mha8k-bf16", 2): {"peak": 0.85},
+    ("four16k-bf16", 2): {"peak": 0.75},
+    ("tiny-decode", 2): {"torch": 2.5},
 }
 # The share of the AVX2 peak at NUMATTN_ISA=avx2, one thread.
 AVX2_BARS = {"bert512": 0.75, "enc4k": 0.78, "enc4k128": 0.84}

@@ -72,9 +72,10 @@ def measure(case: Case, peers: list[str], threads: int, isa: str | None, rounds:
     shares, ratios = [], {peer: [] for peer in workers if peer != "numattn"}
     for n in range(rounds):
         progress(f"{case.name}, {threads} threads: round {n + 1} of {rounds}")
-        peak = workers["numattn"].ask({"peak": TURN_SECONDS, "dtype": case.dtype})["flops"]
+        what = {"bandwidth": TURN_SECONDS} if case.is_decode else {"peak": TURN_SECONDS}
+        peak = workers["numattn"].ask(what | {"dtype": case.dtype})["per_second"]
         ours = workers["numattn"].ask({"time": calls["numattn"]})["seconds"]
-        shares.append(case.flops / ours / peak)
+        shares.append((case.bytes_read if case.is_decode else case.flops) / ours / peak)
         for peer in ratios:
             time.sleep(0.01)  # until the threads of the one before have gone to sleep
             ratios[peer].append(workers[peer].ask({"time": calls[peer]})["seconds"] / ours)
@@ -182,9 +183,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     rows, costs, missing = [], [], {}
-    print(
-        "case, threads, share of the dtype's peak, times as fast as a peer (in brackets: the bar)"
-    )
+    print("case, threads, share of the peak (decode: of bandwidth), times as fast as a peer (bars)")
     for threads in arguments.threads:
         for case in CASES:
             if case.name not in arguments.cases:

@@ -2,7 +2,8 @@
 
 Reads one JSON request a line from standard input and answers with one JSON line:
 {"prepare": case} makes the arrays and calls it once; {"time": calls} times so many calls;
-{"peak": seconds, "dtype": name} measures multiply-adds on all threads (numattn only).
+{"peak": seconds, "dtype": name} measures multiply-adds on all threads, {"bandwidth": seconds}
+bytes read (numattn only).
 """
 
 from __future__ import annotations
@@ -41,6 +42,25 @@ def measure_peak(threads, wanted, dtype):
         return flops / (time.perf_counter() - begin)
 
 
+def measure_bandwidth(threads, wanted):
+    """Return bytes read a second, all threads together, from arrays larger than any cache."""
+    import numpy as np
+    from numattn import _core
+
+    parts = np.array_split(np.ones(1 << 26, np.float32), threads)
+    parts = [x[: len(x) // 64 * 64] for x in parts]
+    size = sum(x.nbytes for x in parts)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(_core.read_floats, parts))
+        best = 0.0
+        begin = time.perf_counter()
+        while best == 0 or time.perf_counter() - begin < wanted:
+            start = time.perf_counter()
+            list(pool.map(_core.read_floats, parts))
+            best = max(best, size / (time.perf_counter() - start))
+    return best
+
+
 def main():
     peer, threads = sys.argv[1], int(sys.argv[2])
     call = None
@@ -67,8 +87,10 @@ def main():
                 answer = {"missing": str(error)}
         elif "time" in request:
             answer = {"seconds": seconds(call, request["time"])}
+        elif "bandwidth" in request:
+            answer = {"per_second": measure_bandwidth(threads, request["bandwidth"])}
         else:
-            answer = {"flops": measure_peak(threads, request["peak"], request["dtype"])}
+            answer = {"per_second": measure_peak(threads, request["peak"], request["dtype"])}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

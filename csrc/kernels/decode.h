@@ -172,9 +172,7 @@ struct Decode {
   }
 
   static RowPointers pointers(const KeyRows& rows, const char* const* pointers) {
-    const int64_t bytes = rows.dims * rows.column_stride;
-    const bool side_by_side = bytes == rows.row_stride && !rows.pages;
-    return {pointers, rows.column_stride, side_by_side ? 0 : bytes};
+    return {pointers, rows.column_stride, rows.dims * rows.column_stride};
   }
 
   static void multiply_queries(const Task& task, const Scratch& scratch, const Keys& keys,

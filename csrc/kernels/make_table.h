@@ -44,7 +44,8 @@ constexpr KernelTable make_table(const char* isa) {
           {kernels_for<Float32, float>(), kernels_for<Float64, double>(),
            kernels_for<Float32, Float16Bits>(), kernels_for<Float32, Bfloat16Bits>()},
           exp2_array<Float32, float>,
-          exp2_array<Float64, double>};
+          exp2_array<Float64, double>,
+          read_floats<Float32>};
 }
 
 }  // namespace

@@ -108,6 +108,8 @@ struct KernelTable {
   // For tests: y[i] = 2^x[i], by the exp2 of the kernels.
   void (*exp2_float32)(const float* x, float* y, int64_t count);
   void (*exp2_float64)(const double* x, double* y, int64_t count);
+  // For benchmarks: the sum of `count` floats, a multiple of 64, read as fast as memory gives them.
+  float (*read_floats)(const float* from, int64_t count);
 
   const DtypeKernels& of(Dtype dtype) const { return dtypes[static_cast<int>(dtype)]; }
 };

@@ -136,11 +136,11 @@ def check(
     """Check the arguments of `attention`; TypeError for kinds, ValueError for values."""
     check_layout(layout)
     arrays = {name: _array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
+    dtype = _common_dtype(arrays)
     scales = {
         "k": _key_scales("k", arrays["k"], k_scale),
         "v": _key_scales("v", arrays["v"], v_scale),
     }
-    dtype = _common_dtype(arrays)
     for name, x in arrays.items():
         if x.ndim < 2:
             axes = "(..., heads, length, dim)" if layout == "bhld" else "(..., length, heads, dim)"

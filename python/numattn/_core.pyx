@@ -90,6 +90,7 @@ cdef extern from "kernels/table.h" namespace "numattn" nogil:
         const char* isa
         void (*exp2_float32)(const float*, float*, int64_t) noexcept nogil
         void (*exp2_float64)(const double*, double*, int64_t) noexcept nogil
+        float (*read_floats)(const float*, int64_t) noexcept nogil
         const DtypeKernels& of(Dtype)
 
 
@@ -414,3 +415,16 @@ def multiply_adds(int64_t rounds, str dtype="float32"):
     with nogil:
         flops = active_kernels().of(wanted).multiply_adds(rounds)
     return flops
+
+
+def read_floats(const float[::1] x not None):
+    """Return the sum of floats, a multiple of 64, read as fast as memory gives them (for
+    benchmarks)."""
+    cdef float total
+    if x.shape[0] % 64 != 0:
+        raise ValueError("the number of floats is no multiple of 64")
+    if x.shape[0] == 0:
+        return 0.0
+    with nogil:
+        total = active_kernels().read_floats(&x[0], x.shape[0])
+    return total

@@ -45,8 +45,8 @@ def check_varlen(
 ) -> Arguments:
     """Check the arguments of `attention_varlen`."""
     arrays = {name: _array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
-    scales = [_key_scales(name, arrays[name], x) for name, x in (("k", k_scale), ("v", v_scale))]
     dtype = _common_dtype(arrays)
+    scales = [_key_scales(name, arrays[name], x) for name, x in (("k", k_scale), ("v", v_scale))]
     for name, x in arrays.items():
         if x.ndim != 3:
             _refuse(name, f"shape {x.shape}", "(total length, heads, dim)")
@@ -131,8 +131,8 @@ def check_paged(
     """Check the arguments of `attention_paged`."""
     _arguments.check_layout(layout)
     given = {"q": _array("q", q), "k": _array("k_pages", k_pages), "v": _array("v_pages", v_pages)}
-    scales = [_key_scales(name, given[name], x) for name, x in (("k", k_scale), ("v", v_scale))]
     dtype = _common_dtype(given)
+    scales = [_key_scales(name, given[name], x) for name, x in (("k", k_scale), ("v", v_scale))]
     axes = "(B, heads, length, dim)" if layout == "bhld" else "(B, length, heads, dim)"
     for name, x in given.items():
         if x.ndim != 4:

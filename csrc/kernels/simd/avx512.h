@@ -84,6 +84,29 @@ struct Float32 : ScalarUnits<Float32Lanes> {
   // All lanes added up.
   static float sum(Vec x) { return _mm512_reduce_add_ps(x); }
 
+  // All lanes of x[i] added up become lane i: half the shuffles of transposing first.
+  static Vec sum_each(const Vec (&x)[kLanes]) {
+    Vec halves[8], quarters[4];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      halves[i] = add(_mm512_shuffle_f32x4(x[i], x[i + 8], 0x44),
+                      _mm512_shuffle_f32x4(x[i], x[i + 8], 0xee));
+    }
+    // quarters[i] holds, in its 128-bit parts, four numbers to be added of x[i], x[i + 8],
+    // x[i + 4] and x[i + 12]
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      quarters[i] = add(_mm512_shuffle_f32x4(halves[i], halves[i + 4], 0x88),
+                        _mm512_shuffle_f32x4(halves[i], halves[i + 4], 0xdd));
+    }
+    const Vec low = add(_mm512_unpacklo_ps(quarters[0], quarters[1]),
+                        _mm512_unpackhi_ps(quarters[0], quarters[1]));
+    const Vec high = add(_mm512_unpacklo_ps(quarters[2], quarters[3]),
+                         _mm512_unpackhi_ps(quarters[2], quarters[3]));
+    const Vec all = add(interleave_low(low, high), interleave_high(low, high));
+    return _mm512_shuffle_f32x4(all, all, 0xd8);
+  }
+
   // `magnitude`, which is not negative, with the sign of `sign`.
   static Vec copy_sign(Vec magnitude, Vec sign) {
     return _mm512_or_ps(magnitude, _mm512_and_ps(sign, _mm512_set1_ps(-0.0f)));

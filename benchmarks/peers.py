@@ -62,6 +62,8 @@ def numpy_peer(case: Case, threads: int) -> dict[str, Call]:
 def torch_peer(case: Case, threads: int) -> dict[str, Call]:
     import torch
 
+    if case.is_causal and case.query_length != case.key_length:
+        raise Unsupported("its causal limit aligns the first query with the first key")
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     dtype = getattr(torch, case.dtype)

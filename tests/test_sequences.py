@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import reference
 from checks import assert_within
-from numattn import _runtime
 
 OPTIONS = {
     "plain": {},
@@ -356,8 +355,6 @@ def test_bad_states():
 
 def test_bits_do_not_depend_on_the_batch_or_the_threads(native_dtype, arrays):
     """A long sequence among short ones, decoded."""
-    if _runtime.native is None:
-        pytest.skip("of the compiled kernels")
     q, k, v = arrays(5, hq=4, hkv=2, lq=1, lk=4000, d=16, dtype=native_dtype)
     lengths = [4000, 3, 0, 1600, 96]
     out = na.attention(q, k, v, kv_lengths=lengths, num_threads=1)

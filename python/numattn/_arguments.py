@@ -67,19 +67,6 @@ class Arguments:
     block_table: NDArray[np.int64] | None = None  # paged: (B, pages of an item)
 
 
-@dataclass(slots=True)
-class Options:
-    """What all entry points understand alike."""
-
-    window_left: int
-    window_right: int
-    scale: float
-    softcap: float
-    alibi_slopes: NDArray[np.float64] | None
-    sinks: NDArray[np.float64] | None
-    num_threads: int | None
-
-
 def check_options(
     dtype: np.dtype[Any],
     query_heads: int,
@@ -91,7 +78,8 @@ def check_options(
     alibi_slopes: ArrayLike | None,
     sinks: ArrayLike | None,
     num_threads: int | None,
-) -> Options:
+) -> dict[str, Any]:
+    """Check what all entry points understand alike; return it by the names of `Arguments`."""
     window_left, window_right = _window(window)
     if _flag("is_causal", is_causal):
         window_right = 0
@@ -101,15 +89,15 @@ def check_options(
     scale_ = 1 / math.sqrt(head_dim) if scale is None else _real("scale", scale)
     _check_scale_fits(scale_, softcap_, dtype)
     largest = float(np.finfo(np.float64 if dtype.itemsize == 8 else np.float32).max)
-    return Options(
-        window_left=window_left,
-        window_right=window_right,
-        scale=scale_,
-        softcap=softcap_,
-        alibi_slopes=_floats_per_head("alibi_slopes", alibi_slopes, query_heads, largest),
-        sinks=_floats_per_head("sinks", sinks, query_heads, largest),
-        num_threads=None if num_threads is None else thread_count("num_threads", num_threads),
-    )
+    return {
+        "window_left": window_left,
+        "window_right": window_right,
+        "scale": scale_,
+        "softcap": softcap_,
+        "alibi_slopes": _floats_per_head("alibi_slopes", alibi_slopes, query_heads, largest),
+        "sinks": _floats_per_head("sinks", sinks, query_heads, largest),
+        "num_threads": None if num_threads is None else thread_count("num_threads", num_threads),
+    }
 
 
 def check(
@@ -180,13 +168,7 @@ def check(
         bias=None if bias_ is None else _broadcast_pairs("bias", bias_, pairs, one_head),
         q_offset=_ints_per_batch("q_offset", q_offset, batch, -MAX_POSITION, MAX_POSITION),
         kv_lengths=kv_lengths_,
-        window_left=options.window_left,
-        window_right=options.window_right,
-        scale=options.scale,
-        softcap=options.softcap,
-        alibi_slopes=options.alibi_slopes,
-        sinks=options.sinks,
-        num_threads=options.num_threads,
+        **options,
         result=result,
         result_lse=result_lse,
         k_scale=_broadcast_scales(scales["k"], one_head, layout, (*batch, *k_.shape[-3:-1])),

@@ -74,7 +74,7 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
   Task& task = item.task;
   const int64_t rows = task.heads * task.queries;
   const int64_t scratch_bytes =
-      item.is_decode ? kernels.decode_scratch_bytes(rows, task.head_dim)
+      item.is_decode ? kernels.decode_scratch_bytes(rows, task.head_dim, task.value_dim)
                      : kernels.prefill_scratch_bytes(rows, task.head_dim, task.value_dim);
   const int64_t state_bytes =
       item.is_decode && item.chunks == 1 ? kernels.decode_state_bytes(rows, task.value_dim) : 0;

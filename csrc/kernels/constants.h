@@ -12,6 +12,12 @@ constexpr int kKeysPerBlock = 96;
 // error of one long sum.
 constexpr int64_t kBlocksPerPart = 16;
 
+// Decoding goes from K to V and back for each block, and what a CPU fetches by itself loses its way
+// then: blocks of twice the size give 1.05 to 1.1 times the speed (Zen 5).
+constexpr int kKeysPerDecodeBlock = 192;
+constexpr int64_t kKeysPerChunk = 1536;  // a part, and what is handed to a thread
+static_assert(kKeysPerChunk % kKeysPerDecodeBlock == 0);
+
 constexpr double kLog2E = 1.4426950408889634;
 
 // Hands out consecutive pieces of the scratch, or counts them where there is none.

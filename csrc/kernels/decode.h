@@ -2,17 +2,21 @@
 // together, so that each byte of K and V is read once. The chunks of a head, fixed by the problem
 // alone, are computed by whichever thread comes, and merged in their order.
 //
-// Logits are [key][row] as in prefill.h, so that options, masks and softmax are the same code; a
-// row is a query of one of the heads. The first and the third stage are those of row_products.h.
+// Logits are [key][row], a row being a query of one of the heads. As in prefill.h they are vectors
+// of lanes that belong to rows, so that options, masks and softmax are the same code; but where
+// there are few rows a vector has those of several keys. The first and the third stage are those of
+// row_products.h.
 #pragma once
 
 #include <cstdint>
 
 #include "constants.h"
-#include "key_block.h"
+#include "decode_state.h"
+#include "key_rows.h"
 #include "lane_masks.h"
 #include "logits.h"
 #include "masked_softmax.h"
+#include "qk_matmul.h"
 #include "row_products.h"
 #include "table.h"
 
@@ -21,74 +25,75 @@ namespace {
 
 template <class Simd, class Element>
 struct Decode {
+  using Single = typename Simd::Single;
   using Scalar = typename Simd::Scalar;
   using Vec = typename Simd::Vec;
+  using UnitElement = typename Simd::UnitElement;
+  using State = DecodeState<Single, Element>;
   static constexpr int kMaxVectors = 2;
   static constexpr int kMaxRows = kMaxVectors * Simd::kLanes;
   static_assert(kMaxRows <= 64, "a lane mask has 64 bits");
 
-  // What the softmax keeps of a chunk: for each row, padded to `width` lanes.
-  struct State {
-    Scalar* output;   // [row][d], not yet divided by the sum
-    Scalar* maximum;  // [lane], of the logits that the softmax sees
-    Scalar* sum;      // [lane]
-  };
-
   struct Scratch {
-    Scalar* queries;      // [row][d], negated where the scale is negative
-    Scalar* logits;       // [key][lane], then weights
+    UnitElement* queries;              // [row][d], negated where the scale is negative
+    typename Simd::Unit* query_lanes;  // [unit of d][row], where the rows fill the lanes
+    Scalar* logits;       // [key][row], then weights [unit of keys][row]; each key's has `width`
     Scalar* rescale;      // [lane]
     Scalar* highest;      // [lane]
-    const char** k_rows;  // [key], and kKeysAhead more
-    const char** v_rows;  // likewise
+    const char** k_rows;  // [key of the chunk], and more to be fetched ahead
+    const char** v_rows;
+    char* copy;                // of one block of K or V, where it cannot be read in place
+    const char** copied_rows;  // [key]
   };
 
-  static int64_t rows_of(const Task& task) { return task.heads * task.queries; }
-  static int64_t width_of(int64_t rows) {
-    return (rows + Simd::kLanes - 1) / Simd::kLanes * Simd::kLanes;
+  // Then the first stage is that of prefill, with rows in the lanes.
+  static constexpr bool fills_lanes(int64_t rows) {
+    return width_of_rows(rows) >= Simd::kLanes && width_of_rows(rows) > kRowsTogether<Simd>;
   }
 
-  static State state_at(Arena& arena, int64_t rows, int64_t value_dim) {
-    State state;
-    arena.take(state.output, rows * value_dim);
-    arena.take(state.maximum, width_of(rows));
-    arena.take(state.sum, width_of(rows));
-    return state;
-  }
-  static int64_t state_bytes(int64_t rows, int64_t value_dim) {
-    Arena arena{nullptr, 0};
-    state_at(arena, rows, value_dim);
-    return arena.used;
-  }
-
-  static Scratch lay_out(Arena& arena, int64_t rows, int64_t head_dim) {
+  static Scratch lay_out(Arena& arena, int64_t rows, int64_t head_dim, int64_t value_dim) {
+    constexpr int64_t kPointers = kKeysPerChunk + kKeysPerDecodeBlock;
     Scratch scratch;
     arena.take(scratch.queries, rows * head_dim);
-    arena.take(scratch.logits, kKeysPerBlock * width_of(rows));
-    arena.take(scratch.rescale, width_of(rows));
-    arena.take(scratch.highest, width_of(rows));
-    arena.take(scratch.k_rows, kKeysPerBlock + kKeysAhead);
-    arena.take(scratch.v_rows, kKeysPerBlock + kKeysAhead);
+    arena.take(scratch.query_lanes,
+               fills_lanes(rows) ? units_of<Simd>(head_dim) * width_of_rows(rows) : 0);
+    arena.take(scratch.logits, kKeysPerDecodeBlock * width_of_rows(rows));
+    arena.take(scratch.rescale, lanes_of_rows<Simd>(rows));
+    arena.take(scratch.highest, lanes_of_rows<Simd>(rows));
+    arena.take(scratch.k_rows, kPointers);
+    arena.take(scratch.v_rows, kPointers);
+    arena.take(scratch.copied_rows, kKeysPerDecodeBlock);
+    const int64_t dims = head_dim > value_dim ? head_dim : value_dim;
+    arena.take(scratch.copy, kKeysPerDecodeBlock * units_of<Simd>(dims) *
+                                 static_cast<int64_t>(sizeof(typename Simd::Unit)));
     return scratch;
   }
-  static int64_t scratch_bytes(int64_t rows, int64_t head_dim) {
+  static int64_t scratch_bytes(int64_t rows, int64_t head_dim, int64_t value_dim) {
     Arena arena{nullptr, 0};
-    lay_out(arena, rows, head_dim);
+    lay_out(arena, rows, head_dim, value_dim);
     return arena.used;
   }
 
   // ---- one block of keys ----------------------------------------------------------------------
 
   struct Keys {
-    const char** k_rows;
-    const char** v_rows;
+    const char* const* k_rows;
+    const char* const* v_rows;
     int64_t first, count;
     bool within_limits;
   };
 
+  // How logits [key][row] lie in vectors: kVectors for each step of kKeysPerStep keys.
+  template <int kWidth>
+  struct Lanes {
+    static constexpr int kVectors = kWidth < Simd::kLanes ? 1 : kWidth / Simd::kLanes;
+    static constexpr int kKeysPerStep = kWidth < Simd::kLanes ? Simd::kLanes / kWidth : 1;
+    static int64_t steps(int64_t keys) { return (keys + kKeysPerStep - 1) / kKeysPerStep; }
+  };
+
   // attended [key]: bit i for row i, which is query i % queries of head i / queries.
   static void find_attended(const Task& task, const Keys& keys, uint64_t* attended) {
-    uint64_t of_one_head[kKeysPerBlock];
+    uint64_t of_one_head[kKeysPerDecodeBlock];
     for (int64_t key = 0; key < keys.count; ++key) of_one_head[key] = lowest_bits(task.queries);
     if (!keys.within_limits) {
       keep_within_window(of_one_head, keys.first, keys.count, task.first_position, task.window_left,
@@ -96,10 +101,10 @@ struct Decode {
     }
     for (int64_t key = 0; key < keys.count; ++key) attended[key] = 0;
     for (int64_t head = 0; head < task.heads; ++head) {
-      uint64_t bits[kKeysPerBlock];
+      uint64_t bits[kKeysPerDecodeBlock];
       for (int64_t key = 0; key < keys.count; ++key) bits[key] = of_one_head[key];
       if (task.mask) {
-        keep_unmasked<kKeysPerBlock>(
+        keep_unmasked<kKeysPerDecodeBlock>(
             bits, keys.count,
             task.mask + head * task.mask_head_stride + keys.first * task.mask_column_stride,
             task.mask_row_stride, task.mask_column_stride, task.queries);
@@ -114,21 +119,31 @@ struct Decode {
     return task.bias + head * task.bias_head_stride + keys.first * task.bias_column_stride;
   }
 
-  template <int kVectors>
+  // Numbers [key][row] times the scale of each key.
+  template <int kWidth>
+  static void scale_rows(const KeyRows& rows, const Keys& keys, Scalar* numbers) {
+    for (int64_t key = 0; key < keys.count; ++key) {
+      const Scalar scale = key_scale(rows, keys.first + key);
+      for (int row = 0; row < kWidth; ++row) numbers[key * kWidth + row] *= scale;
+    }
+  }
+
+  template <int kWidth>
   static void apply_options(const Task& task, const Keys& keys, Scalar* logits) {
-    constexpr int kWidth = kVectors * Simd::kLanes;
-    if (task.k.scales) scale_keys<Simd, kVectors>(logits, keys.count, task.k, keys.first);
+    using In = Lanes<kWidth>;
+    const int64_t steps = In::steps(keys.count);
+    if (task.k.scales) scale_rows<kWidth>(task.k, keys, logits);
     if (scales_logits(task)) {
-      apply_scale<Simd, kVectors>(logits, keys.count,
-                                  static_cast<Scalar>(__builtin_fabs(task.scale)));
+      apply_scale<Single, In::kVectors>(logits, steps,
+                                        static_cast<Scalar>(__builtin_fabs(task.scale)));
     }
     if (task.softcap > 0) {
-      apply_softcap<Simd, kVectors>(logits, keys.count, static_cast<Scalar>(task.softcap));
+      apply_softcap<Single, In::kVectors>(logits, steps, static_cast<Scalar>(task.softcap));
     }
     if (task.bias) {
       with_bias_type<Element>(task, [&]<class Bias>(Bias*) {
         for (int64_t row = 0; row < rows_of(task); ++row) {
-          add_bias_of_row<Simd, Bias>(
+          add_bias_of_row<Single, Bias>(
               logits + row, kWidth, keys.count,
               bias_of(task, keys, row / task.queries) + row % task.queries * task.bias_row_stride,
               task.bias_column_stride);
@@ -136,33 +151,90 @@ struct Decode {
       });
     }
     if (has_alibi(task)) {
-      Scalar slopes[kWidth] = {};
-      Scalar distances[kWidth] = {};
-      for (int64_t row = 0; row < rows_of(task); ++row) {
-        slopes[row] = static_cast<Scalar>(task.alibi_slopes[row / task.queries]);
-        distances[row] = static_cast<Scalar>(task.first_position + row % task.queries - keys.first);
+      constexpr int kLanes = In::kVectors * Simd::kLanes;
+      Scalar slopes[kLanes] = {};
+      Scalar distances[kLanes] = {};
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t row = lane % kWidth;
+        if (row >= rows_of(task)) continue;
+        const int64_t first_key = keys.first + lane / kWidth;
+        slopes[lane] = static_cast<Scalar>(task.alibi_slopes[row / task.queries]);
+        distances[lane] = static_cast<Scalar>(task.first_position + row % task.queries - first_key);
       }
-      add_alibi<Simd, kVectors>(logits, keys.count, slopes, distances);
+      add_alibi<Single, In::kVectors>(logits, steps, In::kKeysPerStep, slopes, distances);
+    }
+  }
+
+  template <int kWidth>
+  static void apply_mask_of_rows(const uint64_t* attended, int64_t keys, Scalar* logits) {
+    using In = Lanes<kWidth>;
+    uint64_t lanes[kKeysPerDecodeBlock];  // [step]: a bit for each lane
+    for (int64_t step = 0; step < In::steps(keys); ++step) {
+      lanes[step] = 0;
+      for (int i = 0; i < In::kKeysPerStep; ++i) {
+        const int64_t key = step * In::kKeysPerStep + i;
+        if (key < keys) lanes[step] |= attended[key] << (i * kWidth % 64);
+      }
+    }
+    apply_mask<Single, In::kVectors>(logits, In::steps(keys), lanes);
+  }
+
+  // The logits become weights.
+  template <int kWidth>
+  static void weigh(const Task& task, const Scratch& scratch, const State& state,
+                    const Keys& keys) {
+    using In = Lanes<kWidth>;
+    constexpr int kLanes = In::kVectors * Simd::kLanes;
+    Scalar* const logits = scratch.logits;
+    int64_t steps = In::steps(keys.count);
+    while (steps % Simd::kUnitElements != 0) ++steps;
+    // What is there beyond the last key attends to nothing.
+    for (int64_t i = keys.count * kWidth; i < steps * kLanes; ++i) {
+      logits[i] = static_cast<Scalar>(-__builtin_inf());
+    }
+    Scalar* const highest = scratch.highest;
+    for (int lane = 0; lane < kLanes; ++lane) highest[lane] = state.maximum[lane];
+    find_highest<Single, In::kVectors>(logits, steps, highest);
+    for (int lane = kWidth; lane < kLanes; ++lane) {
+      Scalar& of_row = highest[lane % kWidth];
+      if (!(of_row > highest[lane])) of_row = highest[lane];
+    }
+    for (int lane = kWidth; lane < kLanes; ++lane) highest[lane] = highest[lane % kWidth];
+    masked_softmax<Single, In::kVectors>(logits, steps,
+                                         static_cast<Scalar>(softmax_scale(task) * kLog2E), highest,
+                                         state.maximum, state.sum, scratch.rescale);
+    if (task.v.scales) scale_rows<kWidth>(task.v, keys, logits);
+    if constexpr (Simd::kUnitElements > 1) {
+      const auto order = Simd::order_of_keys(kWidth);
+      auto* const weights = reinterpret_cast<typename Simd::Unit*>(logits);
+      for (int64_t step = 0; step < steps; step += Simd::kUnitElements) {
+        for (int lane = 0; lane < kLanes; lane += Simd::kLanes) {
+          const auto* const from = logits + step * kLanes + lane;
+          Simd::store(weights + step / Simd::kUnitElements * kLanes + lane,
+                      Simd::join_keys(Simd::load(from), Simd::load(from + kLanes), order));
+        }
+      }
     }
   }
 
   // Calls `step` with the first row of each group of rows and their number as a constant.
-  template <int kMost, class Step>
+  template <class Step>
   static void for_rows(int64_t rows, Step step) {
-    for (int64_t row = 0; row < rows; row += kMost) {
-      with_constant<kMost>(rows - row, [&](auto together) { step(row, together); });
+    for (int64_t row = 0; row < rows; row += kRowsTogether<Simd>) {
+      with_constant<kRowsTogether<Simd>>(rows - row, [&](auto together) { step(row, together); });
     }
   }
 
-  // Calls `use` with the type of the elements of K or V and whether they stand side by side.
+  // Calls `use` with the rows of a block, and the type of their elements as a null pointer.
   template <class Use>
-  static void with_elements(const KeyRows& rows, Use use) {
-    const auto with_layout = [&]<class Stored>(Stored*) {
-      if (rows.column_stride == static_cast<int64_t>(sizeof(Stored))) {
-        use(static_cast<Stored*>(nullptr), Constant<1>{});
-      } else {
-        use(static_cast<Stored*>(nullptr), Constant<0>{});
-      }
+  static void with_rows(const KeyRows& rows, const char* const* in_place, int64_t count,
+                        const Scratch& scratch, Use use) {
+    const auto with_layout = [&]<class Stored>(Stored* stored) {
+      constexpr auto kSize = static_cast<int64_t>(sizeof(Stored));
+      if (rows.column_stride == kSize) return use(in_place, stored);
+      gather_rows(in_place, count, rows.dims, rows.column_stride, kSize, scratch.copy,
+                  scratch.copied_rows);
+      use(static_cast<const char* const*>(scratch.copied_rows), stored);
     };
     if (rows.is_int8) {
       with_layout(static_cast<Int8*>(nullptr));
@@ -171,40 +243,62 @@ struct Decode {
     }
   }
 
-  static RowPointers pointers(const KeyRows& rows, const char* const* pointers) {
-    return {pointers, rows.column_stride, rows.dims * rows.column_stride};
-  }
-
-  static void multiply_queries(const Task& task, const Scratch& scratch, const Keys& keys,
-                               int64_t width) {
-    const RowPointers k = pointers(task.k, keys.k_rows);
-    with_elements(task.k, [&]<class Stored>(Stored*, auto side_by_side) {
-      for_rows<kQkRows<Simd>>(rows_of(task), [&](int64_t row, auto together) {
-        qk_rows<Simd, Stored, together.value, side_by_side.value == 1>(
-            k, keys.count, row == 0, scratch.queries + row * task.head_dim, task.head_dim, width,
-            scratch.logits + row);
+  template <int kWidth>
+  static void multiply_queries(const Task& task, const Scratch& scratch, const Keys& keys) {
+    if constexpr (fills_lanes(kWidth)) {
+      using Unit = typename Simd::Unit;
+      constexpr int kVectors = Lanes<kWidth>::kVectors;
+      auto* const copy = reinterpret_cast<Unit*>(scratch.copy);
+      const KeyBlock<Unit> k = task.k.is_int8
+                                   ? key_units<Simd, Int8>(task.k, keys.first, keys.count, copy)
+                                   : key_units<Simd, Element>(task.k, keys.first, keys.count, copy);
+      KeySteps<kVectors> all;
+      for (int64_t& end : all.ends) end = keys.count;
+      const int64_t ahead =
+          k.data == copy ? 0 : rows_ahead(task.k) * k.stride * static_cast<int64_t>(sizeof(Unit));
+      qk_matmul<Simd, kVectors>({k.data, k.stride, ahead, scratch.query_lanes,
+                                 units_of<Simd>(task.head_dim), false, nullptr},
+                                all, scratch.logits);
+    } else {
+      const int64_t passes = (rows_of(task) + kRowsTogether<Simd> - 1) / kRowsTogether<Simd>;
+      with_rows(task.k, keys.k_rows, keys.count, scratch, [&]<class Stored>(auto rows, Stored*) {
+        FetchAhead fetch(task.k, keys.k_rows, keys.count, passes * keys.count);
+        for_rows(rows_of(task), [&](int64_t row, auto together) {
+          qk_rows<Simd, Stored, together.value>(rows, keys.count, fetch,
+                                                scratch.queries + row * task.head_dim,
+                                                task.head_dim, kWidth, scratch.logits + row);
+        });
       });
-    });
+    }
   }
 
   static void aggregate(const Task& task, const Scratch& scratch, const State& state,
                         const Keys& keys, int64_t width, const uint64_t* attended) {
-    const RowPointers v = pointers(task.v, keys.v_rows);
-    with_elements(task.v, [&]<class Stored>(Stored*, auto side_by_side) {
-      for_rows<kValueRows>(rows_of(task), [&](int64_t row, auto together) {
-        uint64_t of_rows[kKeysPerBlock];
-        for (int64_t i = 0; attended && i < keys.count; ++i) of_rows[i] = attended[i] >> row;
-        aggregate_rows<Simd, Stored, together.value, side_by_side.value == 1>(
-            v, keys.count, row == 0, scratch.logits + row, width, attended ? of_rows : nullptr,
-            task.value_dim, scratch.rescale + row, state.output + row * task.value_dim);
-      });
+    // Parts of a block stay in the nearest cache for all passes through them.
+    constexpr int64_t kKeysPerPart = 32;
+    constexpr int kPerUnit = Simd::kUnitElements;
+    const auto* const weights = reinterpret_cast<const typename Simd::Unit*>(scratch.logits);
+    const int64_t passes = value_passes<Simd>(rows_of(task), task.value_dim);
+    Scalar ones[kMaxRows];
+    for (Scalar& one : ones) one = 1;
+    with_rows(task.v, keys.v_rows, keys.count, scratch, [&]<class Stored>(auto rows, Stored*) {
+      for (int64_t key = 0; key < keys.count; key += kKeysPerPart) {
+        const int64_t count = keys.count - key < kKeysPerPart ? keys.count - key : kKeysPerPart;
+        const int64_t units = (count + kPerUnit - 1) / kPerUnit;
+        FetchAhead fetch(task.v, keys.v_rows + key, count, passes * units * kPerUnit);
+        for_rows(rows_of(task), [&](int64_t row, auto together) {
+          aggregate_rows<Simd, Stored, together.value>(
+              rows + key, count, fetch, weights + key / kPerUnit * width + row, width,
+              attended ? attended + key : nullptr, row, task.value_dim,
+              (key == 0 ? scratch.rescale : ones) + row, state.output + row * task.value_dim);
+        });
+      }
     });
   }
 
-  template <int kVectors>
+  template <int kWidth>
   static void attend(const Task& task, const Scratch& scratch, const State& state, Keys keys) {
-    constexpr int kWidth = kVectors * Simd::kLanes;
-    uint64_t bits[kKeysPerBlock];
+    uint64_t bits[kKeysPerDecodeBlock];
     uint64_t* attended = bits;
     const bool masked = !keys.within_limits || task.mask;
     if (masked) {
@@ -219,12 +313,9 @@ struct Decode {
         --keys.count;
       }
     }
-    for (int lane = 0; lane < kWidth; lane += Simd::kLanes) {
-      Simd::store(scratch.highest + lane, Simd::load(state.maximum + lane));
-    }
-    multiply_queries(task, scratch, keys, kWidth);
-    apply_options<kVectors>(task, keys, scratch.logits);
-    if (masked) apply_mask<Simd, kVectors>(scratch.logits, keys.count, attended);
+    multiply_queries<kWidth>(task, scratch, keys);
+    apply_options<kWidth>(task, keys, scratch.logits);
+    if (masked) apply_mask_of_rows<kWidth>(attended, keys.count, scratch.logits);
     if (task.bias) {
       if (!masked) {
         for (int64_t key = 0; key < keys.count; ++key) attended[key] = lowest_bits(rows_of(task));
@@ -236,18 +327,14 @@ struct Decode {
         }
       });
     }
-    find_highest<Simd, kVectors>(scratch.logits, keys.count, scratch.highest);
-    masked_softmax<Simd, kVectors>(scratch.logits, keys.count,
-                                   static_cast<Scalar>(softmax_scale(task) * kLog2E),
-                                   scratch.highest, state.maximum, state.sum, scratch.rescale);
-    if (task.v.scales) scale_keys<Simd, kVectors>(scratch.logits, keys.count, task.v, keys.first);
+    weigh<kWidth>(task, scratch, state, keys);
     aggregate(task, scratch, state, keys, kWidth, masked || task.bias ? attended : nullptr);
   }
 
   // ---- the chunk ------------------------------------------------------------------------------
 
   static void begin(const Task& task, const Scratch& scratch, const State& state) {
-    const auto sign = Simd::set(task.scale < 0 ? Scalar{-1} : Scalar{1});
+    const auto sign = Simd::Single::set(task.scale < 0 ? Scalar{-1} : Scalar{1});
     const int64_t rows = rows_of(task);
     for (int64_t row = 0; row < rows; ++row) {
       const char* const q =
@@ -255,108 +342,55 @@ struct Decode {
       for (int64_t d = 0; d < task.head_dim; d += Simd::kLanes) {
         const int64_t left = task.head_dim - d;
         const int64_t count = left < Simd::kLanes ? left : Simd::kLanes;
-        const Vec piece =
-            load_elements<Simd, Element>(q + d * task.q_column_stride, task.q_column_stride, count);
+        const Vec piece = load_elements<Single, Element>(q + d * task.q_column_stride,
+                                                         task.q_column_stride, count);
         store_up_to<Simd>(scratch.queries + row * task.head_dim + d, Simd::mul(piece, sign), count);
       }
     }
-    for (int64_t i = 0; i < rows * task.value_dim; ++i) state.output[i] = 0;
-    for (int64_t i = 0; i < width_of(rows); ++i) {
-      state.maximum[i] = static_cast<Scalar>(-__builtin_inf());
-      state.sum[i] = 0;
+    if (fills_lanes(rows)) {
+      with_constant<kMaxVectors>(width_of_rows(rows) / Simd::kLanes, [&](auto vectors) {
+        constexpr auto kSize = static_cast<int64_t>(sizeof(UnitElement));
+        pack_queries<Simd, UnitElement, vectors.value>(
+            reinterpret_cast<const char*>(scratch.queries), task.head_dim * kSize, kSize, rows,
+            task.head_dim, 1, scratch.query_lanes);
+      });
     }
+    state.clear(rows, task.value_dim);
   }
 
   // What lies in task.tile_keys[0], into the state at task.state.
   static bool run(const Task& task) {
     const int64_t rows = rows_of(task);
     Arena arena{static_cast<char*>(task.scratch), 0};
-    const Scratch scratch = lay_out(arena, rows, task.head_dim);
-    Arena state_arena{static_cast<char*>(task.state), 0};
-    const State state = state_at(state_arena, rows, task.value_dim);
+    const Scratch scratch = lay_out(arena, rows, task.head_dim, task.value_dim);
+    const State state = State::at(task.state, rows, task.value_dim);
     begin(task, scratch, state);
 
     const TileKeys& all = task.tile_keys[0];
-    Keys keys{scratch.k_rows, scratch.v_rows, 0, 0, false};
-    for (int64_t first = all.begin; first < all.end; first += keys.count) {
+    if (all.begin >= all.end) return true;
+    find_rows(task.k, all.begin, all.end, scratch.k_rows);
+    find_rows(task.v, all.begin, all.end, scratch.v_rows);
+    Keys keys{scratch.k_rows, scratch.v_rows, all.begin, 0, false};
+    for (; keys.first < all.end; keys.first += keys.count) {
       if (task.should_stop(task.stop_context)) return false;
-      const int64_t block_end = (first / kKeysPerBlock + 1) * kKeysPerBlock;
-      keys.first = first;
-      keys.count = (block_end < all.end ? block_end : all.end) - first;
-      keys.within_limits = all.full_begin <= first && first + keys.count <= all.full_end;
-      for (int64_t i = 0; i < kKeysPerBlock + kKeysAhead; ++i) {
-        const int64_t key = first + i < all.end ? first + i : all.end - 1;
-        keys.k_rows[i] = key_row(task.k, key);
-        keys.v_rows[i] = key_row(task.v, key);
-      }
-      with_constant<kMaxVectors>(width_of(rows) / Simd::kLanes, [&](auto vectors) {
-        attend<vectors.value>(task, scratch, state, keys);
-      });
+      const int64_t block_end = (keys.first / kKeysPerDecodeBlock + 1) * kKeysPerDecodeBlock;
+      keys.k_rows = scratch.k_rows + (keys.first - all.begin);
+      keys.v_rows = scratch.v_rows + (keys.first - all.begin);
+      keys.count = (block_end < all.end ? block_end : all.end) - keys.first;
+      keys.within_limits = all.full_begin <= keys.first && keys.first + keys.count <= all.full_end;
+      with_width<kMaxRows>(width_of_rows(rows),
+                           [&](auto width) { attend<width.value>(task, scratch, state, keys); });
     }
     return true;
   }
 
-  // ---- the end --------------------------------------------------------------------------------
-
-  // Merges the states of a task's chunks, which stand side by side, and writes out and lse. The
-  // first state is overwritten.
-  static void finish(const Task& task, void* states, int64_t count, int64_t bytes) {
-    const int64_t rows = rows_of(task);
-    const auto state_of = [&](int64_t chunk) {
-      Arena arena{static_cast<char*>(states) + chunk * bytes, 0};
-      return state_at(arena, rows, task.value_dim);
-    };
-    const State merged = state_of(0);
-    const auto scale = static_cast<Scalar>(softmax_scale(task) * kLog2E);
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t head = row / task.queries;
-      const int64_t query = row % task.queries;
-      // A sink is a key without a value.
-      const auto sink = static_cast<Scalar>(task.sinks ? task.sinks[head] : -__builtin_inf());
-      Scalar maximum = sink;
-      for (int64_t chunk = 0; chunk < count; ++chunk) {
-        const Scalar here = state_of(chunk).maximum[row];
-        if (here > maximum || here != here) maximum = here;
-      }
-      const Scalar base = is_minus_infinity(maximum) ? Scalar{0} : maximum;
-      const auto power = [&](Scalar here) { return exp2<Simd>(Simd::set((here - base) * scale)); };
-
-      Scalar* const total = merged.output + row * task.value_dim;
-      Scalar sum = is_minus_infinity(sink) ? Scalar{0} : first_lane(power(sink));
-      for (int64_t chunk = 0; chunk < count; ++chunk) {
-        const State state = state_of(chunk);
-        const Vec factor = power(state.maximum[row]);
-        sum += state.sum[row] * first_lane(factor);
-        const Scalar* const from = state.output + row * task.value_dim;
-        for (int64_t d = 0; d < task.value_dim; d += Simd::kLanes) {
-          const int64_t left = task.value_dim - d;
-          const Vec before = chunk == 0 ? Simd::zero() : load_up_to<Simd>(total + d, left);
-          store_up_to<Simd>(total + d, Simd::fma(load_up_to<Simd>(from + d, left), factor, before),
-                            left);
-        }
-      }
-
-      const Vec factor = Simd::set(sum == 0 ? Scalar{0} : Scalar{1} / sum);
-      char* const out = task.out + head * task.out_head_stride + query * task.out_row_stride;
-      for (int64_t d = 0; d < task.value_dim; d += Simd::kLanes) {
-        const int64_t left = task.value_dim - d;
-        store_elements<Simd, Element>(out + d * task.out_column_stride, task.out_column_stride,
-                                      Simd::mul(load_up_to<Simd>(total + d, left), factor),
-                                      left < Simd::kLanes ? left : Simd::kLanes);
-      }
-      if (task.lse) {
-        const auto lse = static_cast<Scalar>(maximum * softmax_scale(task) +
-                                             __builtin_log(static_cast<double>(sum)));
-        __builtin_memcpy(task.lse + head * task.lse_head_stride + query * task.lse_row_stride, &lse,
-                         sizeof(lse));
-      }
+  // Calls `step` with a power of two as a compile-time constant.
+  template <int kMost, class Step>
+  static void with_width(int64_t width, Step step) {
+    if constexpr (kMost > 1) {
+      if (width < kMost) return with_width<kMost / 2>(width, step);
     }
-  }
-
-  static Scalar first_lane(Vec x) {
-    Scalar lanes[Simd::kLanes];
-    Simd::store(lanes, x);
-    return lanes[0];
+    step(Constant<kMost>{});
   }
 };
 

@@ -22,6 +22,11 @@ struct KeyBlock {
   const Item* row(int64_t i) const { return data + i * stride; }
 };
 
+template <class Simd>
+constexpr int64_t units_of(int64_t elements) {
+  return (elements + Simd::kUnitElements - 1) / Simd::kUnitElements;
+}
+
 inline const char* key_row(const KeyRows& rows, int64_t key) {
   if (!rows.pages) return rows.data + key * rows.row_stride;
   return rows.data + rows.pages[key / rows.page_size] * rows.page_stride +
@@ -62,7 +67,7 @@ KeyBlock<typename Simd::Unit> key_units(const KeyRows& rows, int64_t first, int6
   if constexpr (sizeof(Element) * kPerUnit == sizeof(Unit)) {
     if (is_in_place<Unit>(rows, kPerUnit)) return in_place<Unit>(rows, first);
   }
-  const int64_t units = (rows.dims + kPerUnit - 1) / kPerUnit;
+  const int64_t units = units_of<Simd>(rows.dims);
   for (int64_t key = 0; key < keys; ++key) {
     const char* const from = key_row(rows, first + key);
     auto* const to = copy + key * units;

@@ -107,18 +107,19 @@ void add_bias_of_row(typename Simd::Scalar* logits, int64_t width, int64_t keys,
 }
 
 // -slope * |position of the query - position of the key|: for each lane its slope, and its
-// position less that of the first key.
+// position less that of its first key; `step` keys on is the next one.
 template <class Simd, int kVectors>
-void add_alibi(typename Simd::Scalar* logits, int64_t keys, const typename Simd::Scalar* slopes,
-               const typename Simd::Scalar* distances) {
+void add_alibi(typename Simd::Scalar* logits, int64_t steps, int64_t step,
+               const typename Simd::Scalar* slopes, const typename Simd::Scalar* distances) {
   using Scalar = typename Simd::Scalar;
   constexpr int kWidth = kVectors * Simd::kLanes;
   for (int v = 0; v < kVectors; ++v) {
     const auto slope = Simd::sub(Simd::zero(), Simd::load(slopes + v * Simd::kLanes));
     const auto from_first_key = Simd::load(distances + v * Simd::kLanes);
-    for (int64_t key = 0; key < keys; ++key) {
-      auto* const at = logits + key * kWidth + v * Simd::kLanes;
-      const auto gap = Simd::abs(Simd::sub(from_first_key, Simd::set(static_cast<Scalar>(key))));
+    for (int64_t i = 0; i < steps; ++i) {
+      auto* const at = logits + i * kWidth + v * Simd::kLanes;
+      const auto moved = Simd::set(static_cast<Scalar>(i * step));
+      const auto gap = Simd::abs(Simd::sub(from_first_key, moved));
       Simd::store(at, Simd::fma(gap, slope, Simd::load(at)));
     }
   }

@@ -23,18 +23,18 @@ void exp2_array(const Scalar* x, Scalar* y, int64_t count) {
 template <class Simd, class Element>
 constexpr DtypeKernels kernels_for() {
   using OfTiles = Prefill<Simd, Element>;
-  using OfRows = Decode<typename Simd::Single, Element>;
+  using OfRows = Decode<Simd, Element>;
   return {OfTiles::kRowsPerTile,
           kKeysPerBlock,
           Simd::kTilesPerBlock,
           OfTiles::scratch_bytes,
           OfTiles::run,
           OfRows::kMaxRows,
-          kKeysPerBlock * static_cast<int>(kBlocksPerPart),
+          static_cast<int>(kKeysPerChunk),
           OfRows::scratch_bytes,
-          OfRows::state_bytes,
+          OfRows::State::bytes,
           OfRows::run,
-          OfRows::finish,
+          OfRows::State::finish,
           multiply_adds<Simd>};
 }
 

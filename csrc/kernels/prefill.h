@@ -176,7 +176,7 @@ struct Prefill {
         distances[lane] =
             static_cast<Scalar>(task.first_position + tile.first_row + lane - keys.first);
       }
-      add_alibi<Single, kVectors>(logits, keys.count, slopes, distances);
+      add_alibi<Single, kVectors>(logits, keys.count, 1, slopes, distances);
     }
   }
 

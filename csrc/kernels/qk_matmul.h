@@ -43,13 +43,13 @@ template <class Simd, int kKeys, int kVectors, int kWidth>
   const bool add = from.add;
   const Unit* const queries = from.queries;
   typename Simd::Vec sums[kKeys][kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int key = 0; key < kKeys; ++key) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < kVectors; ++i) sums[key][i] = Simd::zero();
   }
   for (int64_t line = 0; line < units; line += kUnitsPerLine) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int key = 0; key < kKeys; ++key) {
       const char* const row = reinterpret_cast<const char*>(k + key * k_stride + line);
       __builtin_prefetch(row + next_keys, 0, 3);
@@ -58,23 +58,23 @@ template <class Simd, int kKeys, int kVectors, int kWidth>
     const int64_t end = line + kUnitsPerLine < units ? line + kUnitsPerLine : units;
     for (int64_t d = line; d < end; ++d) {
       typename Simd::Units query[kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int i = 0; i < kVectors; ++i) {
         query[i] = Simd::load(queries + d * kWidth + i * Simd::kLanes);
       }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int key = 0; key < kKeys; ++key) {
         const auto unit = Simd::set(k[key * k_stride + d]);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int i = 0; i < kVectors; ++i) {
           sums[key][i] = Simd::multiply_add(unit, query[i], sums[key][i]);
         }
       }
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int key = 0; key < kKeys; ++key) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < kVectors; ++i) {
       auto* const to = logits + key * kWidth + i * Simd::kLanes;
       if (add) sums[key][i] = Simd::add(Simd::load(to), sums[key][i]);
@@ -82,10 +82,10 @@ template <class Simd, int kKeys, int kVectors, int kWidth>
     }
   }
   if (!from.highest) return;
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < kVectors; ++i) {
     auto highest = Simd::load(from.highest + i * Simd::kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int key = 0; key < kKeys; ++key) highest = Simd::max(highest, sums[key][i]);
     Simd::store(from.highest + i * Simd::kLanes, highest);
   }

@@ -1,46 +1,24 @@
 // The first and the third stage where the lanes are elements of a vector: for so few queries that
 // lanes over queries would stand empty. K and V are read where they lie, each byte once, and
-// widened in registers; nothing is packed or transposed. A row is a query of one head.
+// widened or paired in registers; nothing is packed or transposed. A row is a query of one head.
 #pragma once
 
 #include <cstdint>
 
 #include "constants.h"
+#include "key_rows.h"
 #include "tile_io.h"
 
 namespace numattn {
 namespace {
 
-// Rows that go through K or V together: for K at most a vector of sums; for V as many as leave
-// registers for whole rows of V.
+// Rows that go through K or V together: as many as leave registers for the sums.
 template <class Simd>
-constexpr int kQkRows = Simd::kLanes < 4 ? Simd::kLanes : 4;
-constexpr int kValueRows = 2;
+constexpr int kRowsTogether = Simd::kLanes < 4 ? Simd::kLanes : 4;
+
+// `kStep` elements are what one multiply_add takes of each vector.
 template <class Simd>
-constexpr int kValueVectors = 2 * Simd::kTileVectors;
-
-// Rows of K or V, of as many keys as a block has, and of kKeysAhead more.
-//
-// K and V are read row after row, from beginning to end: what a CPU fetches by itself ahead of such
-// reads comes at more than twice the speed of four rows at a time, or of halves of rows (measured
-// on Zen 4). It loses its way where a block of K ends and one of V begins; fetching by
-// instructions, into the second cache because the first one has too few places for what is on its
-// way, is worth another 10 to 40 %.
-struct RowPointers {
-  const char* const* rows;
-  int64_t column_stride;
-  int64_t bytes;  // of a row; not positive where elements stand in reverse
-};
-
-constexpr int64_t kKeysAhead = 16;
-constexpr int64_t kBytesPerLine = 64;
-
-inline void fetch_ahead(const RowPointers& from, int64_t key) {
-  const char* const row = from.rows[key + kKeysAhead];
-  for (int64_t i = 0; i < from.bytes; i += kBytesPerLine) {
-    __builtin_prefetch(row + i, 0, 2);
-  }
-}
+constexpr int kStep = Simd::kLanes * Simd::kUnitElements;
 
 // All lanes of x[i] added up become lane i.
 template <class Simd>
@@ -55,145 +33,200 @@ typename Simd::Vec sum_each(typename Simd::Vec (&x)[Simd::kLanes]) {
   return x[0];
 }
 
-// logits [key][lane] = K [key][d] . queries [row][d], for kKeys keys whose rows are given and kRows
-// lanes; kWidth lanes are a row of logits. Elements of K are `column_stride` bytes apart.
-template <class Simd, class Element, int kRows, int kKeys, bool kSideBySide>
-void dot_products(const char* const* k_rows, int64_t column_stride,
-                  const typename Simd::Scalar* queries, int64_t head_dim, int64_t width,
-                  typename Simd::Scalar* logits) {
+// `count` elements from `from` on, or kStep if there are more, as units; what is missing is 0.
+template <class Simd, class Stored>
+typename Simd::Units load_units(const Stored* from, int64_t count) {
+  if constexpr (Simd::kUnitElements == 1) {
+    return load_up_to<Simd>(from, count);
+  } else {
+    return Simd::load_units(from, count < kStep<Simd> ? count : kStep<Simd>);
+  }
+}
+
+// products [key][row] = K [key][d] . queries [row][d], for kKeys keys and kRows rows, in lanes.
+template <class Simd, class Stored, int kRows, int kKeys>
+typename Simd::Vec dot_products(const char* const* k_rows,
+                                const typename Simd::UnitElement* queries, int64_t head_dim) {
   static_assert(kRows * kKeys <= Simd::kLanes);
-  const auto load = [&](int key, int64_t d, int64_t count) {
-    const char* const from = k_rows[key] + d * column_stride;
-    if constexpr (kSideBySide) {
-      return load_up_to<Simd>(reinterpret_cast<const Element*>(from), count);
-    } else {
-      return load_elements<Simd, Element>(from, column_stride, count);
-    }
-  };
+  // Two keys share the loads of the queries; more would read too many rows at a time.
+  constexpr int kTogether = kKeys % 2 == 0 ? 2 : 1;
   typename Simd::Vec sums[Simd::kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < Simd::kLanes; ++i) sums[i] = Simd::zero();
-  // Two rows at a time are near enough to reading one after the other, and share the queries'
-  // loads.
-  constexpr int kTogether = kKeys % 2 == 0 && sizeof(Element) < 4 ? 2 : 1;
 #pragma GCC unroll 8
   for (int first = 0; first < kKeys; first += kTogether) {
     const auto add = [&](int64_t d, int64_t count) __attribute__((always_inline)) {
-      typename Simd::Vec piece[kTogether];
-#pragma GCC unroll 2
-      for (int i = 0; i < kTogether; ++i) piece[i] = load(first + i, d, count);
+      typename Simd::Units key[kTogether];
+#pragma GCC unroll 4
+      for (int i = 0; i < kTogether; ++i) {
+        key[i] = load_units<Simd>(reinterpret_cast<const Stored*>(k_rows[first + i]) + d, count);
+      }
 #pragma GCC unroll 4
       for (int row = 0; row < kRows; ++row) {
-        const auto query = load_up_to<Simd>(queries + row * head_dim + d, count);
-#pragma GCC unroll 2
+        const auto query = load_units<Simd>(queries + row * head_dim + d, count);
+#pragma GCC unroll 4
         for (int i = 0; i < kTogether; ++i) {
           auto& sum = sums[(first + i) * kRows + row];
-          sum = Simd::fma(piece[i], query, sum);
+          sum = Simd::multiply_add(key[i], query, sum);
         }
       }
     };
     int64_t d = 0;
-    for (; d + Simd::kLanes <= head_dim; d += Simd::kLanes) add(d, Simd::kLanes);
+    for (; d + kStep<Simd> <= head_dim; d += kStep<Simd>) add(d, kStep<Simd>);
     if (d < head_dim) add(d, head_dim - d);
   }
+  return sum_each<Simd>(sums);
+}
 
-  typename Simd::Scalar products[Simd::kLanes];
-  Simd::store(products, sum_each<Simd>(sums));
+// logits [key][row] = K [key][d] . queries [row][d] for `keys` keys and kRows rows; a key's logits
+// are `width` apart from the next one's.
+template <class Simd, class Stored, int kRows>
+void qk_rows(const char* const* k_rows, int64_t keys, FetchAhead& fetch_ahead,
+             const typename Simd::UnitElement* queries, int64_t head_dim, int64_t width,
+             typename Simd::Scalar* logits) {
+  constexpr int kKeys = Simd::kLanes / kRows;
+  using Scalar = typename Simd::Scalar;
+  FetchAhead fetch = fetch_ahead;
+  const auto multiply = [&](int64_t key, auto together) {
+    fetch.next(together.value);
+    const auto products =
+        dot_products<Simd, Stored, kRows, together.value>(k_rows + key, queries, head_dim);
+    if (width == kRows) {
+      store_up_to<Simd>(logits + key * kRows, products, together.value * kRows);
+      return;
+    }
+    Scalar lanes[Simd::kLanes];
+    Simd::store(lanes, products);
 #pragma GCC unroll 16
-  for (int key = 0; key < kKeys; ++key) {
-#pragma GCC unroll 4
-    for (int row = 0; row < kRows; ++row) {
-      logits[key * width + row] = products[key * kRows + row];
+    for (int i = 0; i < together.value; ++i) {
+      __builtin_memcpy(logits + (key + i) * width, lanes + i * kRows, kRows * sizeof(Scalar));
+    }
+  };
+  int64_t key = 0;
+  for (; key + kKeys <= keys; key += kKeys) multiply(key, Constant<kKeys>{});
+  for (; key < keys; ++key) multiply(key, Constant<1>{});
+  fetch_ahead = fetch;
+}
+
+// A unit of V's rows from `key` on, whose elements [0, count) are those of `vectors` vectors; the
+// last unit may have one row less.
+template <class Simd, class Stored, int kVectors>
+void load_values(const char* const* v_rows, bool is_whole, int64_t d, int64_t count,
+                 typename Simd::Units (&values)[kVectors]) {
+  const auto* const first = reinterpret_cast<const Stored*>(v_rows[0]) + d;
+  if constexpr (Simd::kUnitElements == 1) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) {
+      values[i] = load_up_to<Simd>(first + i * Simd::kLanes, count - i * Simd::kLanes);
+    }
+  } else {
+    const auto* const second = reinterpret_cast<const Stored*>(v_rows[is_whole ? 1 : 0]) + d;
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; i += 2) {
+      const int64_t at = i * Simd::kLanes;
+      const int64_t left = count - at < kStep<Simd> ? count - at : kStep<Simd>;
+      typename Simd::Units pair[2];
+      Simd::load_rows(first + at, left, second + at, is_whole ? left : 0, pair);
+      values[i] = pair[0];
+      if (i + 1 < kVectors) values[i + 1] = pair[1];
     }
   }
 }
 
-// The same for `keys` keys. Whoever goes through K first fetches it.
-template <class Simd, class Element, int kRows, bool kSideBySide>
-void qk_rows(const RowPointers& k, int64_t keys, bool fetch, const typename Simd::Scalar* queries,
-             int64_t head_dim, int64_t width, typename Simd::Scalar* logits) {
-  constexpr int kFit = Simd::kLanes / kRows;
-  constexpr int kKeys = kFit < 8 ? kFit : 8;
-  int64_t key = 0;
-  for (; key + kKeys <= keys; key += kKeys) {
-    for (int i = 0; fetch && i < kKeys; ++i) fetch_ahead(k, key + i);
-    dot_products<Simd, Element, kRows, kKeys, kSideBySide>(k.rows + key, k.column_stride, queries,
-                                                           head_dim, width, logits + key * width);
+// Which rows' weights of a unit of keys count: attended [key] has a bit for each row, or is null if
+// all do. A weight of 0 is not enough where a value is NaN or infinite.
+template <int kUnitElements>
+unsigned attended_elements(const uint64_t* attended, int64_t key, int64_t keys, int64_t row) {
+  if (!attended) return (1u << kUnitElements) - 1;
+  unsigned bits = 0;
+  for (int i = 0; i < kUnitElements && key + i < keys; ++i) {
+    bits |= static_cast<unsigned>(attended[key + i] >> row & 1) << i;
   }
-  for (; key < keys; ++key) {
-    if (fetch) fetch_ahead(k, key);
-    dot_products<Simd, Element, kRows, 1, kSideBySide>(k.rows + key, k.column_stride, queries,
-                                                       head_dim, width, logits + key * width);
-  }
+  return bits;
 }
 
-// output [row][d] = output * rescale [lane] + weights [key][lane] * V [key][d], for kVectors
-// vectors from element d on, of which the last one has `last` elements; `width` lanes are a row of
-// weights. attended [key] has the lanes that may read a key, or is null if all may: a weight of 0
-// would let a NaN through.
-template <class Simd, class Element, int kRows, int kVectors, bool kSideBySide>
-void add_values(const RowPointers& v, int64_t keys, bool fetch, int64_t d, int64_t last,
-                const typename Simd::Scalar* weights, int64_t width, const uint64_t* attended,
-                int64_t value_dim, const typename Simd::Scalar* rescale,
-                typename Simd::Scalar* output) {
-  const auto elements = [&](int i) { return i == kVectors - 1 ? last : Simd::kLanes; };
+// output [row][d] = output * rescale [row] + weights [unit of keys][row] * V [key][d], for kVectors
+// vectors from element d on, which have `elements` elements; `width` rows are from unit to unit.
+// kIsPlain: nothing is masked, and the vectors are full.
+template <class Simd, class Stored, int kRows, int kVectors, bool kIsPlain>
+void add_values(const char* const* v_rows, int64_t keys, FetchAhead& fetch_ahead, int64_t d,
+                int64_t elements, const typename Simd::Unit* weights, int64_t width,
+                const uint64_t* attended, int64_t first_row, int64_t value_dim,
+                const typename Simd::Scalar* rescale, typename Simd::Scalar* output) {
+  constexpr int kPerUnit = Simd::kUnitElements;
+  constexpr unsigned kAll = (1u << kPerUnit) - 1;
+  const int64_t count = kIsPlain ? kVectors * Simd::kLanes : elements;
+  FetchAhead fetch = fetch_ahead;  // so that the compiler has it in registers
   typename Simd::Vec sums[kRows][kVectors];
+#pragma GCC unroll 4
   for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) sums[row][i] = Simd::zero();
   }
-  for (int64_t key = 0; key < keys; ++key) {
-    if (fetch) fetch_ahead(v, key);
-    typename Simd::Vec value[kVectors];
-#pragma GCC unroll 8
-    for (int i = 0; i < kVectors; ++i) {
-      const char* const from = v.rows[key] + (d + i * Simd::kLanes) * v.column_stride;
-      if constexpr (kSideBySide) {
-        value[i] = load_up_to<Simd>(reinterpret_cast<const Element*>(from), elements(i));
-      } else {
-        value[i] = load_elements<Simd, Element>(from, v.column_stride, elements(i));
-      }
-    }
+  const typename Simd::Unit* weight = weights;
+  const auto add = [&](int64_t key, auto whole) __attribute__((always_inline)) {
+    fetch.next(kPerUnit);
+    typename Simd::Units values[kVectors];
+    load_values<Simd, Stored>(v_rows + key, whole.value == 1, d, count, values);
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) {
-      if (attended && (attended[key] >> row & 1) == 0) continue;
-      const auto weight = Simd::set(weights[key * width + row]);
+      const auto factor = Simd::set(weight[row]);
+      const unsigned here =
+          kIsPlain ? kAll : attended_elements<kPerUnit>(attended, key, keys, first_row + row);
+      if (here == 0) continue;
 #pragma GCC unroll 8
       for (int i = 0; i < kVectors; ++i) {
-        sums[row][i] = Simd::fma(weight, value[i], sums[row][i]);
+        const auto value = here == kAll ? values[i] : Simd::only(values[i], here);
+        sums[row][i] = Simd::multiply_add(factor, value, sums[row][i]);
       }
     }
-  }
+    weight += width;
+  };
+  int64_t key = 0;
+  for (; key + kPerUnit <= keys; key += kPerUnit) add(key, Constant<1>{});
+  if (kPerUnit > 1 && key < keys) add(key, Constant<0>{});
+#pragma GCC unroll 4
   for (int row = 0; row < kRows; ++row) {
     const auto factor = Simd::set(rescale[row]);
+#pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) {
+      const int64_t left = count - i * Simd::kLanes;
       auto* const to = output + row * value_dim + d + i * Simd::kLanes;
-      const auto before = load_up_to<Simd>(to, elements(i));
-      store_up_to<Simd>(to, Simd::fma(before, factor, sums[row][i]), elements(i));
+      store_up_to<Simd>(to, Simd::fma(load_up_to<Simd>(to, left), factor, sums[row][i]), left);
     }
   }
+  fetch_ahead = fetch;
+}
+
+// How often add_values goes through a block of V.
+template <class Simd>
+int64_t value_passes(int64_t rows, int64_t value_dim) {
+  constexpr int kElements = Simd::kTileVectors * Simd::kLanes;
+  return (rows + kRowsTogether<Simd> - 1) / kRowsTogether<Simd> *
+         ((value_dim + kElements - 1) / kElements);
 }
 
 // The same for whole rows of V.
-template <class Simd, class Element, int kRows, bool kSideBySide>
-void aggregate_rows(const RowPointers& v, int64_t keys, bool fetch,
-                    const typename Simd::Scalar* weights, int64_t width, const uint64_t* attended,
-                    int64_t value_dim, const typename Simd::Scalar* rescale,
+template <class Simd, class Stored, int kRows>
+void aggregate_rows(const char* const* v_rows, int64_t keys, FetchAhead& fetch,
+                    const typename Simd::Unit* weights, int64_t width, const uint64_t* attended,
+                    int64_t first_row, int64_t value_dim, const typename Simd::Scalar* rescale,
                     typename Simd::Scalar* output) {
-  int64_t d = 0;
-  const auto add = [&](auto vectors, int64_t last) {
-    add_values<Simd, Element, kRows, vectors.value, kSideBySide>(
-        v, keys, fetch && d == 0, d, last, weights, width, attended, value_dim, rescale, output);
-    d += (vectors.value - 1) * Simd::kLanes + last;
-  };
-  while (value_dim - d >= kValueVectors<Simd> * Simd::kLanes) {
-    add(Constant<kValueVectors<Simd>>{}, Simd::kLanes);
+  constexpr int kMost = Simd::kTileVectors * Simd::kLanes;
+  for (int64_t d = 0; d < value_dim; d += kMost) {
+    const int64_t count = value_dim - d < kMost ? value_dim - d : kMost;
+    if (count == kMost && !attended) {
+      add_values<Simd, Stored, kRows, Simd::kTileVectors, true>(v_rows, keys, fetch, d, count,
+                                                                weights, width, nullptr, first_row,
+                                                                value_dim, rescale, output);
+      continue;
+    }
+    with_constant<Simd::kTileVectors>((count + Simd::kLanes - 1) / Simd::kLanes, [&](auto vectors) {
+      add_values<Simd, Stored, kRows, vectors.value, false>(v_rows, keys, fetch, d, count, weights,
+                                                            width, attended, first_row, value_dim,
+                                                            rescale, output);
+    });
   }
-  const int64_t left = value_dim - d;
-  if (left == 0) return;
-  const int64_t last = left % Simd::kLanes;
-  with_constant<kValueVectors<Simd>>((left + Simd::kLanes - 1) / Simd::kLanes, [&](auto vectors) {
-    add(vectors, last == 0 ? int64_t{Simd::kLanes} : last);
-  });
 }
 
 }  // namespace

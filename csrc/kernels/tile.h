@@ -13,11 +13,6 @@
 namespace numattn {
 namespace {
 
-template <class Simd>
-constexpr int64_t units_of(int64_t elements) {
-  return (elements + Simd::kUnitElements - 1) / Simd::kUnitElements;
-}
-
 // Rows are padded to whole vectors: `width` lanes.
 template <class Simd, class Element>
 struct Tile {

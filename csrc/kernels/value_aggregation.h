@@ -29,14 +29,14 @@ template <class Simd, int kFirst, int kDims, int kVectors>
   const int64_t begin = kFirst == 0 ? 0 : steps.ends[kFirst > 0 ? kFirst - 1 : 0];
   for (int64_t key = begin; key < steps.ends[kFirst]; ++key) {
     typename Simd::Units weight[kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = kFirst; i < kVectors; ++i) {
       weight[i] = Simd::load(from.weights + key * kWidth + i * Simd::kLanes);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int d = 0; d < kDims; ++d) {
       const auto unit = Simd::set(from.v[key * from.v_stride + d]);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int i = kFirst; i < kVectors; ++i) {
         sums[d][i] = Simd::multiply_add(unit, weight[i], sums[d][i]);
       }
@@ -53,16 +53,16 @@ template <class Simd, int kDims, int kVectors>
                                                        typename Simd::Scalar* output) {
   constexpr int kWidth = kVectors * Simd::kLanes;
   typename Simd::Vec sums[kDims][kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int d = 0; d < kDims; ++d) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < kVectors; ++i) sums[d][i] = Simd::zero();
   }
   sum_values<Simd, 0>(from, steps, sums);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < kVectors; ++i) {
     const auto factor = Simd::load(from.rescale + i * Simd::kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int d = 0; d < kDims; ++d) {
       auto* const to = output + d * kWidth + i * Simd::kLanes;
       Simd::store(to, Simd::fma(Simd::load(to), factor, sums[d][i]));

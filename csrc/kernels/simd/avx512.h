@@ -25,7 +25,9 @@ struct Float32 : ScalarUnits<Float32Lanes> {
   // fill 29 of the 32 registers and need 10 loads for 24 multiply-adds.
   static constexpr int kTileVectors = 4;
   static constexpr int kTilesPerBlock = 4;
-  static constexpr int broadcast_rows(int vectors) { return vectors == 4 ? 6 : 8; }
+  static constexpr int broadcast_rows(int vectors) {
+    return vectors == 4 ? 6 : vectors == 1 ? 12 : 8;
+  }
 
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec set(float x) { return _mm512_set1_ps(x); }

@@ -19,6 +19,7 @@ struct Bfloat16Pairs : Float32 {
     Bfloat16Bits elements[2];
   };
   using Units = __m512i;
+  using UnitElement = Bfloat16Bits;
   static constexpr int kUnitElements = 2;
 
   using Float32::load;
@@ -52,13 +53,63 @@ struct Bfloat16Pairs : Float32 {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
 
+  // `count` elements of one row, up to 32; further ones are 0.
+  static Units load_units(const Bfloat16Bits* from, int64_t count) {
+    return count == 32 ? _mm512_loadu_si512(from)
+                       : _mm512_maskz_loadu_epi16(first_elements(count), from);
+  }
+  static Units load_units(const Int8* from, int64_t count) {
+    const Vec low = load_up_to_lanes(from, count);
+    const Vec high = count > kLanes ? load_up_to_lanes(from + kLanes, count - kLanes) : zero();
+    return reinterpret_cast<Units>(_mm512_cvtne2ps_pbh(high, low));
+  }
+  // Units of two rows, of up to 32 elements each; further ones are 0.
+  static void load_rows(const Bfloat16Bits* first_row, int64_t first_count,
+                        const Bfloat16Bits* second_row, int64_t second_count, Units (&units)[2]) {
+    const Units a = load_units(first_row, first_count);
+    const Units b = load_units(second_row, second_count);
+    units[0] = _mm512_permutex2var_epi16(a, alternating(0, 32), b);
+    units[1] = _mm512_permutex2var_epi16(a, alternating(16, 48), b);
+  }
+  static void load_rows(const Int8* first_row, int64_t first_count, const Int8* second_row,
+                        int64_t second_count, Units (&units)[2]) {
+    for (int i = 0; i < 2; ++i) {
+      const int64_t at = i * kLanes;
+      const Vec elements[2] = {
+          first_count > at ? load_up_to_lanes(first_row + at, first_count - at) : zero(),
+          second_count > at ? load_up_to_lanes(second_row + at, second_count - at) : zero()};
+      units[i] = join(elements);
+    }
+  }
+  static Units only(Units units, unsigned elements) {
+    return _mm512_and_si512(
+        units, _mm512_set1_epi32(static_cast<int>((elements & 1u ? 0xffffu : 0u) |
+                                                  (elements & 2u ? 0xffff0000u : 0u))));
+  }
+
+  // Two vectors of weights [key][row], with `width` rows or the first 16 of them, rounded and
+  // joined to [pair of keys][row]. `order` is order_of_keys(width).
+  static Units join_keys(Vec first_keys, Vec last_keys, Units order) {
+    return _mm512_permutexvar_epi16(
+        order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(last_keys, first_keys)));
+  }
+  static Units order_of_keys(int width) {
+    if (width > kLanes) width = kLanes;
+    uint16_t from[2 * kLanes];
+    for (int i = 0; i < 2 * kLanes; ++i) {
+      const int pair = i / 2 / width;
+      from[i] = static_cast<uint16_t>((2 * pair + i % 2) * width + i / 2 % width);
+    }
+    return _mm512_loadu_si512(from);
+  }
+
   static Units join(const Vec* elements) {
     return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(elements[0]), 16),
                            _mm512_castps_si512(elements[1]));
   }
   static Units join_rounded(const Vec* elements) {
     const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(elements[1], elements[0]));
-    return _mm512_permutexvar_epi16(interleaved(), halves);
+    return _mm512_permutexvar_epi16(alternating(0, 16), halves);
   }
   static Vec element(Units units, int i) {
     return _mm512_castsi512_ps(
@@ -79,10 +130,17 @@ struct Bfloat16Pairs : Float32 {
   }
 
  private:
-  // Element i of the low half, then of the high half.
-  static __m512i interleaved() {
-    return _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                            6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  // `first`, `second`, `first` + 1, `second` + 1 and so on.
+  static Units alternating(int first, int second) {
+    const __m512i steps = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_add_epi16(_mm512_or_si512(steps, _mm512_slli_epi32(steps, 16)),
+                            _mm512_set1_epi32(second << 16 | first));
+  }
+  static __mmask32 first_elements(int64_t count) {
+    return static_cast<__mmask32>((uint64_t{1} << static_cast<unsigned>(count)) - 1u);
+  }
+  static Vec load_up_to_lanes(const Int8* from, int64_t count) {
+    return count >= kLanes ? load(from) : load_first(from, count);
   }
 };
 

@@ -2,6 +2,7 @@
 // which become SSE2 on baseline x86-64 and NEON on arm64.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "../storage.h"
@@ -64,12 +65,12 @@ struct Generic : ScalarUnits<Format<ScalarType>> {
   }
   static Vec load_first(const Scalar* from, int64_t count) {
     Vec x{};
-    for (int64_t i = 0; i < count; ++i) x[i] = from[i];
+    __builtin_memcpy(&x, from, static_cast<size_t>(count) * sizeof(Scalar));
     return x;
   }
   static void store(Scalar* to, Vec x) { __builtin_memcpy(to, &x, sizeof(x)); }
   static void store_first(Scalar* to, Vec x, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = x[i];
+    __builtin_memcpy(to, &x, static_cast<size_t>(count) * sizeof(Scalar));
   }
 
   // Elements of other types, lane by lane.

@@ -14,6 +14,7 @@ struct ScalarUnits {
   using Vec = typename Lanes::Vec;
   using Unit = Scalar;
   using Units = Vec;
+  using UnitElement = Scalar;
   static constexpr int kUnitElements = 1;
 
   // The unit of kUnitElements vectors of elements, without and with rounding to what it holds.
@@ -22,6 +23,8 @@ struct ScalarUnits {
   // Element `i` of each unit.
   static Vec element(Units units, int) { return units; }
   static Scalar element(Unit unit, int) { return unit; }
+  // Units with 0 for the elements whose bit is not set.
+  static Units only(Units units, unsigned) { return units; }
   // Without the elements that are NaN or infinite: 0 in their place.
   static Unit finite(Unit unit) { return unit - unit == 0 ? unit : 0; }
 };

@@ -62,6 +62,14 @@ def test_native_scratch_of_long_sequences(dtype):
 
 
 @needs_linux
+@pytest.mark.skipif(_runtime.native is None, reason="needs the compiled kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_native_scratch_of_one_query(dtype):
+    # k alone is 16 to 32 MiB.
+    assert added_peak(131072, 1, dtype=dtype) < 4 * 2**20
+
+
+@needs_linux
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_numpy_scratch_of_long_sequences(dtype):
     limit = 128 if dtype == "np.float64" else 64

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 BUILT := $(VENV)/built
 SOURCES := $(shell find csrc python CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 
-.PHONY: all demo test test-slow lint format bench bench-grid clean
+.PHONY: all demo test test-slow lint format bench bench-sequences bench-grid clean
 all: $(BUILT)
 
 $(VENV)/created:
@@ -59,6 +59,9 @@ format: $(VENV)/group-lint
 
 bench: $(BUILT) $(VENV)/bench
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-sequences: $(BUILT) $(VENV)/bench
+	$(BIN)/python benchmarks/sequences.py $(ARGS)
 
 bench-grid: $(BUILT)
 	$(BIN)/python benchmarks/grid.py $(ARGS)

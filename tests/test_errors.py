@@ -117,7 +117,7 @@ CASES = {
     "out byte order": (
         {"out": zeros(2, 4, 5, 6, dtype=">f4")},
         TypeError,
-        "out: got dtype float32 of foreign byte order, expected float32 as in q",
+        "out: got dtype float32 of foreign byte order, expected float32 as in the input",
     ),
     "negative length": (
         {"kv_lengths": [-1, 3]},
@@ -276,5 +276,7 @@ def test_other_dtypes_are_named(backend):
     wanted = "bias: got dtype float16, expected bfloat16 or float32 with q of bfloat16"
     with pytest.raises(TypeError, match=wanted):
         na.attention(brain, brain, brain, bias=bias)
-    with pytest.raises(TypeError, match="out: got dtype float16, expected bfloat16 as in q"):
+    with pytest.raises(
+        TypeError, match="out: got dtype float16, expected bfloat16 as in the input"
+    ):
         na.attention(brain, brain, brain, out=np.zeros_like(half))

@@ -1,5 +1,7 @@
 """Promise: a cache attends as if all tokens were there, in memory that grows as it should."""
 
+import copy
+
 import numattn as na
 import numpy as np
 import pytest
@@ -162,7 +164,7 @@ def test_a_failed_append_changes_nothing(rng):
         ]
         if cache._window:
             failing.append(((k, v), {}, ValueError, "k: got 4 tokens, expected at most the window"))
-            failing.append(((bad, v[:, :, :1]), {}, ValueError, "x: got nan in the vector at"))
+            failing.append(((bad, v[:, :, :1]), {}, ValueError, "k: got nan in the vector at"))
         for arguments, options, error, message in failing:
             with pytest.raises(error) as raised:
                 cache.append(*arguments, **options)
@@ -176,6 +178,8 @@ def test_bad_arguments(rng):
         ((2, 0, 8), {}, ValueError, "kv_heads: got 0, expected at least 1"),
         ((2, 2, 8.0), {}, TypeError, "head_dim: got 8.0"),
         ((2, 2, 8), {"dtype": int}, TypeError, "dtype: got int64, expected one of"),
+        ((2, 2, 8), {"dtype": "foo"}, TypeError, "dtype: got 'foo', expected one of"),
+        ((2, 2, 8), {"dtype": ">f4"}, TypeError, "dtype: got >f4, expected one of"),
         ((2, 2, 8), {"keep_first": 2}, ValueError, "keep_first: got 2, expected 0 where"),
         ((2, 2, 8), {"window": 0}, ValueError, "window: got 0, expected at least 1"),
     ):
@@ -185,13 +189,141 @@ def test_bad_arguments(rng):
     cache = na.KVCache(2, 2, 8, 12, window=3)
     for part in (slice(0, 3), slice(3, 4), slice(0, 3), slice(0, 3)):
         cache.append(k[:, :, part], v[:, :, part])
-    with pytest.raises(ValueError, match="q: got 4 queries, expected at most the window's 3"):
-        cache.attend(q)
+    many = np.concatenate([q, q], axis=2)
+    with pytest.raises(ValueError, match="q: got 8 queries from position 2 on, which see tokens"):
+        cache.attend(many)
+    with pytest.raises(ValueError, match=r"q: got shape \(1, 4, 4, 8\), expected \(2, heads"):
+        cache.attend(q[:1])
+    for offset in ("a", True, 0.5):
+        with pytest.raises(TypeError, match="q_offset"):
+            cache.attend(q[:, :, :1], q_offset=offset)
+    with pytest.raises(ValueError, match="q: got 1 queries from position 3 on, which see tokens"):
+        cache.attend(q[:, :, :1], q_offset=3)
     with pytest.raises(ValueError, match="window: got \\(1, 1\\), expected none"):
         cache.attend(q[:, :, :1], window=(1, 1))
     with pytest.raises(TypeError, match="mask: got an array, expected none"):
         cache.attend(q[:, :, :1], mask=np.ones((1, 1), bool))
-    with pytest.raises(ValueError, match="n: got 1, expected a length whose window"):
+    with pytest.raises(ValueError, match="n: got 1, whose last token's position is 0"):
         cache.truncate(1)
     with pytest.raises(ValueError, match="indices: got 2 at 1, expected numbers of 2"):
         cache.select([0, 2])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_history(seed):
+    """Appends of any lengths, truncation and queries anywhere: right, or refused."""
+    rng = np.random.default_rng(seed)
+    batch, window = int(rng.integers(1, 4)), rng.choice([None, 1, 4, 7])
+    window = None if window is None else int(window)
+    keep_first = 0 if window is None else int(rng.integers(0, 4))
+    quantize = bool(rng.random() < 0.5)
+    cache = na.KVCache(
+        batch, 1, 4, window=window, keep_first=keep_first, quantize=quantize,
+        capacity=int(rng.integers(0, 9)),
+    )  # fmt: skip
+    if quantize:  # as fresh memory may be
+        cache._arrays[0].fill(77)
+    history = [np.empty((0, 4), np.float32)] * batch
+    refused = 0
+    for _ in range(60):
+        if rng.random() < 0.15:
+            n = int(rng.integers(0, 1 + cache.lengths.max(initial=0)))
+            try:
+                cache.truncate(n)
+            except ValueError:
+                assert window is not None
+            else:
+                history = [x[:n] for x in history]
+        else:
+            n = int(rng.integers(1, 1 + (window or 6)))
+            counts = rng.integers(0, n + 1, batch)
+            new = rng.standard_normal((batch, 1, n, 4), dtype=np.float32)
+            for i, count in enumerate(counts):
+                new[i, :, count:] = np.nan
+            cache.append(new, -new, lengths=counts)
+            history = [np.concatenate([x, new[i, 0, : counts[i]]]) for i, x in enumerate(history)]
+        assert cache.lengths.tolist() == [len(x) for x in history]
+        rows = int(rng.integers(1, 4))
+        q = rng.standard_normal((batch, 2, rows, 4), dtype=np.float32)
+        try:
+            out = cache.attend(q)
+        except ValueError as error:
+            assert window is not None
+            assert "which see tokens" in str(error)
+            refused += 1
+            continue
+        for i, x in enumerate(history):
+            p, j = len(x) - rows + np.arange(rows)[:, None], np.arange(len(x))
+            mask = (j <= p) & ((j > p - (window or 10**6)) | (j < keep_first))
+            expected, _ = reference.attention(q[i], x[None], -x[None], mask=mask)
+            np.testing.assert_allclose(out[i], expected, rtol=0, atol=0.1 if quantize else 1e-5)
+    assert refused < 50
+
+
+@pytest.mark.parametrize("window", [1, 16, 64, 1000])
+@pytest.mark.parametrize("capacity", [0, 64, 1024])
+def test_appending_to_a_window_copies_little(monkeypatch, window, capacity):
+    moved = 0
+    original = na.KVCache._moved
+
+    def counting(self, x, room, begins):
+        nonlocal moved
+        if x is self._arrays[0]:
+            moved += int(np.minimum(self._used(), room).sum())
+        return original(self, x, room, begins)
+
+    monkeypatch.setattr(na.KVCache, "_moved", counting)
+    cache = na.KVCache(1, 1, 1, window=window, capacity=capacity)
+    k = np.ones((1, 1, 1, 1), np.float32)
+    for _ in range(5000):
+        cache.append(k, k)
+    assert moved <= 4 * 5000
+
+
+def test_an_interrupted_append_changes_nothing(monkeypatch):
+    cache = na.KVCache(1, 1, 1, window=4)
+    k = np.arange(12, dtype=np.float32).reshape(1, 1, 12, 1)
+    for i in range(8):
+        cache.append(k[:, :, i : i + 1], k[:, :, i : i + 1])
+    before = contents(cache)
+    original, calls = na.KVCache._moved, []
+
+    def interrupted(self, *arguments):
+        calls.append(original(self, *arguments))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    monkeypatch.setattr(na.KVCache, "_moved", interrupted)
+    for i in range(8, 12):
+        part = k[:, :, i : i + 1]
+        try:
+            cache.append(part, part)
+        except KeyboardInterrupt:
+            break
+        before = contents(cache)
+    else:
+        pytest.fail("the append was not interrupted")
+    assert contents(cache) == before
+
+
+def test_views_and_copies(rng):
+    _, k, v = tokens(rng, length=6)
+    cache = na.KVCache(2, 2, 8, 12, quantize=True)
+    assert cache.k_scale.shape == (2, 2, 0)
+    cache.append(k, v)
+    with pytest.raises(ValueError, match="read-only"):
+        cache.k[0] = 0
+    q = rng.standard_normal((2, 4, 1, 8), dtype=np.float32)
+    scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
+    np.testing.assert_array_equal(na.attention(q, cache.k, cache.v, **scales), cache.attend(q))
+    other = copy.copy(cache)
+    other.append(v[..., :8], v)
+    assert cache.lengths.tolist() == [6, 6]
+    np.testing.assert_array_equal(na.attention(q, cache.k, cache.v, **scales), cache.attend(q))
+    window = na.KVCache(2, 2, 8, 12, window=2)
+    assert window.k_scale is None
+    for _ in range(9):
+        window.append(k[:, :, :1], v[:, :, :1])
+        window.append(window.k[:, :, :1], window.v[:, :, :1])
+    np.testing.assert_array_equal(window.k[:, :, -1:], k[:, :, :1])

@@ -363,3 +363,42 @@ def test_bits_do_not_depend_on_the_batch_or_the_threads(native_dtype, arrays):
         np.testing.assert_array_equal(again, out)
     for i, n in enumerate(lengths):
         np.testing.assert_array_equal(na.attention(q[i], k[i, :, :n], v[i, :, :n]), out[i])
+
+
+def test_scales_of_keys_that_are_not_read_may_be_anything(backend, rng):
+    k = rng.standard_normal((2, 1, 5, 4), dtype=np.float32)
+    k8, scale = na.quantize_kv(k)
+    scale[1, :, 3:] = np.nan
+    q = rng.standard_normal((2, 1, 1, 4), dtype=np.float32)
+    out = na.attention(q, k8, k, k_scale=scale, kv_lengths=[5, 3])
+    assert np.isfinite(out).all()
+    with pytest.raises(ValueError, match=r"k_scale: got nan at \(1, 0, 3\), expected finite"):
+        na.attention(q, k8, k, k_scale=scale, kv_lengths=[5, 4])
+    pages, scales = k8.swapaxes(1, 2), scale.swapaxes(1, 2)  # two pages of 5 keys
+    table = np.array([[0, 1], [1, 7]])
+    options = {"k_scale": scales}
+    out = na.attention_paged(q, pages, k.swapaxes(1, 2), table, [8, 2], **options)
+    assert np.isfinite(out).all()
+    with pytest.raises(ValueError, match=r"k_scale: got nan at \(1, 0, 3\), expected finite"):
+        na.attention_paged(q, pages, k.swapaxes(1, 2), table, [9, 2], **options)
+
+
+def test_errors_of_pages_and_states_name_what_is_wrong(rng):
+    q = rng.standard_normal((1, 1, 1, 4), dtype=np.float32)
+    pages = rng.standard_normal((2, 3, 1, 4), dtype=np.float32)
+    with pytest.raises(ValueError, match="v_pages: got 2 pages of 2 keys, expected 2 of 3"):
+        na.attention_paged(q, pages, pages[:, :2], [[0]], [1])
+    with pytest.raises(ValueError, match="k_pages: got shape .* expected pages of one key"):
+        na.attention_paged(q, pages[:, :0], pages[:, :0], [[0]], [0])
+    with pytest.raises(ValueError, match="k_pages: got head_dim 3, expected 4 as in q"):
+        na.attention_paged(q, pages[..., :3], pages, [[0]], [1])
+    out, lse = na.attention(q, q, q, return_lse=True)
+    for axis in ("a", 1.0, True):
+        with pytest.raises(TypeError, match="axis"):
+            na.merge_states(out, lse, axis=axis)
+    fixed = out.copy()
+    fixed.flags.writeable = False
+    with pytest.raises(ValueError, match="out: got a read-only array"):
+        na.merge_states(out, lse, out, lse, out=fixed)
+    with pytest.raises(TypeError, match="out: got MaskedArray"):
+        na.merge_states(out, lse, out, lse, out=np.ma.array(out))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -174,6 +174,8 @@ def check(
         k_scale=_broadcast_scales(scales["k"], one_head, layout, (*batch, *k_.shape[-3:-1])),
         v_scale=_broadcast_scales(scales["v"], one_head, layout, (*batch, *v_.shape[-3:-1])),
     )
+    for name, of_keys in (("k", arguments.k_scale), ("v", arguments.v_scale)):
+        _check_scales(name, of_keys, lambda: _valid_keys(kv_lengths_, key_length))
     if out is not None:
         inputs = dict(arrays, mask=mask_, bias=bias_, alibi_slopes=alibi_slopes, sinks=sinks)
         _check_overlap(out, inputs | {"k_scale": k_scale, "v_scale": v_scale})
@@ -252,12 +254,25 @@ def _key_scales(name: str, x: Array, scale: ArrayLike | None) -> Array | None:
         _refuse_kind(argument, _dtype_of(scales), "float32")
     if scales.shape != x.shape[:-1]:
         _refuse(argument, f"shape {scales.shape}", f"{x.shape[:-1]}, a scale for each key")
-    scales = scales.astype(np.float32, copy=False)
-    finite = np.isfinite(scales)
-    if not finite.all():
-        where = tuple(map(int, np.argwhere(~finite)[0]))
-        _refuse(argument, f"{scales[where]} at {where}", "finite numbers")
-    return scales
+    with np.errstate(over="ignore"):  # an infinite one is refused if it is read
+        return scales.astype(np.float32, copy=False)
+
+
+def _check_scales(name: str, scales: Array | None, is_read: Callable[[], Array]) -> None:
+    """Refuse scales that are not finite where `is_read`, which broadcasts to them."""
+    if scales is None or np.isfinite(scales).all():
+        return
+    wrong = ~np.isfinite(scales) & is_read()
+    if wrong.any():
+        where = tuple(map(int, np.argwhere(wrong)[0]))
+        _refuse(f"{name}_scale", f"{scales[where]} at {where}", "finite numbers")
+
+
+def _valid_keys(kv_lengths: NDArray[np.int64] | None, key_length: int) -> Array:
+    """Return which keys are read, (batch..., 1, Lk)."""
+    if kv_lengths is None:
+        return np.ones(key_length, np.bool_)
+    return np.arange(key_length) < kv_lengths[..., np.newaxis, np.newaxis]
 
 
 def _broadcast_scales(
@@ -348,17 +363,22 @@ def _outputs(
     if out is None:
         out = np.empty(shape, dtype)
     else:
-        if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
-            _refuse_kind("out", type(out).__name__, "a numpy.ndarray")
-        if out.dtype != dtype:
-            _refuse_kind("out", _dtype_of(out), f"{dtype.name} as in q")
-        if out.shape != shape:
-            _refuse("out", f"shape {out.shape}", str(shape))
-        if not out.flags.writeable:
-            _refuse("out", "a read-only array", "a writable one")
+        check_out(out, shape, dtype)
     if not return_lse:
         return out, None
     return out, np.empty(shape[:-1], np.float64 if dtype.itemsize == 8 else np.float32)
+
+
+def check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Refuse an `out` that is not what the result needs."""
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        _refuse_kind("out", type(out).__name__, "a numpy.ndarray")
+    if out.dtype != dtype:
+        _refuse_kind("out", _dtype_of(out), f"{dtype.name} as in the input")
+    if out.shape != shape:
+        _refuse("out", f"shape {out.shape}", str(shape))
+    if not out.flags.writeable:
+        _refuse("out", "a read-only array", "a writable one")
 
 
 def _check_overlap(out: Array, inputs: dict[str, Any]) -> None:

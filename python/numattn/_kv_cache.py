@@ -6,9 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._arguments import ACCEPTED_DTYPES, _array, _integer, _refuse, _refuse_kind
+from ._arguments import (
+    ACCEPTED_DTYPES,
+    MAX_POSITION,
+    _array,
+    _check_overlap,
+    _flag,
+    _integer,
+    _ints_per_batch,
+    _refuse,
+    _refuse_kind,
+    check_layout,
+    check_out,
+)
 from ._attention import attention
-from ._states import merge_states, quantize_kv
+from ._states import merge_states, quantize_named
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -34,8 +46,9 @@ class KVCache:
     capacity : int, default 0
         Tokens that there is room for at first. The cache grows by itself.
     window : int, optional
-        Keep what the last tokens can see of a window of so many tokens, themselves included, and
-        forget what lies further back: memory stays constant.
+        Each token sees so many tokens, itself included. The last tokens are kept, at least one more
+        window than was appended last, and what lies further back is forgotten: memory stays
+        constant.
     keep_first : int, default 0
         With `window`: the first tokens, which are never forgotten and always seen.
 
@@ -46,8 +59,10 @@ class KVCache:
     nbytes : int
         Bytes of memory that keys, values and scales take.
     k, v : ndarray, shape (batch, kv_heads, tokens, head_dim or value_dim)
-        Views of what is kept; with `keep_first` those come first. What lies beyond a shorter
-        sequence is not defined.
+        Read-only views of what is kept; with `keep_first` those come first. What lies beyond a
+        shorter sequence is not defined.
+    k_scale, v_scale : ndarray of float32, shape (batch, kv_heads, tokens), or None
+        Their scales, where the cache keeps 8 bits.
 
     Raises
     ------
@@ -60,8 +75,10 @@ class KVCache:
 
     Notes
     -----
-    Appending copies each token once, and at most once more for each doubling of the memory. The
-    first tokens beside a window are the attention sinks of Xiao et al., "Efficient Streaming
+    Appending copies each token once, and on average about twice more when the memory grows or a
+    window moves on. A failed or interrupted append leaves the cache as it was. With `keep_first`,
+    float16 and bfloat16 results are rounded once more, because two parts are merged. The first
+    tokens beside a window are the attention sinks of Xiao et al., "Efficient Streaming
     Language Models with Attention Sinks", ICLR 2024; positions here are those of the whole text.
 
     Examples
@@ -100,9 +117,12 @@ class KVCache:
             _at_least("head_dim", head_dim, 1),
             _at_least("value_dim", head_dim if value_dim is None else value_dim, 1),
         )
-        self._dtype = np.dtype(dtype)
-        if self._dtype.name not in ACCEPTED_DTYPES:
-            _refuse_kind("dtype", self._dtype.name, "one of " + ", ".join(ACCEPTED_DTYPES))
+        try:
+            self._dtype = np.dtype(dtype)
+        except TypeError:
+            _refuse_kind("dtype", repr(dtype), "one of " + ", ".join(ACCEPTED_DTYPES))
+        if self._dtype.name not in ACCEPTED_DTYPES or not self._dtype.isnative:
+            _refuse_kind("dtype", str(self._dtype), "one of " + ", ".join(ACCEPTED_DTYPES))
         if not isinstance(quantize, bool):
             _refuse_kind("quantize", repr(quantize), "True or False")
         self._quantize = quantize
@@ -111,15 +131,17 @@ class KVCache:
         if self._keep_first and self._window is None:
             _refuse("keep_first", str(keep_first), "0 where there is no window")
         self._lengths = np.zeros(self._batch, np.int64)
-        # Position of the token in the first place behind those that are always kept.
+        # Tokens have positions in the text and places in the arrays: the first keep_first, then
+        # those from position begins[sequence] on.
         self._begins = np.full(self._batch, self._keep_first, np.int64)
         stored = np.dtype(np.int8) if quantize else self._dtype
         rows = _at_least("capacity", capacity, 0)
-        # [batch][head][place][element], and the scales without the last axis
+        # [batch][head][place][element], and the scales without the last axis. Scales are 0 where
+        # nothing is: they are looked at in one piece.
         self._arrays = [np.empty((self._batch, self._heads, rows, d), stored) for d in dims]
         if quantize:
             self._arrays += [
-                np.empty((self._batch, self._heads, rows), np.float32) for _ in range(2)
+                np.zeros((self._batch, self._heads, rows), np.float32) for _ in range(2)
             ]
 
     @property
@@ -134,13 +156,23 @@ class KVCache:
 
     @property
     def k(self) -> Array:
-        """View of the keys that are kept, (batch, kv_heads, tokens, head_dim)."""
-        return self._arrays[0][:, :, : self._used().max(initial=0)]
+        """The keys that are kept, (batch, kv_heads, tokens, head_dim)."""
+        return self._view(0)
 
     @property
     def v(self) -> Array:
-        """View of the values that are kept, (batch, kv_heads, tokens, value_dim)."""
-        return self._arrays[1][:, :, : self._used().max(initial=0)]
+        """The values that are kept, (batch, kv_heads, tokens, value_dim)."""
+        return self._view(1)
+
+    @property
+    def k_scale(self) -> Array | None:
+        """The scales of 8-bit keys, (batch, kv_heads, tokens)."""
+        return self._view(2) if self._quantize else None
+
+    @property
+    def v_scale(self) -> Array | None:
+        """The scales of 8-bit values, (batch, kv_heads, tokens)."""
+        return self._view(3) if self._quantize else None
 
     def append(self, k: ArrayLike, v: ArrayLike, lengths: ArrayLike | None = None) -> None:
         """Append tokens to every sequence.
@@ -156,7 +188,8 @@ class KVCache:
         ------
         TypeError, ValueError
             If something does not fit; the cache is then as it was. With a window, no more tokens
-            than it at once: what lies further back would be gone before a query could see it.
+            than it at once: what lies further back would be gone before a query could see it. Cut a
+            longer text into pieces, and attend after each.
         """
         new = [self._checked("k", k), self._checked("v", v)]
         tokens = new[0].shape[2]
@@ -166,28 +199,25 @@ class KVCache:
             _refuse("k", f"{tokens} tokens", f"at most the window's {self._window} at once")
         counts = self._counts(lengths, tokens)
         if self._quantize:
-            pairs = [quantize_kv(x) for x in new]
+            if lengths is not None:  # what is not appended may be anything
+                is_new = np.arange(tokens) < counts[:, np.newaxis]
+                new = [
+                    np.where(is_new[:, np.newaxis, :, np.newaxis], x, x.dtype.type(0)) for x in new
+                ]
+            pairs = [quantize_named(name, x) for name, x in zip("kv", new, strict=True)]
             new = [numbers for numbers, _ in pairs] + [scale for _, scale in pairs]
 
-        begins = self._begins
-        if self._window is not None:
-            # The first of the new tokens still sees window - 1 tokens before it.
-            oldest = np.maximum(self._lengths - (self._window - 1), self._keep_first)
-            needed = self._places(self._lengths + counts, begins).max(initial=0)
-            if needed > self._arrays[0].shape[2]:
-                begins = np.maximum(begins, oldest)
-        needed = int(self._places(self._lengths + counts, begins).max(initial=0))
-        self._make_room(needed, begins)
-        self._begins = begins.copy()
+        arrays, begins = self._with_room_for(counts)
         first = self._places(self._lengths, begins)
         is_uniform = self._batch > 0 and np.all(counts == tokens) and np.all(first == first[0])
-        for stored, x in zip(self._arrays, new, strict=True):
-            if is_uniform and self._window is None:
+        for stored, x in zip(arrays, new, strict=True):
+            if is_uniform:
                 stored[:, :, first[0] : first[0] + tokens] = x
                 continue
             for i, count in enumerate(counts):
                 stored[i, :, first[i] : first[i] + count] = x[i, :, :count]
-        self._lengths = self._lengths + counts
+        # One step, which an interrupt cannot divide.
+        self.__dict__.update(_arrays=arrays, _begins=begins, _lengths=self._lengths + counts)
 
     def attend(self, q: ArrayLike, **options: Any) -> Any:
         """Attend to what the cache holds.
@@ -195,7 +225,9 @@ class KVCache:
         Parameters
         ----------
         q : array_like, shape (batch, Hq, Lq, head_dim)
-            The queries of the last tokens: the last one stands at the end of its sequence.
+            The queries of the last tokens: the last one stands at the end of its sequence, unless
+            `q_offset` says otherwise. After an `append` with `lengths`, whose padding is on the
+            right, that is ``q_offset=`` the lengths before it.
         **options
             As of `attention`, but for `mask`, `bias`, `kv_lengths`, `k_scale` and `v_scale`;
             `is_causal` is True by default, and `window` belongs to a cache without one.
@@ -208,31 +240,50 @@ class KVCache:
         Raises
         ------
         TypeError, ValueError
-            As `attention`.
+            As `attention`, and if a window's tokens that a query needs have been forgotten.
         """
         for name in ("mask", "bias", "kv_lengths", "k_scale", "v_scale"):
             if options.get(name) is not None:
                 _refuse_kind(name, "an array", "none: the cache knows its keys")
         options = {"is_causal": True} | options
+        queries = _array("q", q)
+        layout = options.get("layout", "bhld")
+        check_layout(layout)
+        if queries.ndim != 4 or queries.shape[0] != self._batch:
+            axes = "heads, length" if layout == "bhld" else "length, heads"
+            _refuse("q", f"shape {queries.shape}", f"({self._batch}, {axes}, {self.k.shape[3]})")
+        rows = queries.shape[2 if layout == "bhld" else 1]
+        offset = _ints_per_batch(
+            "q_offset", options.get("q_offset"), (self._batch,), -MAX_POSITION, MAX_POSITION
+        )
+        first = self._lengths - rows if offset is None else offset
         if self._window is None:
-            return self._attend_to(q, slice(None, self._used().max(initial=0)), 0, options)
+            everything = slice(None, int(self._used().max(initial=0)))
+            return self._attend_to(queries, everything, np.int64(0), first, options)
         if options.get("window") is not None:
             _refuse("window", repr(options["window"]), "none: the cache has one")
-        rows = _array("q", q).shape[1 if options.get("layout") == "blhd" else 2 : 3][:1]
-        if rows and rows[0] > self._window:
-            _refuse("q", f"{rows[0]} queries", f"at most the window's {self._window}")
+        if rows > 0:
+            self._check_window("q", f"{rows} queries from position {{}} on", first)
         recent = slice(self._keep_first, int(self._used().max(initial=0)))
         windowed = options | {"window": (self._window - 1, None)}
         if self._keep_first == 0:
-            return self._attend_to(q, recent, self._begins, windowed)
+            return self._attend_to(queries, recent, self._begins, first, windowed)
         # Two sets of keys with positions of their own; the sinks belong to one of them.
+        return_lse = _flag("return_lse", options.get("return_lse", False))
         with_lse = {"return_lse": True, "out": None}
+        out = options.get("out")
+        if out is not None:
+            value_dim = self._arrays[1].shape[3]
+            check_out(out, (*queries.shape[:3], value_dim), queries.dtype)
+            stored = dict(zip(("k", "v"), self._arrays, strict=False))
+            _check_overlap(out, {"q": queries} | stored)
         old = self._attend_to(
-            q, slice(0, self._keep_first), 0, options | with_lse | {"sinks": None}
-        )
-        new = self._attend_to(q, recent, self._begins, windowed | with_lse)
-        merged, lse = merge_states(*old, *new, out=options.get("out"))
-        return (merged, lse) if options.get("return_lse") else merged
+            queries, slice(0, self._keep_first), np.int64(0), first,
+            options | with_lse | {"sinks": None},
+        )  # fmt: skip
+        new = self._attend_to(queries, recent, self._begins, first, windowed | with_lse)
+        merged, lse = merge_states(*old, *new, out=out)
+        return (merged, lse) if return_lse else merged
 
     def truncate(self, n: int) -> None:
         """Forget all but the first `n` tokens of every sequence, as if they had not come yet.
@@ -245,9 +296,10 @@ class KVCache:
         n = _at_least("n", n, 0)
         lengths = np.minimum(self._lengths, n)
         if self._window is not None:
-            oldest = np.maximum(lengths - (self._window - 1), self._keep_first)
-            if np.any((self._begins > oldest) & (lengths < self._lengths)):
-                _refuse("n", str(n), "a length whose window is still there")
+            shorter = lengths < self._lengths
+            # The last of them has to see its window still.
+            last = np.where(shorter & (lengths > 0), lengths - 1, self._lengths)
+            self._check_window("n", f"{n}, whose last token's position is {{}}", last)
         self._lengths = lengths
 
     def reset(self) -> None:
@@ -289,7 +341,26 @@ class KVCache:
         """Return a cache with the same tokens in memory of its own."""
         return self.select(np.arange(self._batch))
 
+    __copy__ = copy
+
     # ---- inside -------------------------------------------------------------------------------
+
+    def _view(self, number: int) -> Array:
+        view = self._arrays[number][:, :, : self._used().max(initial=0)]
+        view.flags.writeable = False
+        return view
+
+    def _check_window(self, name: str, seen: str, positions: NDArray[np.int64]) -> None:
+        """Refuse queries from `positions` on that need tokens which have been forgotten."""
+        assert self._window is not None
+        oldest = np.maximum(positions - (self._window - 1), self._keep_first)
+        forgotten = oldest < self._begins
+        if forgotten.any():
+            at = int(np.argmax(forgotten))
+            needed = (
+                f"tokens from {oldest[at]} on, but the cache has those from {self._begins[at]} on"
+            )
+            _refuse(name, seen.format(positions[at]) + f", which see {needed}", "later positions")
 
     def _places(self, lengths: NDArray[np.int64], begins: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how many places the tokens take: the first ones, then those from `begins` on."""
@@ -300,34 +371,34 @@ class KVCache:
     def _used(self) -> NDArray[np.int64]:
         return self._places(self._lengths, self._begins)
 
-    def _make_room(self, rows: int, begins: NDArray[np.int64]) -> None:
-        """Move what is kept to where `begins` wants it, into larger arrays if need be."""
-        moved = begins - self._begins
-        grows = rows > self._arrays[0].shape[2]
-        if not grows and not moved.any():
-            return
-        capacity = self._arrays[0].shape[2]
-        if grows:
-            capacity = max(rows, 2 * capacity, 16)
-            if self._window is not None:
-                # Room for twice the window: then each token is moved once at the most.
-                capacity = max(rows, min(capacity, self._keep_first + 2 * self._window))
-        used = self._used()
-        keep = self._keep_first
-        arrays = []
-        for x in self._arrays:
-            to = np.empty((*x.shape[:2], capacity, *x.shape[3:]), x.dtype) if grows else x
-            if not moved.any():
-                last = int(used.max(initial=0))
-                to[:, :, :last] = x[:, :, :last]
-            else:
-                for i, (shift, last) in enumerate(zip(moved, used, strict=True)):
-                    if grows:
-                        to[i, :, :keep] = x[i, :, :keep]
-                    if keep + shift < last:
-                        to[i, :, keep : last - shift] = x[i, :, keep + shift : last]
-            arrays.append(to)
-        self._arrays = arrays
+    def _with_room_for(self, counts: NDArray[np.int64]) -> tuple[list[Array], NDArray[np.int64]]:
+        """Return arrays with free places for so many tokens more, and what begins are then."""
+
+        def needed(begins: NDArray[np.int64]) -> int:
+            return int(self._places(self._lengths + counts, begins).max(initial=0))
+
+        begins, capacity = self._begins, self._arrays[0].shape[2]
+        if needed(begins) <= capacity:
+            return self._arrays, begins
+        grown = max(needed(begins), 2 * capacity, 16)
+        if self._window is not None:
+            # Twice the window, of which half is free after forgetting: a token moves once or twice.
+            most = self._keep_first + 2 * self._window
+            if needed(begins) > most:
+                begins = np.maximum(begins, self._lengths - self._window)
+            grown = max(needed(begins), min(grown, most))
+        return [self._moved(x, grown, begins) for x in self._arrays], begins
+
+    def _moved(self, x: Array, capacity: int, begins: NDArray[np.int64]) -> Array:
+        """Return a larger copy of an array, in which what is kept begins at `begins`."""
+        make = np.zeros if x.ndim == 3 else np.empty
+        to = make((*x.shape[:2], capacity, *x.shape[3:]), x.dtype)
+        keep, used = self._keep_first, self._used()
+        for i, (shift, last) in enumerate(zip(begins - self._begins, used, strict=True)):
+            to[i, :, : min(keep, last)] = x[i, :, : min(keep, last)]
+            if keep + shift < last:
+                to[i, :, keep : last - shift] = x[i, :, keep + shift : last]
+        return to
 
     def _checked(self, name: str, x: ArrayLike) -> Array:
         array = _array(name, x)
@@ -359,24 +430,25 @@ class KVCache:
             _refuse("lengths", f"{counts[at]} at {at}", f"0 to {tokens}, the tokens given")
         return counts.astype(np.int64)
 
-    def _attend_to(self, q: ArrayLike, places: slice, begins: Any, options: dict[str, Any]) -> Any:
-        """Attend to the tokens in `places`, the first of which stands at position `begins`."""
-        layout = options.get("layout", "bhld")
+    def _attend_to(
+        self,
+        q: Array,
+        places: slice,
+        begins: NDArray[np.int64] | np.int64,
+        first: NDArray[np.int64],
+        options: dict[str, Any],
+    ) -> Any:
+        """Attend to the tokens in `places`, of which the first stands at position `begins`, with
+        queries from position `first` on."""
         k, v = (x[:, :, places] for x in self._arrays[:2])
         scales = dict(zip(("k_scale", "v_scale"), self._arrays[2:], strict=False))
         scales = {name: x[:, :, places] for name, x in scales.items()}
-        queries = _array("q", q)
-        if queries.ndim != 4:
-            _refuse("q", f"shape {queries.shape}", "(batch, heads, length, dim) or the layout's")
-        rows = queries.shape[1 if layout == "blhd" else 2]
         lengths = np.clip(self._lengths - begins, 0, k.shape[2])
-        offset = options.get("q_offset")
-        offset = (self._lengths - rows if offset is None else np.asarray(offset)) - begins
-        if layout == "blhd":
+        if options.get("layout") == "blhd":
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             scales = {name: x.swapaxes(1, 2) for name, x in scales.items()}
-        given: dict[str, Any] = options | scales | {"kv_lengths": lengths, "q_offset": offset}
-        return attention(q, k, v, **given)
+        positions = {"kv_lengths": lengths, "q_offset": first - begins}
+        return attention(q, k, v, **(options | scales | positions))
 
 
 def _at_least(name: str, value: object, least: int) -> int:

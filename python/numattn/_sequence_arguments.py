@@ -11,6 +11,7 @@ from ._arguments import (
     Arguments,
     _array,
     _check_overlap,
+    _check_scales,
     _check_shapes,
     _common_dtype,
     _flag,
@@ -63,6 +64,8 @@ def check_varlen(
     )
     if out is not None:
         _check_overlap(out, dict(arrays, k_scale=k_scale, v_scale=v_scale))
+    for name, scale in zip(("k", "v"), scales, strict=True):
+        _check_scales(name, scale, lambda: np.ones((), np.bool_))
     limit = _arguments.MAX_POSITION
     return Arguments(
         q=q_,
@@ -124,6 +127,7 @@ def check_paged(
     """Check the arguments of `attention_paged`."""
     _arguments.check_layout(layout)
     given = {"q": _array("q", q), "k": _array("k_pages", k_pages), "v": _array("v_pages", v_pages)}
+    named = {"q": given["q"], "k_pages": given["k"], "v_pages": given["v"]}
     dtype = _common_dtype(given)
     scales = [_key_scales(name, given[name], x) for name, x in (("k", k_scale), ("v", v_scale))]
     axes = "(B, heads, length, dim)" if layout == "bhld" else "(B, length, heads, dim)"
@@ -133,10 +137,13 @@ def check_paged(
             _refuse(name if name == "q" else f"{name}_pages", f"shape {x.shape}", wanted)
     q_ = _heads_first(given["q"], layout)
     k_, v_ = (given[name].swapaxes(1, 2) for name in ("k", "v"))
-    _check_shapes(q_, k_, v_, given)
     pages, page_size = given["k"].shape[:2]
-    if given["v"].shape[0] != pages:
-        _refuse("v_pages", f"{given['v'].shape[0]} pages", f"{pages} as in k_pages")
+    if page_size == 0:
+        _refuse("k_pages", f"shape {given['k'].shape}", "pages of one key at least")
+    if given["v"].shape[:2] != (pages, page_size):
+        seen = "{} pages of {} keys".format(*given["v"].shape[:2])
+        _refuse("v_pages", seen, f"{pages} of {page_size} as in k_pages")
+    _check_shapes(q_, k_, v_, named)
     batch = q_.shape[:1]
 
     table = _array("block_table", block_table)
@@ -160,8 +167,19 @@ def check_paged(
         out, _flag("return_lse", return_lse), False, layout, dtype, (*q_.shape[:3], v_.shape[-1])
     )
     if out is not None:
-        inputs = {"q": given["q"], "k_pages": given["k"], "v_pages": given["v"]}
-        _check_overlap(out, inputs | {"k_scale": k_scale, "v_scale": v_scale})
+        _check_overlap(out, named | {"k_scale": k_scale, "v_scale": v_scale})
+
+    def pages_read() -> Array:
+        read = np.zeros((pages, page_size, 1), np.bool_)
+        for row, length in zip(numbers, lengths.tolist(), strict=True):
+            whole, rest = divmod(length, page_size)
+            read[row[:whole]] = True
+            if rest:
+                read[row[whole], :rest] = True
+        return read
+
+    for name, scale in zip(("k", "v"), scales, strict=True):
+        _check_scales(name, scale, pages_read)
     limit = _arguments.MAX_POSITION
     return Arguments(
         q=q_,

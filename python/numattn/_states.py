@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._arguments import ACCEPTED_DTYPES, _array, _check_overlap, _refuse, _refuse_kind
+from ._arguments import (
+    ACCEPTED_DTYPES,
+    _array,
+    _check_overlap,
+    _integer,
+    _refuse,
+    _refuse_kind,
+    check_out,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -91,6 +99,7 @@ def merge_states(
         if out_b is not None or lse_b is not None:
             _refuse_kind("out_b, lse_b", "arrays", "None beside `axis`")
         _check_lse("lse_a", logs, results)
+        axis = _integer("axis", axis)
         if not -logs.ndim <= axis < logs.ndim:
             _refuse("axis", repr(axis), f"an axis of lse_a, whose shape is {logs.shape}")
         first = axis % logs.ndim
@@ -114,10 +123,7 @@ def merge_states(
             merged += np.where(share == 0, precision(0), share * result.astype(precision))
         if out is None:
             return merged.astype(results.dtype), lse
-        if not isinstance(out, np.ndarray) or out.dtype != results.dtype:
-            _refuse_kind("out", f"{getattr(out, 'dtype', type(out).__name__)}", results.dtype.name)
-        if out.shape != merged.shape:
-            _refuse("out", f"shape {out.shape}", str(merged.shape))
+        check_out(out, merged.shape, results.dtype)
         _check_overlap(out, {})
         out[...] = merged.astype(results.dtype)
     return out, lse
@@ -145,7 +151,8 @@ def quantize_kv(x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         From -127 to 127.
     scale : ndarray of float32, shape ``x.shape[:-1]``
         ``numbers * scale[..., None]`` is near `x`: within half a scale, which is the largest size
-        in a vector over 127.
+        in a vector over 127. Vectors of nothing above 1e-36 lose more, being scaled by numbers that
+        float32 has few digits for.
 
     Raises
     ------
@@ -170,15 +177,20 @@ def quantize_kv(x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     array([[ 1. , -0.5],
            [ 0. ,  0. ]], dtype=float32)
     """
-    array = _array("x", x)
+    return quantize_named("x", x)
+
+
+def quantize_named(name: str, x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Do what `quantize_kv` does for an argument of another name."""
+    array = _array(name, x)
     if array.dtype.name not in ACCEPTED_DTYPES or array.ndim < 1:
         seen = f"dtype {array.dtype.name}, shape {array.shape}"
-        _refuse_kind("x", seen, "vectors of " + ", ".join(ACCEPTED_DTYPES))
+        _refuse_kind(name, seen, "vectors of " + ", ".join(ACCEPTED_DTYPES))
     wide = array.astype(np.float64 if array.dtype == np.float64 else np.float32, copy=False)
     largest = np.abs(wide).max(axis=-1, initial=0)
     if not np.all(largest <= np.finfo(np.float32).max):
         where = tuple(map(int, np.argwhere(~(largest <= np.finfo(np.float32).max))[0]))
-        _refuse("x", f"{largest[where]} in the vector at {where}", "finite numbers of float32")
+        _refuse(name, f"{largest[where]} in the vector at {where}", "finite numbers of float32")
     scale = (largest / 127).astype(np.float32)
     divisor = np.where(scale == 0, np.float32(1), scale)[..., np.newaxis]
     numbers = np.clip(np.rint(wide / divisor), -127, 127).astype(np.int8)

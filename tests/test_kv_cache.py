@@ -248,8 +248,8 @@ def test_any_history(seed):
         try:
             out = cache.attend(q)
         except ValueError as error:
-            assert window is not None
-            assert "which see tokens" in str(error)
+            if window is None or "which see tokens" not in str(error):
+                raise
             refused += 1
             continue
         for i, x in enumerate(history):

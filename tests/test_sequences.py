@@ -379,7 +379,7 @@ def test_scales_of_keys_that_are_not_read_may_be_anything(backend, rng):
     options = {"k_scale": scales}
     out = na.attention_paged(q, pages, k.swapaxes(1, 2), table, [8, 2], **options)
     assert np.isfinite(out).all()
-    with pytest.raises(ValueError, match=r"k_scale: got nan at \(1, 0, 3\), expected finite"):
+    with pytest.raises(ValueError, match=r"k_scale: got nan at \(1, 3, 0\), expected finite"):
         na.attention_paged(q, pages, k.swapaxes(1, 2), table, [9, 2], **options)
 
 
@@ -388,9 +388,9 @@ def test_errors_of_pages_and_states_name_what_is_wrong(rng):
     pages = rng.standard_normal((2, 3, 1, 4), dtype=np.float32)
     with pytest.raises(ValueError, match="v_pages: got 2 pages of 2 keys, expected 2 of 3"):
         na.attention_paged(q, pages, pages[:, :2], [[0]], [1])
-    with pytest.raises(ValueError, match="k_pages: got shape .* expected pages of one key"):
+    with pytest.raises(ValueError, match=r"k_pages: got shape .* expected pages of one key"):
         na.attention_paged(q, pages[:, :0], pages[:, :0], [[0]], [0])
-    with pytest.raises(ValueError, match="k_pages: got head_dim 3, expected 4 as in q"):
+    with pytest.raises(ValueError, match=r"k: got head_dim 3, expected 4 as in q .*k_pages \(2, 3, 1, 3\)"):
         na.attention_paged(q, pages[..., :3], pages, [[0]], [1])
     out, lse = na.attention(q, q, q, return_lse=True)
     for axis in ("a", 1.0, True):

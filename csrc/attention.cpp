@@ -74,8 +74,9 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
   Task& task = item.task;
   const int64_t rows = task.heads * task.queries;
   const int64_t scratch_bytes =
-      item.is_decode ? kernels.decode_scratch_bytes(rows, task.head_dim, task.value_dim)
-                     : kernels.prefill_scratch_bytes(rows, task.head_dim, task.value_dim);
+      task.stage != Stage::attention ? kernels.stage_scratch_bytes(task.head_dim)
+      : item.is_decode ? kernels.decode_scratch_bytes(rows, task.head_dim, task.value_dim)
+                       : kernels.prefill_scratch_bytes(rows, task.head_dim, task.value_dim);
   const int64_t state_bytes =
       item.is_decode && item.chunks == 1 ? kernels.decode_state_bytes(rows, task.value_dim) : 0;
   const ThreadScratch scratch(scratch_bytes + state_bytes);
@@ -86,6 +87,7 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
   task.scratch = scratch.data();
   task.should_stop = stop_requested;
   task.stop_context = &stop;
+  if (task.stage != Stage::attention) return kernels.run_stage(task);
   if (!item.is_decode) return kernels.prefill(task);
   return decode(computation, item, static_cast<char*>(scratch.data()) + scratch_bytes);
 }
@@ -93,7 +95,8 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
 Status attention_of_some(const Problem& problem, const Execution& execution) {
   const DtypeKernels& kernels = active_kernels().of(problem.dtype);
   std::optional<MaskKinds> mask_kinds;
-  if (problem.mask.data && !Plan::is_decoded(problem, kernels, problem.query_length)) {
+  if (problem.mask.data && problem.stage == Stage::attention &&
+      !Plan::is_decoded(problem, kernels, problem.query_length)) {
     mask_kinds.emplace(problem, kernels);
     if (!classify_mask(problem, execution, *mask_kinds)) return Status::interrupted;
   }

@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "stage.h"
 
 namespace numattn {
 
@@ -42,6 +43,15 @@ struct Problem {
   int64_t query_heads = 1, kv_heads = 1;  // query head h reads KV head h / (query_heads / kv_heads)
   int64_t query_length = 0, key_length = 0;
   int64_t head_dim = 1, value_dim = 1;  // 1 to 2^40, so that sizes of scratch do not overflow
+
+  // Another stage than attention has neither v nor lse, sequences nor pages. Its out is
+  // (batch..., query_heads, query_length, key_length), or (batch..., query_heads, key_length) for
+  // Stage::received, of float64 where that is dtype, else float32; Stage::statistics has none.
+  Stage stage = Stage::attention;
+  // (batch..., query_heads, query_length) in C order, of out's dtype: written by Stage::statistics,
+  // read by Stage::weights and Stage::received.
+  char* maximum = nullptr;
+  char* sum = nullptr;
 
   Dtype dtype = Dtype::float32;
   Array q, k, v, out;            // of dtype

@@ -26,7 +26,7 @@ class Backend:
         self.name = name
         if name == "numpy":
             monkeypatch.setattr(_runtime, "attention_common", None)
-            monkeypatch.setattr(_runtime, "attention_backend", _numpy_backend.attention)
+            monkeypatch.setattr(_runtime, "computations", _numpy_backend)
         else:
             before = _runtime.native.isa()
             _runtime.native.set_isa(name)

@@ -5,8 +5,10 @@
 
 #include "decode.h"
 #include "exp.h"
+#include "pattern.h"
 #include "peak.h"
 #include "prefill.h"
+#include "rows.h"
 #include "storage.h"
 #include "table.h"
 
@@ -35,6 +37,10 @@ constexpr DtypeKernels kernels_for() {
           OfRows::State::bytes,
           OfRows::run,
           OfRows::State::finish,
+          Pattern<Simd, Element>::scratch_bytes,
+          Pattern<Simd, Element>::run,
+          Rows<typename Simd::Single, Element>::softmax,
+          Rows<typename Simd::Single, Element>::rotate,
           multiply_adds<Simd>};
 }
 

@@ -14,6 +14,7 @@
 #include "table.h"
 #include "tile.h"
 #include "tile_io.h"
+#include "tile_logits.h"
 #include "value_aggregation.h"
 
 namespace numattn {
@@ -117,12 +118,9 @@ struct Prefill {
 
   // Keys side by side in one block, as one tile attends to them. Their number is a multiple of
   // kPerUnit, unless they are the last ones that any tile attends to.
-  struct Keys {
+  struct Keys : KeySpan {
     KeyBlock<Unit> k, v;
     int64_t v_distance;  // bytes from a row of k to the row of V in memory, or 0
-    int64_t first, count;
-    bool within_limits;  // every query attends to all of them, as far as limits decide
-    bool mask_is_full;   // likewise, as far as the dense mask decides
 
     // `keys` is a multiple of kPerUnit.
     void skip(int64_t keys) {
@@ -133,53 +131,6 @@ struct Prefill {
     }
   };
 
-  // attended [key]: bit i for query lane i.
-  static void find_attended(const Task& task, const Tile& tile, const Keys& keys,
-                            uint64_t* attended) {
-    for (int64_t key = 0; key < keys.count; ++key) attended[key] = lowest_bits(tile.rows);
-    if (!keys.within_limits) {
-      keep_within_window(attended, keys.first, keys.count, task.first_position + tile.first_row,
-                         task.window_left, task.window_right);
-    }
-    if (!keys.mask_is_full) {
-      keep_unmasked<kKeysPerBlock>(
-          attended, keys.count,
-          task.mask + tile.first_row * task.mask_row_stride + keys.first * task.mask_column_stride,
-          task.mask_row_stride, task.mask_column_stride, tile.rows);
-    }
-  }
-
-  static const char* bias_of(const Task& task, const Tile& tile, const Keys& keys) {
-    return task.bias + tile.first_row * task.bias_row_stride + keys.first * task.bias_column_stride;
-  }
-
-  template <int kVectors>
-  static void apply_options(const Task& task, const Tile& tile, const Keys& keys, Scalar* logits) {
-    if (task.k.scales) scale_keys<Single, kVectors>(logits, keys.count, task.k, keys.first);
-    if (scales_logits(task)) {
-      apply_scale<Single, kVectors>(logits, keys.count,
-                                    static_cast<Scalar>(__builtin_fabs(task.scale)));
-    }
-    if (task.softcap > 0) {
-      apply_softcap<Single, kVectors>(logits, keys.count, static_cast<Scalar>(task.softcap));
-    }
-    if (task.bias) {
-      with_bias_type<Element>(task, [&]<class Bias>(Bias*) {
-        add_bias<Single, Bias, kVectors>(logits, keys.count, bias_of(task, tile, keys),
-                                         task.bias_row_stride, task.bias_column_stride, tile.rows);
-      });
-    }
-    if (has_alibi(task)) {
-      Scalar slopes[kRowsPerTile], distances[kRowsPerTile];
-      for (int lane = 0; lane < kVectors * Simd::kLanes; ++lane) {
-        slopes[lane] = static_cast<Scalar>(*task.alibi_slopes);
-        distances[lane] =
-            static_cast<Scalar>(task.first_position + tile.first_row + lane - keys.first);
-      }
-      add_alibi<Single, kVectors>(logits, keys.count, 1, slopes, distances);
-    }
-  }
-
   // Where V has what a weight of 0 would carry on: which lanes may see it. All that the masks leave
   // them, but for a bias of -inf.
   static void find_allowed(const Task& task, const Tile& tile, const Keys& keys, bool masked,
@@ -189,8 +140,8 @@ struct Prefill {
     }
     if (!task.bias) return;
     with_bias_type<Element>(task, [&]<class Bias>(Bias*) {
-      keep_unbiased<Bias>(attended, keys.count, bias_of(task, tile, keys), task.bias_row_stride,
-                          task.bias_column_stride, tile.rows);
+      keep_unbiased<Bias>(attended, keys.count, bias_of(task, tile.first_row, keys),
+                          task.bias_row_stride, task.bias_column_stride, tile.rows);
     });
   }
 
@@ -237,7 +188,7 @@ struct Prefill {
          false, final_logits ? scratch.highest : nullptr},
         steps, scratch.logits);
 
-    apply_options<kVectors>(task, tile, keys, scratch.logits);
+    apply_options<Single, Element, kVectors>(task, tile, keys, scratch.logits);
     if (masked) apply_mask<Single, kVectors>(scratch.logits, keys.count, attended);
     const bool keep_apart = (masked || task.bias) &&
                             !is_finite<Simd>(keys.v, units_of<Simd>(keys.count), task.value_dim);

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../dtype.h"
+#include "../stage.h"
 
 namespace numattn {
 
@@ -68,12 +69,33 @@ struct Task {
   const double* alibi_slopes;  // [head], or null
   const double* sinks;         // [head], natural logarithms, -inf for none; or null
 
+  // For stages by themselves: out is [query][key] of scalars, where keys are columns, or [key] for
+  // Stage::received, where keys are rows.
+  Stage stage;
+  int64_t keys_begin, keys_end;  // the keys of this task, valid or not
+  int64_t valid_keys;
+  void* maximum;  // [query] scalars, in the terms of the softmax: written by Stage::statistics
+  void* sum;
+
   void* state;    // for decode: DtypeKernels::decode_state_bytes, aligned to 64 bytes
   void* scratch;  // of the kernel's scratch_bytes, aligned to 64 bytes
 
   // Asked once per key block. True abandons the task: `out` and `lse` are then undefined.
   bool (*should_stop)(void* context);
   void* stop_context;
+};
+
+// Rows of one head whose pairs of elements are to be rotated; out may be x. cos and sin are scalars
+// [row][pair], pairs side by side.
+struct RowRotation {
+  const char* x;
+  int64_t x_row_stride, x_column_stride;
+  char* out;
+  int64_t out_row_stride, out_column_stride;
+  const char *cos, *sin;
+  int64_t angle_stride;  // bytes from row to row
+  int64_t rows, dim, rotary_dim;
+  bool interleaved;
 };
 
 // The kernels for one dtype.
@@ -96,6 +118,16 @@ struct DtypeKernels {
   int64_t (*decode_state_bytes)(int64_t rows, int64_t value_dim);
   bool (*decode)(const Task& task);  // false if it was stopped
   void (*decode_finish)(const Task& task, void* states, int64_t chunks, int64_t state_stride);
+
+  // Stages by themselves: some queries of one head with all keys, or, for Stage::received, all
+  // queries with at most keys_per_chunk keys.
+  int64_t (*stage_scratch_bytes)(int64_t head_dim);
+  bool (*run_stage)(const Task& task);  // false if it was stopped
+
+  // Rows by themselves, in C order: mask is null for none; out may be scores.
+  void (*softmax_rows)(const void* scores, const uint8_t* mask, void* out, int64_t rows,
+                       int64_t columns);
+  void (*rotate_rows)(const RowRotation& rows);
 
   // For benchmarks: multiply-adds as fast as this level can; returns the flops done.
   double (*multiply_adds)(int64_t rounds);

@@ -23,7 +23,8 @@ int64_t count_batch_items(const Problem& problem) {
 }  // namespace
 
 bool Plan::is_decoded(const Problem& problem, const DtypeKernels& kernels, int64_t queries) {
-  return problem.query_heads / problem.kv_heads * queries <= kernels.max_decode_rows;
+  return problem.stage == Stage::attention &&
+         problem.query_heads / problem.kv_heads * queries <= kernels.max_decode_rows;
 }
 
 Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const MaskKinds* mask_kinds,
@@ -87,6 +88,7 @@ int64_t Plan::chunks(const Sequence& sequence) const {
 }
 
 Plan::Counts Plan::counts(const Sequence& sequence) const {
+  if (problem_.stage == Stage::received) return {problem_.query_heads * chunks(sequence), 0};
   if (!is_decoded(problem_, kernels_, sequence.queries)) {
     return {problem_.query_heads * quotient_up(sequence.queries, rows_per_item_), 0};
   }
@@ -222,6 +224,29 @@ void Plan::set_decode(Item& item, const Sequence& sequence, int64_t local) const
   task.tile_keys[0] = keys;
 }
 
+void Plan::set_stage(Item& item, const Sequence& sequence, int64_t local) const {
+  Task& task = item.task;
+  const bool by_keys = problem_.stage == Stage::received;
+  const int64_t parts = by_keys ? chunks(sequence) : quotient_up(sequence.queries, rows_per_item_);
+  const int64_t head = local / parts;
+  const int64_t part = local % parts;
+  const int64_t row = by_keys ? 0 : part * rows_per_item_;
+  const int64_t queries =
+      by_keys ? sequence.queries : std::min(rows_per_item_, sequence.queries - row);
+  set_arrays(task, sequence, head, 1, row, queries);
+  if (by_keys) task.out = address(problem_.out, sequence, head, 0);
+  task.keys_begin = by_keys ? part * kernels_.keys_per_chunk : 0;
+  task.keys_end = by_keys
+                      ? std::min<int64_t>(task.keys_begin + kernels_.keys_per_chunk, sequence.keys)
+                      : sequence.keys;
+  task.valid_keys = valid_keys(sequence);
+  const int64_t first =
+      (sequence.batch_item * problem_.query_heads + head) * sequence.queries + row;
+  const int64_t size = problem_.dtype == Dtype::float64 ? sizeof(double) : sizeof(float);
+  task.maximum = problem_.maximum ? problem_.maximum + first * size : nullptr;
+  task.sum = problem_.sum ? problem_.sum + first * size : nullptr;
+}
+
 Item Plan::item(int64_t number) const {
   int64_t batch_item;
   Counts before;
@@ -239,6 +264,12 @@ Item Plan::item(int64_t number) const {
   const Sequence here = sequence(batch_item);
   const int64_t local = number - before.items;
   Item item;
+  item.task.stage = problem_.stage;
+  if (problem_.stage != Stage::attention) {
+    item.is_decode = false;
+    set_stage(item, here, local);
+    return item;
+  }
   item.is_decode = is_decoded(problem_, kernels_, here.queries);
   if (item.is_decode) {
     set_decode(item, here, local);

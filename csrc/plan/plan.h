@@ -1,7 +1,8 @@
 // A problem becomes work items. Where a sequence has many queries, an item is a block of
 // consecutive queries of one head with all the keys that they attend to (prefill). Where it has
 // few, an item is all queries of the heads that share a head of K and V, with a chunk of the keys
-// (decode); the chunks' states are merged by whoever computes the last one.
+// (decode); the chunks' states are merged by whoever computes the last one. Stages by themselves
+// take a tile of queries of one head with all keys, or all queries with a chunk of the keys.
 #pragma once
 
 #include <cstdint>
@@ -64,6 +65,7 @@ class Plan {
   TileKeys tile_keys(int64_t first_position, int64_t rows, int64_t valid_keys) const;
   void set_prefill(Item& item, const Sequence& sequence, int64_t local) const;
   void set_decode(Item& item, const Sequence& sequence, int64_t local) const;
+  void set_stage(Item& item, const Sequence& sequence, int64_t local) const;
   // The arrays of `queries` queries from `first_query` on of `heads` heads from `head` on.
   void set_arrays(Task& task, const Sequence& sequence, int64_t head, int64_t heads,
                   int64_t first_query, int64_t queries) const;

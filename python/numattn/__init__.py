@@ -4,24 +4,40 @@
 each other or lie in pages; `merge_states` puts parts together, and `quantize_kv` rounds keys and
 values to 8 bits. `KVCache` keeps them while text is generated. `set_num_threads` and
 `get_num_threads` say with how many threads, and `show_runtime` and `runtime_info` tell what this
-process runs on.
+process runs on. `qk_scores`, `masked_softmax` and `aggregate_values` are the stages by themselves,
+`attention_weights` and `attention_received` what they give; `rotary_embedding` and
+`MultiHeadAttention` are what stands around attention in a model.
 """
 
 from ._attention import attention
 from ._kv_cache import KVCache
+from ._rotary import rotary_embedding
 from ._runtime import __version__, get_num_threads, runtime_info, set_num_threads, show_runtime
 from ._sequences import attention_paged, attention_varlen
+from ._stages import (
+    aggregate_values,
+    attention_received,
+    attention_weights,
+    masked_softmax,
+    qk_scores,
+)
 from ._states import merge_states, quantize_kv
 
 __all__ = [
     "KVCache",
     "__version__",
+    "aggregate_values",
     "attention",
     "attention_paged",
+    "attention_received",
     "attention_varlen",
+    "attention_weights",
     "get_num_threads",
+    "masked_softmax",
     "merge_states",
+    "qk_scores",
     "quantize_kv",
+    "rotary_embedding",
     "runtime_info",
     "set_num_threads",
     "show_runtime",

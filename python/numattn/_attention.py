@@ -230,7 +230,7 @@ def attention(
 
 def compute(arguments: _arguments.Arguments) -> Any:
     """Run the backend on checked arguments; return what the caller gets."""
-    _runtime.attention_backend(arguments)
+    _runtime.computations.attention(arguments)
     if arguments.result_lse is None:
         return arguments.result
     return arguments.result, arguments.result_lse

@@ -32,6 +32,15 @@ cdef extern from "dtype.h" namespace "numattn" nogil:
         bfloat16
 
 
+cdef extern from "stage.h" namespace "numattn" nogil:
+    cdef enum class Stage:
+        attention
+        logits
+        statistics
+        weights
+        received
+
+
 cdef extern from "attention.h" namespace "numattn" nogil:
     cdef struct Array:
         char* data
@@ -48,6 +57,9 @@ cdef extern from "attention.h" namespace "numattn" nogil:
         int64_t query_heads, kv_heads
         int64_t query_length, key_length
         int64_t head_dim, value_dim
+        Stage stage
+        char* maximum
+        char* sum
         Dtype dtype
         Array q, k, v, out, lse, mask, bias
         cbool bias_is_float32
@@ -75,6 +87,28 @@ cdef extern from "attention.h" namespace "numattn" nogil:
         cbool (*interrupted)() noexcept nogil
 
     Status cpp_attention "numattn::attention"(const Problem&, const Execution&) noexcept
+
+
+cdef extern from "row_operations.h" namespace "numattn" nogil:
+    cdef cppclass RowSoftmax:
+        RowSoftmax()
+        Dtype dtype
+        const char* scores
+        const unsigned char* mask
+        char* out
+        int64_t rows, columns
+
+    cdef cppclass Rotation:
+        Rotation()
+        Dtype dtype
+        int batch_axes
+        int64_t* batch_shape
+        int64_t heads, length, dim, rotary_dim
+        cbool interleaved
+        Array x, out, cos, sin
+
+    Status cpp_softmax "numattn::softmax"(const RowSoftmax&, const Execution&) noexcept
+    Status cpp_rotate "numattn::rotate"(const Rotation&, const Execution&) noexcept
 
 
 cdef extern from "cpu.h" namespace "numattn" nogil:
@@ -129,14 +163,23 @@ cdef int _propagate() except -1:
     return -1
 
 
-cdef int _run(const Problem& problem, int num_threads) except -1:
+cdef Execution _execution(int num_threads) noexcept:
     cdef Execution execution
-    cdef Status status
     execution.num_threads = num_threads
     if PyThread_get_thread_ident() == main_thread:
         execution.interrupted = interrupted
+    return execution
+
+
+cdef int _run(const Problem& problem, int num_threads) except -1:
+    cdef Execution execution = _execution(num_threads)
+    cdef Status status
     with nogil:
         status = cpp_attention(problem, execution)
+    return _raise_for(status)
+
+
+cdef int _raise_for(Status status) except -1:
     if status == Status.out_of_memory:
         raise MemoryError("attention: no memory for the scratch of its threads")
     if status == Status.interrupted:
@@ -268,9 +311,8 @@ cdef void _fill_pages(Array* to, cnp.ndarray x, int batch_axes, cbool has_column
         to.batch_strides[axis] = 0
 
 
-def attention(object arguments):
-    """Fill ``arguments.out`` and, if wanted, ``arguments.lse``; see `numattn._arguments`."""
-    cdef Problem problem
+cdef int _describe(Problem* problem, object arguments) except -1:
+    """Make a problem of arguments, which have to stay alive while it is used."""
     cdef object query_starts = arguments.query_starts, key_starts = arguments.key_starts
     cdef object block_table = arguments.block_table
     cdef object k_scale = arguments.k_scale, v_scale = arguments.v_scale
@@ -343,8 +385,96 @@ def attention(object arguments):
     problem.window_right = arguments.window_right
     problem.scale = arguments.scale
     problem.softcap = arguments.softcap
-    num_threads = arguments.num_threads
-    _run(problem, default_num_threads if num_threads is None else <int>num_threads)
+    return 0
+
+
+cdef int _threads(object num_threads) except -1:
+    return default_num_threads if num_threads is None else <int>num_threads
+
+
+def attention(object arguments):
+    """Fill ``arguments.out`` and, if wanted, ``arguments.lse``; see `numattn._arguments`."""
+    cdef Problem problem
+    _describe(&problem, arguments)
+    _run(problem, _threads(arguments.num_threads))
+
+
+cdef int _run_stage(Problem* problem, Stage stage, int num_threads) except -1:
+    problem.stage = stage
+    return _run(problem[0], num_threads)
+
+
+def stage(object arguments, str name, cnp.ndarray out not None):
+    """Fill `out` with "logits" or "weights", (batch..., heads, rows, keys), or with what the keys
+    have "received", (batch..., heads, keys)."""
+    cdef Problem problem
+    cdef int num_threads = _threads(arguments.num_threads)
+    cdef cnp.ndarray maximum, total
+    _describe(&problem, arguments)
+    if name == "logits":
+        _fill(&problem.out, out, problem.batch_axes, True)
+        _run_stage(&problem, Stage.logits, num_threads)
+        return
+    maximum = cnp.PyArray_EMPTY(
+        problem.batch_axes + 2, cnp.PyArray_DIMS(<cnp.ndarray>arguments.q), cnp.PyArray_TYPE(out), 0
+    )
+    total = maximum.copy()
+    problem.maximum = <char*>cnp.PyArray_DATA(maximum)
+    problem.sum = <char*>cnp.PyArray_DATA(total)
+    _run_stage(&problem, Stage.statistics, num_threads)
+    if name == "weights":
+        _fill(&problem.out, out, problem.batch_axes, True)
+        _run_stage(&problem, Stage.weights, num_threads)
+    else:
+        _fill(&problem.out, out, problem.batch_axes, False)
+        _run_stage(&problem, Stage.received, num_threads)
+
+
+def softmax(cnp.ndarray scores not None, object mask, cnp.ndarray out not None):
+    """Fill `out` with the softmax of the last axis. All arrays are in C order; mask is bool."""
+    cdef RowSoftmax problem
+    cdef Execution execution = _execution(default_num_threads)
+    cdef Status status
+    cdef int ndim = cnp.PyArray_NDIM(scores)
+    if not _find_dtype(scores, &problem.dtype):
+        raise TypeError(f"dtype {scores.dtype.name} is not one that the kernels take")
+    problem.scores = <const char*>cnp.PyArray_DATA(scores)
+    problem.out = <char*>cnp.PyArray_DATA(out)
+    if mask is not None:
+        problem.mask = <const unsigned char*>cnp.PyArray_DATA(<cnp.ndarray>mask)
+    problem.columns = cnp.PyArray_DIM(scores, ndim - 1)
+    problem.rows = cnp.PyArray_SIZE(scores) // max(problem.columns, 1)
+    with nogil:
+        status = cpp_softmax(problem, execution)
+    _raise_for(status)
+
+
+def rotate(
+    cnp.ndarray x not None, cnp.ndarray cos not None, cnp.ndarray sin not None,
+    cnp.ndarray out not None, bint interleaved,
+):
+    """Rotate pairs of x (batch..., heads, length, dim) by angles (batch..., heads, length, pairs)."""
+    cdef Rotation problem
+    cdef Execution execution = _execution(default_num_threads)
+    cdef Status status
+    cdef int axis
+    if not _find_dtype(x, &problem.dtype):
+        raise TypeError(f"dtype {x.dtype.name} is not one that the kernels take")
+    problem.batch_axes = cnp.PyArray_NDIM(x) - 3
+    for axis in range(problem.batch_axes):
+        problem.batch_shape[axis] = cnp.PyArray_DIM(x, axis)
+    problem.heads = cnp.PyArray_DIM(x, problem.batch_axes)
+    problem.length = cnp.PyArray_DIM(x, problem.batch_axes + 1)
+    problem.dim = cnp.PyArray_DIM(x, problem.batch_axes + 2)
+    problem.rotary_dim = 2 * cnp.PyArray_DIM(cos, problem.batch_axes + 2)
+    problem.interleaved = interleaved
+    _fill(&problem.x, x, problem.batch_axes, True)
+    _fill(&problem.out, out, problem.batch_axes, True)
+    _fill(&problem.cos, cos, problem.batch_axes, True)
+    _fill(&problem.sin, sin, problem.batch_axes, True)
+    with nogil:
+        status = cpp_rotate(problem, execution)
+    _raise_for(status)
 
 
 def set_default_num_threads(int num_threads):

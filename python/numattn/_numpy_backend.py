@@ -90,36 +90,85 @@ def _slices(starts: Array) -> Iterator[slice]:
     return map(slice, starts[:-1].tolist(), starts[1:].tolist())
 
 
+def stage(arguments: Arguments, name: str, out: Array) -> None:
+    """Fill `out` with "logits" or "weights" (batch..., Hq, Lq, Lk), or with what keys have
+    "received" (batch..., Hq, Lk)."""
+    for problem in _plain_problems(arguments):
+        if name == "received":
+            out[...] = 0
+        for batch_item, kv_heads, rows in _blocks(problem):
+            with np.errstate(all="ignore"):
+                _write_stage(problem, name, out[batch_item], batch_item, kv_heads, rows)
+
+
+def softmax(scores: Array, mask: Array | None, out: Array) -> None:
+    """Fill `out` with the softmax of the last axis."""
+    precision = np.float64 if scores.dtype.itemsize == 8 else np.float32
+    with np.errstate(all="ignore"):
+        x: Array = scores.astype(precision)
+        if mask is not None:
+            x[~mask] = -np.inf
+        maximum = x.max(axis=-1, keepdims=True, initial=-np.inf)
+        x = np.exp(x - np.where(maximum == -np.inf, precision(0), maximum))
+        total = x.sum(axis=-1, keepdims=True)
+        out[...] = x / np.where(total == 0, precision(1), total)
+
+
+def rotate(x: Array, cos: Array, sin: Array, out: Array, interleaved: bool) -> None:
+    """Rotate pairs of the last axis by angles; `cos` and `sin` have half as many columns."""
+    pairs = cos.shape[-1]
+    halves = (slice(0, pairs), slice(pairs, 2 * pairs))
+    first, second = (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)) if interleaved else halves
+    with np.errstate(all="ignore"):
+        a, b = (x[..., part].astype(cos.dtype) for part in (first, second))
+        out[..., first] = a * cos - b * sin
+        out[..., second] = b * cos + a * sin
+        out[..., 2 * pairs :] = x[..., 2 * pairs :]
+
+
 def _attention(arguments: Arguments) -> None:
-    kv_heads, key_length = arguments.k.shape[-3:-1]
-    query_heads, query_length = arguments.q.shape[-3:-1]
-    if arguments.out.size == 0:
-        return
-    group = query_heads // kv_heads
-    row_logits = max(1, group * key_length)
-    rows = max(1, min(query_length, _BLOCK_LOGITS // row_logits))
-    heads = max(1, min(kv_heads, _BLOCK_LOGITS // (row_logits * rows)))
     # NaN and infinity in the input are the user's business; overflow gives inf, as a cast would.
     with np.errstate(all="ignore"):
-        for batch_item in np.ndindex(arguments.q.shape[:-3]):
-            for head in range(0, kv_heads, heads):
-                for row in range(0, query_length, rows):
-                    _attend(
-                        arguments,
-                        batch_item,
-                        slice(head, min(head + heads, kv_heads)),
-                        slice(row, min(row + rows, query_length)),
-                    )
+        if arguments.out.size > 0:
+            for batch_item, kv_heads, rows in _blocks(arguments):
+                _attend(arguments, batch_item, kv_heads, rows)
 
 
-def _attend(a: Arguments, batch_item: tuple[int, ...], kv_heads: slice, rows: slice) -> None:
-    """Compute one block; axes are [KV head, query head of its group, row, key or column]."""
+def _blocks(a: Arguments) -> Iterator[tuple[tuple[int, ...], slice, slice]]:
+    """Yield batch items, KV heads and rows whose logits are few enough to be held at once."""
+    kv_heads, key_length = a.k.shape[-3:-1]
+    query_heads, query_length = a.q.shape[-3:-1]
+    if a.q.size == 0:
+        return
+    row_logits = max(1, query_heads // kv_heads * key_length)
+    rows = max(1, min(query_length, _BLOCK_LOGITS // row_logits))
+    heads = max(1, min(kv_heads, _BLOCK_LOGITS // (row_logits * rows)))
+    for batch_item in np.ndindex(a.q.shape[:-3]):
+        for head in range(0, kv_heads, heads):
+            for row in range(0, query_length, rows):
+                yield (
+                    batch_item,
+                    slice(head, min(head + heads, kv_heads)),
+                    slice(row, min(row + rows, query_length)),
+                )
+
+
+def _query_heads(a: Arguments, kv_heads: slice) -> slice:
     group = a.q.shape[-3] // a.k.shape[-3]
-    query_heads = slice(kv_heads.start * group, kv_heads.stop * group)
+    return slice(kv_heads.start * group, kv_heads.stop * group)
+
+
+def _masked_logits(
+    a: Arguments, batch_item: tuple[int, ...], kv_heads: slice, rows: slice
+) -> tuple[Array, Array, slice]:
+    """Return a block's logits, which of them are attended to, and the keys that they are of; axes
+    are [KV head, query head of its group, row, key]."""
+    query_heads = _query_heads(a, kv_heads)
     precision = np.float64 if a.q.dtype.itemsize == 8 else np.float32
 
     def grouped(x: Array) -> Array:
-        return x.reshape(kv_heads.stop - kv_heads.start, group, *x.shape[1:])
+        heads = kv_heads.stop - kv_heads.start
+        return x.reshape(heads, x.shape[0] // heads, *x.shape[1:])
 
     valid = a.k.shape[-2] if a.kv_lengths is None else int(a.kv_lengths[batch_item])
     offset = valid - a.q.shape[-2] if a.q_offset is None else int(a.q_offset[batch_item])
@@ -129,8 +178,6 @@ def _attend(a: Arguments, batch_item: tuple[int, ...], kv_heads: slice, rows: sl
 
     q = grouped(a.q[batch_item][query_heads, rows].astype(precision, copy=False))
     k = a.k[batch_item][kv_heads, np.newaxis, keys].astype(precision, copy=False)
-    v = a.v[batch_item][kv_heads, np.newaxis, keys].astype(precision, copy=False)
-
     logits = np.matmul(q, k.swapaxes(-1, -2)) * precision(a.scale)
     if a.softcap:
         logits = precision(a.softcap) * np.tanh(logits / precision(a.softcap))
@@ -149,33 +196,62 @@ def _attend(a: Arguments, batch_item: tuple[int, ...], kv_heads: slice, rows: sl
         logits -= grouped(slopes * np.abs(distance).astype(precision))
     if a.mask is not None:
         attend = attend & grouped(a.mask[batch_item][query_heads, rows, keys])
-    logits = np.where(attend, logits, precision(-np.inf))
+    return np.where(attend, logits, precision(-np.inf)), attend, keys
 
-    sinks = np.full(len(range(*query_heads.indices(a.q.shape[-3]))), -np.inf)
+
+def _weigh(a: Arguments, kv_heads: slice, logits: Array) -> tuple[Array, Array, Array]:
+    """Return weights that are not divided yet, their sums, and the largest logits; sums and
+    largest logits have an axis of 1 for the keys."""
+    precision = logits.dtype.type
+    sink = np.full((*logits.shape[:2], 1, 1), -np.inf, precision)
     if a.sinks is not None:
-        sinks = a.sinks[query_heads]
-    sink = grouped(sinks.astype(precision)[:, np.newaxis, np.newaxis])
+        sink = a.sinks[_query_heads(a, kv_heads)].astype(precision).reshape(sink.shape)
     maximum = np.maximum(logits.max(axis=-1, keepdims=True, initial=-np.inf), sink)
     base = np.where(maximum == -np.inf, precision(0), maximum)
     weights = np.exp(logits - base)
-    total = weights.sum(axis=-1, keepdims=True) + np.exp(sink - base)
+    return weights, weights.sum(axis=-1, keepdims=True) + np.exp(sink - base), maximum
 
-    out = _aggregate(weights, v, attend)
-    out /= np.where(total == 0, precision(1), total)
+
+def _attend(a: Arguments, batch_item: tuple[int, ...], kv_heads: slice, rows: slice) -> None:
+    query_heads = _query_heads(a, kv_heads)
+    logits, attend, keys = _masked_logits(a, batch_item, kv_heads, rows)
+    weights, total, maximum = _weigh(a, kv_heads, logits)
+    v = a.v[batch_item][kv_heads, np.newaxis, keys].astype(logits.dtype, copy=False)
+    out = aggregate(weights, v, attend)
+    out /= np.where(total == 0, total.dtype.type(1), total)
     a.out[batch_item][query_heads, rows] = out.reshape(-1, *out.shape[2:])
     if a.lse is not None:
         lse = (maximum + np.log(total))[..., 0]
         a.lse[batch_item][query_heads, rows] = lse.reshape(-1, *lse.shape[2:])
 
 
-def _aggregate(weights: Array, v: Array, attend: Array) -> Array:
+def _write_stage(
+    a: Arguments, name: str, out: Array, batch_item: tuple[int, ...], kv_heads: slice, rows: slice
+) -> None:
+    """Write a block of `out`, which is that of one batch item."""
+    query_heads = _query_heads(a, kv_heads)
+    logits, _, keys = _masked_logits(a, batch_item, kv_heads, rows)
+    result = logits
+    if name != "logits":
+        weights, total, _ = _weigh(a, kv_heads, logits)
+        result = weights / np.where(total == 0, total.dtype.type(1), total)
+    result = result.reshape(result.shape[0] * result.shape[1], *result.shape[2:])
+    if name == "received":
+        out[query_heads, keys] += result.sum(axis=-2)
+        return
+    to = out[query_heads, rows]
+    to[...] = -np.inf if name == "logits" else 0
+    to[..., keys] = result
+
+
+def aggregate(weights: Array, v: Array, attend: Array) -> Array:
     finite = np.isfinite(v)
     if finite.all() or attend.all():
         return np.matmul(weights, v)  # type: ignore[no-any-return]
     # A weight of 0 would carry a NaN or an infinity into queries that mask its key.
     out: Array = np.matmul(weights, np.where(finite, v, 0))
     attend = np.broadcast_to(attend, weights.shape)
-    for key in np.flatnonzero(~finite.all(axis=(0, 1, 3))):
+    for key in np.flatnonzero(~finite.all(axis=(*range(v.ndim - 2), v.ndim - 1))):
         column = weights[..., key, np.newaxis] * v[..., key, np.newaxis, :]
         shown = attend[..., key, np.newaxis] & ~finite[..., key, np.newaxis, :]
         out += np.where(shown, column, 0)

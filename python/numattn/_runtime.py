@@ -90,8 +90,9 @@ def _usable_cpus() -> int:
 
 native, backend_reason = _load_native()
 backend = "numpy" if native is None else "native"
-attention_backend = _numpy_backend.attention if native is None else native.attention
 attention_common = None if native is None else native.attention_common
+# `attention`, `stage`, `softmax` and `rotate`, with the same signatures
+computations = _numpy_backend if native is None else native
 isa_reason = _choose_isa()
 
 

@@ -1,0 +1,93 @@
+#include "row_operations.h"
+
+#include <algorithm>
+
+#include "dispatch.h"
+#include "thread_pool.h"
+
+namespace numattn {
+namespace {
+
+// Enough for a thread to be worth waking, few enough for the threads to end together.
+constexpr int64_t kElementsPerItem = 1 << 15;
+
+int64_t rows_per_item(int64_t elements_of_a_row) {
+  return std::max<int64_t>(1, kElementsPerItem / std::max<int64_t>(1, elements_of_a_row));
+}
+
+struct SoftmaxJob {
+  const RowSoftmax& problem;
+  const DtypeKernels& kernels;
+  int64_t element_bytes, rows_per_item;
+};
+
+bool softmax_item(void* context, int64_t item, StopCheck&) {
+  const auto& [problem, kernels, bytes, step] = *static_cast<const SoftmaxJob*>(context);
+  const int64_t row = item * step;
+  const int64_t offset = row * problem.columns;
+  kernels.softmax_rows(problem.scores + offset * bytes,
+                       problem.mask ? problem.mask + offset : nullptr, problem.out + offset * bytes,
+                       std::min(step, problem.rows - row), problem.columns);
+  return true;
+}
+
+struct RotationJob {
+  const Rotation& problem;
+  const DtypeKernels& kernels;
+  int64_t items_per_head, rows_per_item;
+};
+
+bool rotate_item(void* context, int64_t item, StopCheck&) {
+  const auto& [problem, kernels, items_per_head, step] = *static_cast<const RotationJob*>(context);
+  const int64_t row = item % items_per_head * step;
+  const int64_t head = item / items_per_head % problem.heads;
+  const int64_t batch_item = item / items_per_head / problem.heads;
+  const auto address = [&](const Array& array) {
+    int64_t offset = head * array.head_stride + row * array.row_stride;
+    int64_t rest = batch_item;
+    for (int axis = problem.batch_axes - 1; axis >= 0; --axis) {
+      offset += rest % problem.batch_shape[axis] * array.batch_strides[axis];
+      rest /= problem.batch_shape[axis];
+    }
+    return array.data + offset;
+  };
+  kernels.rotate_rows({address(problem.x), problem.x.row_stride, problem.x.column_stride,
+                       address(problem.out), problem.out.row_stride, problem.out.column_stride,
+                       address(problem.cos), address(problem.sin), problem.cos.row_stride,
+                       std::min(step, problem.length - row), problem.dim, problem.rotary_dim,
+                       problem.interleaved});
+  return true;
+}
+
+Status status_of(bool done) { return done ? Status::done : Status::interrupted; }
+
+int threads_for(int64_t items, const Execution& execution) {
+  return static_cast<int>(std::clamp<int64_t>(items, 1, execution.num_threads));
+}
+
+}  // namespace
+
+Status softmax(const RowSoftmax& problem, const Execution& execution) {
+  if (problem.rows == 0 || problem.columns == 0) return Status::done;
+  const int64_t bytes = problem.dtype == Dtype::float64   ? 8
+                        : problem.dtype == Dtype::float32 ? 4
+                                                          : 2;
+  SoftmaxJob job{problem, active_kernels().of(problem.dtype), bytes,
+                 rows_per_item(problem.columns)};
+  const int64_t items = (problem.rows + job.rows_per_item - 1) / job.rows_per_item;
+  return status_of(
+      run({softmax_item, &job, items, threads_for(items, execution), execution.interrupted}));
+}
+
+Status rotate(const Rotation& problem, const Execution& execution) {
+  int64_t slices = problem.heads;
+  for (int axis = 0; axis < problem.batch_axes; ++axis) slices *= problem.batch_shape[axis];
+  if (slices == 0 || problem.length == 0) return Status::done;
+  RotationJob job{problem, active_kernels().of(problem.dtype), 0, rows_per_item(problem.dim)};
+  job.items_per_head = (problem.length + job.rows_per_item - 1) / job.rows_per_item;
+  const int64_t items = slices * job.items_per_head;
+  return status_of(
+      run({rotate_item, &job, items, threads_for(items, execution), execution.interrupted}));
+}
+
+}  // namespace numattn

@@ -1,0 +1,458 @@
+"""The stages of attention by themselves: logits, softmax, values; and the weights as arrays."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from . import _arguments, _numpy_backend, _runtime
+from ._arguments import ACCEPTED_DTYPES, Arguments, _array, _check_overlap, _refuse, _refuse_kind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import ArrayLike, NDArray
+
+    Array = NDArray[Any]
+
+
+def qk_scores(
+    q: ArrayLike,
+    k: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: bool = False,
+    q_offset: int | ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    kv_lengths: int | ArrayLike | None = None,
+    layout: Literal["bhld", "blhd"] = "bhld",
+    num_threads: int | None = None,
+    k_scale: ArrayLike | None = None,
+) -> Array:
+    """Compute the logits of attention: scaled dot products after softcap, bias and masks.
+
+    Parameters
+    ----------
+    q, k : array_like, shapes (..., Hq, Lq, D) and (..., Hkv, Lk, D)
+        Queries and keys; all other parameters are those of `attention`.
+
+    Returns
+    -------
+    ndarray, shape (..., Hq, Lq, Lk)
+        Natural logarithms, float32 (float64 for float64), whatever the layout; -inf where masked.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention` does.
+
+    See Also
+    --------
+    masked_softmax, aggregate_values : the stages that follow.
+    attention_weights : the first two stages in one, with sinks.
+
+    Notes
+    -----
+    `attention` never holds these numbers as a whole: this is for looking at them.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numattn as na
+    >>> q, k = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)
+    >>> na.qk_scores(q, k, scale=2.0, is_causal=True)
+    array([[  2., -inf, -inf],
+           [  0.,   2., -inf],
+           [  0.,   0.,   2.]], dtype=float32)
+    """
+    arguments, one_head = _check(
+        q, k, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, None,
+        kv_lengths, layout, num_threads, k_scale,
+    )  # fmt: skip
+    out = np.empty(_pairs(arguments), _precision(arguments.q))
+    _runtime.computations.stage(arguments, "logits", out)
+    return out[0] if one_head else out
+
+
+def masked_softmax(
+    scores: ArrayLike,
+    mask: ArrayLike | None = None,
+    axis: int = -1,
+    out: Array | None = None,
+) -> Array:
+    """Compute the softmax over one axis, of what a mask leaves.
+
+    Parameters
+    ----------
+    scores : array_like of float
+        Natural logarithms; -inf has no weight.
+    mask : array_like of bool, optional
+        True where a score counts; broadcasts to the scores' shape.
+    axis : int, default -1
+        The axis whose weights add up to 1.
+    out : ndarray, optional
+        Where to write the result, of the scores' shape and dtype; may be `scores`.
+
+    Returns
+    -------
+    ndarray
+        Weights, of the shape and dtype of `scores`; all 0 where nothing is left.
+
+    Raises
+    ------
+    TypeError
+        If scores are no floats, or a mask is not bool.
+    ValueError
+        If the mask does not broadcast, the axis is not there or `out` does not fit.
+
+    See Also
+    --------
+    qk_scores, aggregate_values
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numattn as na
+    >>> na.masked_softmax(np.zeros((2, 3)), mask=[True, True, False])
+    array([[0.5, 0.5, 0. ],
+           [0.5, 0.5, 0. ]])
+    """
+    x = _float_array("scores", scores)
+    if x.ndim == 0:
+        _refuse("scores", "no axes", "one at least")
+    axis = _arguments._integer("axis", axis)
+    if not -x.ndim <= axis < x.ndim:
+        _refuse("axis", str(axis), f"an axis of scores, whose shape is {x.shape}")
+    if out is None:
+        out = np.empty(x.shape, x.dtype)
+    else:
+        _arguments.check_out(out, x.shape, x.dtype)
+        if out is not x and not _same_elements(out, x):
+            _check_overlap(out, {"scores": x, "mask": mask})
+    # The kernel takes rows side by side.
+    rows = np.ascontiguousarray(np.moveaxis(x, axis, -1))
+    kept = None
+    if mask is not None:
+        m = _array("mask", mask)
+        if m.dtype != np.bool_:
+            _refuse_kind("mask", m.dtype.name, "bool, True = counts")
+        try:
+            m = np.broadcast_to(m, x.shape)
+        except ValueError:
+            _refuse("mask", f"shape {m.shape}", f"what broadcasts to scores' shape {x.shape}")
+        kept = np.ascontiguousarray(np.moveaxis(m, axis, -1))
+    to = np.moveaxis(out, axis, -1)
+    in_place = to.flags.c_contiguous and to.flags.aligned and to.dtype.isnative
+    result = to if in_place else np.empty(to.shape, x.dtype)
+    _runtime.computations.softmax(rows, kept, result)
+    if not in_place:
+        to[...] = result
+    return out
+
+
+def aggregate_values(
+    weights: ArrayLike,
+    v: ArrayLike,
+    *,
+    layout: Literal["bhld", "blhd"] = "bhld",
+    v_scale: ArrayLike | None = None,
+) -> Array:
+    """Add up values by their weights, the last stage of attention.
+
+    Parameters
+    ----------
+    weights : array_like, shape (..., Hq, Lq, Lk)
+        As `attention_weights` gives them, whatever the layout; two axes are one head.
+    v : array_like, shape (..., Hkv, Lk, Dv)
+        Values; query head ``h`` reads head ``h // (Hq // Hkv)``.
+    layout : {"bhld", "blhd"}, default "bhld"
+        That of `v` and of the result.
+    v_scale : array_like of float32, optional
+        With `v` of int8, as in `attention`.
+
+    Returns
+    -------
+    ndarray, shape (..., Hq, Lq, Dv)
+        In the dtype of `v`, that of the weights where `v` is int8.
+
+    Raises
+    ------
+    TypeError
+        If weights or values are no floats (values may be int8 with a scale).
+    ValueError
+        If the shapes do not fit.
+
+    See Also
+    --------
+    attention_weights, attention
+
+    Notes
+    -----
+    A weight of exactly 0 takes nothing, be its value NaN. The product itself is that of NumPy's
+    BLAS; `attention` does without weights in memory.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numattn as na
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 8, 100, 64), dtype=np.float32)
+    >>> out = na.aggregate_values(na.attention_weights(q, k), v)
+    >>> bool(np.allclose(out, na.attention(q, k, v), atol=1e-6))
+    True
+    """
+    w = _float_array("weights", weights)
+    values = _array("v", v)
+    _arguments.check_layout(layout)
+    scale = _arguments._key_scales("v", values, v_scale)
+    if scale is None and values.dtype.name not in ACCEPTED_DTYPES:
+        _refuse_kind("v", values.dtype.name, "one of " + ", ".join(ACCEPTED_DTYPES))
+    if w.ndim < 2 or values.ndim < 2:
+        shapes = f"shapes {w.shape} and {values.shape}"
+        _refuse("weights and v", shapes, "(..., heads, Lq, Lk) and (..., heads, Lk, Dv)")
+    one_head = w.ndim == values.ndim == 2
+    w3 = w[np.newaxis] if w.ndim == 2 else w
+    v3 = _arguments._heads_first(values, layout)
+    heads, kv_heads = w3.shape[-3], v3.shape[-3]
+    if kv_heads == 0 or heads % kv_heads or w3.shape[-1] != v3.shape[-2]:
+        expected = "as many keys, and heads that are a multiple of v's"
+        _refuse("weights", f"shape {w.shape} with v of shape {values.shape}", expected)
+    precision = np.float64 if values.dtype == np.float64 or w.dtype == np.float64 else np.float32
+    v3 = v3.astype(precision, copy=False)
+    if scale is not None:
+        rows = scale if one_head or layout == "bhld" else scale.swapaxes(-1, -2)
+        v3 = v3 * rows[..., np.newaxis]
+    # [..., KV head, query head of its group, query, key]
+    grouped = w3.reshape(*w3.shape[:-3], kv_heads, heads // kv_heads, *w3.shape[-2:])
+    grouped = grouped.astype(precision, copy=False)
+    with np.errstate(all="ignore"):
+        try:
+            out = _numpy_backend.aggregate(grouped, v3[..., np.newaxis, :, :], grouped != 0)
+        except ValueError:
+            shapes = f"leading axes of shapes {w.shape} and {values.shape}"
+            _refuse("weights and v", shapes, "leading axes that broadcast")
+        out = out.reshape(*out.shape[:-4], heads, *out.shape[-2:])
+        result: Array = out.astype(w.dtype if scale is not None else values.dtype, copy=False)
+    if one_head:
+        return np.asarray(result[0])
+    return result if layout == "bhld" else np.ascontiguousarray(result.swapaxes(-2, -3))
+
+
+def attention_weights(
+    q: ArrayLike,
+    k: ArrayLike,
+    *,
+    rows: int | ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: bool = False,
+    q_offset: int | ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    kv_lengths: int | ArrayLike | None = None,
+    layout: Literal["bhld", "blhd"] = "bhld",
+    num_threads: int | None = None,
+    k_scale: ArrayLike | None = None,
+) -> Array:
+    """Compute the attention pattern: the weight that each query gives to each key.
+
+    Parameters
+    ----------
+    q, k : array_like, shapes (..., Hq, Lq, D) and (..., Hkv, Lk, D)
+        Queries and keys; all parameters but `rows` are those of `attention`.
+    rows : int or array_like of int, optional
+        The queries whose weights are wanted, by their index among the Lq, negative ones from the
+        end; the others are not computed. Default: all.
+
+    Returns
+    -------
+    ndarray, shape (..., Hq, Lq or number of rows, Lk)
+        float32 (float64 for float64), whatever the layout; exactly 0 where masked. A query's
+        weights add up to 1, or to less where it has a sink.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention` does, and where a row is out of range.
+
+    See Also
+    --------
+    attention_received : their sums over the queries, without the weights in memory.
+    aggregate_values, numattn.plot
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numattn as na
+    >>> rng = np.random.default_rng(0)
+    >>> q, k = rng.standard_normal((2, 8, 1000, 64), dtype=np.float32)
+    >>> na.attention_weights(q, k, rows=-1, is_causal=True).shape  # what the last token looks at
+    (8, 1, 1000)
+    """
+    arguments, one_head = _check(
+        q, k, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
+        kv_lengths, layout, num_threads, k_scale,
+    )  # fmt: skip
+    *leading, query_length, key_length = _pairs(arguments)
+    wanted = np.arange(query_length) if rows is None else _rows(rows, query_length)
+    out = np.empty((*leading, len(wanted), key_length), _precision(arguments.q))
+    for place, first, count in _runs(wanted):
+        some = _some_rows(arguments, first, count)
+        _runtime.computations.stage(some, "weights", out[..., place : place + count, :])
+    return out[0] if one_head else out
+
+
+def attention_received(
+    q: ArrayLike,
+    k: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: bool = False,
+    q_offset: int | ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    kv_lengths: int | ArrayLike | None = None,
+    layout: Literal["bhld", "blhd"] = "bhld",
+    num_threads: int | None = None,
+    k_scale: ArrayLike | None = None,
+) -> Array:
+    """Add up, for each key, the weights that it gets from all queries.
+
+    What few queries look at is what a cache can do without. Nothing of the size Lq times Lk is
+    held in memory.
+
+    Parameters
+    ----------
+    q, k : array_like, shapes (..., Hq, Lq, D) and (..., Hkv, Lk, D)
+        Queries and keys; all other parameters are those of `attention`.
+
+    Returns
+    -------
+    ndarray, shape (..., Hq, Lk)
+        float32 (float64 for float64), whatever the layout. All keys of a head together get the
+        number of queries, less what goes to sinks.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention` does.
+
+    See Also
+    --------
+    attention_weights
+
+    Notes
+    -----
+    The score by which H2O keeps a cache small: Zhang et al., "H2O: Heavy-Hitter Oracle for
+    Efficient Generative Inference of Large Language Models", NeurIPS 2023.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numattn as na
+    >>> rng = np.random.default_rng(0)
+    >>> q, k = rng.standard_normal((2, 8, 1000, 64), dtype=np.float32)
+    >>> received = na.attention_received(q, k, is_causal=True)
+    >>> received.shape, bool(np.allclose(received.sum(axis=-1), 1000))
+    ((8, 1000), True)
+    """
+    arguments, one_head = _check(
+        q, k, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
+        kv_lengths, layout, num_threads, k_scale,
+    )  # fmt: skip
+    *leading, _, key_length = _pairs(arguments)
+    out = np.zeros((*leading, key_length), _precision(arguments.q))
+    _runtime.computations.stage(arguments, "received", out)
+    return out[0] if one_head else out
+
+
+def _check(
+    q: ArrayLike, k: ArrayLike, mask: Any, bias: Any, is_causal: Any, q_offset: Any, window: Any,
+    scale: Any, softcap: Any, alibi_slopes: Any, sinks: Any, kv_lengths: Any, layout: Any,
+    num_threads: Any, k_scale: Any,
+) -> tuple[Arguments, bool]:  # fmt: skip
+    """Return the arguments as of a call with values of one element, and whether it is one head."""
+    q_, k_ = _array("q", q), _array("k", k)
+    v = np.broadcast_to(np.zeros((), q_.dtype), (*k_.shape[:-1], 1))
+    arguments = _arguments.check(
+        q_, k_, v, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
+        kv_lengths, layout, False, None, num_threads, k_scale,
+    )  # fmt: skip
+    return arguments, q_.ndim == k_.ndim == 2
+
+
+def _pairs(arguments: Arguments) -> tuple[int, ...]:
+    return (*arguments.q.shape[:-1], arguments.k.shape[-2])
+
+
+def _precision(q: Array) -> type[np.float64 | np.float32]:
+    return np.float64 if q.dtype.itemsize == 8 else np.float32
+
+
+def _rows(rows: int | ArrayLike, length: int) -> NDArray[np.int64]:
+    wanted = np.atleast_1d(np.asarray(rows))
+    if wanted.size and not np.issubdtype(wanted.dtype, np.integer):
+        _refuse_kind("rows", f"dtype {wanted.dtype.name}", "integers")
+    if wanted.ndim != 1:
+        _refuse("rows", f"shape {wanted.shape}", "one axis")
+    wanted = wanted.astype(np.int64)
+    outside = (wanted < -length) | (wanted >= length)
+    if outside.any():
+        _refuse("rows", str(wanted[outside][0]), f"the index of one of {length} queries")
+    return np.where(wanted < 0, wanted + length, wanted)
+
+
+def _runs(rows: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+    """Yield the place, the first row and the number of rows that follow each other."""
+    ends = np.flatnonzero(np.diff(rows) != 1) + 1
+    for begin, end in zip([0, *ends.tolist()], [*ends.tolist(), len(rows)], strict=True):
+        if end > begin:
+            yield begin, int(rows[begin]), end - begin
+
+
+def _some_rows(a: Arguments, first: int, count: int) -> Arguments:
+    query_length, key_length = a.q.shape[-2], a.k.shape[-2]
+    if count == query_length:
+        return a
+    rows = slice(first, first + count)
+    offset = a.q_offset
+    if offset is None:
+        valid = key_length if a.kv_lengths is None else a.kv_lengths
+        offset = np.broadcast_to(np.int64(valid) - query_length, a.q.shape[:-3])
+    return replace(
+        a,
+        q=a.q[..., rows, :],
+        out=a.out[..., rows, :],
+        mask=None if a.mask is None else a.mask[..., rows, :],
+        bias=None if a.bias is None else a.bias[..., rows, :],
+        q_offset=np.ascontiguousarray(offset + first, np.int64),
+    )
+
+
+def _float_array(name: str, x: ArrayLike) -> Array:
+    array = _array(name, x)
+    if array.dtype.name not in ACCEPTED_DTYPES or not array.dtype.isnative:
+        _refuse_kind(name, _arguments._dtype_of(array), "one of " + ", ".join(ACCEPTED_DTYPES))
+    return array
+
+
+def _same_elements(a: Array, b: Array) -> bool:
+    """Whether both are one array, element by element."""
+    return (
+        a.shape == b.shape
+        and a.strides == b.strides
+        and a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+    )

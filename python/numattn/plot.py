@@ -1,0 +1,861 @@
+"""Pictures of attention weights: a head, all heads, lines between tokens, and a web page.
+
+These functions draw weights and compute none: pass what a model gave, or
+``softmax(scale * q @ k.T)`` of arrays small enough to look at. The pictures need Matplotlib
+(``pip install 'numattn[plot]'``), `html_page` does not. The module is not imported with numattn:
+``from numattn import plot``.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import operator
+import string
+import unicodedata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ._arguments import ACCEPTED_DTYPES, _array, _dtype_of, _real, _refuse, _refuse_kind
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+    from types import ModuleType
+
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+    from matplotlib.patches import Patch
+    from numpy.typing import ArrayLike, NDArray
+
+    Array = NDArray[Any]
+    Aspect = Literal["equal", "auto"]
+
+__all__ = ["html_page", "plot_heads", "plot_lines", "plot_pattern"]
+
+# More labels than this on an axis are not read; beyond the second number of tokens, the few words
+# that could stand there say less than positions do.
+_MOST_LABELS = 40
+_MOST_TOKENS = 300
+_LONGEST_LABEL = 24
+
+# The smallest and largest label, and the room that one takes at least, in points.
+_FONT_SIZES = (5.0, 10.0)
+_LABEL_ROOM = 7.0
+
+# Cells are squares unless one axis is this many times as long as the other.
+_MOST_UNEQUAL = 4
+
+# Where there are more cells, squares of them are drawn as one.
+_CELLS_A_POINT = 1.4
+
+_MASKED_STYLE: dict[str, Any] = {
+    "facecolor": "0.95",
+    "edgecolor": "0.75",
+    "hatch": "////",
+    "linewidth": 0,
+}
+
+_HTML_STEPS = 10_000  # of 1: four decimals
+
+
+def plot_pattern(
+    weights: ArrayLike,
+    tokens: Sequence[str] | None = None,
+    *,
+    key_tokens: Sequence[str] | None = None,
+    mask: ArrayLike | None = None,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the attention pattern of one head: queries from top to bottom, keys from left to right.
+
+    Parameters
+    ----------
+    weights : array_like, shape (Lq, Lk)
+        What share of its attention query i gives to key j; finite and not negative.
+    tokens : sequence of Lq str, optional
+        The labels of the queries, and without `key_tokens` of the keys. Positions by default, and
+        for more than 300 tokens; with more than 40, every second, third, ... token is a label.
+    key_tokens : sequence of Lk str, optional
+        The labels of the keys.
+    mask : array_like of bool, optional
+        True where a query attends to a key, as in `numattn.attention`; broadcasts to (Lq, Lk).
+        By default the cells whose weight is exactly 0 are drawn as masked.
+    title : str, optional
+        What stands above the pattern.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw. The colour scale and the labels stand beside it, which a figure with
+        ``layout="constrained"`` makes room for. A new figure by default.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        ``ax.images[0]`` is the pattern and ``ax.images[0].colorbar`` its colour scale. It goes from
+        0 to the largest weight; with more than 40 keys to the median of the queries' largest
+        weights, and what is above has the last colour. ``ax.images[0].set_clim(0, 1)`` changes
+        that. The colours are those of ``matplotlib.rcParams["image.cmap"]``. Where there are more
+        cells than pixels, the largest weight of a square of cells is drawn.
+
+    Raises
+    ------
+    ImportError
+        If Matplotlib is not installed.
+    TypeError, ValueError
+        If the weights are not real numbers, finite and not negative, or have other axes; or if the
+        tokens or the mask do not fit them.
+
+    See Also
+    --------
+    plot_heads, plot_lines, html_page
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from numattn import plot
+    >>> weights = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.1, 0.7, 0.2]])
+    >>> ax = plot.plot_pattern(weights, ["the", "cat", "sat"], title="head 3")
+    >>> [label.get_text() for label in ax.get_xticklabels()]
+    ['the', 'cat', 'sat']
+    """
+    pattern = _weights(weights, {2: "(Lq, Lk)"})
+    queries, keys = _tokens(tokens, key_tokens, pattern.shape)
+    masked = pattern == 0 if mask is None else _masked(mask, pattern.shape)
+    plt = _pyplot()
+    width, height, aspect = _lengths(*pattern.shape, longest=7.5)
+    if ax is None:
+        size = (width + 1.2 + _label_inches(queries), height + 0.8 + _label_inches(keys))
+        ax = _new_axes(plt, *size)
+    room = max(_points(ax, height=True), _points(ax, height=False))
+    image = _draw(ax, pattern, masked, _scale_end(pattern, masked), aspect, room)
+    _label_axis(ax.yaxis, queries, pattern.shape[0], _points(ax, height=True))
+    _label_axis(ax.xaxis, keys, pattern.shape[1], _points(ax, height=False))
+    ax.set_xlabel("keys")
+    ax.set_ylabel("queries")
+    scale = _axes_beside(ax)
+    ax.figure.colorbar(image, cax=scale, label="weight", extend=_extend(pattern, masked, image))
+    if masked.any():
+        handle = _masked_patch("masked" if mask is not None else "weight 0 (masked)")
+        ax.legend(
+            handles=[handle], loc="lower right", bbox_to_anchor=(1.0, 1.0),
+            borderaxespad=0.3, borderpad=0, frameon=False, fontsize="small", handleheight=1.2,
+        )  # fmt: skip
+    if title is not None:
+        ax.set_title(title, pad=24.0 if masked.any() else 6.0)
+    return ax
+
+
+def plot_heads(
+    weights: ArrayLike,
+    tokens: Sequence[str] | None = None,
+    *,
+    key_tokens: Sequence[str] | None = None,
+    titles: Sequence[str] | None = None,
+    columns: int | None = None,
+) -> Figure:
+    """Draw the attention patterns of all heads in a grid, with one colour scale.
+
+    Parameters
+    ----------
+    weights : array_like, shape (H, Lq, Lk) or (layers, H, Lq, Lk)
+        The weights of each head, finite and not negative. With layers, each is a row of the grid.
+        Cells whose weight is exactly 0 are drawn as masked.
+    tokens : sequence of Lq str, optional
+        The labels of the queries, and without `key_tokens` of the keys, on the outer patterns.
+        Positions by default, and where there are more than 300 tokens.
+    key_tokens : sequence of Lk str, optional
+        The labels of the keys.
+    titles : sequence of H str, optional
+        What stands above the pattern of each head; with layers, above each column. "head 0" and
+        so on by default.
+    columns : int, optional
+        How many patterns stand beside each other; not with layers. By default a number that makes
+        the grid about as wide as high.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        A new figure; the first ``H`` (``layers * H``) of ``figure.axes`` are the patterns. The
+        colour scale goes from 0 to the largest weight of all; with more than 40 keys as in
+        `plot_pattern`, by the head whose scale would go farthest.
+
+    Raises
+    ------
+    ImportError
+        If Matplotlib is not installed.
+    TypeError, ValueError
+        If the weights are not real numbers, finite and not negative, or have other axes; or if
+        the tokens, the titles or the columns do not fit them.
+
+    See Also
+    --------
+    plot_pattern, html_page
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from numattn import plot
+    >>> weights = np.full((12, 5, 5), 0.2)  # 12 heads
+    >>> figure = plot.plot_heads(weights, "a cat sat down .".split(), columns=6)
+    >>> [axes.get_title() for axes in figure.axes[:3]]
+    ['head 0', 'head 1', 'head 2']
+    """
+    patterns = _weights(weights, {3: "(H, Lq, Lk)", 4: "(layers, H, Lq, Lk)"})
+    queries, keys = _tokens(tokens, key_tokens, patterns.shape)
+    *layers, heads, query_count, key_count = patterns.shape
+    if titles is None:
+        titles = [f"head {head}" for head in range(heads)]
+    else:
+        titles = _strings("titles", titles)
+        if len(titles) != heads:
+            expected = f"{heads}, one for each head of weights of shape {patterns.shape}"
+            _refuse("titles", f"{len(titles)} titles", expected)
+    if layers:
+        if columns is not None:
+            _refuse("columns", repr(columns), "None for weights with layers, which are the rows")
+        columns = heads
+    else:
+        columns = _columns(columns, heads)
+    flat = patterns.reshape(-1, query_count, key_count)
+    rows = -(-len(flat) // columns)
+
+    plt = _pyplot()
+    longest = min(2.6, max(1.0, 13 / max(rows, columns)))
+    width, height, aspect = _lengths(query_count, key_count, longest=longest, shortest=longest)
+    size = (
+        columns * (width + 0.1) + 1.6 + _label_inches(queries),
+        rows * (height + 0.35) + 0.5 + _label_inches(keys),
+    )
+    figure: Figure
+    figure, grid = plt.subplots(
+        rows, columns, squeeze=False, sharex=True, sharey=True, layout="constrained",
+        figsize=size,
+    )  # fmt: skip
+    masked = flat == 0
+    scale_end = _scale_end(flat, masked)
+    places = list(grid.flat)
+    for index, ax in enumerate(places):
+        if index >= len(flat):
+            ax.remove()
+            continue
+        image = _draw(ax, flat[index], masked[index], scale_end, aspect, 72 * longest)
+        if index < heads:
+            ax.set_title(titles[index], fontsize="medium")
+        # The last row may have fewer patterns than the others have.
+        if index + columns >= len(flat):
+            ax.tick_params(labelbottom=True)
+        if layers and index % columns == 0:
+            ax.set_ylabel(f"layer {index // columns}", fontsize="medium")
+    # The axes are shared: labels of one are those of all.
+    _label_axis(places[0].yaxis, queries, query_count, height * 72)
+    _label_axis(places[0].xaxis, keys, key_count, width * 72)
+    for ax in places[: len(flat)]:
+        _style_labels(ax.yaxis, queries, query_count, height * 72)
+        _style_labels(ax.xaxis, keys, key_count, width * 72)
+    figure.supxlabel("keys", fontsize="medium")
+    figure.supylabel("queries", fontsize="medium")
+    figure.colorbar(
+        image, ax=places[: len(flat)], label="weight", aspect=max(20, 6 * rows), pad=0.02,
+        extendfrac=0.05 / rows,
+        extend=_extend(flat, masked, image),
+    )  # fmt: skip
+    if masked.any():
+        figure.legend(
+            handles=[_masked_patch("weight 0 (masked)")], loc="outside lower right",
+            frameon=False, fontsize="small", handleheight=1.2,
+        )  # fmt: skip
+    return figure
+
+
+def plot_lines(
+    weights: ArrayLike,
+    tokens: Sequence[str],
+    *,
+    key_tokens: Sequence[str] | None = None,
+    threshold: float = 0.0,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the attention of one head as lines from the queries, left, to the keys, right.
+
+    Parameters
+    ----------
+    weights : array_like, shape (Lq, Lk)
+        What share of its attention query i gives to key j; finite and not negative. It is the
+        opacity of the line (divided by the largest weight if that is above 1).
+    tokens : sequence of Lq str
+        The queries, and without `key_tokens` the keys. With more than 40, every second, third, ...
+        is written.
+    key_tokens : sequence of Lk str, optional
+        The keys.
+    threshold : float, default: 0
+        Only weights above it get a line.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw. The tokens stand beside it, which a figure with ``layout="constrained"``
+        makes room for. A new figure by default.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        ``ax.collections[0]`` are the lines, the strongest last.
+
+    Raises
+    ------
+    ImportError
+        If Matplotlib is not installed.
+    TypeError, ValueError
+        If the weights are not real numbers, finite and not negative, or have other axes; if the
+        tokens do not fit them; or if the threshold is negative.
+
+    See Also
+    --------
+    plot_pattern, html_page
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from numattn import plot
+    >>> weights = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.1, 0.7, 0.2]])
+    >>> ax = plot.plot_lines(weights, ["the", "cat", "sat"], threshold=0.15)
+    >>> len(ax.collections[0].get_segments())
+    5
+    """
+    pattern = _weights(weights, {2: "(Lq, Lk)"})
+    if tokens is None:
+        _refuse_kind("tokens", "None", "a sequence of str")
+    queries, keys = _tokens(tokens, key_tokens, pattern.shape)
+    if _real("threshold", threshold) < 0:
+        _refuse("threshold", repr(threshold), "a number that is not negative")
+    plt = _pyplot()
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import to_rgb
+
+    if ax is None:
+        height = min(10.0, max(2.5, 0.27 * max(pattern.shape)))
+        ax = _new_axes(plt, 5.0, height + 0.6)
+    ax.set_xlim(0, 1)
+    ax.set_ylim(1, 0)
+    ax.set_axis_off()
+    room = _points(ax, height=True)
+    sides = ((queries, 0.0, -0.02, "right", "queries"), (keys, 1.0, 1.02, "left", "keys"))
+    for labels, edge, x, side, heading in sides:
+        assert labels is not None  # because the tokens were not
+        step, size = _thinning(len(labels), room)
+        for index in range(0, len(labels), step):
+            ax.text(
+                x, (index + 0.5) / len(labels), _short(labels[index]), fontsize=size,
+                ha=side, va="center", parse_math=False,
+            )  # fmt: skip
+        ax.text(edge, -0.01, heading, ha=side, va="bottom", fontsize="small", fontstyle="italic")
+
+    rows, columns = np.nonzero(pattern > threshold)
+    strengths = pattern[rows, columns] / max(1.0, float(pattern.max()))
+    order = np.argsort(strengths, kind="stable")
+    segments = np.zeros((len(order), 2, 2))
+    segments[:, 0, 1] = (rows[order] + 0.5) / pattern.shape[0]
+    segments[:, 1, 0] = 1.0
+    segments[:, 1, 1] = (columns[order] + 0.5) / pattern.shape[1]
+    colors = np.empty((len(order), 4))
+    colors[:, :3] = to_rgb("C0")
+    colors[:, 3] = strengths[order]
+    ax.add_collection(
+        LineCollection(list(segments), colors=colors, linewidths=1.8, capstyle="round"),
+        autolim=False,
+    )
+    return ax
+
+
+def html_page(
+    weights: ArrayLike,
+    tokens: Sequence[str],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    key_tokens: Sequence[str] | None = None,
+    title: str = "Attention",
+) -> str:
+    """Make a web page that shows what the token under the mouse attends to.
+
+    The page is one file that needs no network and no server. Layer and head are chosen above it;
+    the arrow keys do what the mouse does.
+
+    Parameters
+    ----------
+    weights : array_like, shape (H, Lq, Lk) or (layers, H, Lq, Lk)
+        The weights of each head, finite and not negative. The page has them with four decimals,
+        in about three to five bytes each.
+    tokens : sequence of Lq str
+        The queries, and without `key_tokens` the keys.
+    path : path-like, optional
+        Where to write the page, in UTF-8.
+    key_tokens : sequence of Lk str, optional
+        The keys.
+    title : str, default: "Attention"
+        The title of the page, and its heading.
+
+    Returns
+    -------
+    str
+        The page.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the weights are not real numbers, finite and not negative, or have other axes; or if the
+        tokens do not fit them.
+    OSError
+        If the file cannot be written.
+
+    See Also
+    --------
+    plot_pattern, plot_heads
+
+    Notes
+    -----
+    The elements keep their names from release to release: ``select#layer``, ``select#head``, the
+    queries ``#queries span`` with the attribute ``data-index``, and the keys ``#keys span`` with
+    ``data-index`` and ``data-weight``. ``script#data`` is JSON: ``queries`` and ``keys`` as the
+    page writes them, and ``tenThousandths``, integers with the axes (layers, H, Lq, Lk).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from numattn import plot
+    >>> weights = np.full((2, 12, 3, 3), 1 / 3)  # 2 layers of 12 heads
+    >>> page = plot.html_page(weights, ["the", "cat", "sat"], title="A cat")
+    >>> "<title>A cat</title>" in page
+    True
+    """
+    patterns = _weights(weights, {3: "(H, Lq, Lk)", 4: "(layers, H, Lq, Lk)"})
+    if tokens is None:
+        _refuse_kind("tokens", "None", "a sequence of str")
+    queries, keys = _tokens(tokens, key_tokens, patterns.shape)
+    if not isinstance(title, str):
+        _refuse_kind("title", type(title).__name__, "a str")
+    steps = np.rint(patterns.astype(np.float64) * _HTML_STEPS)
+    data = {
+        "queries": queries,
+        "keys": keys,
+        "tenThousandths": steps.astype(np.int64).reshape(-1, *patterns.shape[-3:]).tolist(),
+    }
+    # A script element ends at "</script>", and "<!--" changes how it is read: no such character
+    # is left in it.
+    text = json.dumps(data, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    page = _PAGE.substitute(title=html.escape(_visible(title)), data=text)
+    if path is not None:
+        Path(path).write_text(page, encoding="utf-8", newline="\n")
+    return page
+
+
+# ---- arguments ---------------------------------------------------------------------------------
+
+
+def _weights(x: ArrayLike, axes: dict[int, str]) -> Array:
+    """Return the weights, of one of the numbers of axes that `axes` describes."""
+    array = _array("weights", x)
+    if array.dtype.kind not in "fiu" and array.dtype.name not in ACCEPTED_DTYPES:
+        _refuse_kind("weights", _dtype_of(array), "real numbers")
+    if array.ndim not in axes or 0 in array.shape:
+        expected = " or ".join(axes.values()) + ", no axis of length 0"
+        _refuse("weights", f"shape {array.shape}", expected)
+    # Matplotlib draws no bfloat16, and sums of float16 overflow early.
+    array = array.astype(np.float32 if array.dtype.itemsize <= 2 else np.float64, copy=False)
+    for wrong, expected in (
+        (~np.isfinite(array), "finite numbers"),
+        (array < 0, "weights, which are not negative (the softmax of logits)"),
+    ):
+        if wrong.any():
+            where = tuple(map(int, np.argwhere(wrong)[0]))
+            _refuse("weights", f"{array[where]} at {where}", expected)
+    return array
+
+
+def _masked(mask: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    array = _array("mask", mask)
+    if array.dtype != np.bool_:
+        _refuse_kind("mask", _dtype_of(array), "bool, True = attend")
+    try:
+        attended = np.broadcast_to(array, shape)
+    except ValueError:
+        _refuse("mask", f"shape {array.shape}", f"one that broadcasts to {shape} as of weights")
+    return ~attended
+
+
+def _tokens(
+    tokens: Sequence[str] | None, key_tokens: Sequence[str] | None, shape: tuple[int, ...]
+) -> tuple[list[str] | None, list[str] | None]:
+    """Return the labels of the queries and of the keys."""
+    queries = keys = None
+    if tokens is not None:
+        queries = _strings("tokens", tokens)
+        _check_count("tokens", len(queries), shape, shape[-2], "queries")
+        if key_tokens is None:
+            if shape[-1] != len(queries):
+                expected = f"key_tokens besides, for the {shape[-1]} keys of weights of shape "
+                _refuse("tokens", f"{len(queries)} tokens", expected + str(shape))
+            keys = queries
+    if key_tokens is not None:
+        keys = _strings("key_tokens", key_tokens)
+        _check_count("key_tokens", len(keys), shape, shape[-1], "keys")
+    return (
+        None if queries is None else [_visible(token) for token in queries],
+        None if keys is None else [_visible(token) for token in keys],
+    )
+
+
+def _check_count(name: str, count: int, shape: tuple[int, ...], expected: int, axis: str) -> None:
+    if count != expected:
+        _refuse(
+            name, f"{count} tokens", f"{expected}, the {axis} of weights of shape {tuple(shape)}"
+        )
+
+
+def _strings(name: str, strings: Sequence[str]) -> list[str]:
+    # A str is a sequence of str, but never what was meant.
+    if isinstance(strings, (str, bytes)):
+        _refuse_kind(name, f"a {type(strings).__name__}", "a sequence of str")
+    try:
+        result = list(strings)
+    except TypeError:
+        _refuse_kind(name, type(strings).__name__, "a sequence of str")
+    for index, text in enumerate(result):
+        if not isinstance(text, str):
+            _refuse_kind(name, f"{text!r} ({type(text).__name__}) at {index}", "a sequence of str")
+    return result
+
+
+def _columns(columns: int | None, heads: int) -> int:
+    if columns is None:
+        square = math.isqrt(heads - 1) + 1
+        return next((n for n in range(square, 9) if heads % n == 0), square)
+    try:
+        count = operator.index(columns)
+    except TypeError:
+        _refuse_kind("columns", f"{columns!r} ({type(columns).__name__})", "an int")
+    if count < 1:
+        _refuse("columns", str(count), "at least 1")
+    return min(count, heads)
+
+
+def _visible(token: str) -> str:
+    """Return the token with what would not be seen written out: control characters, outer spaces.
+
+    A half of a surrogate pair, which no encoding takes, is written out too.
+    """
+    text = "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs") else c
+        for c in token
+    )
+    start = len(text) - len(text.lstrip(" "))
+    end = len(text.rstrip(" ")) if start < len(text) else len(text)
+    return "\u2423" * start + text[start:end] + "\u2423" * (len(text) - end)
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "\u2026"
+
+
+# ---- pictures ----------------------------------------------------------------------------------
+
+
+def _pyplot() -> ModuleType:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        message = f"numattn.plot draws with Matplotlib, which is missing ({error}): "
+        raise ImportError(message + "pip install 'numattn[plot]'") from error
+    return plt
+
+
+def _new_axes(plt: ModuleType, width: float, height: float) -> Axes:
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    # A wide margin: the colour scale may get longer numbers when the layout is done.
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
+    figure: Figure = plt.figure(figsize=(width, height), layout=layout)
+    return figure.add_subplot()
+
+
+def _scale_end(weights: Array, masked: NDArray[np.bool_]) -> float:
+    """Return the weight that has the last colour, for one pattern or several."""
+    largest = weights.max(axis=-1, where=~masked, initial=0)
+    if weights.shape[-1] > _MOST_LABELS:
+        # Of a long text, the first causal query alone would leave all others dark.
+        largest = np.median(largest, axis=-1)
+    return float(largest.max()) or float(weights.max(where=~masked, initial=0)) or 1.0
+
+
+def _lengths(
+    query_count: int, key_count: int, *, longest: float, shortest: float = 2.5
+) -> tuple[float, float, Aspect]:
+    """Return the width and height of a pattern in inches, and whether its cells are squares."""
+    many, few = max(query_count, key_count), min(query_count, key_count)
+    length = min(longest, max(shortest, 0.32 * many))
+    if many <= _MOST_UNEQUAL * few:
+        cell = length / many
+        return cell * key_count, cell * query_count, "equal"
+    other = max(length / _MOST_UNEQUAL, 1.0)
+    return (length, other, "auto") if key_count == many else (other, length, "auto")
+
+
+def _draw(
+    ax: Axes,
+    weights: Array,
+    masked: NDArray[np.bool_],
+    scale_end: float,
+    aspect: Aspect,
+    room: float,
+) -> AxesImage:
+    """Draw a pattern whose longer side takes `room` points."""
+    rows, columns = weights.shape
+    # The average of many cells on one pixel would hide a single strong one.
+    block = -(-max(rows, columns) // max(1, int(room * _CELLS_A_POINT)))
+    if block > 1:
+        weights = _largest_of_blocks(np.where(masked, 0, weights), block)
+        masked = ~_largest_of_blocks(~masked, block)
+    # Masked cells are transparent: what they show is the hatching of the axes' background.
+    image = ax.imshow(
+        np.ma.array(weights, mask=masked), vmin=0, vmax=scale_end, aspect=aspect,
+        extent=(-0.5, weights.shape[1] * block - 0.5, weights.shape[0] * block - 0.5, -0.5),
+    )  # fmt: skip
+    ax.set_xlim(-0.5, columns - 0.5)
+    ax.set_ylim(rows - 0.5, -0.5)
+    if masked.any():
+        ax.patch.set(**_MASKED_STYLE)
+    return image
+
+
+def _largest_of_blocks(cells: Array, block: int) -> Array:
+    for axis in (0, 1):
+        cells = np.maximum.reduceat(cells, np.arange(0, cells.shape[axis], block), axis=axis)
+    return cells
+
+
+def _axes_beside(ax: Axes) -> Axes:
+    """Return new axes for the colour scale, as high as `ax`.
+
+    They are an inset, to follow the pattern where square cells make it smaller than its place, and
+    their width is in inches, because the layout makes room before it knows how wide `ax` gets.
+    """
+    from matplotlib.transforms import BboxTransformTo, ScaledTranslation, blended_transform_factory
+
+    right_edge = ScaledTranslation(1, 0, BboxTransformTo(ax.bbox))
+    inches = ax.figure.dpi_scale_trans + right_edge
+    place = blended_transform_factory(inches, ax.transAxes)
+    return ax.inset_axes((0.12, 0.0, 0.16, 1.0), transform=place)
+
+
+def _extend(weights: Array, masked: NDArray[np.bool_], image: AxesImage) -> str:
+    """Return whether the colour scale ends in an arrow: weights beyond it have its last colour."""
+    beyond = weights.max(where=~masked, initial=0) > image.norm.vmax
+    return "max" if beyond else "neither"
+
+
+def _masked_patch(label: str) -> Patch:
+    from matplotlib.patches import Patch
+
+    return Patch(**_MASKED_STYLE, label=label)
+
+
+def _label_inches(labels: list[str] | None) -> float:
+    """Return what labels take about, beside a pattern or below it."""
+    return 0.4 if labels is None else 0.08 * max(len(_short(label)) for label in labels)
+
+
+def _points(ax: Axes, *, height: bool) -> float:
+    box = ax.get_window_extent()
+    return (box.height if height else box.width) * 72 / ax.figure.dpi
+
+
+def _thinning(count: int, room: float) -> tuple[int, float]:
+    """Return the step from label to label of `count`, and their size, in `room` points."""
+    most = max(1, min(_MOST_LABELS, int(room / _LABEL_ROOM)))
+    step = -(-count // most)
+    smallest, largest = _FONT_SIZES
+    return step, min(largest, max(smallest, 0.8 * room * step / count))
+
+
+def _label_axis(axis: Axis, labels: list[str] | None, count: int, room: float) -> None:
+    if labels is None or count > _MOST_TOKENS:
+        from matplotlib.ticker import MaxNLocator
+
+        most = max(1, min(9, int(room / 20)))
+        axis.set_major_locator(MaxNLocator(nbins=most, integer=True, min_n_ticks=1))
+    else:
+        step, _ = _thinning(count, room)
+        axis.set_ticks(range(0, count, step), [_short(text) for text in labels[::step]])
+    _style_labels(axis, labels, count, room)
+
+
+def _style_labels(axis: Axis, labels: list[str] | None, count: int, room: float) -> None:
+    if labels is None or count > _MOST_TOKENS:
+        return
+    from matplotlib.axis import XAxis
+
+    _, size = _thinning(count, room)
+    axis.set_tick_params(labelsize=size)
+    for text in axis.get_ticklabels():
+        text.set_parse_math(False)
+        if isinstance(axis, XAxis):
+            text.set_rotation(90)
+
+
+# ---- the page ----------------------------------------------------------------------------------
+
+# Substituted once, so that what is put in is not read again; hence no dollar sign in the script.
+_PAGE = string.Template("""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
+<link rel="icon" href="data:,">
+<title>$title</title>
+<style>
+:root {
+  color-scheme: light dark;
+  --page: #ffffff; --text: #1c1e21; --quiet: #5c636b; --line: #cdd2d8; --tint-of: 37 99 235;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #15171a; --text: #eceef0; --quiet: #a3abb4; --line: #3d434a; --tint-of: 74 137 255;
+  }
+}
+body {
+  margin: 0 auto; padding: 1.5rem; max-width: 76rem;
+  background: var(--page); color: var(--text); font: 1rem/1.4 system-ui, sans-serif;
+}
+h1 { margin: 0 0 1rem; font-size: 1.4rem; overflow-wrap: anywhere; }
+h2 { margin: 0 0 .5rem; font-size: 1rem; }
+h2 small { color: var(--quiet); font-weight: normal; }
+form { display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; margin-bottom: 1rem; }
+select { font: inherit; margin-left: .3rem; }
+#columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 2rem; }
+#queries, #keys { display: flex; flex-wrap: wrap; gap: .25rem; align-content: flex-start; }
+#queries span, #keys span {
+  display: inline-block; box-sizing: border-box; min-width: 1.5rem; max-width: 100%;
+  padding: .1rem .35rem; border: 1px solid var(--line); border-radius: .3rem;
+  text-align: center; white-space: pre-wrap; overflow-wrap: anywhere;
+}
+#queries span { cursor: pointer; }
+#queries span[aria-selected=true] {
+  border-color: rgb(var(--tint-of)); box-shadow: 0 0 0 2px rgb(var(--tint-of));
+}
+#keys span { min-width: 3.4rem; background: rgb(var(--tint-of) / calc(var(--tint, 0) * .6)); }
+#keys span::after {
+  content: attr(data-weight); display: block; font-size: .75rem;
+  font-variant-numeric: tabular-nums;
+}
+#summary { min-height: 1.4em; margin: 0 0 1rem; color: var(--quiet); overflow-wrap: anywhere; }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+<noscript><p>This page needs JavaScript.</p></noscript>
+<form>
+<label id="layer-label">Layer<select id="layer" autocomplete="off"></select></label>
+<label>Head<select id="head" autocomplete="off"></select></label>
+</form>
+<p id="summary" aria-live="polite"></p>
+<div id="columns">
+<section>
+<h2>Queries <small>point at one, or use the arrow keys</small></h2>
+<div id="queries" role="listbox" aria-label="Queries"></div>
+</section>
+<section>
+<h2>Keys <small>with their weights; the strongest has the full tint</small></h2>
+<div id="keys"></div>
+</section>
+</div>
+<script type="application/json" id="data">$data</script>
+<script>
+"use strict";
+(function () {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const layer = document.getElementById("layer"), head = document.getElementById("head");
+  const queries = document.getElementById("queries"), keys = document.getElementById("keys");
+  const summary = document.getElementById("summary");
+  let chosen = data.queries.length - 1;
+
+  function fill(select, count) {
+    for (let i = 0; i < count; i++) select.add(new Option(String(i), String(i)));
+  }
+  function addTokens(parent, tokens) {
+    tokens.forEach(function (token, index) {
+      const span = document.createElement("span");
+      span.textContent = token;
+      span.dataset.index = index;
+      parent.append(span);
+    });
+  }
+  function decimal(tenThousandths) { return (tenThousandths / 10000).toFixed(4); }
+
+  function show() {
+    const row = data.tenThousandths[layer.value][head.value][chosen];
+    const largest = row.reduce(function (a, b) { return Math.max(a, b); }, 1);
+    row.forEach(function (weight, index) {
+      keys.children[index].dataset.weight = decimal(weight);
+      keys.children[index].style.setProperty("--tint", (weight / largest).toFixed(3));
+    });
+    const order = Array.from(row.keys()).filter(function (index) { return row[index] > 0; });
+    order.sort(function (a, b) { return row[b] - row[a]; });
+    const most = order.slice(0, 5).map(function (index) {
+      return "\\u201c" + data.keys[index] + "\\u201d " + decimal(row[index]);
+    });
+    summary.textContent = "Token " + chosen + ", \\u201c" + data.queries[chosen] +
+      "\\u201d, attends " + (most.length ? "most to " + most.join(", ") + "." : "to nothing.");
+  }
+  function choose(index) {
+    const before = queries.children[chosen], now = queries.children[index];
+    before.setAttribute("aria-selected", "false");
+    before.tabIndex = -1;
+    now.setAttribute("aria-selected", "true");
+    now.tabIndex = 0;
+    chosen = index;
+    show();
+  }
+  function point(event) {
+    const index = event.target.dataset && event.target.dataset.index;
+    if (index !== undefined) choose(Number(index));
+  }
+  function move(event) {
+    const last = data.queries.length - 1;
+    const index = {
+      ArrowLeft: chosen - 1, ArrowUp: chosen - 1, ArrowRight: chosen + 1, ArrowDown: chosen + 1,
+      Home: 0, End: last
+    }[event.key];
+    if (index === undefined) return;
+    event.preventDefault();
+    queries.children[Math.min(last, Math.max(0, index))].focus();
+  }
+
+  fill(layer, data.tenThousandths.length);
+  fill(head, data.tenThousandths[0].length);
+  document.getElementById("layer-label").hidden = data.tenThousandths.length === 1;
+  addTokens(queries, data.queries);
+  addTokens(keys, data.keys);
+  Array.from(queries.children).forEach(function (span) {
+    span.setAttribute("role", "option");
+    span.setAttribute("aria-selected", "false");
+    span.tabIndex = -1;
+  });
+  // These events do not bubble, but are seen on the way down.
+  queries.addEventListener("mouseenter", point, true);
+  queries.addEventListener("focus", point, true);
+  queries.addEventListener("keydown", move);
+  layer.addEventListener("change", show);
+  head.addEventListener("change", show);
+  choose(chosen);
+})();
+</script>
+</body>
+</html>
+""")

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 BUILT := $(VENV)/built
 SOURCES := $(shell find csrc python CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 
-.PHONY: all demo test test-slow lint format bench bench-sequences bench-grid clean
+.PHONY: all demo test test-slow lint format bench bench-sequences bench-layers bench-grid clean
 all: $(BUILT)
 
 $(VENV)/created:
@@ -62,6 +62,9 @@ bench: $(BUILT) $(VENV)/bench
 
 bench-sequences: $(BUILT) $(VENV)/bench
 	$(BIN)/python benchmarks/sequences.py $(ARGS)
+
+bench-layers: $(BUILT) $(VENV)/bench
+	$(BIN)/python benchmarks/layers.py $(ARGS)
 
 bench-grid: $(BUILT)
 	$(BIN)/python benchmarks/grid.py $(ARGS)

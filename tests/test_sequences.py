@@ -390,7 +390,7 @@ def test_errors_of_pages_and_states_name_what_is_wrong(rng):
         na.attention_paged(q, pages, pages[:, :2], [[0]], [1])
     with pytest.raises(ValueError, match=r"k_pages: got shape .* expected pages of one key"):
         na.attention_paged(q, pages[:, :0], pages[:, :0], [[0]], [0])
-    with pytest.raises(ValueError, match=r"k: got head_dim 3, expected 4 as in q .*k_pages \(2, 3, 1, 3\)"):
+    with pytest.raises(ValueError, match=r"head_dim 3, expected 4 .*k_pages \(2, 3, 1, 3\)"):
         na.attention_paged(q, pages[..., :3], pages, [[0]], [1])
     out, lse = na.attention(q, q, q, return_lse=True)
     for axis in ("a", 1.0, True):

@@ -5,12 +5,15 @@ each other or lie in pages; `merge_states` puts parts together, and `quantize_kv
 values to 8 bits. `KVCache` keeps them while text is generated. `set_num_threads` and
 `get_num_threads` say with how many threads, and `show_runtime` and `runtime_info` tell what this
 process runs on. `qk_scores`, `masked_softmax` and `aggregate_values` are the stages by themselves,
-`attention_weights` and `attention_received` what they give; `rotary_embedding` and
-`MultiHeadAttention` are what stands around attention in a model.
+`attention_weights` and `attention_received` what they give. `MultiHeadAttention` is the layer of a
+model around attention, `rotary_embedding` its positions, `parameter_count` its size;
+`numattn.plot` draws.
 """
 
 from ._attention import attention
 from ._kv_cache import KVCache
+from ._layer import MultiHeadAttention
+from ._parameter_count import parameter_count
 from ._rotary import rotary_embedding
 from ._runtime import __version__, get_num_threads, runtime_info, set_num_threads, show_runtime
 from ._sequences import attention_paged, attention_varlen
@@ -25,6 +28,7 @@ from ._states import merge_states, quantize_kv
 
 __all__ = [
     "KVCache",
+    "MultiHeadAttention",
     "__version__",
     "aggregate_values",
     "attention",
@@ -35,6 +39,7 @@ __all__ = [
     "get_num_threads",
     "masked_softmax",
     "merge_states",
+    "parameter_count",
     "qk_scores",
     "quantize_kv",
     "rotary_embedding",

@@ -1,0 +1,605 @@
+"""The attention block of a model: projections around `attention`."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+import numpy as np
+
+from ._arguments import _array, _integer, _refuse, _refuse_kind
+from ._attention import attention
+from ._kv_cache import KVCache
+from ._rotary import rotary_embedding
+from ._stages import attention_weights
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+    Array = NDArray[Any]
+
+_NORM_EPSILON = 1e-6
+
+
+class MultiHeadAttention:
+    """Multi-head attention with its learned matrices, as a layer of NumPy arrays.
+
+    ``layer(x)`` is self-attention, ``layer(x, context)`` cross-attention.
+
+    Parameters
+    ----------
+    embed_dim : int
+        Elements of an embedding, in and out.
+    num_heads : int
+        Query heads.
+    kv_heads : int, optional
+        Heads of keys and values, a divisor of `num_heads`. Default: `num_heads`.
+    head_dim : int, optional
+        Elements of a query and a key. Default: ``embed_dim / num_heads``.
+    value_dim : int, optional
+        Elements of a value. Default: `head_dim`.
+    context_dim : int or (int, int), optional
+        Elements of an embedding of the context; two numbers where keys and values come from
+        different ones. Default: `embed_dim`.
+    bias : bool, default True
+        Add a learned vector after each matrix.
+    rotary : bool or mapping, optional
+        Rotate queries and keys by their positions; a mapping has options of `rotary_embedding`:
+        base, rotary_dim, interleaved, scaling. For self-attention only.
+    qk_norm : bool, default False
+        Divide each head's queries and keys by their root mean square, and multiply them by a
+        learned vector.
+    dtype : dtype, default float32
+        float32 or float64, of the parameters and of x.
+    rng : numpy.random.Generator or int, optional
+        What random matrices are drawn with, from a normal distribution of variance 1 / (elements
+        in); biases begin at 0.
+
+    Attributes
+    ----------
+    num_parameters : int
+        Numbers in all parameters.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of the wrong kind, or dimensions do not divide.
+
+    See Also
+    --------
+    attention, KVCache, rotary_embedding, parameter_count
+
+    Notes
+    -----
+    The layer of Vaswani et al., "Attention Is All You Need", NeurIPS 2017. The products with the
+    matrices are NumPy's; what they give is read and written by the kernels where it lies.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numattn as na
+    >>> layer = na.MultiHeadAttention(64, 4, rng=0)
+    >>> x = np.random.default_rng(0).standard_normal((2, 10, 64), dtype=np.float32)
+    >>> layer(x, is_causal=True).shape
+    (2, 10, 64)
+    >>> out, weights = layer(x, lengths=[10, 7], return_weights=True)
+    >>> weights.shape, layer.num_parameters
+    ((2, 4, 10, 10), 16640)
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        context_dim: int | tuple[int, int] | None = None,
+        bias: bool = True,
+        rotary: bool | Mapping[str, Any] | None = None,
+        qk_norm: bool = False,
+        dtype: DTypeLike = np.float32,
+        rng: np.random.Generator | int | None = None,
+    ) -> None:
+        self._embed_dim = _positive("embed_dim", embed_dim)
+        self._heads = _positive("num_heads", num_heads)
+        self._kv_heads = self._heads if kv_heads is None else _positive("kv_heads", kv_heads)
+        if self._heads % self._kv_heads:
+            _refuse("kv_heads", str(kv_heads), f"a divisor of num_heads, which is {num_heads}")
+        if head_dim is None and embed_dim % num_heads:
+            _refuse(
+                "embed_dim", str(embed_dim), f"a multiple of num_heads {num_heads}, or head_dim"
+            )
+        self._head_dim = _positive(
+            "head_dim", embed_dim // num_heads if head_dim is None else head_dim
+        )
+        self._value_dim = _positive("value_dim", self._head_dim if value_dim is None else value_dim)
+        self._context_dims = _context_dims(self._embed_dim if context_dim is None else context_dim)
+        for name, flag in (("bias", bias), ("qk_norm", qk_norm)):
+            if not isinstance(flag, bool):
+                _refuse_kind(name, repr(flag), "True or False")
+        self._rotary = _rotary_options(rotary, self._head_dim)
+        self._dtype = np.dtype(dtype)
+        if self._dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+            _refuse_kind("dtype", str(self._dtype), "float32 or float64")
+        generator = np.random.default_rng(rng)
+        self._parameters = {
+            name: self._initial(name, shape, generator)
+            for name, shape in self._shapes(bias, qk_norm).items()
+        }
+
+    def _shapes(self, bias: bool, qk_norm: bool) -> dict[str, tuple[int, ...]]:
+        of_keys, of_values = self._context_dims
+        weights = {
+            "q": (self._embed_dim, self._heads * self._head_dim),
+            "k": (of_keys, self._kv_heads * self._head_dim),
+            "v": (of_values, self._kv_heads * self._value_dim),
+            "o": (self._heads * self._value_dim, self._embed_dim),
+        }
+        shapes: dict[str, tuple[int, ...]] = {f"{n}_weight": s for n, s in weights.items()}
+        if bias:
+            shapes |= {f"{name}_bias": shape[1:] for name, shape in weights.items()}
+        if qk_norm:
+            shapes |= {"q_norm": (self._head_dim,), "k_norm": (self._head_dim,)}
+        return shapes
+
+    def _initial(self, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+        if name.endswith("_bias"):
+            return np.zeros(shape, self._dtype)
+        if name.endswith("_norm"):
+            return np.ones(shape, self._dtype)
+        return (rng.standard_normal(shape) / math.sqrt(shape[0])).astype(self._dtype)
+
+    # ---- parameters -----------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, Array]:
+        """Return the layer's own arrays by name: what is written into them counts.
+
+        ``q_weight`` (embed_dim, heads * head_dim), ``k_weight`` and ``v_weight`` (context_dim,
+        kv_heads * head_dim or value_dim), ``o_weight`` (heads * value_dim, embed_dim), so that
+        ``q = x @ q_weight + q_bias``; ``q_norm`` and ``k_norm`` (head_dim,).
+        """
+        return dict(self._parameters)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all parameters."""
+        return sum(x.size for x in self._parameters.values())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write parameters and sizes to a safetensors file.
+
+        Raises
+        ------
+        ImportError
+            If safetensors is missing: ``pip install 'numattn[weights]'``.
+        """
+        description = {
+            "embed_dim": self._embed_dim,
+            "num_heads": self._heads,
+            "kv_heads": self._kv_heads,
+            "head_dim": self._head_dim,
+            "value_dim": self._value_dim,
+            "context_dim": self._context_dims,
+            "bias": "q_bias" in self._parameters,
+            "rotary": self._rotary,
+            "qk_norm": "q_norm" in self._parameters,
+            "dtype": self._dtype.name,
+        }
+        arrays = {name: np.ascontiguousarray(x) for name, x in self._parameters.items()}
+        _safetensors().numpy.save_file(
+            arrays, path, metadata={"numattn.MultiHeadAttention": json.dumps(description)}
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a layer that `save` wrote.
+
+        Raises
+        ------
+        ImportError
+            If safetensors is missing: ``pip install 'numattn[weights]'``.
+        OSError
+            If the file cannot be read.
+        ValueError
+            If it is no such file, or an array is missing or misshapen.
+        """
+        package = _safetensors()
+        try:
+            with package.safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except package.SafetensorError as error:
+            _refuse("path", f"{path} ({error})", "a file of safetensors")
+        if "numattn.MultiHeadAttention" not in metadata:
+            _refuse("path", f"{path} without a layer's sizes", "a file that `save` wrote")
+        description = json.loads(metadata["numattn.MultiHeadAttention"])
+        description["context_dim"] = tuple(description["context_dim"])
+        layer = cls(**description)
+        layer._take(arrays)
+        return layer
+
+    @classmethod
+    def from_weights(
+        cls,
+        q_weight: ArrayLike,
+        k_weight: ArrayLike,
+        v_weight: ArrayLike,
+        o_weight: ArrayLike,
+        *,
+        num_heads: int,
+        kv_heads: int | None = None,
+        q_bias: ArrayLike | None = None,
+        k_bias: ArrayLike | None = None,
+        v_bias: ArrayLike | None = None,
+        o_bias: ArrayLike | None = None,
+        q_norm: ArrayLike | None = None,
+        k_norm: ArrayLike | None = None,
+        rotary: bool | Mapping[str, Any] | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> Self:
+        """Make a layer of separate matrices as Hugging Face models hold them.
+
+        Parameters
+        ----------
+        q_weight, k_weight, v_weight, o_weight : array_like, shape (elements out, elements in)
+            As of ``torch.nn.Linear``: (heads * head_dim, embed_dim), (kv_heads * head_dim,
+            context_dim), (kv_heads * value_dim, context_dim) and (embed_dim, heads * value_dim).
+        num_heads : int
+            Query heads.
+        kv_heads : int, optional
+            Heads of keys and values. Default: what the rows of `k_weight` make with the head_dim of
+            `q_weight`.
+        q_bias, k_bias, v_bias, o_bias : array_like, optional
+            Missing ones are 0 where any is given.
+        q_norm, k_norm : array_like, shape (head_dim,), optional
+            Weights of the norms of queries and keys; both or none.
+        rotary : bool or mapping, optional
+            As of the class.
+        dtype : dtype, optional
+            Default: that of `q_weight`, float32 for 16-bit floats.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If shapes do not fit, by name.
+        """
+        weights = {
+            name: _float_matrix(name, x)
+            for name, x in (
+                ("q_weight", q_weight),
+                ("k_weight", k_weight),
+                ("v_weight", v_weight),
+                ("o_weight", o_weight),
+            )
+        }
+        heads = _positive("num_heads", num_heads)
+        shapes = {name: x.shape for name, x in weights.items()}
+        if shapes["q_weight"][0] % heads:
+            _refuse("q_weight", f"shape {shapes['q_weight']}", f"rows for {heads} heads")
+        head_dim = shapes["q_weight"][0] // heads
+        if kv_heads is None:
+            kv_heads = shapes["k_weight"][0] // max(head_dim, 1)
+        groups = _positive("kv_heads", kv_heads)
+        if shapes["k_weight"][0] != groups * head_dim:
+            expected = f"{groups * head_dim} rows: {groups} heads of {head_dim}"
+            _refuse("k_weight", f"shape {shapes['k_weight']}", expected)
+        if shapes["v_weight"][0] % groups:
+            _refuse("v_weight", f"shape {shapes['v_weight']}", f"rows for {groups} heads")
+        biases = {"q_bias": q_bias, "k_bias": k_bias, "v_bias": v_bias, "o_bias": o_bias}
+        norms = {"q_norm": q_norm, "k_norm": k_norm}
+        if (q_norm is None) != (k_norm is None):
+            _refuse("q_norm, k_norm", "one of them", "both or none")
+        if dtype is None:
+            is_double = weights["q_weight"].dtype == np.float64
+            dtype = np.float64 if is_double else np.float32
+        layer = cls(
+            shapes["q_weight"][1],
+            heads,
+            kv_heads=groups,
+            head_dim=head_dim,
+            value_dim=shapes["v_weight"][0] // groups,
+            context_dim=(shapes["k_weight"][1], shapes["v_weight"][1]),
+            bias=any(x is not None for x in biases.values()),
+            rotary=rotary,
+            qk_norm=q_norm is not None,
+            dtype=dtype,
+            rng=0,
+        )
+        arrays = {name: x.T for name, x in weights.items()}
+        for name, x in (biases | norms).items():
+            if name in layer._parameters:
+                arrays[name] = layer._parameters[name] if x is None else _array(name, x)
+        layer._take(arrays, {name: x.T.shape for name, x in arrays.items() if x.ndim == 2})
+        return layer
+
+    @classmethod
+    def from_torch(
+        cls, module: Any, num_heads: int | None = None, *, dtype: DTypeLike = np.float32
+    ) -> Self:
+        """Make a layer of the weights of a ``torch.nn.MultiheadAttention``.
+
+        Parameters
+        ----------
+        module : torch.nn.MultiheadAttention or mapping
+            The module, or its ``state_dict()``, also of arrays.
+        num_heads : int, optional
+            Needed with a state_dict, which does not say.
+        dtype : dtype, default float32
+            Of the layer.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If weights are missing, misshapen, or of a kind that has no place here (`bias_k`).
+
+        Notes
+        -----
+        The layer takes (batch, length, embed_dim), as PyTorch does with ``batch_first=True``, has
+        no dropout, and gives weights per head. Its ``lengths`` stand for PyTorch's
+        ``key_padding_mask``, and a mask is True where PyTorch's is False.
+        """
+        state = module if hasattr(module, "keys") else module.state_dict()
+        if num_heads is None:
+            num_heads = getattr(module, "num_heads", None)
+            if num_heads is None:
+                _refuse_kind("num_heads", "None", "the number of heads beside a state_dict")
+        arrays = {name: _from_tensor(x) for name, x in state.items()}
+        for name in ("bias_k", "bias_v"):
+            if arrays.get(name) is not None:
+                _refuse("module", f"{name} (add_bias_kv=True)", "a module without it")
+        if "in_proj_weight" in arrays:
+            packed = arrays["in_proj_weight"]
+            if packed.ndim != 2 or packed.shape[0] != 3 * packed.shape[1]:
+                _refuse("in_proj_weight", f"shape {packed.shape}", "(3 * embed_dim, embed_dim)")
+            weights = dict(zip("qkv", np.split(packed, 3), strict=True))
+        else:
+            weights = {name: _present(arrays, f"{name}_proj_weight") for name in "qkv"}
+        biases: dict[str, Array | None] = dict.fromkeys("qkv")
+        if "in_proj_bias" in arrays:
+            packed = arrays["in_proj_bias"]
+            if packed.shape != (3 * weights["q"].shape[0],):
+                _refuse("in_proj_bias", f"shape {packed.shape}", f"({3 * weights['q'].shape[0]},)")
+            biases = dict(zip("qkv", np.split(packed, 3), strict=True))
+        return cls.from_weights(
+            weights["q"],
+            weights["k"],
+            weights["v"],
+            _present(arrays, "out_proj.weight"),
+            num_heads=num_heads,
+            kv_heads=num_heads,
+            q_bias=biases["q"],
+            k_bias=biases["k"],
+            v_bias=biases["v"],
+            o_bias=arrays.get("out_proj.bias"),
+            dtype=dtype,
+        )
+
+    def _take(
+        self, arrays: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> None:
+        """Copy arrays into the parameters; `shapes` are those to name in an error."""
+        for name, to in self._parameters.items():
+            x = _present(arrays, name)
+            if x.shape != to.shape:
+                flip = -1 if shapes and name in shapes else 1
+                _refuse(name, f"shape {x.shape[::flip]}", str(to.shape[::flip]))
+            to[...] = x
+        for name in arrays:
+            if name not in self._parameters:
+                _refuse("arrays", repr(name), "only " + ", ".join(self._parameters))
+
+    # ---- the layer ------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        context: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+        *,
+        is_causal: bool = False,
+        mask: ArrayLike | None = None,
+        lengths: int | ArrayLike | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        softcap: float | None = None,
+        cache: KVCache | None = None,
+        return_weights: bool = False,
+    ) -> Any:
+        """Attend.
+
+        Parameters
+        ----------
+        x : array_like, shape (..., L, embed_dim)
+            Embeddings, of the layer's dtype.
+        context : array_like, shape (..., Lk, context_dim), or two of them, optional
+            What keys and values are made of: cross-attention. Two are for keys and for values.
+            Default: `x`.
+        is_causal, mask, window, softcap
+            As of `attention`.
+        lengths : int or array_like of int, optional
+            How many tokens of the context (of `x` in self-attention) are valid in each batch item,
+            the others being padding on the right. With a cache, how many tokens of `x` are new.
+        cache : KVCache, optional
+            The keys and values of the tokens before: those of `x` are appended, and attention is
+            causal. x is (batch, L, embed_dim) then.
+        return_weights : bool, default False
+            Also return the weights (..., heads, L, Lk), which are then held in memory.
+
+        Returns
+        -------
+        out : ndarray, shape (..., L, embed_dim)
+        weights : ndarray, shape (..., heads, L, Lk)
+            Only with ``return_weights=True``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If something does not fit.
+        """
+        x = self._checked("x", x, self._embed_dim)
+        if not isinstance(return_weights, bool):
+            _refuse_kind("return_weights", repr(return_weights), "True or False")
+        if cache is not None:
+            for name, value in (("context", context), ("mask", mask)):
+                if value is not None:
+                    _refuse_kind(name, "an array", "None beside a cache")
+            if return_weights:
+                _refuse("return_weights", "True", "False beside a cache")
+            return self._with_cache(x, lengths, window, softcap, cache)
+        if context is None:
+            sources = (x, x)
+            if self._context_dims != (self._embed_dim, self._embed_dim):
+                _refuse_kind("context", "None", f"embeddings of {self._context_dims[0]} elements")
+        else:
+            if self._rotary is not None:
+                _refuse("context", "an array", "None: rotary positions are those of one text")
+            pair = context if isinstance(context, tuple) else (context, context)
+            if len(pair) != 2:
+                _refuse("context", f"{len(pair)} arrays", "one, or two: for keys and for values")
+            dims = self._context_dims
+            sources = (
+                self._checked("context", pair[0], dims[0]),
+                self._checked("context", pair[1], dims[1]),
+            )
+        q, k, v = self._projected(x, *sources, None)
+        options: dict[str, Any] = {
+            "is_causal": is_causal,
+            "mask": mask,
+            "window": window,
+            "softcap": softcap,
+            "kv_lengths": lengths,
+            # Tokens stand where they stand, however many of them are valid.
+            "q_offset": 0 if context is None else None,
+            "layout": "blhd",
+        }
+        # (..., L, 1 head, dim) has its head in front of it in the layout of two axes.
+        out = self._merged(attention(q, k, v, **options))
+        return (out, attention_weights(q, k, **options)) if return_weights else out
+
+    def _with_cache(
+        self, x: Array, lengths: Any, window: Any, softcap: Any, cache: KVCache
+    ) -> Array:
+        if not isinstance(cache, KVCache):
+            _refuse_kind("cache", type(cache).__name__, "a KVCache")
+        if x.ndim != 3 or x.shape[0] != len(cache.lengths):
+            expected = f"({len(cache.lengths)}, length, {self._embed_dim}) as the cache's batch"
+            _refuse("x", f"shape {x.shape}", expected)
+        before = cache.lengths
+        positions = before[:, np.newaxis] + np.arange(x.shape[1])
+        q, k, v = self._projected(x, x, x, positions)
+        cache.append(k.swapaxes(1, 2), v.swapaxes(1, 2), lengths=lengths)
+        out = cache.attend(
+            q, layout="blhd", softcap=softcap, window=window, q_offset=before, is_causal=True
+        )
+        return self._merged(out)
+
+    def _projected(
+        self, x: Array, of_keys: Array, of_values: Array, positions: Array | None
+    ) -> tuple[Array, Array, Array]:
+        """Return q, k and v, (..., length, heads, dim)."""
+        q = self._product("q", x, (self._heads, self._head_dim))
+        k = self._product("k", of_keys, (self._kv_heads, self._head_dim))
+        v = self._product("v", of_values, (self._kv_heads, self._value_dim))
+        for name, array in (("q_norm", q), ("k_norm", k)):
+            if name in self._parameters:
+                square = np.mean(np.square(array), axis=-1, keepdims=True)
+                array /= np.sqrt(square + np.asarray(_NORM_EPSILON, self._dtype))
+                array *= self._parameters[name]
+        if self._rotary is not None:
+            for array in (q, k):
+                rotary_embedding(array, positions, layout="blhd", out=array, **self._rotary)
+        return q, k, v
+
+    def _product(self, name: str, x: Array, heads: tuple[int, ...]) -> Array:
+        """Return x times a matrix, its last axis in two."""
+        rows = x.reshape(-1, x.shape[-1]) @ self._parameters[f"{name}_weight"]
+        bias = self._parameters.get(f"{name}_bias")
+        if bias is not None:
+            rows += bias
+        product: Array = rows.reshape(*x.shape[:-1], *heads)
+        return product
+
+    def _merged(self, out: Array) -> Array:
+        """Return (..., length, heads, dim) times the output matrix."""
+        return self._product("o", out.reshape(*out.shape[:-2], -1), (self._embed_dim,))
+
+    def _checked(self, name: str, x: ArrayLike, dim: int) -> Array:
+        array = _array(name, x)
+        if array.dtype != self._dtype:
+            _refuse_kind(name, f"dtype {array.dtype.name}", f"{self._dtype.name} as the layer")
+        if array.ndim < 2 or array.shape[-1] != dim:
+            _refuse(name, f"shape {array.shape}", f"(..., length, {dim})")
+        return array
+
+
+def _positive(name: str, value: object) -> int:
+    number = _integer(name, value)
+    if number < 1:
+        _refuse(name, str(number), "at least 1")
+    return number
+
+
+def _context_dims(value: object) -> tuple[int, int]:
+    if isinstance(value, tuple) and len(value) == 2:
+        return _positive("context_dim", value[0]), _positive("context_dim", value[1])
+    return (_positive("context_dim", value),) * 2
+
+
+def _rotary_options(rotary: object, head_dim: int) -> dict[str, Any] | None:
+    """Return options of `rotary_embedding`, checked by using them."""
+    if rotary is None or rotary is False:
+        return None
+    try:
+        options = {} if rotary is True else dict(rotary)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        _refuse_kind("rotary", type(rotary).__name__, "True or a mapping of options")
+    for name in options:
+        if name not in ("base", "rotary_dim", "interleaved", "scaling"):
+            _refuse("rotary", repr(name), "only base, rotary_dim, interleaved and scaling")
+    rotary_embedding(np.zeros((0, head_dim), np.float32), **options)
+    return options
+
+
+def _float_matrix(name: str, x: ArrayLike) -> Array:
+    array = _from_tensor(x)
+    if array.ndim != 2:
+        _refuse(name, f"shape {array.shape}", "two axes")
+    return array
+
+
+def _from_tensor(x: Any) -> Array:
+    """Return an array of what may be a tensor of PyTorch, also of its 16-bit floats."""
+    if hasattr(x, "detach"):
+        x = (
+            x.detach().cpu().double()
+            if str(x.dtype) == "torch.float64"
+            else x.detach().cpu().float()
+        )
+        x = x.numpy()
+    return np.asarray(x)
+
+
+def _present(arrays: Mapping[str, Array], name: str) -> Array:
+    if arrays.get(name) is None:
+        there = ", ".join(f"{n} {x.shape}" for n, x in arrays.items())
+        _refuse(name, f"nothing among {there or 'no arrays'}", "an array of that name")
+    return arrays[name]
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError:
+        _missing_safetensors()
+    return safetensors
+
+
+def _missing_safetensors() -> NoReturn:
+    raise ImportError(
+        "saving and loading layers needs safetensors: pip install 'numattn[weights]'"
+    ) from None

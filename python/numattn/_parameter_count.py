@@ -1,0 +1,105 @@
+"""The arithmetic of attention's parameters."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ._arguments import _refuse
+from ._layer import _positive
+
+
+class ParameterCount(NamedTuple):
+    """How many numbers the matrices of attention hold; biases are not counted."""
+
+    query: int
+    key: int
+    value: int
+    output: int
+    head: int
+    block: int
+    model: int
+
+    def __str__(self) -> str:
+        """Return a table."""
+        names = {
+            "query": "query matrix of a head",
+            "key": "key matrix of a head",
+            "value": "value matrix of a head, down",
+            "output": "value matrix of a head, up",
+            "head": "one head",
+            "block": "one block",
+            "model": "all blocks",
+        }
+        return "\n".join(f"{names[n]:30}{x:>20,}" for n, x in self._asdict().items())
+
+
+def parameter_count(
+    embed_dim: int,
+    num_heads: int,
+    *,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    value_dim: int | None = None,
+    context_dim: int | None = None,
+    blocks: int = 1,
+) -> ParameterCount:
+    """Count the parameters of attention by matrix, head, block and model.
+
+    A head's value matrix, from embeddings to embeddings, is factored through the size of a value:
+    one matrix takes an embedding down to it, the other one (the head's part of the output matrix)
+    back up.
+
+    Parameters
+    ----------
+    embed_dim, num_heads, kv_heads, head_dim, value_dim, context_dim
+        As of `MultiHeadAttention`.
+    blocks : int, default 1
+        Attention blocks of the model.
+
+    Returns
+    -------
+    ParameterCount
+        A tuple ``(query, key, value, output, head, block, model)``, printed as a table. With fewer
+        heads of keys and values than of queries, `head` is what one query head uses, and `block`
+        counts shared matrices once.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a number is no positive int, or does not divide.
+
+    See Also
+    --------
+    MultiHeadAttention
+
+    Examples
+    --------
+    GPT-3:
+
+    >>> import numattn as na
+    >>> print(na.parameter_count(12288, 96, head_dim=128, blocks=96))
+    query matrix of a head                   1,572,864
+    key matrix of a head                     1,572,864
+    value matrix of a head, down             1,572,864
+    value matrix of a head, up               1,572,864
+    one head                                 6,291,456
+    one block                              603,979,776
+    all blocks                          57,982,058,496
+    """
+    embed_dim = _positive("embed_dim", embed_dim)
+    heads = _positive("num_heads", num_heads)
+    shared = heads if kv_heads is None else _positive("kv_heads", kv_heads)
+    if heads % shared:
+        _refuse("kv_heads", str(shared), f"a divisor of num_heads, which is {heads}")
+    if head_dim is None and embed_dim % heads:
+        _refuse("embed_dim", str(embed_dim), f"a multiple of num_heads {heads}, or head_dim")
+    size = embed_dim // heads if head_dim is None else _positive("head_dim", head_dim)
+    of_values = size if value_dim is None else _positive("value_dim", value_dim)
+    context = embed_dim if context_dim is None else _positive("context_dim", context_dim)
+    query, key = embed_dim * size, context * size
+    value, output = context * of_values, of_values * embed_dim
+    block = heads * (query + output) + shared * (key + value)
+    return ParameterCount(
+        query, key, value, output, query + key + value + output, block,
+        block * _positive("blocks", blocks),
+    )  # fmt: skip

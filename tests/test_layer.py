@@ -1,0 +1,320 @@
+"""Promise: `MultiHeadAttention` is the layer of the models, for their weights."""
+
+import numattn as na
+import numpy as np
+import pytest
+import reference
+
+
+def by_hand(p, x, context, values, heads, kv_heads, rotary=None, **options):
+    """Compute the layer in float64."""
+    p = {name: a.astype(np.float64) for name, a in p.items()}
+
+    def project(name, source, count):
+        rows = source.astype(np.float64) @ p[f"{name}_weight"] + p.get(f"{name}_bias", 0)
+        split = rows.reshape(*rows.shape[:-1], count, -1).swapaxes(-2, -3)
+        if f"{name}_norm" in p:
+            split = split / np.sqrt((split**2).mean(-1, keepdims=True) + 1e-6) * p[f"{name}_norm"]
+        return split
+
+    q, k, v = (
+        project(*a) for a in (("q", x, heads), ("k", context, kv_heads), ("v", values, kv_heads))
+    )
+    if rotary is not None:
+        q, k = (na.rotary_embedding(a, **rotary) for a in (q, k))
+    out, _ = reference.attention(q, k, v, **options)
+    merged = out.swapaxes(-2, -3).reshape(*x.shape[:-1], -1)
+    return merged @ p["o_weight"] + p.get("o_bias", 0)
+
+
+def numbers(rng, *shape):
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def fill(layer, rng):
+    """Give biases and norms numbers that show."""
+    for name, x in layer.parameters().items():
+        if not name.endswith("weight"):
+            x += numbers(rng, *x.shape) / 3
+    return layer
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"kv_heads": 2, "head_dim": 10, "value_dim": 7},
+        {"bias": False, "qk_norm": True, "kv_heads": 1},
+        {"rotary": True},
+        {"rotary": {"base": 500.0, "rotary_dim": 4, "interleaved": True}, "qk_norm": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_self_attention(any_backend, rng, sizes, dtype):
+    layer = fill(na.MultiHeadAttention(24, 4, **sizes, dtype=dtype, rng=1), rng)
+    x = numbers(rng, 2, 9, 24).astype(dtype)
+    rotary = sizes.get("rotary")
+    known = {"heads": 4, "kv_heads": sizes.get("kv_heads", 4)}
+    known["rotary"] = {} if rotary is True else rotary
+    for options, theirs in (
+        ({}, {}),
+        ({"is_causal": True}, {"is_causal": True}),
+        ({"lengths": [9, 5]}, {"kv_lengths": [9, 5]}),
+        (
+            {"lengths": [9, 5], "is_causal": True},
+            {"kv_lengths": [9, 5], "is_causal": True, "q_offset": 0},
+        ),
+        ({"window": (2, 1), "softcap": 2.0}, {"window": (2, 1), "softcap": 2.0}),
+        ({"mask": np.tri(9, dtype=bool)}, {"mask": np.tri(9, dtype=bool)}),
+    ):
+        out = layer(x, **options)
+        assert out.dtype == dtype
+        expected = by_hand(layer.parameters(), x, x, x, **known, **theirs)
+        np.testing.assert_allclose(
+            out, expected, rtol=0, atol=2e-5 if dtype == "float32" else 1e-12
+        )
+    one = layer(x[0], is_causal=True)
+    np.testing.assert_allclose(one, layer(x, is_causal=True)[0], rtol=0, atol=1e-5)
+
+
+def test_cross_attention_and_weights(any_backend, rng):
+    layer = fill(na.MultiHeadAttention(24, 4, context_dim=(10, 14), rng=1), rng)
+    x, keys, values = (numbers(rng, 2, n, d) for n, d in ((9, 24), (6, 10), (6, 14)))
+    known = {"heads": 4, "kv_heads": 4}
+    out, weights = layer(x, (keys, values), lengths=[6, 3], return_weights=True)
+    expected = by_hand(layer.parameters(), x, keys, values, **known, kv_lengths=[6, 3])
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5)
+    assert weights.shape == (2, 4, 9, 6)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(weights[1, :, :, 3:], 0)
+    layer = fill(na.MultiHeadAttention(24, 4, context_dim=10, rng=1), rng)
+    expected = by_hand(layer.parameters(), x, keys, keys, **known)
+    np.testing.assert_allclose(layer(x, keys), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("rotary", [None, True])
+def test_cache(backend, rng, window, rotary):
+    layer = fill(na.MultiHeadAttention(24, 4, kv_heads=2, rotary=rotary, rng=1), rng)
+    x = numbers(rng, 2, 12, 24)
+    left = None if window is None else (window - 1, None)
+    expected = layer(x, is_causal=True, window=left)
+    cache = na.KVCache(2, 2, 6, window=window)
+    steps = [layer(x[:, a:b], cache=cache) for a, b in ((0, 4), (4, 5), (5, 8), (8, 9), (9, 12))]
+    np.testing.assert_allclose(np.concatenate(steps, axis=1), expected, rtol=0, atol=2e-5)
+    ragged = na.KVCache(2, 2, 6)
+    first = layer(x[:, :5], cache=ragged, lengths=[5, 2])
+    second = layer(x[:, 5:6], cache=ragged)
+    alone = layer(np.concatenate([x[1:, :2], x[1:, 5:6]], axis=1), is_causal=True)
+    np.testing.assert_allclose(first[1, :2], alone[0, :2], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(second[1], alone[0, 2:], rtol=0, atol=2e-5)
+
+
+def test_parameters_save_and_load(rng, tmp_path):
+    pytest.importorskip("safetensors")
+    layer = na.MultiHeadAttention(
+        24, 4, kv_heads=2, rotary={"scaling": {"type": "linear", "factor": 2}}, qk_norm=True, rng=3
+    )
+    fill(layer, rng)
+    sizes = {name: x.shape for name, x in layer.parameters().items()}
+    assert sizes["k_weight"] == (24, 12)
+    assert layer.num_parameters == sum(int(np.prod(s)) for s in sizes.values())
+    path = tmp_path / "layer.safetensors"
+    layer.save(path)
+    same = na.MultiHeadAttention.load(path)
+    x = numbers(rng, 1, 5, 24)
+    np.testing.assert_array_equal(same(x, is_causal=True), layer(x, is_causal=True))
+    layer.parameters()["o_weight"][...] = 0
+    layer.parameters()["o_bias"][...] = 1
+    np.testing.assert_array_equal(layer(x), 1)
+    again = na.MultiHeadAttention(24, 4, rng=3).parameters()["q_weight"]
+    np.testing.assert_array_equal(
+        again, na.MultiHeadAttention(24, 4, rng=3).parameters()["q_weight"]
+    )
+
+    (tmp_path / "text").write_text("no safetensors")
+    with pytest.raises(ValueError, match=r"path: got .*text"):
+        na.MultiHeadAttention.load(tmp_path / "text")
+    with pytest.raises(OSError, match="nothing"):
+        na.MultiHeadAttention.load(tmp_path / "nothing")
+    import safetensors.numpy
+
+    safetensors.numpy.save_file({"x": np.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="expected a file that `save` wrote"):
+        na.MultiHeadAttention.load(tmp_path / "other")
+
+
+def test_from_weights(rng):
+    shapes = {"q": (32, 24), "k": (16, 10), "v": (12, 10), "o": (24, 24)}
+    weights = {f"{n}_weight": numbers(rng, *s) for n, s in shapes.items()}
+    layer = na.MultiHeadAttention.from_weights(*weights.values(), num_heads=4, q_bias=np.ones(32))
+    x, context = numbers(rng, 2, 7, 24), numbers(rng, 2, 5, 10)
+    p = {name: w.T for name, w in weights.items()} | {"q_bias": np.ones(32)}
+    expected = by_hand(p, x, context, context, 4, 2)
+    np.testing.assert_allclose(layer(x, context), expected, rtol=1e-5, atol=1e-4)
+    names = [
+        ("q_weight", (31, 24), "q_weight: got shape (31, 24), expected rows for 4 heads"),
+        ("k_weight", (15, 10), "k_weight: got shape (15, 10), expected 8 rows: 1 heads of 8"),
+        ("v_weight", (13, 10), "v_weight: got shape (13, 10), expected rows for 2 heads"),
+        ("o_weight", (24, 25), "o_weight: got shape (24, 25), expected (24, 24)"),
+        ("o_weight", (24,), "o_weight: got shape (24,), expected two axes"),
+    ]
+    for name, shape, message in names:
+        with pytest.raises(ValueError) as raised:  # noqa: PT011
+            na.MultiHeadAttention.from_weights(
+                **weights | {name: numbers(rng, *shape)}, num_heads=4
+            )
+        assert message in str(raised.value)
+    with pytest.raises(ValueError, match=r"q_bias: got shape \(3,\), expected \(32,\)"):
+        na.MultiHeadAttention.from_weights(*weights.values(), num_heads=4, q_bias=np.ones(3))
+
+
+def state_dict(rng, embed_dim=24, kdim=None, vdim=None):
+    shapes = {"in_proj_weight": (3 * embed_dim, embed_dim)}
+    if kdim is not None:
+        shapes = {
+            "q_proj_weight": (embed_dim, embed_dim),
+            "k_proj_weight": (embed_dim, kdim),
+            "v_proj_weight": (embed_dim, vdim),
+        }
+    shapes |= {"in_proj_bias": (3 * embed_dim,), "out_proj.weight": (embed_dim, embed_dim)}
+    shapes |= {"out_proj.bias": (embed_dim,)}
+    return {name: numbers(rng, *shape) for name, shape in shapes.items()}
+
+
+def test_from_a_state_dict(rng):
+    state = state_dict(rng)
+    layer = na.MultiHeadAttention.from_torch(state, 4)
+    x = numbers(rng, 2, 7, 24)
+    weights = np.split(state["in_proj_weight"], 3)
+    biases = np.split(state["in_proj_bias"], 3)
+    p = {f"{n}_weight": w.T for n, w in zip("qkv", weights, strict=True)}
+    p |= {f"{n}_bias": b for n, b in zip("qkv", biases, strict=True)}
+    p |= {"o_weight": state["out_proj.weight"].T, "o_bias": state["out_proj.bias"]}
+    np.testing.assert_allclose(layer(x), by_hand(p, x, x, x, 4, 4), rtol=1e-5, atol=1e-4)
+    cases = [
+        ({}, None, TypeError, "num_heads: got None"),
+        ({"in_proj_weight": numbers(rng, 70, 24)}, 4, ValueError, "in_proj_weight: got shape (70"),
+        ({"in_proj_bias": numbers(rng, 70)}, 4, ValueError, "in_proj_bias: got shape (70,)"),
+        ({"out_proj.weight": None}, 4, ValueError, "out_proj.weight: got nothing among"),
+        ({"bias_k": numbers(rng, 1, 1, 24)}, 4, ValueError, "bias_k"),
+        ({}, 5, ValueError, "q_weight: got shape (24, 24), expected rows for 5 heads"),
+    ]
+    for change, heads, error, message in cases:
+        changed = {k: v for k, v in (state | change).items() if v is not None}
+        with pytest.raises(error) as raised:
+            na.MultiHeadAttention.from_torch(changed, heads)
+        assert message in str(raised.value)
+    separate = state_dict(rng, kdim=10, vdim=14)
+    layer = na.MultiHeadAttention.from_torch(separate, 4)
+    assert layer(x, (numbers(rng, 2, 5, 10), numbers(rng, 2, 5, 14))).shape == x.shape
+    del separate["v_proj_weight"]
+    with pytest.raises(ValueError, match="v_proj_weight: got nothing among q_proj_weight"):
+        na.MultiHeadAttention.from_torch(separate, 4)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 10, "vdim": 14}, {"bias": False}], ids=str)
+def test_torch(rng, sizes):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    module = torch.nn.MultiheadAttention(48, 4, batch_first=True, **sizes).eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    layers = [
+        na.MultiHeadAttention.from_torch(module),
+        na.MultiHeadAttention.from_torch(module.state_dict(), 4),
+    ]
+    x = numbers(rng, 3, 9, 48)
+    sources = [(x, x)] if "kdim" not in sizes else []
+    sources.append(
+        (numbers(rng, 3, 6, sizes.get("kdim", 48)), numbers(rng, 3, 6, sizes.get("vdim", 48)))
+    )
+    for keys, values in sources:
+        length = keys.shape[1]
+        lengths = np.array([length, 4, 1])
+        padding = np.arange(length) >= lengths[:, None]
+        causal = np.tri(9, length, dtype=bool)
+        for ours, theirs in (
+            ({}, {}),
+            ({"lengths": lengths}, {"key_padding_mask": torch.tensor(padding)}),
+            ({"mask": causal}, {"attn_mask": torch.tensor(~causal)}),
+        ):
+            with torch.no_grad():
+                expected, pattern = module(
+                    *(torch.tensor(a) for a in (x, keys, values)),
+                    average_attn_weights=False, **theirs,
+                )  # fmt: skip
+            for layer in layers:
+                context = None if keys is x else (keys, values)
+                out, weights = layer(x, context, return_weights=True, **ours)
+                np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+                np.testing.assert_allclose(weights, pattern, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((25, 4), {}, ValueError, "embed_dim: got 25, expected a multiple of num_heads 4"),
+        ((24, 4), {"kv_heads": 3}, ValueError, "kv_heads: got 3, expected a divisor"),
+        ((24, 0), {}, ValueError, "num_heads: got 0, expected at least 1"),
+        ((24.0, 4), {}, TypeError, "embed_dim: got 24.0"),
+        ((24, 4), {"dtype": "float16"}, TypeError, "dtype: got float16, expected float32 or"),
+        ((24, 4), {"rotary": {"dim": 3}}, ValueError, "rotary: got 'dim', expected only base"),
+        ((24, 4), {"rotary": {"rotary_dim": 5}}, ValueError, "rotary_dim: got 5, expected an even"),
+        ((24, 8), {"rotary": 3}, TypeError, "rotary: got int, expected True or a mapping"),
+        ((24, 4), {"bias": 1}, TypeError, "bias: got 1, expected True or False"),
+        ((24, 4), {"context_dim": 0}, ValueError, "context_dim: got 0, expected at least 1"),
+    ],
+)
+def test_bad_sizes(arguments, options, error, message):
+    with pytest.raises(error) as raised:
+        na.MultiHeadAttention(*arguments, **options)
+    assert message in str(raised.value)
+
+
+def test_bad_calls(rng):
+    layer = na.MultiHeadAttention(24, 4, rng=0)
+    turned = na.MultiHeadAttention(24, 4, rotary=True, rng=0)
+    other = na.MultiHeadAttention(24, 4, context_dim=10, rng=0)
+    x = numbers(rng, 2, 5, 24)
+    cache = na.KVCache(3, 4, 6)
+    for call, error, message in (
+        (
+            lambda: layer(x[..., :3]),
+            ValueError,
+            "x: got shape (2, 5, 3), expected (..., length, 24)",
+        ),
+        (lambda: layer(x.astype(float)), TypeError, "x: got dtype float64, expected float32"),
+        (lambda: layer(x, x[..., :3]), ValueError, "context: got shape (2, 5, 3), expected"),
+        (lambda: layer(x, (x, x, x)), ValueError, "context: got 3 arrays, expected one, or two"),
+        (lambda: other(x), TypeError, "context: got None, expected embeddings of 10 elements"),
+        (lambda: turned(x, x), ValueError, "context: got an array, expected None: rotary"),
+        (lambda: layer(x, cache=cache), ValueError, "x: got shape (2, 5, 24), expected (3, length"),
+        (lambda: layer(x, cache=3), TypeError, "cache: got int, expected a KVCache"),
+        (
+            lambda: layer(x, x, cache=cache),
+            TypeError,
+            "context: got an array, expected None beside",
+        ),
+        (lambda: layer(x, return_weights=1), TypeError, "return_weights: got 1"),
+        (lambda: layer(x, lengths=[6, 1]), ValueError, "kv_lengths: got 6"),
+    ):
+        with pytest.raises(error) as raised:
+            call()
+        assert message in str(raised.value)
+
+
+def test_parameter_count():
+    gpt3 = na.parameter_count(12288, 96, head_dim=128, blocks=96)
+    assert gpt3[:4] == (1_572_864,) * 4
+    assert gpt3[4:] == (6_291_456, 603_979_776, 57_982_058_496)
+    for sizes in ({}, {"kv_heads": 2, "head_dim": 10, "value_dim": 7, "context_dim": 30}):
+        layer = na.MultiHeadAttention(24, 4, bias=False, **sizes)
+        assert na.parameter_count(24, 4, **sizes, blocks=3).block == layer.num_parameters
+    assert na.parameter_count(24, 4, blocks=3).model == 3 * na.parameter_count(24, 4).block
+    assert len(str(gpt3).splitlines()) == 7
+    with pytest.raises(ValueError, match="embed_dim: got 25, expected a multiple"):
+        na.parameter_count(25, 4)
+    with pytest.raises(ValueError, match="blocks: got 0"):
+        na.parameter_count(24, 4, blocks=0)

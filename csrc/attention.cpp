@@ -48,21 +48,23 @@ struct Computation {
   }
 };
 
-// `own_state` is for a head of one chunk.
-bool decode(Computation& computation, Item& item, char* own_state) {
+// `own_states`, `own_bytes` each, are for heads of one chunk.
+bool decode(Computation& computation, Item& item, char* own_states, int64_t own_bytes) {
   const DtypeKernels& kernels = computation.kernels;
+  Task& task = item.task;
   const bool is_alone = item.chunks == 1;
-  item.task.state = is_alone ? own_state : computation.state(item.state);
-  if (!kernels.decode(item.task)) return false;
+  task.state = is_alone ? own_states : computation.state(item.state);
+  task.state_head_stride = is_alone ? own_bytes : item.chunks * computation.state_bytes;
+  if (!kernels.decode(task)) return false;
   if (is_alone) {
-    kernels.decode_finish(item.task, own_state, 1, 0);
+    kernels.decode_finish(task, 1, 0);
     return true;
   }
   const int64_t first_state = item.state - item.chunk;
   std::atomic<int64_t>& done = computation.chunks_done[static_cast<size_t>(first_state)];
   if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == item.chunks) {
-    kernels.decode_finish(item.task, computation.state(first_state), item.chunks,
-                          computation.state_bytes);
+    task.state = computation.state(first_state);
+    kernels.decode_finish(task, item.chunks, computation.state_bytes);
   }
   return true;
 }
@@ -75,11 +77,12 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
   const int64_t rows = task.heads * task.queries;
   const int64_t scratch_bytes =
       task.stage != Stage::attention ? kernels.stage_scratch_bytes(task.head_dim)
-      : item.is_decode ? kernels.decode_scratch_bytes(rows, task.head_dim, task.value_dim)
-                       : kernels.prefill_scratch_bytes(rows, task.head_dim, task.value_dim);
+      : item.is_decode
+          ? kernels.decode_scratch_bytes(task.kv_heads, rows, task.head_dim, task.value_dim)
+          : kernels.prefill_scratch_bytes(rows, task.head_dim, task.value_dim);
   const int64_t state_bytes =
       item.is_decode && item.chunks == 1 ? kernels.decode_state_bytes(rows, task.value_dim) : 0;
-  const ThreadScratch scratch(scratch_bytes + state_bytes);
+  const ThreadScratch scratch(scratch_bytes + task.kv_heads * state_bytes);
   if (!scratch.data()) {
     computation.out_of_memory.store(true, std::memory_order_relaxed);
     return false;
@@ -89,7 +92,7 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
   task.stop_context = &stop;
   if (task.stage != Stage::attention) return kernels.run_stage(task);
   if (!item.is_decode) return kernels.prefill(task);
-  return decode(computation, item, static_cast<char*>(scratch.data()) + scratch_bytes);
+  return decode(computation, item, static_cast<char*>(scratch.data()) + scratch_bytes, state_bytes);
 }
 
 Status attention_of_some(const Problem& problem, const Execution& execution) {

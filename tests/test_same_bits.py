@@ -51,19 +51,54 @@ def test_batch_neighbours(qkv, options):
         np.testing.assert_array_equal(alone, together[item])
 
 
+def side_by_side(x):
+    """Return an equal array in which the heads of each token are neighbours."""
+    return np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2)
+
+
 def test_layouts_and_strides(qkv, options):
     expected = na.attention(*qkv, **options)
-    as_blhd = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in qkv]
+    as_bhld = [side_by_side(x) for x in qkv]
+    np.testing.assert_array_equal(na.attention(*as_bhld, **options), expected)
+    as_blhd = [x.swapaxes(1, 2) for x in as_bhld]
     np.testing.assert_array_equal(
         na.attention(*as_blhd, layout="blhd", **options).swapaxes(1, 2), expected
-    )
-    np.testing.assert_array_equal(
-        na.attention(*(x.swapaxes(1, 2) for x in as_blhd), **options), expected
     )
     fortran = [np.asfortranarray(x) for x in qkv]
     np.testing.assert_array_equal(na.attention(*fortran, **options), expected)
     reversed_ = [np.ascontiguousarray(x[..., ::-1])[..., ::-1] for x in qkv]
     np.testing.assert_array_equal(na.attention(*reversed_, **options), expected)
+
+
+@pytest.mark.parametrize("lq", [1, 5])
+def test_heads_side_by_side(native_dtype, arrays, lq):
+    """Few queries go through several heads of k and v at once where those are neighbours."""
+    q, k, v = arrays(2, hq=12, hkv=6, lq=lq, lk=3333, d=24, dv=20, dtype=native_dtype)
+    per_head = np.linspace(0.1, 1.2, 12)
+    (k8, k_scale), (v8, v_scale) = na.quantize_kv(k), na.quantize_kv(v)
+    for options in (
+        {},
+        {"kv_lengths": [3333, 77], "is_causal": True},
+        {"window": (1700, 0), "alibi_slopes": per_head, "sinks": per_head, "softcap": 9.0},
+    ):
+        scales = {"k_scale": k_scale, "v_scale": v_scale, **options}
+        for num_threads in (1, 2):
+            for keys, values, more in (
+                (k, v, options),
+                (k, v8, {"v_scale": v_scale, **options}),
+                (k8, v8, scales),
+            ):
+                expected = na.attention(q, keys, values, **more, return_lse=True)
+                actual = na.attention(
+                    q,
+                    side_by_side(keys),
+                    side_by_side(values),
+                    **more,
+                    return_lse=True,
+                    num_threads=num_threads,
+                )
+                np.testing.assert_array_equal(actual[0], expected[0])
+                np.testing.assert_array_equal(actual[1], expected[1])
 
 
 def test_unaligned_arrays(qkv, options):

@@ -34,16 +34,23 @@ struct Decode {
   static constexpr int kMaxRows = kMaxVectors * Simd::kLanes;
   static_assert(kMaxRows <= 64, "a lane mask has 64 bits");
 
-  struct Scratch {
+  // A head of K and V, with the rows of its query heads.
+  struct Head {
+    Task task;
+    State state;
     UnitElement* queries;              // [row][d], negated where the scale is negative
     typename Simd::Unit* query_lanes;  // [unit of d][row], where the rows fill the lanes
-    Scalar* logits;       // [key][row], then weights [unit of keys][row]; each key's has `width`
-    Scalar* rescale;      // [lane]
+    Scalar* logits;   // [key][row], then weights [unit of keys][row]; each key's has `width`
+    Scalar* rescale;  // [lane]
+    Scalar* sums;     // [row][d], of values that come in pieces
+  };
+  struct Scratch {
+    Head* heads;          // [head of K and V]
     Scalar* highest;      // [lane]
     const char** k_rows;  // [key of the chunk], and more to be fetched ahead
     const char** v_rows;
     char* copy;                // of one block of K or V, where it cannot be read in place
-    const char** copied_rows;  // [key]
+    const char** copied_rows;  // [key]: rows in the copy, or those of another head than the first
   };
 
   // Then the first stage is that of prefill, with rows in the lanes.
@@ -51,14 +58,21 @@ struct Decode {
     return width_of_rows(rows) >= Simd::kLanes && width_of_rows(rows) > kRowsTogether<Simd>;
   }
 
-  static Scratch lay_out(Arena& arena, int64_t rows, int64_t head_dim, int64_t value_dim) {
+  static Scratch lay_out(Arena& arena, int64_t kv_heads, int64_t rows, int64_t head_dim,
+                         int64_t value_dim) {
     constexpr int64_t kPointers = kKeysPerChunk + kKeysPerDecodeBlock;
     Scratch scratch;
-    arena.take(scratch.queries, rows * head_dim);
-    arena.take(scratch.query_lanes,
-               fills_lanes(rows) ? units_of<Simd>(head_dim) * width_of_rows(rows) : 0);
-    arena.take(scratch.logits, kKeysPerDecodeBlock * width_of_rows(rows));
-    arena.take(scratch.rescale, lanes_of_rows<Simd>(rows));
+    arena.take(scratch.heads, kv_heads);
+    for (int64_t i = 0; i < kv_heads; ++i) {
+      Head counted;
+      Head& head = scratch.heads ? scratch.heads[i] : counted;
+      arena.take(head.queries, rows * head_dim);
+      arena.take(head.query_lanes,
+                 fills_lanes(rows) ? units_of<Simd>(head_dim) * width_of_rows(rows) : 0);
+      arena.take(head.logits, kKeysPerDecodeBlock * width_of_rows(rows));
+      arena.take(head.rescale, lanes_of_rows<Simd>(rows));
+      arena.take(head.sums, kv_heads > 1 ? rows * value_dim : 0);
+    }
     arena.take(scratch.highest, lanes_of_rows<Simd>(rows));
     arena.take(scratch.k_rows, kPointers);
     arena.take(scratch.v_rows, kPointers);
@@ -68,20 +82,29 @@ struct Decode {
                                  static_cast<int64_t>(sizeof(typename Simd::Unit)));
     return scratch;
   }
-  static int64_t scratch_bytes(int64_t rows, int64_t head_dim, int64_t value_dim) {
+  static int64_t scratch_bytes(int64_t kv_heads, int64_t rows, int64_t head_dim,
+                               int64_t value_dim) {
     Arena arena{nullptr, 0};
-    lay_out(arena, rows, head_dim, value_dim);
+    lay_out(arena, kv_heads, rows, head_dim, value_dim);
     return arena.used;
   }
 
   // ---- one block of keys ----------------------------------------------------------------------
 
   struct Keys {
-    const char* const* k_rows;
+    const char* const* k_rows;  // of the first head
     const char* const* v_rows;
     int64_t first, count;
     bool within_limits;
   };
+
+  // Calls `step` with the first key of each part of a block, and the number of its keys.
+  template <class Step>
+  static void for_parts(int64_t keys, int64_t keys_per_part, Step step) {
+    for (int64_t key = 0; key < keys; key += keys_per_part) {
+      step(key, keys - key < keys_per_part ? keys - key : keys_per_part);
+    }
+  }
 
   // How logits [key][row] lie in vectors: kVectors for each step of kKeysPerStep keys.
   template <int kWidth>
@@ -181,11 +204,12 @@ struct Decode {
 
   // The logits become weights.
   template <int kWidth>
-  static void weigh(const Task& task, const Scratch& scratch, const State& state,
-                    const Keys& keys) {
+  static void weigh(const Head& head, const Scratch& scratch, const Keys& keys) {
     using In = Lanes<kWidth>;
     constexpr int kLanes = In::kVectors * Simd::kLanes;
-    Scalar* const logits = scratch.logits;
+    const Task& task = head.task;
+    const State& state = head.state;
+    Scalar* const logits = head.logits;
     int64_t steps = In::steps(keys.count);
     while (steps % Simd::kUnitElements != 0) ++steps;
     // What is there beyond the last key attends to nothing.
@@ -202,7 +226,7 @@ struct Decode {
     for (int lane = kWidth; lane < kLanes; ++lane) highest[lane] = highest[lane % kWidth];
     masked_softmax<Single, In::kVectors>(logits, steps,
                                          static_cast<Scalar>(softmax_scale(task) * kLog2E), highest,
-                                         state.maximum, state.sum, scratch.rescale);
+                                         state.maximum, state.sum, head.rescale);
     if (task.v.scales) scale_rows<kWidth>(task.v, keys, logits);
     if constexpr (Simd::kUnitElements > 1) {
       const auto order = Simd::order_of_keys(kWidth);
@@ -225,16 +249,22 @@ struct Decode {
     }
   }
 
-  // Calls `use` with the rows of a block, and the type of their elements as a null pointer.
+  // Calls `use` with the rows of some keys of a head, and the type of their elements as a null
+  // pointer. Those of the first head begin at `of_first_head`, `offset` bytes before.
   template <class Use>
-  static void with_rows(const KeyRows& rows, const char* const* in_place, int64_t count,
-                        const Scratch& scratch, Use use) {
+  static void with_rows(const KeyRows& rows, const char* const* of_first_head, int64_t offset,
+                        int64_t count, const Scratch& scratch, Use use) {
+    const char* const* const moved = scratch.copied_rows;
     const auto with_layout = [&]<class Stored>(Stored* stored) {
       constexpr auto kSize = static_cast<int64_t>(sizeof(Stored));
-      if (rows.column_stride == kSize) return use(in_place, stored);
-      gather_rows(in_place, count, rows.dims, rows.column_stride, kSize, scratch.copy,
-                  scratch.copied_rows);
-      use(static_cast<const char* const*>(scratch.copied_rows), stored);
+      if (rows.column_stride != kSize) {  // then there are no other heads
+        gather_rows(of_first_head, count, rows.dims, rows.column_stride, kSize, scratch.copy,
+                    scratch.copied_rows);
+        return use(moved, stored);
+      }
+      if (offset == 0) return use(of_first_head, stored);
+      for (int64_t i = 0; i < count; ++i) scratch.copied_rows[i] = of_first_head[i] + offset;
+      use(moved, stored);
     };
     if (rows.is_int8) {
       with_layout(static_cast<Int8*>(nullptr));
@@ -243,61 +273,92 @@ struct Decode {
     }
   }
 
+  // The first stage, with rows in the lanes.
   template <int kWidth>
-  static void multiply_queries(const Task& task, const Scratch& scratch, const Keys& keys) {
-    if constexpr (fills_lanes(kWidth)) {
-      using Unit = typename Simd::Unit;
-      constexpr int kVectors = Lanes<kWidth>::kVectors;
-      auto* const copy = reinterpret_cast<Unit*>(scratch.copy);
-      const KeyBlock<Unit> k = task.k.is_int8
-                                   ? key_units<Simd, Int8>(task.k, keys.first, keys.count, copy)
-                                   : key_units<Simd, Element>(task.k, keys.first, keys.count, copy);
-      KeySteps<kVectors> all;
-      for (int64_t& end : all.ends) end = keys.count;
-      const int64_t ahead =
-          k.data == copy ? 0 : rows_ahead(task.k) * k.stride * static_cast<int64_t>(sizeof(Unit));
-      qk_matmul<Simd, kVectors>({k.data, k.stride, ahead, scratch.query_lanes,
-                                 units_of<Simd>(task.head_dim), false, nullptr},
-                                all, scratch.logits);
-    } else {
-      const int64_t passes = (rows_of(task) + kRowsTogether<Simd> - 1) / kRowsTogether<Simd>;
-      with_rows(task.k, keys.k_rows, keys.count, scratch, [&]<class Stored>(auto rows, Stored*) {
-        FetchAhead fetch(task.k, keys.k_rows, keys.count, passes * keys.count);
-        for_rows(rows_of(task), [&](int64_t row, auto together) {
-          qk_rows<Simd, Stored, together.value>(rows, keys.count, fetch,
-                                                scratch.queries + row * task.head_dim,
-                                                task.head_dim, kWidth, scratch.logits + row);
-        });
-      });
-    }
+  static void multiply_lanes(const Head& head, const Scratch& scratch, int64_t first_key,
+                             int64_t count, int64_t keys_ahead, Scalar* logits) {
+    using Unit = typename Simd::Unit;
+    constexpr int kVectors = Lanes<kWidth>::kVectors;
+    const KeyRows& rows = head.task.k;
+    auto* const copy = reinterpret_cast<Unit*>(scratch.copy);
+    const KeyBlock<Unit> k = rows.is_int8 ? key_units<Simd, Int8>(rows, first_key, count, copy)
+                                          : key_units<Simd, Element>(rows, first_key, count, copy);
+    KeySteps<kVectors> all;
+    for (int64_t& end : all.ends) end = count;
+    const int64_t ahead =
+        k.data == copy ? 0 : keys_ahead * k.stride * static_cast<int64_t>(sizeof(Unit));
+    qk_matmul<Simd, kVectors>({k.data, k.stride, ahead, head.query_lanes,
+                               units_of<Simd>(head.task.head_dim), false, nullptr},
+                              all, logits);
   }
 
-  static void aggregate(const Task& task, const Scratch& scratch, const State& state,
-                        const Keys& keys, int64_t width, const uint64_t* attended) {
-    // Parts of a block stay in the nearest cache for all passes through them.
-    constexpr int64_t kKeysPerPart = 32;
+  template <int kWidth>
+  static void multiply_queries(const Task& task, const Scratch& scratch, const Keys& keys) {
+    const int64_t rows = rows_of(task);
+    const int64_t passes =
+        fills_lanes(rows) ? 1 : (rows + kRowsTogether<Simd> - 1) / kRowsTogether<Simd>;
+    const int64_t keys_per_part = task.kv_heads > 1 ? kKeysTogether : kKeysPerDecodeBlock;
+    for_parts(keys.count, keys_per_part, [&](int64_t key, int64_t count) {
+      FetchAhead fetch(task.k, task.kv_heads, keys.k_rows + key, count,
+                       task.kv_heads * passes * count);
+      for (int64_t i = 0; i < task.kv_heads; ++i) {
+        const Head& head = scratch.heads[i];
+        Scalar* const logits = head.logits + key * kWidth;
+        if constexpr (fills_lanes(kWidth)) {
+          if (task.kv_heads > 1) fetch.next(static_cast<int>(count));
+          multiply_lanes<kWidth>(head, scratch, keys.first + key, count,
+                                 task.kv_heads > 1 ? 0 : keys_ahead(task.k, 1), logits);
+        } else {
+          with_rows(task.k, keys.k_rows + key, i * task.k.head_stride, count, scratch,
+                    [&]<class Stored>(const char* const* k, Stored*) {
+                      for_rows(rows, [&](int64_t row, auto together) {
+                        qk_rows<Simd, Stored, together.value>(k, count, fetch,
+                                                              head.queries + row * task.head_dim,
+                                                              task.head_dim, kWidth, logits + row);
+                      });
+                    });
+        }
+      }
+    });
+  }
+
+  static void aggregate(const Task& task, const Scratch& scratch, const Keys& keys, int64_t width,
+                        const uint64_t* attended) {
+    // Their sum is added to the output; with one head their rows stay in the nearest cache for all
+    // passes through them.
+    constexpr int64_t kKeysPerSum = 32;
+    static_assert(kKeysPerSum % kValuesTogether == 0);
     constexpr int kPerUnit = Simd::kUnitElements;
-    const auto* const weights = reinterpret_cast<const typename Simd::Unit*>(scratch.logits);
     const int64_t passes = value_passes<Simd>(rows_of(task), task.value_dim);
     Scalar ones[kMaxRows];
     for (Scalar& one : ones) one = 1;
-    with_rows(task.v, keys.v_rows, keys.count, scratch, [&]<class Stored>(auto rows, Stored*) {
-      for (int64_t key = 0; key < keys.count; key += kKeysPerPart) {
-        const int64_t count = keys.count - key < kKeysPerPart ? keys.count - key : kKeysPerPart;
-        const int64_t units = (count + kPerUnit - 1) / kPerUnit;
-        FetchAhead fetch(task.v, keys.v_rows + key, count, passes * units * kPerUnit);
-        for_rows(rows_of(task), [&](int64_t row, auto together) {
-          aggregate_rows<Simd, Stored, together.value>(
-              rows + key, count, fetch, weights + key / kPerUnit * width + row, width,
-              attended ? attended + key : nullptr, row, task.value_dim,
-              (key == 0 ? scratch.rescale : ones) + row, state.output + row * task.value_dim);
-        });
+    const int64_t keys_per_piece = task.kv_heads > 1 ? kValuesTogether : kKeysPerSum;
+    for_parts(keys.count, keys_per_piece, [&](int64_t key, int64_t count) {
+      const int64_t units = (count + kPerUnit - 1) / kPerUnit;
+      const bool begins = key % kKeysPerSum == 0;
+      const bool ends = (key + count) % kKeysPerSum == 0 || key + count == keys.count;
+      FetchAhead fetch(task.v, task.kv_heads, keys.v_rows + key, count,
+                       task.kv_heads * passes * units * kPerUnit);
+      for (int64_t i = 0; i < task.kv_heads; ++i) {
+        const Head& head = scratch.heads[i];
+        const auto* const weights = reinterpret_cast<const typename Simd::Unit*>(head.logits);
+        const Scalar* const rescale = key < kKeysPerSum ? head.rescale : ones;
+        with_rows(task.v, keys.v_rows + key, i * task.v.head_stride, count, scratch,
+                  [&]<class Stored>(const char* const* v, Stored*) {
+                    for_rows(rows_of(task), [&](int64_t row, auto together) {
+                      aggregate_rows<Simd, Stored, together.value>(
+                          v, count, fetch, weights + key / kPerUnit * width + row, width,
+                          attended ? attended + key : nullptr, row, task.value_dim, rescale + row,
+                          {head.sums + row * task.value_dim, begins, ends},
+                          head.state.output + row * task.value_dim);
+                    });
+                  });
       }
     });
   }
 
   template <int kWidth>
-  static void attend(const Task& task, const Scratch& scratch, const State& state, Keys keys) {
+  static void attend(const Task& task, const Scratch& scratch, Keys keys) {
     uint64_t bits[kKeysPerDecodeBlock];
     uint64_t* attended = bits;
     const bool masked = !keys.within_limits || task.mask;
@@ -314,8 +375,11 @@ struct Decode {
       }
     }
     multiply_queries<kWidth>(task, scratch, keys);
-    apply_options<kWidth>(task, keys, scratch.logits);
-    if (masked) apply_mask_of_rows<kWidth>(attended, keys.count, scratch.logits);
+    for (int64_t i = 0; i < task.kv_heads; ++i) {
+      const Head& head = scratch.heads[i];
+      apply_options<kWidth>(head.task, keys, head.logits);
+      if (masked) apply_mask_of_rows<kWidth>(attended, keys.count, head.logits);
+    }
     if (task.bias) {
       if (!masked) {
         for (int64_t key = 0; key < keys.count; ++key) attended[key] = lowest_bits(rows_of(task));
@@ -327,13 +391,14 @@ struct Decode {
         }
       });
     }
-    weigh<kWidth>(task, scratch, state, keys);
-    aggregate(task, scratch, state, keys, kWidth, masked || task.bias ? attended : nullptr);
+    for (int64_t i = 0; i < task.kv_heads; ++i) weigh<kWidth>(scratch.heads[i], scratch, keys);
+    aggregate(task, scratch, keys, kWidth, masked || task.bias ? attended : nullptr);
   }
 
   // ---- the chunk ------------------------------------------------------------------------------
 
-  static void begin(const Task& task, const Scratch& scratch, const State& state) {
+  static void begin(const Head& head) {
+    const Task& task = head.task;
     const auto sign = Simd::Single::set(task.scale < 0 ? Scalar{-1} : Scalar{1});
     const int64_t rows = rows_of(task);
     for (int64_t row = 0; row < rows; ++row) {
@@ -344,27 +409,31 @@ struct Decode {
         const int64_t count = left < Simd::kLanes ? left : Simd::kLanes;
         const Vec piece = load_elements<Single, Element>(q + d * task.q_column_stride,
                                                          task.q_column_stride, count);
-        store_up_to<Simd>(scratch.queries + row * task.head_dim + d, Simd::mul(piece, sign), count);
+        store_up_to<Simd>(head.queries + row * task.head_dim + d, Simd::mul(piece, sign), count);
       }
     }
     if (fills_lanes(rows)) {
       with_constant<kMaxVectors>(width_of_rows(rows) / Simd::kLanes, [&](auto vectors) {
         constexpr auto kSize = static_cast<int64_t>(sizeof(UnitElement));
-        pack_queries<Simd, UnitElement, vectors.value>(
-            reinterpret_cast<const char*>(scratch.queries), task.head_dim * kSize, kSize, rows,
-            task.head_dim, 1, scratch.query_lanes);
+        pack_queries<Simd, UnitElement, vectors.value>(reinterpret_cast<const char*>(head.queries),
+                                                       task.head_dim * kSize, kSize, rows,
+                                                       task.head_dim, 1, head.query_lanes);
       });
     }
-    state.clear(rows, task.value_dim);
+    head.state.clear(rows, task.value_dim);
   }
 
-  // What lies in task.tile_keys[0], into the state at task.state.
+  // What lies in task.tile_keys[0], into the states at task.state.
   static bool run(const Task& task) {
     const int64_t rows = rows_of(task);
     Arena arena{static_cast<char*>(task.scratch), 0};
-    const Scratch scratch = lay_out(arena, rows, task.head_dim, task.value_dim);
-    const State state = State::at(task.state, rows, task.value_dim);
-    begin(task, scratch, state);
+    const Scratch scratch = lay_out(arena, task.kv_heads, rows, task.head_dim, task.value_dim);
+    for (int64_t i = 0; i < task.kv_heads; ++i) {
+      Head& head = scratch.heads[i];
+      head.task = task_of_head(task, i);
+      head.state = State::at(head.task.state, rows, task.value_dim);
+      begin(head);
+    }
 
     const TileKeys& all = task.tile_keys[0];
     if (all.begin >= all.end) return true;
@@ -379,7 +448,7 @@ struct Decode {
       keys.count = (block_end < all.end ? block_end : all.end) - keys.first;
       keys.within_limits = all.full_begin <= keys.first && keys.first + keys.count <= all.full_end;
       with_width<kMaxRows>(width_of_rows(rows),
-                           [&](auto width) { attend<width.value>(task, scratch, state, keys); });
+                           [&](auto width) { attend<width.value>(task, scratch, keys); });
     }
     return true;
   }

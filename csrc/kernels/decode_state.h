@@ -12,7 +12,30 @@
 namespace numattn {
 namespace {
 
+// Of one head of K and V.
 inline int64_t rows_of(const Task& task) { return task.heads * task.queries; }
+
+inline KeyRows rows_of_head(KeyRows rows, int64_t kv_head) {
+  rows.data += kv_head * rows.head_stride;
+  if (rows.scales) rows.scales += kv_head * rows.scale_head_stride;
+  return rows;
+}
+
+// What the task is for one of its heads of K and V alone. A mask or a bias has no part in it.
+inline Task task_of_head(const Task& task, int64_t kv_head) {
+  Task alone = task;
+  const int64_t head = kv_head * task.heads;
+  alone.kv_heads = 1;
+  alone.q += head * task.q_head_stride;
+  alone.out += head * task.out_head_stride;
+  if (task.lse) alone.lse += head * task.lse_head_stride;
+  if (task.alibi_slopes) alone.alibi_slopes += head;
+  if (task.sinks) alone.sinks += head;
+  alone.k = rows_of_head(task.k, kv_head);
+  alone.v = rows_of_head(task.v, kv_head);
+  alone.state = static_cast<char*>(task.state) + kv_head * task.state_head_stride;
+  return alone;
+}
 
 // Rows take a power of two of places. Where those are fewer than lanes, a vector of logits is that
 // of several keys.
@@ -62,12 +85,19 @@ struct DecodeState {
     }
   }
 
-  // Merges the states of a task's chunks, which stand side by side, and writes out and lse. The
+  // Merges the states of a task's chunks, which stand `bytes` apart, and writes out and lse. The
   // first state is overwritten.
-  static void finish(const Task& task, void* states, int64_t count, int64_t bytes) {
+  static void finish(const Task& task, int64_t chunks, int64_t bytes) {
+    for (int64_t head = 0; head < task.kv_heads; ++head) {
+      finish_head(task_of_head(task, head), chunks, bytes);
+    }
+  }
+
+ private:
+  static void finish_head(const Task& task, int64_t count, int64_t bytes) {
     const int64_t rows = rows_of(task);
     const auto state_of = [&](int64_t chunk) {
-      return at(static_cast<char*>(states) + chunk * bytes, rows, task.value_dim);
+      return at(static_cast<char*>(task.state) + chunk * bytes, rows, task.value_dim);
     };
     const DecodeState merged = state_of(0);
     const auto scale = static_cast<Scalar>(softmax_scale(task) * kLog2E);
@@ -120,7 +150,6 @@ struct DecodeState {
     }
   }
 
- private:
   static Scalar first_lane(Vec x) {
     Scalar lanes[Simd::kLanes];
     Simd::store(lanes, x);

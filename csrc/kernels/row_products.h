@@ -145,14 +145,24 @@ unsigned attended_elements(const uint64_t* attended, int64_t key, int64_t keys, 
   return bits;
 }
 
+// Sums over keys that come in several pieces, where several heads take turns: [row][d] in between.
+// That makes the bits those of one piece.
+template <class Scalar>
+struct Carry {
+  Scalar* sums;  // unused if there is one piece
+  bool begins, ends;
+};
+
 // output [row][d] = output * rescale [row] + weights [unit of keys][row] * V [key][d], for kVectors
 // vectors from element d on, which have `elements` elements; `width` rows are from unit to unit.
 // kIsPlain: nothing is masked, and the vectors are full.
 template <class Simd, class Stored, int kRows, int kVectors, bool kIsPlain>
-void add_values(const char* const* v_rows, int64_t keys, FetchAhead& fetch_ahead, int64_t d,
-                int64_t elements, const typename Simd::Unit* weights, int64_t width,
-                const uint64_t* attended, int64_t first_row, int64_t value_dim,
-                const typename Simd::Scalar* rescale, typename Simd::Scalar* output) {
+[[gnu::noinline]] void add_values(const char* const* v_rows, int64_t keys, FetchAhead& fetch_ahead,
+                                  int64_t d, int64_t elements, const typename Simd::Unit* weights,
+                                  int64_t width, const uint64_t* attended, int64_t first_row,
+                                  int64_t value_dim, const typename Simd::Scalar* rescale,
+                                  Carry<typename Simd::Scalar> carry,
+                                  typename Simd::Scalar* output) {
   constexpr int kPerUnit = Simd::kUnitElements;
   constexpr unsigned kAll = (1u << kPerUnit) - 1;
   const int64_t count = kIsPlain ? kVectors * Simd::kLanes : elements;
@@ -161,7 +171,12 @@ void add_values(const char* const* v_rows, int64_t keys, FetchAhead& fetch_ahead
 #pragma GCC unroll 4
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kVectors; ++i) sums[row][i] = Simd::zero();
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t at = d + i * Simd::kLanes;
+      sums[row][i] = carry.begins ? Simd::zero()
+                                  : load_up_to<Simd>(carry.sums + row * value_dim + at,
+                                                     count - i * Simd::kLanes);
+    }
   }
   const typename Simd::Unit* weight = weights;
   const auto add = [&](int64_t key, auto whole) __attribute__((always_inline)) {
@@ -191,7 +206,12 @@ void add_values(const char* const* v_rows, int64_t keys, FetchAhead& fetch_ahead
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) {
       const int64_t left = count - i * Simd::kLanes;
-      auto* const to = output + row * value_dim + d + i * Simd::kLanes;
+      const int64_t at = row * value_dim + d + i * Simd::kLanes;
+      if (!carry.ends) {
+        store_up_to<Simd>(carry.sums + at, sums[row][i], left);
+        continue;
+      }
+      auto* const to = output + at;
       store_up_to<Simd>(to, Simd::fma(load_up_to<Simd>(to, left), factor, sums[row][i]), left);
     }
   }
@@ -211,20 +231,20 @@ template <class Simd, class Stored, int kRows>
 void aggregate_rows(const char* const* v_rows, int64_t keys, FetchAhead& fetch,
                     const typename Simd::Unit* weights, int64_t width, const uint64_t* attended,
                     int64_t first_row, int64_t value_dim, const typename Simd::Scalar* rescale,
-                    typename Simd::Scalar* output) {
+                    Carry<typename Simd::Scalar> carry, typename Simd::Scalar* output) {
   constexpr int kMost = Simd::kTileVectors * Simd::kLanes;
   for (int64_t d = 0; d < value_dim; d += kMost) {
     const int64_t count = value_dim - d < kMost ? value_dim - d : kMost;
     if (count == kMost && !attended) {
       add_values<Simd, Stored, kRows, Simd::kTileVectors, true>(v_rows, keys, fetch, d, count,
                                                                 weights, width, nullptr, first_row,
-                                                                value_dim, rescale, output);
+                                                                value_dim, rescale, carry, output);
       continue;
     }
     with_constant<Simd::kTileVectors>((count + Simd::kLanes - 1) / Simd::kLanes, [&](auto vectors) {
       add_values<Simd, Stored, kRows, vectors.value, false>(v_rows, keys, fetch, d, count, weights,
                                                             width, attended, first_row, value_dim,
-                                                            rescale, output);
+                                                            rescale, carry, output);
     });
   }
 }

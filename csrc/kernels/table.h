@@ -35,12 +35,16 @@ struct KeyRows {
   bool is_int8;
   const char* scales;
   int64_t scale_row_stride, scale_page_stride;
+  // To the same row of the next head of K or V.
+  int64_t head_stride, scale_head_stride;
 };
 
-// Consecutive queries of one head, or of all heads that share a head of K and V, against keys.
+// Consecutive queries of one head, or of all heads that share a head of K and V, against keys. For
+// decode there may be several heads of K and V: everything below is then that of the first of them.
 struct Task {
-  int64_t heads;    // 1 for prefill
-  int64_t queries;  // of each head
+  int64_t kv_heads;  // 1, or for decode heads whose rows of K and V stand side by side
+  int64_t heads;     // 1 for prefill; for decode those that share a head of K and V
+  int64_t queries;   // of each head
   int64_t head_dim, value_dim;
 
   // Each points at the first query of the first head; mask and bias at key 0.
@@ -77,8 +81,9 @@ struct Task {
   void* maximum;  // [query] scalars, in the terms of the softmax: written by Stage::statistics
   void* sum;
 
-  void* state;    // for decode: DtypeKernels::decode_state_bytes, aligned to 64 bytes
-  void* scratch;  // of the kernel's scratch_bytes, aligned to 64 bytes
+  void* state;                // for decode: DtypeKernels::decode_state_bytes, aligned to 64 bytes
+  int64_t state_head_stride;  // bytes from head to head of K and V
+  void* scratch;              // of the kernel's scratch_bytes, aligned to 64 bytes
 
   // Asked once per key block. True abandons the task: `out` and `lse` are then undefined.
   bool (*should_stop)(void* context);
@@ -108,16 +113,17 @@ struct DtypeKernels {
   int64_t (*prefill_scratch_bytes)(int64_t rows, int64_t head_dim, int64_t value_dim);
   bool (*prefill)(const Task& task);  // false if it was stopped
 
-  // Few queries, up to so many rows over all heads of the task, with a chunk of their keys: what
-  // lies in tile_keys[0], into `state`. Chunks start at multiples of keys_per_chunk. Then
-  // decode_finish merges the states of a task's chunks, which stand state_stride
-  // bytes apart (aligned to 64), into out and lse.
+  // Few queries, up to so many rows for each head of K and V, with a chunk of their keys: what lies
+  // in tile_keys[0], into the states, one for each head of K and V. Chunks start at multiples of
+  // keys_per_chunk. Then decode_finish merges the states of the chunks, which begin at task.state
+  // and stand state_stride bytes apart (aligned to 64), into out and lse.
   int max_decode_rows;
   int keys_per_chunk;
-  int64_t (*decode_scratch_bytes)(int64_t rows, int64_t head_dim, int64_t value_dim);
+  int64_t (*decode_scratch_bytes)(int64_t kv_heads, int64_t rows, int64_t head_dim,
+                                  int64_t value_dim);
   int64_t (*decode_state_bytes)(int64_t rows, int64_t value_dim);
   bool (*decode)(const Task& task);  // false if it was stopped
-  void (*decode_finish)(const Task& task, void* states, int64_t chunks, int64_t state_stride);
+  void (*decode_finish)(const Task& task, int64_t chunks, int64_t state_stride);
 
   // Stages by themselves: some queries of one head with all keys, or, for Stage::received, all
   // queries with at most keys_per_chunk keys.

@@ -11,8 +11,17 @@ constexpr int64_t kItemsPerThread = 4;
 constexpr double kFlopsPerThread = 5e5;
 // The flops that take as long as reading a byte of K or V from memory.
 constexpr double kFlopsPerByte = 10;
+// Rows of several heads are longer than what a CPU fetches ahead by itself needs to find its way;
+// a part of a block of keys should still fit into the second cache.
+constexpr int64_t kBytesOfNeighbours = 4096;
 
 int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// No larger than `most`, but at least 1.
+int64_t largest_divisor(int64_t number, int64_t most) {
+  while (most > 1 && number % most != 0) --most;
+  return std::max<int64_t>(most, 1);
+}
 
 int64_t count_batch_items(const Problem& problem) {
   int64_t items = 1;
@@ -51,7 +60,9 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const MaskKinds*
 
   // Whatever the block of queries, each of its tiles is computed in the same way: the number of
   // threads may decide here without changing a bit of the result.
+  // The same goes for heads of K and V that are decoded side by side.
   int64_t tiles = kernels.max_tiles_per_block;
+  kv_heads_per_item_ = max_decode_rows_ > 0 ? neighbouring_kv_heads() : 1;
   const auto count = [&] {
     rows_per_item_ = tiles * kernels.rows_per_tile;
     Counts all{0, 0};
@@ -70,8 +81,33 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const MaskKinds*
     items_ = all.items;
     states_ = all.states;
   };
-  for (count(); tiles > 1 && items_ < kItemsPerThread * threads_; count()) tiles /= 2;
+  const auto divide = [&] {
+    if (tiles == 1 && kv_heads_per_item_ == 1) return false;
+    tiles = std::max<int64_t>(tiles / 2, 1);
+    kv_heads_per_item_ = largest_divisor(problem.kv_heads, kv_heads_per_item_ / 2);
+    return true;
+  };
+  for (count(); items_ < kItemsPerThread * threads_ && divide();) count();
   threads_ = static_cast<int>(std::min<int64_t>(threads_, std::max<int64_t>(items_, 1)));
+}
+
+// How many heads of K and V an item of decode may take: those whose rows stand side by side.
+int64_t Plan::neighbouring_kv_heads() const {
+  if (problem_.mask.data || problem_.bias.data) return 1;  // which heads may not share
+  const int64_t size = problem_.dtype == Dtype::float64   ? 8
+                       : problem_.dtype == Dtype::float32 ? 4
+                                                          : 2;
+  int64_t most = problem_.kv_heads;
+  const auto look_at = [&](const Array& array, bool is_int8, int64_t dims) {
+    const int64_t element = is_int8 ? 1 : size;
+    const bool side_by_side = array.column_stride == element &&
+                              array.head_stride == dims * element &&
+                              array.row_stride >= problem_.kv_heads * array.head_stride;
+    most = side_by_side ? std::min(most, kBytesOfNeighbours / array.head_stride) : 1;
+  };
+  look_at(problem_.k, problem_.k_is_int8, problem_.head_dim);
+  if (most > 1) look_at(problem_.v, problem_.v_is_int8, problem_.value_dim);
+  return largest_divisor(problem_.kv_heads, most);
 }
 
 Plan::Sequence Plan::sequence(int64_t batch_item) const {
@@ -93,8 +129,8 @@ Plan::Counts Plan::counts(const Sequence& sequence) const {
     return {problem_.query_heads * quotient_up(sequence.queries, rows_per_item_), 0};
   }
   if (sequence.queries == 0) return {0, 0};
-  const int64_t items = problem_.kv_heads * chunks(sequence);
-  return {items, chunks(sequence) > 1 ? items : 0};
+  const int64_t states = problem_.kv_heads * chunks(sequence);
+  return {states / kv_heads_per_item_, chunks(sequence) > 1 ? states : 0};
 }
 
 double Plan::cost(const Sequence& sequence) const {
@@ -127,6 +163,8 @@ KeyRows Plan::key_rows(const Array& array, const Array& scales, bool is_int8, in
   rows.dims = dims;
   rows.is_int8 = is_int8;
   rows.scale_row_stride = scales.row_stride;
+  rows.head_stride = array.head_stride;
+  rows.scale_head_stride = scales.head_stride;
   if (!problem_.block_table) {
     rows.data = address(array, sequence, kv_head, sequence.first_key);
     rows.scales = address(scales, sequence, kv_head, sequence.first_key);
@@ -150,6 +188,7 @@ void Plan::set_arrays(Task& task, const Sequence& sequence, int64_t head, int64_
                       int64_t first_query, int64_t queries) const {
   const int64_t row = sequence.first_query + first_query;
   const int64_t kv_head = head / group();
+  task.kv_heads = 1;
   task.heads = heads;
   task.queries = queries;
   task.head_dim = problem_.head_dim;
@@ -215,7 +254,9 @@ void Plan::set_decode(Item& item, const Sequence& sequence, int64_t local) const
   item.chunks = chunks(sequence);
   item.chunk = local % item.chunks;
   Task& task = item.task;
-  set_arrays(task, sequence, local / item.chunks * group(), group(), 0, sequence.queries);
+  const int64_t kv_head = local / item.chunks * kv_heads_per_item_;
+  set_arrays(task, sequence, kv_head * group(), group(), 0, sequence.queries);
+  task.kv_heads = kv_heads_per_item_;
   const int64_t begin = item.chunk * kernels_.keys_per_chunk;
   const int64_t end = begin + kernels_.keys_per_chunk;
   TileKeys keys = tile_keys(task.first_position, task.queries, valid_keys(sequence));
@@ -273,7 +314,8 @@ Item Plan::item(int64_t number) const {
   item.is_decode = is_decoded(problem_, kernels_, here.queries);
   if (item.is_decode) {
     set_decode(item, here, local);
-    item.state = before.states + local;
+    const int64_t kv_head = local / item.chunks * kv_heads_per_item_;
+    item.state = before.states + kv_head * item.chunks + item.chunk;
   } else {
     set_prefill(item, here, local);
   }

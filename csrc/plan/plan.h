@@ -1,8 +1,10 @@
 // A problem becomes work items. Where a sequence has many queries, an item is a block of
 // consecutive queries of one head with all the keys that they attend to (prefill). Where it has
 // few, an item is all queries of the heads that share a head of K and V, with a chunk of the keys
-// (decode); the chunks' states are merged by whoever computes the last one. Stages by themselves
-// take a tile of queries of one head with all keys, or all queries with a chunk of the keys.
+// (decode); the chunks' states are merged by whoever computes the last one. Where the rows of
+// several heads of K and V stand side by side, they go into one item, so that memory is read from
+// beginning to end. Stages by themselves take a tile of queries of one head with all keys, or all
+// queries with a chunk of the keys.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +20,9 @@ struct Item {
   Task
       task;  // all but the state, the scratch and the stop function, which the executing thread has
   bool is_decode;
-  // For decode: the head's chunks, and the number of this one's state among all states, in which
-  // the states of a head's chunks stand side by side. One chunk has no state there.
+  // For decode: the chunks of a head of K and V, and the number of this one's state (of the item's
+  // first head) among all states, in which the states of a head's chunks stand side by side and the
+  // heads behind each other. One chunk has no state there.
   int64_t chunks, chunk, state;
 };
 
@@ -55,6 +58,7 @@ class Plan {
   };
 
   int64_t group() const { return problem_.query_heads / problem_.kv_heads; }
+  int64_t neighbouring_kv_heads() const;
   Sequence sequence(int64_t batch_item) const;
   Counts counts(const Sequence& sequence) const;
   int64_t chunks(const Sequence& sequence) const;
@@ -75,7 +79,8 @@ class Plan {
   const DtypeKernels& kernels_;
   const MaskKinds* mask_kinds_;
   int64_t batch_items_;
-  int64_t rows_per_item_;  // of prefill
+  int64_t rows_per_item_;      // of prefill
+  int64_t kv_heads_per_item_;  // of decode
   int64_t items_, states_;
   int64_t max_decode_rows_ = 0;
   int threads_;

@@ -49,7 +49,7 @@ struct Problem {
   // Stage::received, of float64 where that is dtype, else float32; Stage::statistics has none.
   Stage stage = Stage::attention;
   // (batch..., query_heads, query_length) in C order, of out's dtype: written by Stage::statistics,
-  // read by Stage::weights and Stage::received.
+  // read by Stage::received.
   char* maximum = nullptr;
   char* sum = nullptr;
 

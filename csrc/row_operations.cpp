@@ -39,9 +39,10 @@ struct RotationJob {
 
 bool rotate_item(void* context, int64_t item, StopCheck&) {
   const auto& [problem, kernels, items_per_head, step] = *static_cast<const RotationJob*>(context);
-  const int64_t row = item % items_per_head * step;
-  const int64_t head = item / items_per_head % problem.heads;
-  const int64_t batch_item = item / items_per_head / problem.heads;
+  // The heads of the same rows follow each other, and find their angles in the cache.
+  const int64_t head = item % problem.heads;
+  const int64_t row = item / problem.heads % items_per_head * step;
+  const int64_t batch_item = item / problem.heads / items_per_head;
   const auto address = [&](const Array& array) {
     int64_t offset = head * array.head_stride + row * array.row_stride;
     int64_t rest = batch_item;

@@ -33,7 +33,7 @@ struct Pattern {
     Scalar* logits;    // [key][lane], then weights
     Scalar* maximum;   // [lane], of the logits that the softmax sees
     Scalar* sum;       // [lane]
-    Scalar* factor;    // [lane], 1 / sum
+    Scalar* factor;    // [lane], 1 / sum, for Stage::received
     Scalar* rescale;   // [lane], of no use without values
     Scalar* highest;   // [lane]
     Unit* k_copy;      // [key][unit of d]
@@ -61,16 +61,18 @@ struct Pattern {
 
   // ---- a tile of queries ------------------------------------------------------------------------
 
+  static double sink_of(const Task& task) { return task.sinks ? *task.sinks : -__builtin_inf(); }
+
   // In the softmax's terms: what maximum and sum begin with, or what was kept of them.
   static void begin(const Task& task, const Tile& tile, const Scratch& scratch) {
-    const double sink = task.sinks ? *task.sinks : -__builtin_inf();
+    const double sink = sink_of(task);
     for (int lane = 0; lane < kRowsPerTile; ++lane) {
       Scalar maximum = 0;
       Scalar sum = 0;
-      if (lane < tile.rows && task.stage == Stage::statistics) {
+      if (lane < tile.rows && (task.stage == Stage::statistics || task.stage == Stage::weights)) {
         maximum = static_cast<Scalar>(sink);
         sum = sink > -__builtin_inf() ? Scalar{1} : Scalar{0};
-      } else if (lane < tile.rows && task.stage != Stage::logits) {
+      } else if (lane < tile.rows && task.stage == Stage::received) {
         const int64_t row = tile.first_row + lane;
         maximum = static_cast<const Scalar*>(task.maximum)[row];
         sum = static_cast<const Scalar*>(task.sum)[row];
@@ -88,8 +90,7 @@ struct Pattern {
     }
   }
 
-  // ---- a tile and a block of keys
-  // -----------------------------------------------------------------
+  // ---- a tile and a block of keys --------------------------------------------------------------
 
   template <int kVectors>
   static void find_logits(const Task& task, const Tile& tile, const Scratch& scratch,
@@ -144,7 +145,7 @@ struct Pattern {
                     const KeySpan& keys) {
     Scalar factor[kVectors * Simd::kLanes];
     for (Scalar& x : factor) x = 1;
-    unpack_output<Single, Scalar, kVectors>(
+    unpack_output<Single, Scalar, kVectors, false>(
         scratch.logits, factor, tile.rows, keys.count,
         task.out + tile.first_row * task.out_row_stride + keys.first * task.out_column_stride,
         task.out_row_stride, task.out_column_stride);
@@ -191,12 +192,50 @@ struct Pattern {
       masked_softmax<Single, kVectors>(
           scratch.logits, keys.count, static_cast<Scalar>(softmax_scale(task) * kLog2E),
           scratch.highest, scratch.maximum, scratch.sum, scratch.rescale);
+    } else if (task.stage == Stage::weights) {
+      find_highest<Single, kVectors>(scratch.logits, keys.count, scratch.maximum);
+      write<kVectors>(task, tile, scratch, keys);
     } else {
       find_weights<kVectors>(task, scratch, keys.count);
-      if (task.stage == Stage::weights) {
-        write<kVectors>(task, tile, scratch, keys);
-      } else {
-        receive<kVectors>(scratch, keys.count, scratch.received + (keys.first - task.keys_begin));
+      receive<kVectors>(scratch, keys.count, scratch.received + (keys.first - task.keys_begin));
+    }
+  }
+
+  // The logits that were written become weights, while the tile's rows are still in the cache: a
+  // second pass through K instead would be twice the products and powers.
+  static void weigh_rows(const Task& task, const Tile& tile, const Scratch& scratch, int64_t begin,
+                         int64_t end) {
+    const Vec scale = Single::set(static_cast<Scalar>(softmax_scale(task) * kLog2E));
+    const Vec nothing = Single::set(-__builtin_inff());
+    const auto sink = static_cast<Scalar>(sink_of(task));
+    const int64_t stride = task.out_column_stride;
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      char* const out = task.out + (tile.first_row + row) * task.out_row_stride;
+      const Scalar maximum = scratch.maximum[row];
+      const Vec base = Single::set(is_minus_infinity(maximum) ? Scalar{0} : maximum);
+      const auto weigh = [&](Vec logits) {
+        return exp2<Single>(Single::mul(Single::sub(logits, base), scale));
+      };
+      Scalar of_sink[Simd::kLanes];
+      Single::store(of_sink, weigh(Single::set(sink)));
+      Vec sums = Single::zero();
+      for (int64_t key = begin; key < end; key += Simd::kLanes) {
+        const int64_t count = end - key < Simd::kLanes ? end - key : Simd::kLanes;
+        Vec logits = load_elements<Single, Scalar>(out + key * stride, stride, count);
+        if (count < Simd::kLanes) {
+          logits = Single::select_bits(lowest_bits(count), logits, nothing);
+        }
+        const Vec weights = weigh(logits);
+        sums = Single::add(sums, weights);
+        store_elements<Single, Scalar>(out + key * stride, stride, weights, count);
+      }
+      const Scalar sum = Single::sum(sums) + of_sink[0];
+      const Vec factor = Single::set(sum == 0 ? Scalar{0} : Scalar{1} / sum);
+      for (int64_t key = begin; key < end; key += Simd::kLanes) {
+        const int64_t count = end - key < Simd::kLanes ? end - key : Simd::kLanes;
+        const Vec weights = load_elements<Single, Scalar>(out + key * stride, stride, count);
+        store_elements<Single, Scalar>(out + key * stride, stride, Single::mul(weights, factor),
+                                       count);
       }
     }
   }
@@ -228,6 +267,7 @@ struct Pattern {
       first = last;
     }
     if (task.stage == Stage::statistics) keep_statistics(task, tile, scratch);
+    if (task.stage == Stage::weights) weigh_rows(task, tile, scratch, begin, end);
     if (task.stage == Stage::logits || task.stage == Stage::weights) {
       fill(task, tile, task.keys_begin, begin < end ? begin : task.keys_end);
       if (begin < end) fill(task, tile, end, task.keys_end);

@@ -98,7 +98,7 @@ void pack_queries(const char* q, int64_t row_stride, int64_t column_stride, int6
 }
 
 // output [d][lane], times factor [lane], becomes out [row][d] in memory.
-template <class Simd, class Element, int kVectors>
+template <class Simd, class Element, int kVectors, bool kFetch = true>
 void unpack_output(const typename Simd::Scalar* output, const typename Simd::Scalar* factor,
                    int64_t rows, int64_t value_dim, char* out, int64_t row_stride,
                    int64_t column_stride) {
@@ -115,7 +115,7 @@ void unpack_output(const typename Simd::Scalar* output, const typename Simd::Sca
       }
       Simd::transpose(square);
       char* const to = out + row * row_stride + d * column_stride;
-      fetch_next_rows<Simd, true>(to, row_stride);
+      if (kFetch) fetch_next_rows<Simd, true>(to, row_stride);
       for (int64_t i = 0; i < last; ++i) {
         store_elements<Simd, Element>(to + i * row_stride, column_stride, square[i], columns);
       }

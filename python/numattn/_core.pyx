@@ -411,9 +411,9 @@ def stage(object arguments, str name, cnp.ndarray out not None):
     cdef int num_threads = _threads(arguments.num_threads)
     cdef cnp.ndarray maximum, total
     _describe(&problem, arguments)
-    if name == "logits":
+    if name in ("logits", "weights"):
         _fill(&problem.out, out, problem.batch_axes, True)
-        _run_stage(&problem, Stage.logits, num_threads)
+        _run_stage(&problem, Stage.logits if name == "logits" else Stage.weights, num_threads)
         return
     maximum = cnp.PyArray_EMPTY(
         problem.batch_axes + 2, cnp.PyArray_DIMS(<cnp.ndarray>arguments.q), cnp.PyArray_TYPE(out), 0
@@ -422,12 +422,8 @@ def stage(object arguments, str name, cnp.ndarray out not None):
     problem.maximum = <char*>cnp.PyArray_DATA(maximum)
     problem.sum = <char*>cnp.PyArray_DATA(total)
     _run_stage(&problem, Stage.statistics, num_threads)
-    if name == "weights":
-        _fill(&problem.out, out, problem.batch_axes, True)
-        _run_stage(&problem, Stage.weights, num_threads)
-    else:
-        _fill(&problem.out, out, problem.batch_axes, False)
-        _run_stage(&problem, Stage.received, num_threads)
+    _fill(&problem.out, out, problem.batch_axes, False)
+    _run_stage(&problem, Stage.received, num_threads)
 
 
 def softmax(cnp.ndarray scores not None, object mask, cnp.ndarray out not None):

@@ -37,7 +37,7 @@ $(VENV)/bench: $(VENV)/created pyproject.toml
 
 demo: $(BUILT) $(VENV)/demo
 	NUMATTN_BACKEND=native $(BIN)/python examples/sentences.py
-	NUMATTN_BACKEND=native $(BIN)/python examples/speed.py
+	NUMATTN_BACKEND=native $(BIN)/python -m numattn bench
 
 test: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest

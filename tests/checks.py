@@ -2,7 +2,7 @@
 
 import numattn as na
 import numpy as np
-import reference
+from numattn import _reference as reference
 from numattn import _runtime
 
 
@@ -17,11 +17,7 @@ def error_factor():
 def assert_close_to_reference(q, k, v, *, factor=None, **options):
     """Check out and lse against float64 (float64 against long double).
 
-    The largest error may be `factor` (default: `error_factor`) times that of plain NumPy in the
-    same precision (float32 for 16-bit floats), plus one unit in the last place. Both are the
-    largest of many numbers, so that the arrays should give some thousand: plain NumPy's error of a
-    few can be 0 by luck. How a matmul rounds is the BLAS's choice, which differs between CPUs;
-    plain NumPy's error is the larger one of matmul and of einsum, which uses no BLAS.
+    `factor` (default: `error_factor`) is that of `reference.error_and_bound`.
     """
     factor = factor or error_factor()
     precision = np.float64 if q.dtype == np.float64 else np.float32
@@ -41,25 +37,6 @@ def assert_close_to_reference(q, k, v, *, factor=None, **options):
 
 
 def assert_within(actual, plain, expected, factor=2):
-    """Check |actual - expected| <= factor * |plain - expected| + 1 ulp, by the largest of each.
-
-    `plain` is a list of arrays, whose largest error counts.
-    """
-    finite = np.isfinite(expected)
-    np.testing.assert_array_equal(
-        actual[~finite].astype(np.float64), expected[~finite], "not finite in the reference"
-    )
-    if not finite.any():
-        return
-    expected = expected[finite]
-
-    def largest_error(x):
-        # Widened to the reference's precision; 16-bit floats of other packages via float64.
-        wide = x[finite].astype(np.float64).astype(expected.dtype)
-        return np.abs(wide - expected).max()
-
-    assert np.isfinite(actual[finite].astype(np.float64)).all(), "finite in the reference"
-    ulp = float(np.spacing(np.abs(expected).max().astype(actual.dtype)))
-    error = largest_error(actual)
-    bound = factor * max(largest_error(x) for x in plain) + ulp
+    """Check the largest error against the bound of `reference.error_and_bound`."""
+    error, bound = reference.error_and_bound(actual, plain, expected, factor)
     assert error <= bound, f"error {error:.3g}, bound {bound:.3g} ({error / bound:.2f} of it)"

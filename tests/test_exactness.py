@@ -5,8 +5,8 @@ import math
 import numattn as na
 import numpy as np
 import pytest
-import reference
 from checks import assert_close_to_reference, assert_within
+from numattn import _reference as reference
 from numattn import _runtime
 
 

@@ -5,7 +5,7 @@ import copy
 import numattn as na
 import numpy as np
 import pytest
-import reference
+from numattn import _reference as reference
 
 
 def tokens(rng, dtype=np.float32, batch=2, hq=4, hkv=2, length=60, d=8, dv=12):

@@ -3,7 +3,7 @@
 import numattn as na
 import numpy as np
 import pytest
-import reference
+from numattn import _reference as reference
 
 
 def by_hand(p, x, context, values, heads, kv_heads, rotary=None, **options):

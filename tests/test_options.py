@@ -3,11 +3,11 @@
 import numattn as na
 import numpy as np
 import pytest
-import reference
 from checks import assert_close_to_reference
 from conftest import DTYPES, named_dtype
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numattn import _reference as reference
 
 # Small arrays give few numbers to judge by; mixtures look for wrong results, not for rounding.
 LOOSE = 8

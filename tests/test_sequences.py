@@ -5,8 +5,8 @@ from itertools import pairwise
 import numattn as na
 import numpy as np
 import pytest
-import reference
 from checks import assert_within
+from numattn import _reference as reference
 
 OPTIONS = {
     "plain": {},

@@ -3,9 +3,9 @@
 import numattn as na
 import numpy as np
 import pytest
-import reference
 from checks import assert_within, error_factor
 from conftest import named_dtype
+from numattn import _reference as reference
 from test_memory import added_peak, needs_linux
 from test_options import ALONE
 

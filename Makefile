@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 BUILT := $(VENV)/built
 SOURCES := $(shell find csrc python CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 
-.PHONY: all demo test test-slow lint format bench bench-sequences bench-layers bench-grid clean
+.PHONY: all demo docs test test-slow lint format bench bench-sequences bench-layers bench-grid clean
 all: $(BUILT)
 
 $(VENV)/created:
@@ -39,6 +39,11 @@ demo: $(BUILT) $(VENV)/demo
 	NUMATTN_BACKEND=native $(BIN)/python examples/sentences.py
 	NUMATTN_BACKEND=native $(BIN)/python -m numattn bench
 	NUMATTN_BACKEND=native $(BIN)/python examples/context.py
+
+# Pictures are drawn by the code that the pages show. Warnings are errors.
+docs: $(BUILT) $(VENV)/group-docs
+	NUMATTN_BACKEND=native $(BIN)/sphinx-build -q -W --keep-going -d build/doctrees docs build/docs
+	@echo "the first page: build/docs/index.html"
 
 test: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest

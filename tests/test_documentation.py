@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numattn as na
 import pytest
+from numattn import plot
 
 README = Path(__file__).parent.parent / "README.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(DOCS.rglob("*.rst"))
 
 
 @pytest.mark.parametrize("name", [name for name in na.__all__ if callable(getattr(na, name))])
@@ -41,3 +44,79 @@ def test_readme_lists_every_option():
     table = README.read_text()
     for name in inspect.signature(na.attention).parameters:
         assert f"`{name}`" in table, name
+
+
+# ---- the documentation site ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_page(page):
+    """What a page shows runs from top to bottom, pictures included."""
+    text = page.read_text()
+    pictures = ".. plot::" in text
+    if pictures:
+        matplotlib = pytest.importorskip("matplotlib")
+        matplotlib.use("Agg")
+    test = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
+    runner = doctest.DocTestRunner()
+    try:
+        assert runner.run(test).failed == 0
+    finally:
+        if pictures:
+            matplotlib.pyplot.close("all")
+
+
+def test_pages_have_no_code_that_does_not_run():
+    assert len(PAGES) > 10
+    for page in PAGES:
+        text = page.read_text()
+        assert not re.search(r"code(-block)?:: *(python|py|ipython)", text), page
+        # Code of pictures that is no doctest would be run by Sphinx alone.
+        for block in re.findall(r"^\.\. plot::.*\n((?: +.*\n|\n)+)", text, re.MULTILINE):
+            code = [line for line in block.splitlines() if not line.lstrip().startswith(":")]
+            assert "\n".join(code).strip().startswith(">>>"), page
+
+
+def headings(page):
+    return [
+        match[1] for match in re.finditer(r"^(\S.*)\n([=\-])\2+$", page.read_text(), re.MULTILINE)
+    ]
+
+
+def test_every_option_has_its_section():
+    sections = [title for page in DOCS.glob("options/*.rst") for title in headings(page)]
+    for name in inspect.signature(na.attention).parameters:
+        assert any(f"``{name}``" in title for title in sections), name
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in DOCS.glob("options/*.rst") if p.stem != "index"], ids=lambda p: p.stem
+)
+def test_every_option_says_what_others_call_it(page):
+    assert "What to pass to get their answer" in headings(page)
+    table = page.read_text().partition("list-table")[2]
+    for library in ("PyTorch", "JAX", "ONNX", "flash-attn"):
+        assert f"* - {library}\n" in table, library
+
+
+def test_every_page_can_be_reached():
+    linked = {"index"}
+    for page in PAGES:
+        folder = page.parent.relative_to(DOCS)
+        for tree in re.findall(r"\.\. toctree::\n((?: +.*\n|\n)+)", page.read_text()):
+            linked |= {str(folder / line.strip()) for line in tree.splitlines() if line.strip()}
+    for page in PAGES:
+        assert str(page.relative_to(DOCS).with_suffix("")) in linked, page
+
+
+def test_reference_has_everything_public():
+    reference = (DOCS / "reference.rst").read_text()
+    documented = set(re.findall(r"auto(?:function|class|method):: (\w+)", reference))
+    for name in [*na.__all__, *plot.__all__]:
+        if callable(getattr(na, name, None) or getattr(plot, name, None)):
+            assert name in documented, name
+    for cls in (na.KVCache, na.MultiHeadAttention):
+        for name, member in vars(cls).items():
+            is_method = inspect.isfunction(member) or isinstance(member, classmethod)
+            if is_method and (not name.startswith("_") or name == "__call__"):
+                assert name in documented, f"{cls.__name__}.{name}"

@@ -1,0 +1,35 @@
+"""What Sphinx needs to know: `make docs`."""
+
+import numattn
+
+project = "numattn"
+author = "the numattn developers"
+project_copyright = "the numattn developers"
+version = release = numattn.__version__
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "numpydoc",
+    # Runs the tutorial's code when the site is built, and puts in the pictures that it draws.
+    "matplotlib.sphinxext.plot_directive",
+]
+
+# Docstrings name arguments and functions in single backticks.
+default_role = "py:obj"
+rst_prolog = ".. currentmodule:: numattn\n"
+autodoc_typehints = "none"  # docstrings say it shorter
+autodoc_member_order = "bysource"
+add_module_names = False
+numpydoc_show_class_members = False  # reference.rst lists them
+
+plot_include_source = True
+plot_html_show_source_link = False
+plot_html_show_formats = False
+plot_formats = [("png", 110)]
+plot_rcparams = {"savefig.bbox": "tight"}
+plot_apply_rcparams = True
+
+html_theme = "furo"
+html_title = f"numattn {release}"
+html_copy_source = False
+html_show_sourcelink = False

@@ -1,0 +1,178 @@
+"""Promise: what docs/porting.rst says to pass gives the answer of the other library.
+
+Libraries that are not installed are skipped. flash-attn needs a GPU, and is not here.
+"""
+
+import numattn as na
+import numpy as np
+import pytest
+
+LQ, LK = 5, 9
+LENGTHS = np.array([9, 6])
+MASK = np.random.default_rng(1).random((LQ, LK)) < 0.5
+MASK[:, 0] = True
+BIAS = np.random.default_rng(2).standard_normal((8, LQ, LK), dtype=np.float32)
+
+
+@pytest.fixture
+def qkv(arrays):
+    return arrays(2, hq=8, hkv=2, lq=LQ, lk=LK, d=16)
+
+
+def assert_same(ours, theirs):
+    np.testing.assert_allclose(ours, np.asarray(theirs), atol=2e-6)
+
+
+# ---- PyTorch -----------------------------------------------------------------------------------
+
+TORCH = {
+    "mask": ({"attn_mask": MASK}, {"mask": MASK}),
+    "bias": ({"attn_mask": BIAS}, {"bias": BIAS}),
+    "causal": ({"is_causal": True}, {"is_causal": True, "q_offset": 0}),
+    "scale": ({"scale": 0.3}, {"scale": 0.3}),
+    "nothing to attend to": ({"attn_mask": MASK & False}, {"mask": MASK & False}),
+    "lengths": (
+        {"attn_mask": (np.arange(LK) < LENGTHS[:, None])[:, None, None, :]},
+        {"kv_lengths": LENGTHS},
+    ),
+}
+
+
+def torch_attention(qkv, **options):
+    torch = pytest.importorskip("torch")
+    tensors = {
+        name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in options.items()
+    }
+    q, k, v = map(torch.from_numpy, qkv)
+    function = torch.nn.functional.scaled_dot_product_attention
+    return function(q, k, v, enable_gqa=True, **tensors).numpy()
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_torch(qkv, name):
+    theirs, ours = TORCH[name]
+    assert_same(na.attention(*qkv, **ours), torch_attention(qkv, **theirs))
+
+
+def test_torch_causal_from_the_lower_right(qkv):
+    bias = pytest.importorskip("torch.nn.attention.bias")
+    q, k, v = qkv
+    k, v = (np.repeat(x, 4, axis=1) for x in (k, v))
+    theirs = torch_attention((q, k, v), attn_mask=bias.causal_lower_right(LQ, LK))
+    assert_same(na.attention(*qkv, is_causal=True), theirs)
+
+
+# ---- JAX ---------------------------------------------------------------------------------------
+
+JAX = {
+    "mask": ({"mask": MASK[None, None]}, {"mask": MASK}),
+    "bias": ({"bias": BIAS[None]}, {"bias": BIAS}),
+    "scale": ({"scale": 0.3}, {"scale": 0.3}),
+    "causal": ({"is_causal": True}, {"is_causal": True, "q_offset": 0}),
+    "lengths": (
+        {"key_value_seq_lengths": LENGTHS.astype(np.int32), "is_causal": True},
+        {"kv_lengths": LENGTHS, "is_causal": True, "q_offset": 0},
+    ),
+    "window": ({"local_window_size": (3, 2)}, {"window": (3, 2), "q_offset": 0}),
+    "one window": ({"local_window_size": 2}, {"window": (2, 2), "q_offset": 0}),
+}
+
+
+@pytest.mark.parametrize("name", JAX)
+def test_jax(qkv, name):
+    jax = pytest.importorskip("jax")
+    theirs, ours = JAX[name]
+    q, k, v = (x.swapaxes(1, 2) for x in qkv)
+    out, lse = jax.nn.dot_product_attention(q, k, v, return_residual=True, **theirs)
+    our_out, our_lse = na.attention(q, k, v, layout="blhd", return_lse=True, **ours)
+    assert_same(our_out, out)
+    assert_same(our_lse, lse)
+
+
+# ---- ONNX --------------------------------------------------------------------------------------
+
+# name: inputs, attributes, ours
+ONNX = {
+    "mask": ({"attn_mask": MASK}, {}, {"mask": MASK}),
+    "short mask": (
+        {"attn_mask": MASK[:, :7], "nonpad_kv_seqlen": np.array([7, 7])}, {},
+        {"mask": MASK & (np.arange(LK) < 7)},
+    ),
+    "bias": ({"attn_mask": BIAS}, {}, {"bias": BIAS}),
+    "causal": ({}, {"is_causal": 1}, {"is_causal": True, "q_offset": 0}),
+    "lengths": ({"nonpad_kv_seqlen": LENGTHS}, {}, {"kv_lengths": LENGTHS}),
+    "causal lengths": (
+        {"nonpad_kv_seqlen": LENGTHS}, {"is_causal": 1},
+        {"kv_lengths": LENGTHS, "is_causal": True},
+    ),
+    "window": ({}, {"left_window_size": 2}, {"window": (2, None), "q_offset": 0}),
+    "window and lengths": (
+        {"nonpad_kv_seqlen": LENGTHS}, {"left_window_size": 2, "right_window_size": 1},
+        {"kv_lengths": LENGTHS, "window": (2, 1)},
+    ),
+    "scale": ({}, {"scale": 0.3}, {"scale": 0.3}),
+    "softcap": ({"attn_mask": BIAS}, {"softcap": 1.5}, {"bias": BIAS, "softcap": 1.5}),
+}  # fmt: skip
+INPUTS = ("Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen")
+
+
+def onnx_attention(qkv, outputs=("Y",), *, attributes=None, **inputs):
+    onnx = pytest.importorskip("onnx", "1.23")
+    from onnx.reference import ReferenceEvaluator
+
+    arrays = dict(zip("QKV", qkv, strict=True)) | inputs
+    node = onnx.helper.make_node(
+        "Attention", [name if name in arrays else "" for name in INPUTS], outputs,
+        **(attributes or {}),
+    )  # fmt: skip
+    while node.input and not node.input[-1]:
+        node.input.pop()
+    graph = onnx.helper.make_graph(
+        [node], "attention",
+        [
+            onnx.helper.make_tensor_value_info(
+                name, onnx.helper.np_dtype_to_tensor_dtype(x.dtype), x.shape
+            )
+            for name, x in arrays.items()
+        ],
+        [
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+            for name in outputs if name
+        ],
+    )  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 25)])
+    return ReferenceEvaluator(model).run(None, arrays)
+
+
+@pytest.mark.parametrize("name", ONNX)
+def test_onnx(qkv, name):
+    inputs, attributes, ours = ONNX[name]
+    (theirs,) = onnx_attention(qkv, attributes=attributes, **inputs)
+    assert_same(na.attention(*qkv, **ours), theirs)
+
+
+def test_onnx_past_keys(qkv):
+    q, k, v = qkv
+    theirs = onnx_attention(
+        (q, k[:, :, 3:], v[:, :, 3:]), ("Y", "present_key", "present_value"),
+        past_key=k[:, :, :3], past_value=v[:, :, :3], attributes={"is_causal": 1},
+    )  # fmt: skip
+    assert_same(na.attention(q, k, v, is_causal=True, q_offset=3), theirs[0])
+
+
+def test_onnx_three_axes(qkv):
+    flat = [x.swapaxes(1, 2).reshape(2, x.shape[2], -1) for x in qkv]
+    heads = {"q_num_heads": 8, "kv_num_heads": 2}
+    (theirs,) = onnx_attention(flat, attributes=heads)
+    q, k, v = (x.reshape(2, x.shape[1], -1, 16) for x in flat)
+    ours = na.attention(q, k, v, layout="blhd")
+    assert_same(ours.reshape(2, LQ, -1), theirs)
+
+
+@pytest.mark.parametrize("mode", [2, 3])
+def test_onnx_scores_and_weights(qkv, mode):
+    attributes = {"qk_matmul_output_mode": mode, "softcap": 1.5}
+    outputs = ("Y", "", "", "scores")
+    _, theirs = onnx_attention(qkv, outputs, attributes=attributes, attn_mask=BIAS)
+    function = {2: na.qk_scores, 3: na.attention_weights}[mode]
+    assert_same(function(*qkv[:2], bias=BIAS, softcap=1.5), theirs)

@@ -827,14 +827,15 @@ select { font: inherit; margin-left: .3rem; }
     if (index !== undefined) choose(Number(index));
   }
   function move(event) {
-    const last = data.queries.length - 1;
+    const at = Number(event.target.dataset.index), last = data.queries.length - 1;
     const index = {
-      ArrowLeft: chosen - 1, ArrowUp: chosen - 1, ArrowRight: chosen + 1, ArrowDown: chosen + 1,
-      Home: 0, End: last
+      ArrowLeft: at - 1, ArrowUp: at - 1, ArrowRight: at + 1, ArrowDown: at + 1, Home: 0, End: last
     }[event.key];
     if (index === undefined) return;
     event.preventDefault();
-    queries.children[Math.min(last, Math.max(0, index))].focus();
+    const next = Math.min(last, Math.max(0, index));
+    choose(next);  // a window in the background gets its focus events late
+    queries.children[next].focus();
   }
 
   fill(layer, data.tenThousandths.length);

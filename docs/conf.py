@@ -17,6 +17,7 @@ extensions = [
 # Docstrings name arguments and functions in single backticks.
 default_role = "py:obj"
 rst_prolog = ".. currentmodule:: numattn\n"
+autodoc_preserve_defaults = True  # np.float32, not its repr
 autodoc_typehints = "none"  # docstrings say it shorter
 autodoc_member_order = "bysource"
 add_module_names = False

@@ -137,6 +137,15 @@ def test_some_rows(backend, arrays, rng, rows):
     np.testing.assert_allclose(some, every[..., np.atleast_1d(rows).astype(int), :], atol=1e-7)
 
 
+@pytest.mark.parametrize("axes", [0, 1])
+def test_some_rows_without_a_batch(backend, arrays, axes):
+    q, k, _ = arrays(hq=4, lq=90, lk=110, d=16)
+    q, k = (x if axes else x[0] for x in (q, k))
+    some = na.attention_weights(q, k, rows=[-1, 5], is_causal=True)
+    every = na.attention_weights(q, k, is_causal=True)
+    np.testing.assert_allclose(some, every[..., [-1, 5], :], atol=1e-7)
+
+
 def test_bits_do_not_depend_on_threads(isa, arrays):
     q, k, _ = arrays(2, hq=3, lq=300, lk=4000, d=32)
     for function in (na.qk_scores, na.attention_weights, na.attention_received):

@@ -438,7 +438,7 @@ def _some_rows(a: Arguments, first: int, count: int) -> Arguments:
         out=a.out[..., rows, :],
         mask=None if a.mask is None else a.mask[..., rows, :],
         bias=None if a.bias is None else a.bias[..., rows, :],
-        q_offset=np.ascontiguousarray(offset + first, np.int64),
+        q_offset=np.asarray(offset + first, np.int64, order="C"),  # also without axes
     )
 
 

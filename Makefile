@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 BUILT := $(VENV)/built
 SOURCES := $(shell find csrc python CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 
-.PHONY: all demo docs test test-slow lint format bench bench-sequences bench-layers bench-grid clean
+.PHONY: all demo docs test test-native sanitize emulate fuzz wheel test-wheels test-slow lint format \
+  bench bench-sequences bench-layers bench-grid clean
 all: $(BUILT)
 
 $(VENV)/created:
@@ -47,6 +48,40 @@ docs: $(BUILT) $(VENV)/group-docs
 
 test: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest
+
+# The native library by itself, and what its objects hold.
+test-native: $(VENV)/group-native
+	$(call native-tests,build/native,)
+
+# The same under the sanitizers of addresses and undefined behaviour, and of threads. setarch: the
+# latter needs addresses that are not random.
+sanitize: $(VENV)/group-native
+	$(call native-tests,build/sanitize-address,-DNUMATTN_SANITIZE=address$(comma)undefined -DNUMATTN_OPTIMIZE=-O1)
+	$(call native-tests,build/sanitize-threads,-DNUMATTN_SANITIZE=thread -DNUMATTN_OPTIMIZE=-O1,setarch -R)
+
+comma := ,
+define native-tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake -G Ninja -S tests/native -B $(1) $(2) \
+	  -DNUMATTN_WERROR=$(or $(WERROR),OFF) > build/cmake.log || (cat build/cmake.log; false)
+	$(BIN)/cmake --build $(1)
+	$(3) $(BIN)/ctest --test-dir $(1) --output-on-failure
+endef
+
+# A CPU without AVX2. qemu-user is a package of the operating system.
+emulate: $(BUILT) $(VENV)/group-test
+	NUMATTN_BACKEND=native qemu-x86_64 -cpu Nehalem $(BIN)/python tests/emulated.py
+
+fuzz: $(BUILT) $(VENV)/group-test
+	$(BIN)/python tests/fuzz.py --seconds $(or $(SECONDS),60)
+
+# A wheel of this Python and the source distribution, in dist.
+wheel: $(VENV)/group-wheel
+	$(wheels) --only-build --keep dist
+
+test-wheels: $(VENV)/group-wheel
+	$(wheels) $(ARGS)
+
+wheels = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/wheels.py
 
 test-slow: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest -m slow

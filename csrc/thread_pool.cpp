@@ -178,6 +178,9 @@ Pool& pool() {
 
 }  // namespace
 
+// By this name threadpoolctl tells the library that has this pool from others of its file name.
+extern "C" __attribute__((visibility("default"))) const int numattn_thread_pool = 1;
+
 StopCheck::StopCheck(std::atomic<bool>& stop, bool (*interrupted)())
     : stop_(stop), interrupted_(interrupted) {
   if (interrupted_) next_call_ = Clock::now() + kInterruptPeriod;

@@ -16,6 +16,7 @@ def run_module(*arguments):
     )
 
 
+@pytest.mark.smoke
 def test_check():
     result = run_module()
     assert result.returncode == 0

@@ -1,5 +1,6 @@
 """Promise: safe from several Python threads at once, after fork, and interrupted by Ctrl-C."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -86,6 +87,7 @@ print("fine")
 """
 
 
+@pytest.mark.smoke
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("while_computing", [False, True])
 def test_fork(while_computing):
@@ -222,3 +224,56 @@ def test_ctrl_c_at_any_moment(arrays):
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
     assert interrupted == 60
+
+
+@pytest.mark.smoke
+def test_threadpoolctl_lists_and_limits(arrays):
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    q, k, v = arrays(hq=4, lq=300)
+    before = na.get_num_threads()
+    expected = na.attention(q, k, v)
+
+    def listed():
+        return [x for x in threadpoolctl.threadpool_info() if x["user_api"] == "numattn"]
+
+    (info,) = listed()
+    assert info["num_threads"] == before
+    assert info["version"] == na.__version__
+    na.set_num_threads(3)
+    try:
+        with threadpoolctl.threadpool_limits(1):
+            assert na.get_num_threads() == 1
+            np.testing.assert_array_equal(na.attention(q, k, v), expected)
+        assert na.get_num_threads() == 3
+        with threadpoolctl.threadpool_limits(2, user_api="numattn"):
+            assert listed()[0]["num_threads"] == 2
+        with threadpoolctl.threadpool_limits(1, user_api="blas"):
+            assert na.get_num_threads() == 3
+    finally:
+        na.set_num_threads(before)
+
+
+MULTIPROCESSING = """
+import multiprocessing, numpy as np, numattn as na
+x = np.random.default_rng(0).standard_normal((8, 300, 32)).astype(np.float32)
+def attend(_):
+    return na.attention(x, x, x, num_threads=4)
+if __name__ == "__main__":
+    expected = attend(0)
+    with multiprocessing.get_context("{method}").Pool(2) as pool:
+        assert all(np.array_equal(out, expected) for out in pool.map(attend, range(6)))
+    print("fine")
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(method, tmp_path):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} here")
+    script = tmp_path / "script.py"
+    script.write_text(MULTIPROCESSING.format(method=method))
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", script],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.stdout == "fine\n", result.stderr

@@ -214,6 +214,7 @@ CASES = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("backend", ["numpy", BACKENDS[-1]], indirect=True)
 def test_bad_arguments(backend, name):

@@ -1,8 +1,6 @@
 """Promise: what is pinned runs, nothing falls back silently, and one can ask what is in use."""
 
 import os
-import platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,29 +94,6 @@ def test_show_runtime(capsys):
     info = na.runtime_info()
     for said in (na.__version__, np.__version__, info["backend"], info["cpu"], "threads"):
         assert said in printed
-
-
-KERNELS = Path(__file__).parent.parent / "csrc" / "kernels"
-KERNEL_FLAGS = {"generic": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    KERNEL_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    avx512 = [f"-mavx512{x}" for x in ("f", "bw", "dq", "vl")]
-    KERNEL_FLAGS["avx512"] = [*KERNEL_FLAGS["avx2"], *avx512, "-w"]
-    KERNEL_FLAGS["avx512_bf16"] = [*KERNEL_FLAGS["avx512"], "-mavx512vnni", "-mavx512bf16"]
-
-
-@pytest.mark.skipif(not (shutil.which("g++") and shutil.which("nm")), reason="needs g++ and nm")
-@pytest.mark.parametrize("level", KERNEL_FLAGS)
-def test_a_level_leaves_nothing_to_other_objects(level, tmp_path):
-    """No symbol that the linker could use elsewhere, and nothing that runs before dispatch."""
-    built = tmp_path / "kernels.o"
-    flags = ["-std=c++20", "-O1", "-fPIC", *KERNEL_FLAGS[level]]
-    subprocess.run(["g++", *flags, "-c", KERNELS / f"{level}.cpp", "-o", built], check=True)
-    listing = subprocess.run(["nm", built], capture_output=True, text=True, check=True).stdout
-    shared = [line.split()[-2:] for line in listing.splitlines() if line.split()[-2] not in "trU"]
-    assert [kind for kind, _ in shared] == ["D"], shared
-    assert f"kernels_{level}" in shared[0][1]
-    assert b".init_array" not in built.read_bytes()
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ ALONE = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ALONE)
 def test_alone(dtype, arrays, name):
     q, k, v = arrays(2, hq=4, hkv=2, lq=90, lk=111, d=16, dv=20, dtype=dtype)

@@ -10,6 +10,7 @@ model around attention, `rotary_embedding` its positions, `parameter_count` its 
 `numattn.plot` draws.
 """
 
+from . import _threadpoolctl
 from ._attention import attention
 from ._kv_cache import KVCache
 from ._layer import MultiHeadAttention
@@ -47,3 +48,5 @@ __all__ = [
     "set_num_threads",
     "show_runtime",
 ]
+
+_threadpoolctl.register()

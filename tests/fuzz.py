@@ -1,0 +1,471 @@
+"""Random calls of every entry point against float64, for as long as is wanted: `make fuzz`.
+
+python tests/fuzz.py --seconds 60 [--seed N]    random calls, also with arguments of wrong kinds
+python tests/fuzz.py --call "Call(...)"         one call again, as a failure prints it
+
+A failing call is made smaller (by Hypothesis) and printed. So that a crash can be reproduced too,
+the call under way is kept in the file that --last names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  names bfloat16
+import numattn as na
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from numattn import _numpy_backend, _runtime
+from numattn import _reference as reference
+
+LEVELS = ["numpy"]
+if _runtime.native is not None:
+    LEVELS += [name for name, available in _runtime.native.isa_names().items() if available]
+DTYPES = ["float32", "float64", "float16", "bfloat16"]
+LENGTHS = [1, 2, 3, 5, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 130]
+# Small arrays give few numbers to judge by: this looks for wrong results, not for rounding.
+FACTOR = 16
+
+
+@dataclass
+class Call:
+    """One call; arrays are made from the seed, so that its text says it all."""
+
+    entry: str
+    level: str
+    dtype: str
+    batch: int
+    heads: tuple[int, int]  # query heads, KV heads
+    lengths: tuple[int, int]  # queries, keys
+    dims: tuple[int, int]
+    seed: int
+    threads: int = 1
+    layout: str = "bhld"
+    step: int = 1  # of the rows in memory
+    int8: bool = False
+    page_size: int = 4
+    options: tuple[str, ...] = ()
+    wrong: tuple[str, int] | None = None  # an argument, and what it becomes
+
+    rng: np.random.Generator = field(init=False, repr=False)
+
+    def __post_init__(self):
+        self.rng = np.random.default_rng(self.seed)
+
+
+# ---- drawing -----------------------------------------------------------------------------------
+
+OPTIONS = [
+    "causal", "window", "left window", "offset", "scale", "softcap", "alibi", "sinks", "lengths",
+    "mask", "bias",
+]  # fmt: skip
+ENTRIES = [
+    "attention", "attention", "attention", "attention_varlen", "attention_paged", "KVCache",
+    "attention_weights", "attention_received", "qk_scores", "merge_states", "masked_softmax",
+]  # fmt: skip
+NO_PAIRS = ("attention_varlen", "attention_paged", "KVCache", "merge_states")
+WRONG = [
+    None, "text", -1, 2**70, 1.5, float("nan"), [], [1, 2, 3], np.zeros(0), np.zeros((2, 3)),
+    np.float32(1), np.array(["a"]), np.array([None]), np.zeros((1, 1, 1, 1, 1, 1), bool), True,
+    (1, 2), (None, None), object(), np.ma.array([1.0]), np.zeros((3, 4), np.complex64),
+    np.full((2, 2), np.inf), b"bytes", {}, np.zeros((2, 2, 3), ">f4"),
+]  # fmt: skip
+
+
+@st.composite
+def calls(draw):
+    kv_heads = draw(st.integers(1, 3))
+    entry = draw(st.sampled_from(ENTRIES))
+    query_length = draw(st.integers(1, 4) | st.sampled_from(LENGTHS))
+    key_length = draw(st.sampled_from([0, 192, 193, 400, 1537, 3100, *LENGTHS, *LENGTHS]))
+    options = draw(st.lists(st.sampled_from(OPTIONS), unique=True, max_size=5))
+    if entry in NO_PAIRS:
+        options = [x for x in options if x not in ("mask", "bias")]
+    names = ["q", "k", "v", "mask", "bias", "is_causal", "q_offset", "window", "scale", "softcap",
+             "alibi_slopes", "sinks", "kv_lengths", "layout", "num_threads", "out", "return_lse",
+             "k_scale", "v_scale"]  # fmt: skip
+    wrong = None
+    if entry == "attention" and draw(st.integers(0, 4)) == 0:
+        wrong = (draw(st.sampled_from(names)), draw(st.integers(0, len(WRONG) - 1)))
+    heads = kv_heads * draw(st.sampled_from([1, 1, 2, 4, 9]))
+    if heads * query_length * key_length > 20_000:  # the reference is slow
+        query_length = min(query_length, 5)
+        heads = kv_heads * min(heads // kv_heads, 2)
+    return Call(
+        entry,
+        draw(st.sampled_from(LEVELS)),
+        draw(st.sampled_from(DTYPES)),
+        draw(st.integers(1, 3)),
+        (heads, kv_heads),
+        (query_length, key_length),
+        (draw(st.sampled_from([1, 3, 8, 16, 17, 33, 64, 80])), draw(st.integers(1, 70))),
+        draw(st.integers(0, 2**32 - 1)),
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from(["bhld", "blhd"])),
+        draw(st.sampled_from([1, 1, 2, -1])),
+        draw(st.integers(0, 5)) == 0,
+        draw(st.sampled_from([1, 3, 16, 50])),
+        tuple(sorted(options)),
+        wrong,
+    )
+
+
+# ---- one call ----------------------------------------------------------------------------------
+
+
+def array(call, batch, heads, length, dim):
+    """Return (batch, heads, length, dim) with the strides and the dtype of the call."""
+    rows = call.rng.standard_normal((batch, heads, length * abs(call.step), dim))
+    return rows.astype(call.dtype)[..., :: call.step, :]
+
+
+def options_of(call):
+    rng = call.rng
+    heads, (query_length, key_length) = call.heads[0], call.lengths
+    pairs = (call.batch, heads, query_length, key_length)
+    shape = tuple(n if rng.random() < 0.6 else 1 for n in pairs)
+    bias = rng.standard_normal(shape).astype(np.float32)
+    bias[rng.random(shape) < 0.1] = -np.inf
+    made = {
+        "causal": {"is_causal": True},
+        "window": {"window": tuple(rng.integers(0, 100, 2).tolist())},
+        "left window": {"window": (int(rng.integers(0, 60)), None)},
+        "offset": {"q_offset": rng.integers(-50, 200, call.batch)},
+        "scale": {"scale": float(rng.choice([0.5, -0.3, 0.01]))},
+        "softcap": {"softcap": float(rng.choice([0.7, 20]))},
+        "alibi": {"alibi_slopes": rng.random(heads)},
+        "sinks": {"sinks": 2 * rng.standard_normal(heads)},
+        "lengths": {"kv_lengths": rng.integers(0, key_length + 1, call.batch)},
+        "mask": {"mask": rng.random(shape) < rng.choice([0.05, 0.5, 0.95])},
+        "bias": {"bias": bias},
+    }
+    return {name: value for x in call.options for name, value in made[x].items()}
+
+
+def rounded(x, scale, dtype):
+    """Return what 8 bits and their scales stand for."""
+    return x if scale is None else x.astype(dtype) * scale[..., np.newaxis].astype(dtype)
+
+
+def compare(actual, expected, plain, call):
+    """Check an array: `expected` is trusted, `plain` the same in the precision of the kernels."""
+    assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
+    with np.errstate(all="ignore"):
+        lost = np.nanmax(np.abs(plain.astype(np.float64) - expected), initial=0)
+        if not np.isfinite(lost):
+            lost = 0
+        size = np.abs(expected, where=np.isfinite(expected), out=np.zeros(expected.shape)).max(
+            initial=1
+        )
+    relative = {"float64": 1e-13, "float32": 1e-5}.get(call.dtype)
+    if relative is None:
+        relative = 1e-5 if actual.dtype == np.float32 else 2.0**-10
+        if call.dtype == "bfloat16":
+            relative = 2.0**-6
+    np.testing.assert_allclose(
+        actual.astype(np.float64), expected, rtol=0, atol=relative * size + FACTOR * lost
+    )
+
+
+def expectations(q, k, v, options, dtype):
+    """Return (out, lse) trusted, and in the kernels' precision."""
+    precision = np.float64 if dtype == "float64" else np.float32
+    trusted = np.longdouble if precision is np.float64 else np.float64
+    return [
+        [x.astype(np.float64) for x in reference.attention(q, k, v, **options, dtype=t)]
+        for t in (trusted, precision)
+    ]
+
+
+def check(call):
+    with_level(call, CHECKS.get(call.entry, check_attention))
+
+
+def with_level(call, run):
+    """Run on the call's backend and level."""
+    kept = _runtime.attention_common, _runtime.computations
+    before = None
+    if call.level == "numpy":
+        _runtime.attention_common, _runtime.computations = None, _numpy_backend
+    else:
+        before = _runtime.native.isa()
+        _runtime.native.set_isa(call.level)
+    try:
+        run(call)
+    finally:
+        _runtime.attention_common, _runtime.computations = kept
+        if before is not None:
+            _runtime.native.set_isa(before)
+
+
+def inputs(call):
+    """Return q, k, v, scales, and k and v as the reference takes them; heads before rows."""
+    (heads, kv_heads), (query_length, key_length), (dim, value_dim) = (
+        call.heads, call.lengths, call.dims,
+    )  # fmt: skip
+    q = array(call, call.batch, heads, query_length, dim)
+    k = array(call, call.batch, kv_heads, key_length, dim)
+    v = array(call, call.batch, kv_heads, key_length, value_dim)
+    if not call.int8:
+        return q, k, v, {}, k, v
+    (k8, k_scale), (v8, v_scale) = na.quantize_kv(k), na.quantize_kv(v)
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    return q, k8, v8, scales, rounded(k8, k_scale, np.float64), rounded(v8, v_scale, np.float64)
+
+
+def moved(call, *arrays):
+    return [x.swapaxes(1, 2) if call.layout == "blhd" else x for x in arrays]
+
+
+def check_attention(call):
+    q, k, v, scales, k_plain, v_plain = inputs(call)
+    options = options_of(call)
+    layout = {"layout": call.layout, "num_threads": call.threads}
+    if scales and call.layout == "blhd":
+        scales = {name: x.swapaxes(1, 2) for name, x in scales.items()}
+    arguments = dict(zip("qkv", moved(call, q, k, v), strict=True))
+    arguments |= options | layout | scales | {"return_lse": True}
+    if call.wrong is not None:
+        return check_wrong(arguments, *call.wrong)
+    out, lse = na.attention(**arguments)
+    (expected, expected_lse), (plain, plain_lse) = expectations(
+        q, k_plain, v_plain, options, call.dtype
+    )
+    out, lse = (x.swapaxes(1, 2) if call.layout == "blhd" else x for x in (out, lse))
+    assert out.dtype == q.dtype
+    compare(out, expected, plain, call)
+    compare(lse, expected_lse, plain_lse, call)
+    return None
+
+
+def check_wrong(arguments, name, number):
+    """Check that an argument is refused by TypeError or ValueError, or means something."""
+    try:
+        na.attention(**(arguments | {name: WRONG[number]}))
+    except (TypeError, ValueError) as error:
+        if type(error) not in (TypeError, ValueError) or not str(error):
+            raise
+
+
+def check_stages(call):
+    q, k, _, scales, k_plain, _ = inputs(call)
+    options = options_of(call)
+    if call.entry == "qk_scores":
+        options.pop("sinks", None)
+    scale = {"k_scale": scales["k_scale"]} if scales else {}
+    actual = getattr(na, call.entry)(q, k, **options, **scale, num_threads=call.threads)
+    units = np.broadcast_to(np.eye(call.lengths[1]), (*k.shape[:-1], call.lengths[1]))
+    (expected, lse), (plain, plain_lse) = expectations(q, k_plain, units, options, call.dtype)
+    if call.entry == "attention_received":
+        expected, plain = expected.sum(axis=-2), plain.sum(axis=-2)
+    elif call.entry == "qk_scores":
+        # Weights say nothing of logits that are too small.
+        with np.errstate(all="ignore"):
+            expected = np.where(expected > 1e-6, np.log(expected) + lse[..., None], np.nan)
+            plain = np.where(plain > 1e-6, np.log(plain) + plain_lse[..., None], np.nan)
+        actual = np.where(np.isnan(expected), np.nan, actual)
+    compare(actual, expected, plain, call)
+
+
+def check_varlen(call):
+    rng = call.rng
+    lengths = [(int(rng.integers(0, call.lengths[0] + 1)), int(rng.integers(0, n + 1)))
+               for n in rng.integers(0, call.lengths[1] + 1, call.batch)]  # fmt: skip
+    options = options_of(call)
+    options.pop("kv_lengths", None)
+    options.pop("q_offset", None)
+    items = []
+    for query_length, key_length in lengths:
+        (heads, kv_heads), (dim, value_dim) = call.heads, call.dims
+        items.append(
+            [
+                array(call, 1, heads, query_length, dim)[0],
+                array(call, 1, kv_heads, key_length, dim)[0],
+                array(call, 1, kv_heads, key_length, value_dim)[0],
+            ]
+        )
+    q, k, v = (
+        np.concatenate([x.swapaxes(0, 1) for x in part]) for part in zip(*items, strict=True)
+    )
+    starts = [np.concatenate([[0], np.cumsum(part)]) for part in zip(*lengths, strict=True)]
+    out = na.attention_varlen(q, k, v, *starts, **options, num_threads=call.threads)
+    for i, (one_q, one_k, one_v) in enumerate(items):
+        (expected, _), (plain, _) = expectations(one_q, one_k, one_v, options, call.dtype)
+        compare(out[starts[0][i] : starts[0][i + 1]].swapaxes(0, 1), expected, plain, call)
+
+
+def check_paged(call):
+    q, k, v, scales, k_plain, v_plain = inputs(call)
+    options = options_of(call)
+    lengths = np.asarray(options.pop("kv_lengths", [call.lengths[1]] * call.batch))
+    size = call.page_size
+    per_item = max(1, -(-call.lengths[1] // size))
+    table = call.rng.permutation(call.batch * per_item).reshape(call.batch, per_item)
+
+    def in_pages(x):
+        pages = np.zeros((table.size, size, *x.shape[1:2], *x.shape[3:]), x.dtype)
+        for item in range(call.batch):
+            for key in range(x.shape[2]):
+                pages[table[item, key // size], key % size] = x[item, :, key]
+        return pages
+
+    paged = {name: in_pages(x) for name, x in scales.items()}
+    out = na.attention_paged(
+        q, in_pages(k), in_pages(v), table, lengths, **options, **paged, num_threads=call.threads
+    )
+    (expected, _), (plain, _) = expectations(
+        q, k_plain, v_plain, options | {"kv_lengths": lengths}, call.dtype
+    )
+    compare(out, expected, plain, call)
+
+
+def check_cache(call):
+    """Check attention after a random history of appends, truncations and selections."""
+    rng = call.rng
+    _, (query_length, _), (dim, value_dim) = call.heads, call.lengths, call.dims
+    heads, kv_heads = call.heads
+    cache = na.KVCache(call.batch, kv_heads, dim, value_dim, dtype=np.dtype(call.dtype))
+    kept = [[np.zeros((kv_heads, 0, n), call.dtype) for n in call.dims] for _ in range(call.batch)]
+    for _ in range(int(rng.integers(1, 6))):
+        what = rng.random()
+        if what < 0.7:
+            n = int(rng.integers(1, 40))
+            k, v = (
+                array(call, call.batch, kv_heads, n, dim),
+                array(call, call.batch, kv_heads, n, value_dim),
+            )
+            lengths = rng.integers(0, n + 1, call.batch)
+            cache.append(k, v, lengths=lengths)
+            for i, m in enumerate(lengths):
+                kept[i] = [
+                    np.concatenate([old, new[i, :, :m]], axis=1)
+                    for old, new in zip(kept[i], (k, v), strict=True)
+                ]
+        elif what < 0.85:
+            n = int(rng.integers(0, 30))
+            cache.truncate(n)
+            kept = [[x[:, :n] for x in pair] for pair in kept]
+        else:
+            rows = rng.integers(0, call.batch, call.batch)
+            cache = cache.select(rows)
+            kept = [kept[i] for i in rows]
+    assert cache.lengths.tolist() == [x[0].shape[1] for x in kept]
+    q = array(call, call.batch, heads, query_length, dim)
+    options = options_of(call)
+    for name in ("kv_lengths", "q_offset", "is_causal"):
+        options.pop(name, None)
+    out = cache.attend(q, **options)
+    for i, (k, v) in enumerate(kept):
+        (expected, _), (plain, _) = expectations(
+            q[i], k, v, options | {"is_causal": True}, call.dtype
+        )
+        compare(out[i], expected, plain, call)
+
+
+def check_merging(call):
+    q, k, v, _, _, _ = inputs(Call(**{**fields(call), "int8": False}))
+    options = {
+        name: value for name, value in options_of(call).items() if name in ("scale", "softcap")
+    }
+    cut = int(call.rng.integers(0, call.lengths[1] + 1))
+    parts = [
+        na.attention(q, k[..., part, :], v[..., part, :], **options, return_lse=True)
+        for part in (slice(0, cut), slice(cut, None))
+    ]
+    out, lse = na.merge_states(*parts[0], *parts[1])
+    (expected, expected_lse), (plain, plain_lse) = expectations(q, k, v, options, call.dtype)
+    compare(out, expected, plain, call)
+    compare(lse, expected_lse, plain_lse, call)
+
+
+def check_softmax(call):
+    shape = (call.batch, *call.lengths)
+    scores = (5 * call.rng.standard_normal(shape)).astype(call.dtype)
+    mask = call.rng.random(shape) < 0.8 if "mask" in call.options else None
+    axis = call.seed % 6 - 3
+    actual = na.masked_softmax(scores, mask, axis=axis)
+    with np.errstate(all="ignore"):
+        x = scores.astype(np.float64)
+        x = x if mask is None else np.where(mask, x, -np.inf)
+        top = x.max(axis=axis, keepdims=True, initial=-np.inf)
+        x = np.exp(x - np.where(np.isinf(top), 0, top))
+        total = x.sum(axis=axis, keepdims=True)
+        expected = x / np.where(total == 0, 1, total)
+    compare(actual, expected, expected, call)
+
+
+def fields(call):
+    return {name: getattr(call, name) for name in call.__dataclass_fields__ if name != "rng"}
+
+
+CHECKS = {
+    "attention_varlen": check_varlen,
+    "attention_paged": check_paged,
+    "KVCache": check_cache,
+    "attention_weights": check_stages,
+    "attention_received": check_stages,
+    "qk_scores": check_stages,
+    "merge_states": check_merging,
+    "masked_softmax": check_softmax,
+}
+
+
+# ---- the program -------------------------------------------------------------------------------
+
+
+def fuzz(seconds, first_seed, last):
+    """Return how many calls were tried; raises what the smallest failing one raises."""
+    end = time.monotonic() + seconds
+    tried = 0
+    number = first_seed
+    while time.monotonic() < end:
+
+        @seed(number)
+        @settings(
+            max_examples=200,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+            print_blob=False,
+        )
+        @given(calls())
+        def run(call):
+            nonlocal tried
+            tried += 1
+            last.write_text(repr(call))
+            check(call)
+
+        run()
+        number += 1
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\033[K{tried} calls, {max(0, end - time.monotonic()):.0f} s left")
+    return tried
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--call", help="one call again")
+    parser.add_argument("--last", type=Path, default=Path(tempfile.gettempdir(), "numattn-call"))
+    arguments = parser.parse_args()
+    faulthandler.enable()
+    if arguments.call:
+        check(eval(arguments.call))
+        print("this call is right")
+        return
+    print(f"levels {', '.join(LEVELS)}; seed {arguments.seed}; the last call: {arguments.last}")
+    tried = fuzz(arguments.seconds, arguments.seed, arguments.last)
+    print(f"\n{tried} calls, all of them right")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+// The native library through its public header: random problems on every ISA level, between
+// protected pages, against the formula in double.
+//
+//   attention_test PROBLEMS [FIRST_SEED]
+#include <cstdio>
+#include <cstdlib>
+
+#include "dispatch.h"
+#include "problems.h"
+
+int main(int count, char** arguments) {
+  const uint64_t problems = count > 1 ? std::strtoull(arguments[1], nullptr, 10) : 300;
+  const uint64_t first = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1;
+  int failures = 0;
+  for (const numattn::IsaLevel& level : numattn::isa_levels()) {
+    const char* const isa = level.kernels->isa;
+    if (!level.available) {
+      std::printf("%s: not on this CPU\n", isa);
+      continue;
+    }
+    if (!numattn::set_isa(isa).empty() || numattn::active_kernels().isa != level.kernels->isa) {
+      std::printf("%s was pinned, but is not what runs\n", isa);
+      return 1;
+    }
+    double largest = 0;
+    for (uint64_t seed = first; seed < first + problems; ++seed) {
+      const RandomProblem problem(seed);
+      if (problem.run() != numattn::Status::done) {
+        std::printf("%s seed %llu: not done:%s\n", isa, static_cast<unsigned long long>(seed),
+                    problem.description.c_str());
+        ++failures;
+        continue;
+      }
+      const double share = problem.error_share();
+      if (share > 1) {
+        std::printf("%s seed %llu: %.3g times the error allowed:%s\n", isa,
+                    static_cast<unsigned long long>(seed), share, problem.description.c_str());
+        ++failures;
+      }
+      largest = share > largest ? share : largest;
+    }
+    std::printf("%s: %llu problems, largest error %.2g of what is allowed\n", isa,
+                static_cast<unsigned long long>(problems), largest);
+  }
+  return failures == 0 ? 0 : 1;
+}

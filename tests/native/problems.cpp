@@ -1,0 +1,397 @@
+#include "problems.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+using numattn::Dtype;
+using numattn::Stage;
+
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+size_t size_of(Kind kind) {
+  switch (kind) {
+    case Kind::float64:
+      return 8;
+    case Kind::float32:
+      return 4;
+    case Kind::float16:
+    case Kind::bfloat16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
+}  // namespace
+
+void store(Kind kind, char* to, double x) {
+  const auto single = static_cast<float>(x);
+  if (kind == Kind::float64) {
+    std::memcpy(to, &x, 8);
+  } else if (kind == Kind::float32) {
+    std::memcpy(to, &single, 4);
+  } else if (kind == Kind::float16) {
+    const auto half = static_cast<_Float16>(single);
+    std::memcpy(to, &half, 2);
+  } else if (kind == Kind::bfloat16) {
+    uint32_t bits;
+    std::memcpy(&bits, &single, 4);
+    const auto upper = static_cast<uint16_t>(bits >> 16);  // towards 0, which is good enough here
+    std::memcpy(to, &upper, 2);
+  } else {
+    *to = static_cast<char>(static_cast<int>(x));
+  }
+}
+
+double load(Kind kind, const char* from) {
+  if (kind == Kind::float64) {
+    double x;
+    std::memcpy(&x, from, 8);
+    return x;
+  }
+  if (kind == Kind::float32) {
+    float x;
+    std::memcpy(&x, from, 4);
+    return x;
+  }
+  if (kind == Kind::float16) {
+    _Float16 x;
+    std::memcpy(&x, from, 2);
+    return static_cast<float>(x);
+  }
+  if (kind == Kind::bfloat16) {
+    uint16_t upper;
+    std::memcpy(&upper, from, 2);
+    const uint32_t bits = uint32_t{upper} << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+  }
+  return static_cast<signed char>(*from);
+}
+
+template <class Number>
+Number RandomProblem::one_of(std::initializer_list<Number> numbers) {
+  return numbers.begin()[below(static_cast<int64_t>(numbers.size()))];
+}
+bool RandomProblem::sometimes(double probability) {
+  return std::uniform_real_distribution<double>()(random_) < probability;
+}
+int64_t RandomProblem::below(int64_t end) {
+  return std::uniform_int_distribution<int64_t>(0, end - 1)(random_);
+}
+
+RandomProblem::RandomProblem(uint64_t seed) : random_(seed) {
+  draw_sizes();
+  draw_options();
+  draw_arrays();
+  describe();
+}
+
+char* RandomProblem::guarded(size_t bytes) {
+  memory_.push_back(std::make_unique<GuardedMemory>(bytes, sometimes(0.5)));
+  return memory_.back()->data();
+}
+
+Tensor RandomProblem::make(Kind kind, int64_t batch, int64_t heads, int64_t rows, int64_t columns,
+                           Layout layout, double amplitude) {
+  Tensor tensor{batch, heads, rows, columns, {}, {}};
+  const auto size = static_cast<int64_t>(size_of(kind));
+  const int64_t count = batch * heads * rows * columns;
+  tensor.values.resize(static_cast<size_t>(count));
+  numattn::Array& array = tensor.array;
+  array.data = guarded(static_cast<size_t>(count * size));
+  array.column_stride = size;
+  const bool heads_first = layout == Layout::heads_first;
+  array.row_stride = columns * size * (heads_first ? 1 : heads);
+  array.head_stride = columns * size * (heads_first ? rows : 1);
+  array.batch_strides[0] = heads * rows * columns * size;
+  std::normal_distribution<double> normal;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; ++j) {
+          char* const at = array.data + b * array.batch_strides[0] + h * array.head_stride +
+                           i * array.row_stride + j * size;
+          const double x = kind == Kind::int8   ? static_cast<double>(below(255) - 127)
+                           : kind == Kind::byte ? static_cast<double>(sometimes(0.7))
+                                                : amplitude * normal(random_);
+          store(kind, at, amplitude == 0 ? std::nan("") : x);
+          tensor.value(b, h, i, j) = load(kind, at);
+        }
+      }
+    }
+  }
+  return tensor;
+}
+
+void RandomProblem::draw_sizes() {
+  const auto length = [&] {
+    return one_of<int64_t>({1, 2, 3, 5, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 130});
+  };
+  const auto dim = [&] { return one_of<int64_t>({1, 2, 3, 7, 8, 15, 16, 17, 33, 64, 80}); };
+  kind_ = one_of({Kind::float32, Kind::float32, Kind::float64, Kind::float16, Kind::bfloat16});
+  precision_ = kind_ == Kind::float64 ? Kind::float64 : Kind::float32;
+  problem.dtype = kind_ == Kind::float32   ? Dtype::float32
+                  : kind_ == Kind::float64 ? Dtype::float64
+                  : kind_ == Kind::float16 ? Dtype::float16
+                                           : Dtype::bfloat16;
+  batch_ = 1 + below(2);
+  problem.batch_axes = 1;
+  problem.batch_shape[0] = batch_;
+  problem.kv_heads = 1 + below(4);
+  group_ = one_of<int64_t>({1, 1, 2, 4});
+  problem.query_heads = problem.kv_heads * group_;
+  problem.query_length = sometimes(0.3) ? 1 + below(4) : length();
+  problem.key_length = sometimes(0.15) ? one_of<int64_t>({192, 193, 400, 1537, 3100}) : length();
+  problem.head_dim = dim();
+  problem.value_dim = dim();
+  problem.stage =
+      sometimes(0.8) ? Stage::attention : one_of({Stage::logits, Stage::weights, Stage::received});
+  k_kind_ = sometimes(0.15) ? Kind::int8 : kind_;
+  v_kind_ = sometimes(0.15) ? Kind::int8 : kind_;
+  num_threads = 1 + static_cast<int>(below(3));
+}
+
+void RandomProblem::draw_options() {
+  const auto per_head = [&](std::vector<double>& numbers) {
+    for (int64_t h = 0; h < problem.query_heads; ++h) {
+      numbers.push_back(static_cast<double>(below(100)) / 50);
+    }
+    return numbers.data();
+  };
+  problem.scale = sometimes(0.2) ? -0.7 : 1 / std::sqrt(static_cast<double>(problem.head_dim));
+  if (sometimes(0.2)) problem.softcap = 3;
+  if (sometimes(0.2)) problem.alibi_slopes = per_head(slopes_);
+  if (sometimes(0.2) && problem.stage != Stage::logits) problem.sinks = per_head(sinks_);
+  if (sometimes(0.3)) problem.window_right = sometimes(0.7) ? 0 : below(40);
+  if (sometimes(0.2)) problem.window_left = below(100);
+  for (int64_t b = 0; b < batch_; ++b) {
+    kv_lengths_.push_back(below(problem.key_length + 1));
+    q_offset_.push_back(below(2 * problem.key_length) - problem.key_length / 2);
+  }
+  if (sometimes(0.3)) problem.kv_lengths = kv_lengths_.data();
+  if (sometimes(0.3)) problem.q_offset = q_offset_.data();
+}
+
+void RandomProblem::draw_arrays() {
+  const auto layout = [&] { return sometimes(0.5) ? Layout::heads_first : Layout::rows_first; };
+  const int64_t lq = problem.query_length, lk = problem.key_length;
+  const Layout of_keys = layout();
+  q_ = make(kind_, batch_, problem.query_heads, lq, problem.head_dim, layout(), 1);
+  k_ = make(k_kind_, batch_, problem.kv_heads, lk, problem.head_dim, of_keys, 1);
+  v_ = make(v_kind_, batch_, problem.kv_heads, lk, problem.value_dim, of_keys, 1);
+  k_scales_ = make(Kind::float32, batch_, problem.kv_heads, lk, 1, of_keys, 0.01);
+  v_scales_ = make(Kind::float32, batch_, problem.kv_heads, lk, 1, of_keys, 0.01);
+  if (problem.stage == Stage::attention && sometimes(0.2)) draw_pages(of_keys);
+  problem.q = q_.array;
+  problem.k = k_.array;
+  problem.v = v_.array;
+  problem.k_is_int8 = k_kind_ == Kind::int8;
+  problem.v_is_int8 = v_kind_ == Kind::int8;
+  if (problem.k_is_int8) problem.k_scales = k_scales_.array;
+  if (problem.v_is_int8) problem.v_scales = v_scales_.array;
+  if (!problem.block_table && sometimes(0.2)) {
+    mask_ = make(Kind::byte, batch_, problem.query_heads, lq, lk, Layout::heads_first, 1);
+    problem.mask = mask_.array;
+  }
+  if (!problem.block_table && sometimes(0.2)) {
+    problem.bias_is_float32 = sometimes(0.5);
+    bias_ = make(problem.bias_is_float32 ? Kind::float32 : kind_, batch_, problem.query_heads, lq,
+                 lk, Layout::heads_first, 1);
+    problem.bias = bias_.array;
+  }
+  if (problem.stage == Stage::attention) {
+    out_ = make(kind_, batch_, problem.query_heads, lq, problem.value_dim, layout(), 0);
+    lse_ = make(precision_, batch_, problem.query_heads, lq, 1, Layout::heads_first, 0);
+    problem.lse = lse_.array;
+  } else if (problem.stage == Stage::received) {
+    out_ = make(precision_, batch_, problem.query_heads, lk, 1, Layout::heads_first, 0);
+    maximum_ = make(precision_, batch_, problem.query_heads, lq, 1, Layout::heads_first, 0);
+    sum_ = make(precision_, batch_, problem.query_heads, lq, 1, Layout::heads_first, 0);
+    problem.maximum = maximum_.array.data;
+    problem.sum = sum_.array.data;
+  } else {
+    out_ = make(precision_, batch_, problem.query_heads, lq, lk, Layout::heads_first, 0);
+  }
+  problem.out = out_.array;
+}
+
+// K, V and their scales go into pages in random order; what no sequence uses holds NaN.
+void RandomProblem::draw_pages(Layout layout) {
+  page_size_ = one_of<int64_t>({1, 3, 16, 50});
+  const int64_t per_item = (problem.key_length + page_size_ - 1) / page_size_;
+  const int64_t pages = batch_ * per_item;
+  for (int64_t page = 0; page < pages; ++page) block_table_.push_back(page);
+  std::shuffle(block_table_.begin(), block_table_.end(), random_);
+  const auto into_pages = [&](Kind kind, Tensor& x) {
+    Tensor paged = make(kind, pages, x.heads, page_size_, x.columns, layout, 0);
+    for (int64_t b = 0; b < batch_; ++b) {
+      for (int64_t h = 0; h < x.heads; ++h) {
+        for (int64_t i = 0; i < x.rows; ++i) {
+          const int64_t page = block_table_[static_cast<size_t>(b * per_item + i / page_size_)];
+          for (int64_t j = 0; j < x.columns; ++j) {
+            store(kind,
+                  paged.array.data + page * paged.array.batch_strides[0] +
+                      h * paged.array.head_stride + i % page_size_ * paged.array.row_stride +
+                      j * paged.array.column_stride,
+                  x.value(b, h, i, j));
+          }
+        }
+      }
+    }
+    x.array = paged.array;
+    x.array.page_stride = paged.array.batch_strides[0];
+    x.array.batch_strides[0] = 0;
+  };
+  into_pages(k_kind_, k_);
+  into_pages(v_kind_, v_);
+  into_pages(Kind::float32, k_scales_);
+  into_pages(Kind::float32, v_scales_);
+  problem.block_table = block_table_.data();
+  problem.pages_per_item = per_item;
+  problem.page_size = page_size_;
+}
+
+void RandomProblem::describe() {
+  const auto add = [&](const char* name, auto value) {
+    description += std::string(" ") + name + "=" + std::to_string(value);
+  };
+  add("dtype", static_cast<int>(problem.dtype));
+  add("stage", static_cast<int>(problem.stage));
+  add("batch", batch_);
+  add("query_heads", problem.query_heads);
+  add("kv_heads", problem.kv_heads);
+  add("query_length", problem.query_length);
+  add("key_length", problem.key_length);
+  add("head_dim", problem.head_dim);
+  add("value_dim", problem.value_dim);
+  add("threads", num_threads);
+  add("page_size", page_size_);
+  add("scale", problem.scale);
+  add("softcap", problem.softcap);
+  if (problem.window_left != numattn::kUnbounded) add("window_left", problem.window_left);
+  if (problem.window_right != numattn::kUnbounded) add("window_right", problem.window_right);
+  for (const auto& [name, is_there] : {std::pair{"alibi", problem.alibi_slopes != nullptr},
+                                       {"sinks", problem.sinks != nullptr},
+                                       {"kv_lengths", problem.kv_lengths != nullptr},
+                                       {"q_offset", problem.q_offset != nullptr},
+                                       {"mask", problem.mask.data != nullptr},
+                                       {"bias", problem.bias.data != nullptr},
+                                       {"int8_k", problem.k_is_int8},
+                                       {"int8_v", problem.v_is_int8}}) {
+    if (is_there) description += std::string(" ") + name;
+  }
+}
+
+numattn::Status RandomProblem::run() const {
+  if (problem.stage == Stage::received) {
+    numattn::Problem first = problem;
+    first.stage = Stage::statistics;
+    const numattn::Status status = numattn::attention(first, {num_threads, nullptr});
+    if (status != numattn::Status::done) return status;
+  }
+  return numattn::attention(problem, {num_threads, nullptr});
+}
+
+std::vector<double> RandomProblem::logits(int64_t b, int64_t h, int64_t i) const {
+  const int64_t valid =
+      problem.kv_lengths ? kv_lengths_[static_cast<size_t>(b)] : problem.key_length;
+  const int64_t p =
+      i + (problem.q_offset ? q_offset_[static_cast<size_t>(b)] : valid - problem.query_length);
+  std::vector<double> result(static_cast<size_t>(problem.key_length), -kInfinity);
+  for (int64_t j = 0; j < valid; ++j) {
+    const bool attends = j >= p - problem.window_left && j <= p + problem.window_right &&
+                         (!problem.mask.data || mask_.value(b, h, i, j) != 0);
+    if (!attends) continue;
+    double s = 0;
+    for (int64_t d = 0; d < problem.head_dim; ++d) {
+      s += q_.value(b, h, i, d) * k_.value(b, h / group_, j, d);
+    }
+    if (problem.k_is_int8) s *= k_scales_.value(b, h / group_, j, 0);
+    s *= problem.scale;
+    if (problem.softcap > 0) s = problem.softcap * std::tanh(s / problem.softcap);
+    if (problem.bias.data) s += bias_.value(b, h, i, j);
+    if (problem.alibi_slopes) {
+      s -= slopes_[static_cast<size_t>(h)] * static_cast<double>(std::abs(p - j));
+    }
+    result[static_cast<size_t>(j)] = s;
+  }
+  return result;
+}
+
+double RandomProblem::error(double actual, double expected) const {
+  if (std::isinf(expected)) return actual == expected ? 0 : kInfinity;
+  if (!std::isfinite(actual)) return kInfinity;
+  return std::abs(actual - expected);
+}
+
+double RandomProblem::error_share() const {
+  const double allowed = (kind_ == Kind::float64   ? 1e-12
+                          : kind_ == Kind::float32 ? 3e-5
+                          : kind_ == Kind::float16 ? 4e-3
+                                                   : 4e-2) *
+                         5;
+  const auto at = [&](const Tensor& tensor, Kind kind, int64_t b, int64_t h, int64_t i, int64_t j) {
+    const numattn::Array& array = tensor.array;
+    return load(kind, array.data + b * array.batch_strides[0] + h * array.head_stride +
+                          i * array.row_stride + j * array.column_stride);
+  };
+  double largest = 0;
+  const auto compare = [&](double actual, double expected) {
+    largest = std::max(largest, error(actual, expected) / std::max(1.0, std::abs(expected)));
+  };
+  for (int64_t b = 0; b < batch_; ++b) {
+    for (int64_t h = 0; h < problem.query_heads; ++h) {
+      std::vector<double> received(static_cast<size_t>(problem.key_length), 0);
+      for (int64_t i = 0; i < problem.query_length; ++i) {
+        const std::vector<double> s = logits(b, h, i);
+        const double sink = problem.sinks ? sinks_[static_cast<size_t>(h)] : -kInfinity;
+        double maximum = sink;
+        for (const double x : s) maximum = std::max(maximum, x);
+        const double base = std::isinf(maximum) ? 0 : maximum;
+        double sum = std::exp(sink - base);
+        for (const double x : s) sum += std::exp(x - base);
+        const auto weight = [&](size_t j) { return sum == 0 ? 0 : std::exp(s[j] - base) / sum; };
+        for (size_t j = 0; j < s.size(); ++j) {
+          received[j] += weight(j);
+          const auto key = static_cast<int64_t>(j);
+          if (problem.stage == Stage::logits) compare(at(out_, precision_, b, h, i, key), s[j]);
+          if (problem.stage == Stage::weights) {
+            compare(at(out_, precision_, b, h, i, key), weight(j));
+          }
+        }
+        if (problem.stage != Stage::attention) continue;
+        compare(at(lse_, precision_, b, h, i, 0), sum == 0 ? -kInfinity : base + std::log(sum));
+        for (int64_t d = 0; d < problem.value_dim; ++d) {
+          double expected = 0;
+          for (size_t j = 0; j < s.size(); ++j) {
+            const auto key = static_cast<int64_t>(j);
+            const double scale = problem.v_is_int8 ? v_scales_.value(b, h / group_, key, 0) : 1;
+            expected += weight(j) * v_.value(b, h / group_, key, d) * scale;
+          }
+          compare(at(out_, kind_, b, h, i, d), expected);
+        }
+      }
+      for (int64_t j = 0; problem.stage == Stage::received && j < problem.key_length; ++j) {
+        compare(at(out_, precision_, b, h, j, 0), received[static_cast<size_t>(j)]);
+      }
+    }
+  }
+  return largest / allowed;
+}
+
+std::vector<char> RandomProblem::result() const {
+  std::vector<char> bytes;
+  const auto add = [&](const Tensor& tensor, Kind kind) {
+    const size_t count = tensor.values.size() * size_of(kind);
+    bytes.insert(bytes.end(), tensor.array.data, tensor.array.data + count);
+  };
+  add(out_, problem.stage == Stage::attention ? kind_ : precision_);
+  if (problem.lse.data) add(lse_, precision_);
+  return bytes;
+}

@@ -1,0 +1,75 @@
+// Random problems for the native library: arrays between protected pages, and what they should
+// give, computed in double by the formula.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "guarded_memory.h"
+
+// One array (batch item, head, row, column) as numattn::Array, its values also as doubles.
+struct Tensor {
+  int64_t batch = 1, heads = 1, rows = 1, columns = 1;
+  numattn::Array array;
+  std::vector<double> values;  // [batch item][head][row][column], as they were stored
+
+  double& value(int64_t b, int64_t h, int64_t i, int64_t j) {
+    return values[static_cast<size_t>(((b * heads + h) * rows + i) * columns + j)];
+  }
+  double value(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    return const_cast<Tensor*>(this)->value(b, h, i, j);
+  }
+};
+
+enum class Kind { float32, float64, float16, bfloat16, int8, byte };
+
+void store(Kind kind, char* to, double x);
+double load(Kind kind, const char* from);
+
+// A problem, with everything it points to.
+class RandomProblem {
+ public:
+  explicit RandomProblem(uint64_t seed);
+
+  numattn::Problem problem;
+  int num_threads;
+  std::string description;
+
+  // Runs it on the active level.
+  numattn::Status run() const;
+  // Largest error over what is allowed for the dtype; infinite where one is NaN and should not be.
+  double error_share() const;
+  std::vector<char> result() const;  // the bytes of out and lse
+
+ private:
+  enum class Layout { heads_first, rows_first };
+  template <class Number>
+  Number one_of(std::initializer_list<Number> numbers);
+  bool sometimes(double probability);
+  int64_t below(int64_t end);
+
+  // Numbers of mean 0; an amplitude of 0 leaves NaN, which has to be overwritten or left unread.
+  Tensor make(Kind kind, int64_t batch, int64_t heads, int64_t rows, int64_t columns, Layout layout,
+              double amplitude);
+  char* guarded(size_t bytes);
+  void draw_sizes();
+  void draw_options();
+  void draw_arrays();
+  void draw_pages(Layout layout);
+  void describe();
+  // logits [key] of a query, -inf where it does not attend, before the sink.
+  std::vector<double> logits(int64_t b, int64_t h, int64_t i) const;
+  double error(double actual, double expected) const;
+
+  std::mt19937_64 random_;
+  std::vector<std::unique_ptr<GuardedMemory>> memory_;
+  Kind kind_, k_kind_, v_kind_, precision_;
+  int64_t batch_, group_, page_size_ = 0;
+  Tensor q_, k_, v_, k_scales_, v_scales_, mask_, bias_, out_, lse_, maximum_, sum_;
+  std::vector<int64_t> q_offset_, kv_lengths_, block_table_;
+  std::vector<double> slopes_, sinks_;
+};

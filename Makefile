@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 BUILT := $(VENV)/built
 SOURCES := $(shell find csrc python CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 
-.PHONY: all demo docs test test-native sanitize emulate fuzz wheel test-wheels test-slow lint format \
+.PHONY: all demo docs test test-parallel test-native sanitize emulate fuzz wheel test-wheels test-slow lint format \
   bench bench-sequences bench-layers bench-grid clean
 all: $(BUILT)
 
@@ -49,6 +49,11 @@ docs: $(BUILT) $(VENV)/group-docs
 test: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest
 
+# Every test in four threads at once, of those that say nothing about the process.
+test-parallel: $(BUILT) $(VENV)/group-test $(VENV)/group-parallel
+	NUMATTN_BACKEND=native $(BIN)/python -m pytest --parallel-threads=4 $(addprefix tests/test_,\
+	  arrays.py errors.py kv_cache.py rotary.py same_bits.py sequences.py)
+
 # The native library by itself, and what its objects hold.
 test-native: $(VENV)/group-native
 	$(call native-tests,build/native,)
@@ -57,7 +62,7 @@ test-native: $(VENV)/group-native
 # latter needs addresses that are not random.
 sanitize: $(VENV)/group-native
 	$(call native-tests,build/sanitize-address,-DNUMATTN_SANITIZE=address$(comma)undefined -DNUMATTN_OPTIMIZE=-O1)
-	$(call native-tests,build/sanitize-threads,-DNUMATTN_SANITIZE=thread -DNUMATTN_OPTIMIZE=-O1,setarch -R)
+	$(call native-tests,build/sanitize-threads,-DNUMATTN_SANITIZE=thread -DNUMATTN_OPTIMIZE=-O1 -DNUMATTN_TEST_PROBLEMS=40,setarch -R)
 
 comma := ,
 define native-tests

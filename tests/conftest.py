@@ -19,45 +19,39 @@ def with_dtypes(levels):
     return [(x, d) for x in levels for d in DTYPES if x != "avx512_bf16" or d == "bfloat16"]
 
 
-class Backend:
-    """One way to compute: a level of the compiled kernels, or NumPy."""
+def use(name):
+    """Compute one way: on a level of the compiled kernels, or in NumPy.
 
-    def __init__(self, name, monkeypatch):
-        self.name = name
-        if name == "numpy":
-            monkeypatch.setattr(_runtime, "attention_common", None)
-            monkeypatch.setattr(_runtime, "computations", _numpy_backend)
-        else:
-            before = _runtime.native.isa()
-            _runtime.native.set_isa(name)
-            self.restore = lambda: _runtime.native.set_isa(before)
-
-    def restore(self):
-        pass
-
-
-def use(name, monkeypatch):
-    backend = Backend(name, monkeypatch)
+    Without the fixture `monkeypatch`, whose tests are not run in several threads.
+    """
+    if name == "numpy":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_runtime, "attention_common", None)
+            patch.setattr(_runtime, "computations", _numpy_backend)
+            yield name
+        return
+    before = _runtime.native.isa()
+    _runtime.native.set_isa(name)
     yield name
-    backend.restore()
+    _runtime.native.set_isa(before)
 
 
 @pytest.fixture(params=["numpy", *FLOAT32_LEVELS])
-def backend(request, monkeypatch):
+def backend(request):
     """Run the float32 test on every ISA level of this machine, and on the NumPy backend."""
-    yield from use(request.param, monkeypatch)
+    yield from use(request.param)
 
 
 @pytest.fixture(params=FLOAT32_LEVELS)
-def isa(request, monkeypatch):
+def isa(request):
     """Run the float32 test on every ISA level of this machine."""
-    yield from use(request.param, monkeypatch)
+    yield from use(request.param)
 
 
 @pytest.fixture(params=BACKENDS)
-def any_backend(request, monkeypatch):
+def any_backend(request):
     """Run the test, which chooses dtypes itself, on every level and on the NumPy backend."""
-    yield from use(request.param, monkeypatch)
+    yield from use(request.param)
 
 
 def named_dtype(name):
@@ -67,16 +61,16 @@ def named_dtype(name):
 
 
 @pytest.fixture(params=with_dtypes(BACKENDS), ids="-".join)
-def dtype(request, monkeypatch):
+def dtype(request):
     """Run the test with every dtype, each on every level and on the NumPy backend."""
-    for _ in use(request.param[0], monkeypatch):
+    for _ in use(request.param[0]):
         yield named_dtype(request.param[1])
 
 
 @pytest.fixture(params=with_dtypes(LEVELS), ids="-".join)
-def native_dtype(request, monkeypatch):
+def native_dtype(request):
     """Run the test with every dtype, each on every level."""
-    for _ in use(request.param[0], monkeypatch):
+    for _ in use(request.param[0]):
         yield named_dtype(request.param[1])
 
 

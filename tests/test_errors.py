@@ -245,6 +245,7 @@ def test_too_large_a_result(backend):
         na.attention(deep, deep, zeros(1, 1, 4))
 
 
+@pytest.mark.thread_unsafe(reason="sets what belongs to the process")
 def test_thread_counts():
     before = na.get_num_threads()
     with pytest.raises(ValueError, match="num_threads: got 0"):

@@ -144,3 +144,91 @@ def test_nothing_leaks(backend, arrays):
     for _ in range(2000):
         use()
     assert resident() - before < 2**20
+
+
+SCARCE = """
+import gc, resource, numpy as np, numattn as na
+rng = np.random.default_rng(0)
+q, k, v = rng.standard_normal((3, 2, 4, 700, 64), dtype=np.float32)
+one = q[:, :, :1]
+starts = np.array([0, 300, 700])
+ragged = [np.ascontiguousarray(x[0].swapaxes(0, 1)) for x in (q, k, v)]
+pages = [np.ascontiguousarray(x[0].swapaxes(0, 1)).reshape(7, 100, 4, 64) for x in (k, v)]
+mask = rng.random((700, 700)) < 0.5
+calls = {
+    "attention": lambda: na.attention(q, k, v, num_threads=3),
+    "mask": lambda: na.attention(q, k, v, mask=mask, return_lse=True, num_threads=3),
+    "one query": lambda: na.attention(one, k, v, num_threads=3),
+    "varlen": lambda: na.attention_varlen(*ragged, starts, starts, num_threads=3),
+    "paged": lambda: na.attention_paged(q[:1], *pages, [list(range(7))], [700], num_threads=3),
+    "weights": lambda: na.attention_weights(q, k),
+    "received": lambda: na.attention_received(q, k),
+    "scores": lambda: na.qk_scores(q, k),
+    "softmax": lambda: na.masked_softmax(q),
+    "rotary": lambda: na.rotary_embedding(q),
+    "quantize": lambda: na.quantize_kv(k),
+    "merge": lambda: na.merge_states(q, q[..., 0], v, v[..., 0]),
+}
+def fill():
+    cache = na.KVCache(2, 4, 64)
+    cache.append(k, v)
+    cache.append(k, v)
+    return cache.attend(one)
+calls["cache"] = fill
+def first(x):
+    return x[0] if isinstance(x, tuple) else x
+def size():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[0]) * resource.getpagesize()
+{warm}
+soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+refused = 0
+for name, call in calls.items():
+    for room in [0] + [2**n for n in range(12, 27)]:
+        gc.collect()
+        resource.setrlimit(resource.RLIMIT_AS, (size() + room, hard))
+        try:
+            out = call()
+        except MemoryError:
+            refused += 1
+            out = None
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        assert out is None or np.isfinite(first(out)).all(), (name, room)
+    out = call()
+    assert np.isfinite(first(out)).all(), name
+assert refused > 10, refused
+print("fine", refused)
+"""
+
+
+@needs_linux
+@pytest.mark.skipif(_runtime.native is None, reason="NumPy's BLAS ends the process")
+@pytest.mark.parametrize("warm", [True, False], ids=["after use", "at first use"])
+def test_scarce_memory(warm):
+    """A limit just above what is in use: every entry point works or gives MemoryError."""
+    first_use = "for call in calls.values(): call()" if warm else ""
+    result = subprocess.run(
+        [sys.executable, "-c", SCARCE.replace("{warm}", first_use)],
+        capture_output=True, text=True, check=False, timeout=300,
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.stdout.startswith("fine"), result.stderr
+
+
+@needs_linux
+@pytest.mark.slow
+def test_nothing_leaks_in_100000_calls(arrays):
+    q, k, v = arrays(2, hq=2, lq=20, lk=20)
+
+    def use(calls, failing_calls):
+        for _ in range(calls):
+            na.attention(q, k, v)
+        for _ in range(failing_calls):
+            with pytest.raises(ValueError, match="layout"):
+                na.attention(q, k, v, layout="no")
+
+    use(2000, 200)
+    before = resident()
+    use(100_000, 10_000)
+    assert resident() - before < 2**20

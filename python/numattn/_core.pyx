@@ -1,3 +1,4 @@
+# cython: freethreading_compatible=True
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
 """The binding: NumPy arrays become pointers and strides, status codes become exceptions."""
 

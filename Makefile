@@ -66,6 +66,7 @@ sanitize: $(VENV)/group-native
 
 comma := ,
 define native-tests
+	mkdir -p build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake -G Ninja -S tests/native -B $(1) $(2) \
 	  -DNUMATTN_WERROR=$(or $(WERROR),OFF) > build/cmake.log || (cat build/cmake.log; false)
 	$(BIN)/cmake --build $(1)

@@ -98,6 +98,7 @@ lint: $(BUILT) $(VENV)/group-test $(VENV)/group-lint
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
 	$(BIN)/mypy
 	cd tests && ../$(BIN)/python -m mypy.stubtest numattn._core
+	cd tests && ../$(BIN)/python -m mypy --strict --config-file= typing_sample.py
 
 format: $(VENV)/group-lint
 	$(BIN)/ruff check --fix .

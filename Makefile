@@ -47,7 +47,7 @@ docs: $(BUILT) $(VENV)/group-docs
 	@echo "the first page: build/docs/index.html"
 
 test: $(BUILT) $(VENV)/group-test
-	NUMATTN_BACKEND=native $(BIN)/python -m pytest
+	NUMATTN_BACKEND=native $(BIN)/python -m pytest -n auto
 
 # Every test in four threads at once, of those that say nothing about the process.
 test-parallel: $(BUILT) $(VENV)/group-test $(VENV)/group-parallel

@@ -39,4 +39,5 @@ def assert_close_to_reference(q, k, v, *, factor=None, **options):
 def assert_within(actual, plain, expected, factor=2):
     """Check the largest error against the bound of `reference.error_and_bound`."""
     error, bound = reference.error_and_bound(actual, plain, expected, factor)
+    assert np.isfinite(error), "not finite where the reference is, or the other way round"
     assert error <= bound, f"error {error:.3g}, bound {bound:.3g} ({error / bound:.2f} of it)"

@@ -7,4 +7,8 @@ namespace numattn {
 enum class Dtype { float32, float64, float16, bfloat16 };
 constexpr int kDtypes = 4;
 
+constexpr int bytes_of(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
 }  // namespace numattn

@@ -70,10 +70,7 @@ int threads_for(int64_t items, const Execution& execution) {
 
 Status softmax(const RowSoftmax& problem, const Execution& execution) {
   if (problem.rows == 0 || problem.columns == 0) return Status::done;
-  const int64_t bytes = problem.dtype == Dtype::float64   ? 8
-                        : problem.dtype == Dtype::float32 ? 4
-                                                          : 2;
-  SoftmaxJob job{problem, active_kernels().of(problem.dtype), bytes,
+  SoftmaxJob job{problem, active_kernels().of(problem.dtype), bytes_of(problem.dtype),
                  rows_per_item(problem.columns)};
   const int64_t items = (problem.rows + job.rows_per_item - 1) / job.rows_per_item;
   return status_of(

@@ -327,3 +327,25 @@ def test_views_and_copies(rng):
         window.append(k[:, :, :1], v[:, :, :1])
         window.append(window.k[:, :, :1], window.v[:, :, :1])
     np.testing.assert_array_equal(window.k[:, :, -1:], k[:, :, :1])
+
+
+@pytest.mark.parametrize("keep_first", [0, 2])
+def test_a_window_truncated_to_nothing_begins_anew(rng, keep_first):
+    cache = na.KVCache(1, 1, 4, window=8, keep_first=keep_first)
+    for _ in range(100):
+        cache.append(*rng.standard_normal((2, 1, 1, 1, 4), dtype=np.float32))
+    cache.truncate(keep_first // 2)
+    x = rng.standard_normal((1, 1, 5, 4), dtype=np.float32)
+    fresh = na.KVCache(1, 1, 4, window=8, keep_first=keep_first)
+    if keep_first:
+        fresh.append(cache.k, cache.v)
+    for each in (cache, fresh):
+        each.append(x, x)
+    np.testing.assert_array_equal(cache.lengths, fresh.lengths)
+    np.testing.assert_array_equal(cache.k, fresh.k)
+    np.testing.assert_array_equal(cache.attend(x), fresh.attend(x))
+
+
+def test_a_cache_says_what_it_is():
+    cache = na.KVCache(2, 3, 4, window=8)
+    assert repr(cache) == "KVCache(2, 3, 4, dtype=float32, window=8): lengths [0, 0]"

@@ -318,3 +318,53 @@ def test_parameter_count():
         na.parameter_count(25, 4)
     with pytest.raises(ValueError, match="blocks: got 0"):
         na.parameter_count(24, 4, blocks=0)
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was():
+    layer = na.MultiHeadAttention(16, 4, rng=0)
+    x = np.zeros((1, 3, 16), np.float32)
+    for window, options in (
+        (None, {"softcap": -1}),
+        (None, {"window": 3}),
+        (5, {"window": (2, None)}),
+    ):
+        cache = na.KVCache(1, 4, 4, window=window)
+        with pytest.raises((TypeError, ValueError), match=r"softcap|window"):
+            layer(x, cache=cache, **options)
+        assert cache.lengths.tolist() == [0]
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 16), (0, 3, 16)])
+def test_nothing_in_nothing_out(shape):
+    layer = na.MultiHeadAttention(16, 4, rng=0)
+    assert layer(np.zeros(shape, np.float32)).shape == shape
+
+
+def test_weights_that_mean_something_else_are_refused():
+    state = {
+        "in_proj_weight": np.zeros((24, 8)),
+        "out_proj.weight": np.zeros((8, 8)),
+    }
+    assert na.MultiHeadAttention.from_torch(state, 2).num_parameters == 256
+    with pytest.raises(ValueError, match=r"module: got 'layers\.0\.in_proj_bias'"):
+        na.MultiHeadAttention.from_torch(state | {"layers.0.in_proj_bias": np.zeros(24)}, 2)
+    with pytest.raises(TypeError, match="module: got NoneType"):
+        na.MultiHeadAttention.from_torch(None)
+
+    class WithZero:
+        add_zero_attn = True
+
+    with pytest.raises(ValueError, match="add_zero_attn=True"):
+        na.MultiHeadAttention.from_torch(WithZero())
+    square = np.zeros((8, 8))
+    with pytest.raises(TypeError, match="v_weight: got dtype complex128, expected real numbers"):
+        na.MultiHeadAttention.from_weights(square, square, square + 0j, square, num_heads=2)
+    with pytest.raises(TypeError, match=r"k_bias: got dtype str"):
+        na.MultiHeadAttention.from_weights(
+            square, square, square, square, num_heads=2, k_bias=["0"] * 8
+        )
+
+
+def test_a_layer_says_what_it_is():
+    expected = "MultiHeadAttention(16, 4, kv_heads=2, head_dim=4, value_dim=4, dtype=float32)"
+    assert repr(na.MultiHeadAttention(16, 4, kv_heads=2)) == expected

@@ -244,3 +244,34 @@ def test_softmax_of_scipy():
     x = np.random.default_rng(0).standard_normal((4, 5, 6)).astype(named_dtype("float32"))
     for axis in (0, 1, 2, -1):
         np.testing.assert_allclose(na.masked_softmax(x, axis=axis), special.softmax(x, axis), 1e-6)
+
+
+def test_scattered_rows_are_those_of_all(backend, arrays, rng):
+    q, k, _ = arrays(2, hq=4, hkv=2, lq=90, lk=110, d=16)
+    rows = [3, 88, -1, 40, 3]
+    mask = rng.random((2, 1, 90, 110)) < 0.5
+    bias = rng.standard_normal((4, 90, 1)).astype(np.float32)
+    for options in (
+        {},
+        {"mask": mask, "bias": bias, "softcap": 5.0, "kv_lengths": [110, 30]},
+        {"is_causal": True},
+        {"window": (4, None)},
+        {"alibi_slopes": [0.1, 0.2, 0.3, 0.4]},
+    ):
+        every = na.attention_weights(q, k, **options)
+        some = na.attention_weights(q, k, rows=rows, **options)
+        np.testing.assert_allclose(some, every[..., rows, :], rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="rows: got 18446744073709551615"):
+        na.attention_weights(q, k, rows=np.uint64(2**64 - 1))
+    with pytest.raises(ValueError, match="rows: got what NumPy makes no array of"):
+        na.attention_weights(q, k, rows=[[1], [1, 2]])
+
+
+def test_long_rows_add_up_to_one(backend, rng):
+    """Rows are added up in parts: one running sum would be off by a thousandth."""
+    q = 0.1 * rng.standard_normal((4, 1), dtype=np.float32)
+    k = rng.standard_normal((1_000_000, 1), dtype=np.float32)
+    weights = na.attention_weights(q, k)
+    np.testing.assert_allclose(weights.sum(axis=-1, dtype=np.float64), 1, rtol=0, atol=2e-6)
+    softmax = na.masked_softmax(q @ k.T)
+    np.testing.assert_allclose(softmax.sum(axis=-1, dtype=np.float64), 1, rtol=0, atol=2e-6)

@@ -297,7 +297,12 @@ struct Decode {
     const int64_t rows = rows_of(task);
     const int64_t passes =
         fills_lanes(rows) ? 1 : (rows + kRowsTogether<Simd> - 1) / kRowsTogether<Simd>;
-    const int64_t keys_per_part = task.kv_heads > 1 ? kKeysTogether : kKeysPerDecodeBlock;
+    // Whole register tiles, some kKeysTogether keys of them.
+    const int64_t tile = fills_lanes(rows)            ? 3 * kKeysTogether
+                         : rows < kRowsTogether<Simd> ? Simd::kLanes / rows
+                                                      : Simd::kLanes / kRowsTogether<Simd>;
+    const int64_t keys_per_part =
+        task.kv_heads > 1 ? (kKeysTogether + tile - 1) / tile * tile : kKeysPerDecodeBlock;
     for_parts(keys.count, keys_per_part, [&](int64_t key, int64_t count) {
       FetchAhead fetch(task.k, task.kv_heads, keys.k_rows + key, count,
                        task.kv_heads * passes * count);

@@ -201,8 +201,8 @@ struct Pattern {
     }
   }
 
-  // The logits that were written become weights, while the tile's rows are still in the cache: a
-  // second pass through K instead would be twice the products and powers.
+  // The logits that were written become weights, while the tile's rows are still in the cache if
+  // they are not too long: a second pass through K instead would be twice the products and powers.
   static void weigh_rows(const Task& task, const Tile& tile, const Scratch& scratch, int64_t begin,
                          int64_t end) {
     const Vec scale = Single::set(static_cast<Scalar>(softmax_scale(task) * kLog2E));
@@ -218,18 +218,23 @@ struct Pattern {
       };
       Scalar of_sink[Simd::kLanes];
       Single::store(of_sink, weigh(Single::set(sink)));
-      Vec sums = Single::zero();
-      for (int64_t key = begin; key < end; key += Simd::kLanes) {
-        const int64_t count = end - key < Simd::kLanes ? end - key : Simd::kLanes;
-        Vec logits = load_elements<Single, Scalar>(out + key * stride, stride, count);
-        if (count < Simd::kLanes) {
-          logits = Single::select_bits(lowest_bits(count), logits, nothing);
+      double total = static_cast<double>(of_sink[0]);
+      for (int64_t part = begin; part < end; part += kKeysPerChunk) {
+        const int64_t part_end = end - part < kKeysPerChunk ? end : part + kKeysPerChunk;
+        Vec sums = Single::zero();
+        for (int64_t key = part; key < part_end; key += Simd::kLanes) {
+          const int64_t count = part_end - key < Simd::kLanes ? part_end - key : Simd::kLanes;
+          Vec logits = load_elements<Single, Scalar>(out + key * stride, stride, count);
+          if (count < Simd::kLanes) {
+            logits = Single::select_bits(lowest_bits(count), logits, nothing);
+          }
+          const Vec weights = weigh(logits);
+          sums = Single::add(sums, weights);
+          store_elements<Single, Scalar>(out + key * stride, stride, weights, count);
         }
-        const Vec weights = weigh(logits);
-        sums = Single::add(sums, weights);
-        store_elements<Single, Scalar>(out + key * stride, stride, weights, count);
+        total += static_cast<double>(Single::sum(sums));
       }
-      const Scalar sum = Single::sum(sums) + of_sink[0];
+      const auto sum = static_cast<Scalar>(total);
       const Vec factor = Single::set(sum == 0 ? Scalar{0} : Scalar{1} / sum);
       for (int64_t key = begin; key < end; key += Simd::kLanes) {
         const int64_t count = end - key < Simd::kLanes ? end - key : Simd::kLanes;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "constants.h"
 #include "exp.h"
 #include "storage.h"
 #include "table.h"
@@ -49,9 +50,14 @@ struct Rows {
         const Vec difference = Simd::sub(load_scores(scores, mask, at, columns), base);
         return exp2<Simd>(Simd::mul(difference, log2e));
       };
-      Vec sums = Simd::zero();
-      for (int64_t at = 0; at < columns; at += Simd::kLanes) sums = Simd::add(sums, weigh(at));
-      const Scalar sum = Simd::sum(sums);
+      double total = 0;
+      for (int64_t part = 0; part < columns; part += kKeysPerChunk) {
+        const int64_t end = columns - part < kKeysPerChunk ? columns : part + kKeysPerChunk;
+        Vec sums = Simd::zero();
+        for (int64_t at = part; at < end; at += Simd::kLanes) sums = Simd::add(sums, weigh(at));
+        total += static_cast<double>(Simd::sum(sums));
+      }
+      const auto sum = static_cast<Scalar>(total);
       const Vec factor = Simd::set(sum == 0 ? Scalar{0} : 1 / sum);
       for (int64_t at = 0; at < columns; at += Simd::kLanes) {
         store_up_to<Simd>(out + at, Simd::mul(weigh(at), factor), columns - at);

@@ -14,6 +14,8 @@ constexpr double kFlopsPerByte = 10;
 // Rows of several heads are longer than what a CPU fetches ahead by itself needs to find its way;
 // a part of a block of keys should still fit into the second cache.
 constexpr int64_t kBytesOfNeighbours = 4096;
+// Each brings its logits and its queries besides.
+constexpr int64_t kMostNeighbours = 16;
 
 int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -60,7 +62,7 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const MaskKinds*
 
   // Whatever the block of queries, each of its tiles is computed in the same way: the number of
   // threads may decide here without changing a bit of the result.
-  // The same goes for heads of K and V that are decoded side by side.
+  // The same goes for heads of K and V that are decoded side by side (Carry in row_products.h).
   int64_t tiles = kernels.max_tiles_per_block;
   kv_heads_per_item_ = max_decode_rows_ > 0 ? neighbouring_kv_heads() : 1;
   const auto count = [&] {
@@ -94,12 +96,9 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const MaskKinds*
 // How many heads of K and V an item of decode may take: those whose rows stand side by side.
 int64_t Plan::neighbouring_kv_heads() const {
   if (problem_.mask.data || problem_.bias.data) return 1;  // which heads may not share
-  const int64_t size = problem_.dtype == Dtype::float64   ? 8
-                       : problem_.dtype == Dtype::float32 ? 4
-                                                          : 2;
-  int64_t most = problem_.kv_heads;
+  int64_t most = std::min(problem_.kv_heads, kMostNeighbours);
   const auto look_at = [&](const Array& array, bool is_int8, int64_t dims) {
-    const int64_t element = is_int8 ? 1 : size;
+    const int64_t element = is_int8 ? 1 : bytes_of(problem_.dtype);
     const bool side_by_side = array.column_stride == element &&
                               array.head_stride == dims * element &&
                               array.row_stride >= problem_.kv_heads * array.head_stride;

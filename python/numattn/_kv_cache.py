@@ -298,9 +298,19 @@ class KVCache:
         if self._window is not None:
             shorter = lengths < self._lengths
             # The last of them has to see its window still.
-            last = np.where(shorter & (lengths > 0), lengths - 1, self._lengths)
+            kept = lengths > self._keep_first  # the first tokens see each other alone
+            last = np.where(shorter & kept, lengths - 1, self._lengths)
             self._check_window("n", f"{n}, whose last token's position is {{}}", last)
-        self._lengths = lengths
+        # Where none but first tokens are left, the others begin anew.
+        begins = np.where(lengths <= self._keep_first, self._keep_first, self._begins)
+        self.__dict__.update(_begins=begins, _lengths=lengths)
+
+    def __repr__(self) -> str:
+        keys = self._arrays[0]
+        batch, kv_heads, _, head_dim = keys.shape
+        window = "" if self._window is None else f", window={self._window}"
+        sizes = f"{batch}, {kv_heads}, {head_dim}, dtype={keys.dtype.name}{window}"
+        return f"KVCache({sizes}): lengths {self._lengths.tolist()}"
 
     def reset(self) -> None:
         """Forget all tokens, but keep the memory."""

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import numpy as np
 
-from ._arguments import _array, _integer, _refuse, _refuse_kind
+from ._arguments import (
+    ACCEPTED_DTYPES,
+    _array,
+    _integer,
+    _refuse,
+    _refuse_kind,
+    check_options,
+)
 from ._attention import attention
 from ._kv_cache import KVCache
 from ._rotary import rotary_embedding
@@ -23,6 +30,10 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 _NORM_EPSILON = 1e-6
+_TORCH_NAMES = (
+    "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias",
+    "out_proj.weight", "out_proj.bias", "bias_k", "bias_v",
+)  # fmt: skip
 
 
 class MultiHeadAttention:
@@ -154,6 +165,12 @@ class MultiHeadAttention:
         if name.endswith("_norm"):
             return np.ones(shape, self._dtype)
         return (rng.standard_normal(shape) / math.sqrt(shape[0])).astype(self._dtype)
+
+    def __repr__(self) -> str:
+        return (
+            f"MultiHeadAttention({self._embed_dim}, {self._heads}, kv_heads={self._kv_heads}, "
+            f"head_dim={self._head_dim}, value_dim={self._value_dim}, dtype={self._dtype.name})"
+        )
 
     # ---- parameters -----------------------------------------------------------------------------
 
@@ -314,7 +331,7 @@ class MultiHeadAttention:
         arrays = {name: x.T for name, x in weights.items()}
         for name, x in (biases | norms).items():
             if name in layer._parameters:
-                arrays[name] = layer._parameters[name] if x is None else _array(name, x)
+                arrays[name] = layer._parameters[name] if x is None else _numbers(name, x)
         layer._take(arrays, {name: x.T.shape for name, x in arrays.items() if x.ndim == 2})
         return layer
 
@@ -344,6 +361,11 @@ class MultiHeadAttention:
         no dropout, and gives weights per head. Its ``lengths`` stand for PyTorch's
         ``key_padding_mask``, and a mask is True where PyTorch's is False.
         """
+        if getattr(module, "add_zero_attn", False):
+            _refuse("module", "add_zero_attn=True", "a module without it")
+        if not hasattr(module, "keys") and not hasattr(module, "state_dict"):
+            seen = type(module).__name__
+            _refuse_kind("module", seen, "a torch.nn.MultiheadAttention or its state_dict")
         state = module if hasattr(module, "keys") else module.state_dict()
         if num_heads is None:
             num_heads = getattr(module, "num_heads", None)
@@ -353,6 +375,9 @@ class MultiHeadAttention:
         for name in ("bias_k", "bias_v"):
             if arrays.get(name) is not None:
                 _refuse("module", f"{name} (add_bias_kv=True)", "a module without it")
+        for name in arrays:
+            if name not in _TORCH_NAMES:
+                _refuse("module", repr(name), "only " + ", ".join(_TORCH_NAMES))
         if "in_proj_weight" in arrays:
             packed = arrays["in_proj_weight"]
             if packed.ndim != 2 or packed.shape[0] != 3 * packed.shape[1]:
@@ -476,7 +501,6 @@ class MultiHeadAttention:
             "q_offset": 0 if context is None else None,
             "layout": "blhd",
         }
-        # (..., L, 1 head, dim) has its head in front of it in the layout of two axes.
         out = self._merged(attention(q, k, v, **options))
         return (out, attention_weights(q, k, **options)) if return_weights else out
 
@@ -488,6 +512,12 @@ class MultiHeadAttention:
         if x.ndim != 3 or x.shape[0] != len(cache.lengths):
             expected = f"({len(cache.lengths)}, length, {self._embed_dim}) as the cache's batch"
             _refuse("x", f"shape {x.shape}", expected)
+        # What `attend` would refuse is refused while the cache is as it was.
+        if window is not None and cache._window is not None:
+            _refuse("window", repr(window), "none: the cache has one")
+        check_options(
+            self._dtype, self._heads, self._head_dim, True, window, None, softcap, None, None, None
+        )
         before = cache.lengths
         positions = before[:, np.newaxis] + np.arange(x.shape[1])
         q, k, v = self._projected(x, x, x, positions)
@@ -525,7 +555,8 @@ class MultiHeadAttention:
 
     def _merged(self, out: Array) -> Array:
         """Return (..., length, heads, dim) times the output matrix."""
-        return self._product("o", out.reshape(*out.shape[:-2], -1), (self._embed_dim,))
+        rows = out.reshape(*out.shape[:-2], self._heads * self._value_dim)
+        return self._product("o", rows, (self._embed_dim,))
 
     def _checked(self, name: str, x: ArrayLike, dim: int) -> Array:
         array = _array(name, x)
@@ -564,8 +595,15 @@ def _rotary_options(rotary: object, head_dim: int) -> dict[str, Any] | None:
     return options
 
 
-def _float_matrix(name: str, x: ArrayLike) -> Array:
+def _numbers(name: str, x: ArrayLike) -> Array:
     array = _from_tensor(x)
+    if array.dtype.name not in ACCEPTED_DTYPES and array.dtype.kind not in "iu":
+        _refuse_kind(name, f"dtype {array.dtype.name}", "real numbers")
+    return array
+
+
+def _float_matrix(name: str, x: ArrayLike) -> Array:
+    array = _numbers(name, x)
     if array.ndim != 2:
         _refuse(name, f"shape {array.shape}", "two axes")
     return array

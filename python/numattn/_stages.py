@@ -305,6 +305,10 @@ def attention_weights(
     *leading, query_length, key_length = _pairs(arguments)
     wanted = np.arange(query_length) if rows is None else _rows(rows, query_length)
     out = np.empty((*leading, len(wanted), key_length), _precision(arguments.q))
+    if not _knows_positions(arguments) and len(wanted) != query_length:
+        some = _with_rows(arguments, wanted)
+        _runtime.computations.stage(some, "weights", out)
+        return out[0] if one_head else out
     for place, first, count in _runs(wanted):
         some = _some_rows(arguments, first, count)
         _runtime.computations.stage(some, "weights", out[..., place : place + count, :])
@@ -403,15 +407,15 @@ def _precision(q: Array) -> type[np.float64 | np.float32]:
 
 
 def _rows(rows: int | ArrayLike, length: int) -> NDArray[np.int64]:
-    wanted = np.atleast_1d(np.asarray(rows))
+    wanted = np.atleast_1d(_array("rows", rows))
     if wanted.size and not np.issubdtype(wanted.dtype, np.integer):
         _refuse_kind("rows", f"dtype {wanted.dtype.name}", "integers")
     if wanted.ndim != 1:
         _refuse("rows", f"shape {wanted.shape}", "one axis")
-    wanted = wanted.astype(np.int64)
-    outside = (wanted < -length) | (wanted >= length)
+    outside = (wanted >= length) | (wanted < -length if wanted.dtype.kind == "i" else False)
     if outside.any():
         _refuse("rows", str(wanted[outside][0]), f"the index of one of {length} queries")
+    wanted = wanted.astype(np.int64)
     return np.where(wanted < 0, wanted + length, wanted)
 
 
@@ -421,6 +425,23 @@ def _runs(rows: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
     for begin, end in zip([0, *ends.tolist()], [*ends.tolist(), len(rows)], strict=True):
         if end > begin:
             yield begin, int(rows[begin]), end - begin
+
+
+def _knows_positions(a: Arguments) -> bool:
+    """Whether it matters where a query stands."""
+    no_limit = _arguments.UNBOUNDED
+    limited = a.window_left != no_limit or a.window_right != no_limit
+    return limited or a.alibi_slopes is not None
+
+
+def _with_rows(a: Arguments, rows: slice | NDArray[np.int64]) -> Arguments:
+    return replace(
+        a,
+        q=a.q[..., rows, :],
+        out=a.out[..., rows, :],
+        mask=None if a.mask is None else a.mask[..., rows, :],
+        bias=None if a.bias is None else a.bias[..., rows, :],
+    )
 
 
 def _some_rows(a: Arguments, first: int, count: int) -> Arguments:
@@ -433,11 +454,7 @@ def _some_rows(a: Arguments, first: int, count: int) -> Arguments:
         valid = key_length if a.kv_lengths is None else a.kv_lengths
         offset = np.broadcast_to(np.int64(valid) - query_length, a.q.shape[:-3])
     return replace(
-        a,
-        q=a.q[..., rows, :],
-        out=a.out[..., rows, :],
-        mask=None if a.mask is None else a.mask[..., rows, :],
-        bias=None if a.bias is None else a.bias[..., rows, :],
+        _with_rows(a, rows),
         q_offset=np.asarray(offset + first, np.int64, order="C"),  # also without axes
     )
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from . import _runtime
 
 
 def register() -> bool:
     """Make numattn known to threadpoolctl; return False where there is none, or no threads."""
-    if _runtime.native is None or importlib.util.find_spec("threadpoolctl") is None:
+    native = _runtime.native
+    if native is None or importlib.util.find_spec("threadpoolctl") is None:
         return False
-    import threadpoolctl
+    threadpoolctl: Any = importlib.import_module("threadpoolctl")  # it has no types
+    base: Any = threadpoolctl.LibController
+    file_name = Path(native.__file__ or "").name
 
-    class Controller(threadpoolctl.LibController):  # type: ignore[misc]
+    class Controller(base):  # type: ignore[misc]
         user_api = "numattn"
         internal_api = "numattn"
         # Other packages have a _core too, but not this symbol.
-        filename_prefixes = (Path(_runtime.native.__file__ or "").name,)
+        filename_prefixes = (file_name,)
         check_symbols = ("numattn_thread_pool",)
 
         def get_num_threads(self) -> int:

@@ -49,7 +49,7 @@ docs: $(BUILT) $(VENV)/group-docs
 test: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest -n auto
 
-# Every test in four threads at once, of those that say nothing about the process.
+# Tests that say nothing about the process as a whole, in four threads at once.
 test-parallel: $(BUILT) $(VENV)/group-test $(VENV)/group-parallel
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest --parallel-threads=4 $(addprefix tests/test_,\
 	  arrays.py errors.py kv_cache.py rotary.py same_bits.py sequences.py)
@@ -80,7 +80,7 @@ emulate: $(BUILT) $(VENV)/group-test
 fuzz: $(BUILT) $(VENV)/group-test
 	$(BIN)/python tests/fuzz.py --seconds $(or $(SECONDS),60)
 
-# A wheel of this Python and the source distribution, in dist.
+# The wheel for the stable ABI and the source distribution, in dist.
 wheel: $(VENV)/group-wheel
 	$(wheels) --only-build --keep dist
 

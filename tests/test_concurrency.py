@@ -163,26 +163,45 @@ def test_computing_in_a_signal_handler(arrays):
         np.testing.assert_array_equal(result, handled[0])
 
 
-def test_lengths_that_change_meanwhile(arrays):
+def with_lengths(q, k, v, lengths):
+    return na.attention(q, k, v, kv_lengths=lengths)
+
+
+def with_starts(q, k, v, starts):
+    rows = [x.swapaxes(1, 2).reshape(-1, *x.shape[1::2]) for x in (q, k, v)]
+    return na.attention_varlen(*rows, starts, starts)
+
+
+def with_pages(q, k, v, pages):
+    paged = [x.swapaxes(1, 2).reshape(-1, 50, *x.shape[1::2]) for x in (k, v)]
+    return na.attention_paged(q, *paged, pages.reshape(2, 10), [500, 500])
+
+
+@pytest.mark.parametrize(
+    ("call", "good"),
+    [(with_lengths, [500, 100]), (with_starts, [0, 500, 1000]), (with_pages, range(20))],
+)
+def test_numbers_that_change_meanwhile(arrays, call, good):
+    """What says where to read is copied, then checked. Without the GIL each step can be met."""
     q, k, v = arrays(2, hq=4, lq=500)
-    lengths = np.array([500, 100])
-    expected = na.attention(q, k, v, kv_lengths=lengths)
+    numbers = np.array(good)
+    expected = call(q, k, v, numbers)
     stop = threading.Event()
 
     def change():
         while not stop.is_set():
-            lengths[:] = 2**40
-            lengths[:] = 500, 100
+            numbers[:] = 2**40
+            numbers[:] = good
 
     changer = threading.Thread(target=change)
     changer.start()
     try:
         for _ in range(100):
             try:
-                out = na.attention(q, k, v, kv_lengths=lengths)
+                out = call(q, k, v, numbers)
             except ValueError:
                 continue
-            np.testing.assert_array_equal(out[0], expected[0])
+            np.testing.assert_array_equal(out, expected)
     finally:
         stop.set()
         changer.join()

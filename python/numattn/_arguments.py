@@ -223,6 +223,14 @@ def _array(name: str, x: ArrayLike) -> Array:
     return array
 
 
+def _snapshot(name: str, x: ArrayLike) -> Array:
+    """Return a copy, for numbers that say what is read.
+
+    It is what is checked and what is used, whatever the caller's threads write meanwhile.
+    """
+    return np.array(_array(name, x))
+
+
 def _dtype_of(x: Array) -> str:
     return f"dtype {x.dtype.name}" + ("" if x.dtype.isnative else " of foreign byte order")
 
@@ -467,7 +475,7 @@ def _ints_per_batch(
 ) -> NDArray[np.int64] | None:
     if values is None:
         return None
-    array = _array(name, values)
+    array = _snapshot(name, values)
     if array.dtype == object:  # Python ints beyond 64 bits
         array = np.asarray([_integer(name, x) for x in array.ravel()], object).reshape(array.shape)
     elif array.dtype.kind not in "iu" and array.size > 0:
@@ -481,7 +489,6 @@ def _ints_per_batch(
         broadcast = np.broadcast_to(array, batch)
     except ValueError:
         _refuse(name, f"shape {array.shape}", f"one that broadcasts to the batch shape {batch}")
-    # A copy: the kernels trust what has been checked, whatever the caller's threads do meanwhile.
     return np.array(broadcast, np.int64, order="C")
 
 
@@ -493,12 +500,12 @@ def _floats_per_head(
 ) -> NDArray[np.float64] | None:
     if values is None:
         return None
-    array = _array(name, values)
+    array = _snapshot(name, values)
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
         _refuse_kind(name, f"dtype {array.dtype}", "real numbers")
     if array.shape != (query_heads,):
         _refuse(name, f"shape {array.shape}", f"one number per query head, ({query_heads},)")
-    numbers = np.array(array, np.float64, order="C")  # a copy, as above
+    numbers = np.asarray(array, np.float64, order="C")
     bad = ~(np.abs(numbers) <= largest)
     if name == "sinks":
         bad &= numbers != -np.inf  # no sink

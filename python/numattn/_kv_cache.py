@@ -16,6 +16,7 @@ from ._arguments import (
     _ints_per_batch,
     _refuse,
     _refuse_kind,
+    _snapshot,
     check_layout,
     check_out,
 )
@@ -330,7 +331,7 @@ class KVCache:
         TypeError, ValueError
             If `indices` is no list of ints, or one of them is no sequence.
         """
-        chosen = _array("indices", indices)
+        chosen = _snapshot("indices", indices)
         if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
             seen = f"dtype {chosen.dtype}, shape {chosen.shape}"
             _refuse_kind("indices", seen, "a list of ints")
@@ -429,7 +430,7 @@ class KVCache:
     def _counts(self, lengths: ArrayLike | None, tokens: int) -> NDArray[np.int64]:
         if lengths is None:
             return np.full(self._batch, tokens, np.int64)
-        counts = _array("lengths", lengths)
+        counts = _snapshot("lengths", lengths)
         if counts.dtype.kind not in "iu" and counts.size:
             _refuse_kind("lengths", f"dtype {counts.dtype}", "ints")
         if counts.shape != (self._batch,):

@@ -22,6 +22,7 @@ from ._arguments import (
     _outputs,
     _refuse,
     _refuse_kind,
+    _snapshot,
 )
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def check_varlen(
 
 
 def _starts(name: str, starts: ArrayLike, total: int, what: str) -> NDArray[np.int64]:
-    array = _array(name, starts)
+    array = _snapshot(name, starts)
     if array.dtype.kind not in "iu":
         _refuse_kind(name, f"dtype {array.dtype}", "ints")
     if array.ndim != 1 or array.size < 1:
@@ -97,7 +98,7 @@ def _starts(name: str, starts: ArrayLike, total: int, what: str) -> NDArray[np.i
     if outside.any():
         at = int(np.argmax(outside))
         _refuse(name, f"{array[at]} at {at}", f"0 to {total}, the rows of {what}")
-    numbers = array.astype(np.int64)  # a copy: the kernels trust what has been checked
+    numbers = array.astype(np.int64)
     decreasing = np.diff(numbers) < 0
     if decreasing.any():
         at = int(np.argmax(decreasing))
@@ -146,7 +147,7 @@ def check_paged(
     _check_shapes(q_, k_, v_, named)
     batch = q_.shape[:1]
 
-    table = _array("block_table", block_table)
+    table = _snapshot("block_table", block_table)
     if table.dtype.kind not in "iu":
         _refuse_kind("block_table", f"dtype {table.dtype}", "ints")
     if table.ndim != 2 or table.shape[0] != batch[0]:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from . import _arguments, _numpy_backend, _runtime
-from ._arguments import ACCEPTED_DTYPES, Arguments, _array, _check_overlap, _refuse, _refuse_kind
+from ._arguments import (
+    ACCEPTED_DTYPES,
+    Arguments,
+    _array,
+    _check_overlap,
+    _refuse,
+    _refuse_kind,
+    _snapshot,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -407,7 +415,7 @@ def _precision(q: Array) -> type[np.float64 | np.float32]:
 
 
 def _rows(rows: int | ArrayLike, length: int) -> NDArray[np.int64]:
-    wanted = np.atleast_1d(_array("rows", rows))
+    wanted = np.atleast_1d(_snapshot("rows", rows))
     if wanted.size and not np.issubdtype(wanted.dtype, np.integer):
         _refuse_kind("rows", f"dtype {wanted.dtype.name}", "integers")
     if wanted.ndim != 1:

@@ -12,6 +12,8 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
+}  // namespace
+
 size_t size_of(Kind kind) {
   switch (kind) {
     case Kind::float64:
@@ -25,8 +27,6 @@ size_t size_of(Kind kind) {
       return 1;
   }
 }
-
-}  // namespace
 
 void store(Kind kind, char* to, double x) {
   const auto single = static_cast<float>(x);
@@ -74,6 +74,20 @@ double load(Kind kind, const char* from) {
   return static_cast<signed char>(*from);
 }
 
+double rounding(Kind kind) {
+  return kind == Kind::float64   ? 1e-12
+         : kind == Kind::float32 ? 3e-5
+         : kind == Kind::float16 ? 4e-3
+                                 : 4e-2;
+}
+
+Dtype dtype_of(Kind kind) {
+  return kind == Kind::float32   ? Dtype::float32
+         : kind == Kind::float64 ? Dtype::float64
+         : kind == Kind::float16 ? Dtype::float16
+                                 : Dtype::bfloat16;
+}
+
 template <class Number>
 Number RandomProblem::one_of(std::initializer_list<Number> numbers) {
   return numbers.begin()[below(static_cast<int64_t>(numbers.size()))];
@@ -88,6 +102,7 @@ int64_t RandomProblem::below(int64_t end) {
 RandomProblem::RandomProblem(uint64_t seed) : random_(seed) {
   draw_sizes();
   draw_options();
+  if (problem.stage == Stage::attention && sometimes(0.2)) draw_ragged();
   draw_arrays();
   describe();
 }
@@ -115,8 +130,7 @@ Tensor RandomProblem::make(Kind kind, int64_t batch, int64_t heads, int64_t rows
     for (int64_t h = 0; h < heads; ++h) {
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < columns; ++j) {
-          char* const at = array.data + b * array.batch_strides[0] + h * array.head_stride +
-                           i * array.row_stride + j * size;
+          char* const at = tensor.address(b, h, i, j);
           const double x = kind == Kind::int8   ? static_cast<double>(below(255) - 127)
                            : kind == Kind::byte ? static_cast<double>(sometimes(0.7))
                                                 : amplitude * normal(random_);
@@ -136,10 +150,7 @@ void RandomProblem::draw_sizes() {
   const auto dim = [&] { return one_of<int64_t>({1, 2, 3, 7, 8, 15, 16, 17, 33, 64, 80}); };
   kind_ = one_of({Kind::float32, Kind::float32, Kind::float64, Kind::float16, Kind::bfloat16});
   precision_ = kind_ == Kind::float64 ? Kind::float64 : Kind::float32;
-  problem.dtype = kind_ == Kind::float32   ? Dtype::float32
-                  : kind_ == Kind::float64 ? Dtype::float64
-                  : kind_ == Kind::float16 ? Dtype::float16
-                                           : Dtype::bfloat16;
+  problem.dtype = dtype_of(kind_);
   batch_ = 1 + below(2);
   problem.batch_axes = 1;
   problem.batch_shape[0] = batch_;
@@ -178,16 +189,52 @@ void RandomProblem::draw_options() {
   if (sometimes(0.3)) problem.q_offset = q_offset_.data();
 }
 
+// Lengths of each sequence; query_length and key_length become the rows of all of them.
+void RandomProblem::draw_ragged() {
+  batch_ = problem.batch_shape[0] = 1 + below(5);
+  const auto starts = [&](int64_t length) {
+    std::vector<int64_t> result{0};
+    while (static_cast<int64_t>(result.size()) <= batch_) {
+      result.push_back(result.back() + (sometimes(0.2) ? below(2) : below(length + 1)));
+    }
+    return result;
+  };
+  query_starts_ = starts(problem.query_length);
+  key_starts_ = starts(problem.key_length);
+  problem.query_starts = query_starts_.data();
+  problem.key_starts = key_starts_.data();
+  problem.query_length = query_starts_.back();
+  problem.key_length = key_starts_.back();
+  problem.kv_lengths = nullptr;
+  q_offset_.clear();
+  for (int64_t b = 0; b < batch_; ++b) q_offset_.push_back(below(100) - 30);
+  if (problem.q_offset) problem.q_offset = q_offset_.data();
+}
+
 void RandomProblem::draw_arrays() {
   const auto layout = [&] { return sometimes(0.5) ? Layout::heads_first : Layout::rows_first; };
   const int64_t lq = problem.query_length, lk = problem.key_length;
   const Layout of_keys = layout();
-  q_ = make(kind_, batch_, problem.query_heads, lq, problem.head_dim, layout(), 1);
-  k_ = make(k_kind_, batch_, problem.kv_heads, lk, problem.head_dim, of_keys, 1);
-  v_ = make(v_kind_, batch_, problem.kv_heads, lk, problem.value_dim, of_keys, 1);
-  k_scales_ = make(Kind::float32, batch_, problem.kv_heads, lk, 1, of_keys, 0.01);
-  v_scales_ = make(Kind::float32, batch_, problem.kv_heads, lk, 1, of_keys, 0.01);
-  if (problem.stage == Stage::attention && sometimes(0.2)) draw_pages(of_keys);
+  const bool ragged = problem.query_starts != nullptr;
+  const int64_t batch = ragged ? 1 : batch_;
+  // A ragged array has one batch item for all of its sequences.
+  const auto make_rows = [&](Kind kind, const int64_t* starts, int64_t heads, int64_t rows,
+                             int64_t columns, Layout layout, double amplitude) {
+    Tensor tensor = make(kind, batch, heads, rows, columns, layout, amplitude);
+    tensor.starts = starts;
+    if (starts) tensor.array.batch_strides[0] = 0;
+    return tensor;
+  };
+  const auto make_keys = [&](Kind kind, int64_t columns, double amplitude) {
+    return make_rows(kind, problem.key_starts, problem.kv_heads, lk, columns, of_keys, amplitude);
+  };
+  q_ = make_rows(kind_, problem.query_starts, problem.query_heads, lq, problem.head_dim, layout(),
+                 1);
+  k_ = make_keys(k_kind_, problem.head_dim, 1);
+  v_ = make_keys(v_kind_, problem.value_dim, 1);
+  k_scales_ = make_keys(Kind::float32, 1, 0.01);
+  v_scales_ = make_keys(Kind::float32, 1, 0.01);
+  if (problem.stage == Stage::attention && !ragged && sometimes(0.2)) draw_pages(of_keys);
   problem.q = q_.array;
   problem.k = k_.array;
   problem.v = v_.array;
@@ -195,19 +242,23 @@ void RandomProblem::draw_arrays() {
   problem.v_is_int8 = v_kind_ == Kind::int8;
   if (problem.k_is_int8) problem.k_scales = k_scales_.array;
   if (problem.v_is_int8) problem.v_scales = v_scales_.array;
-  if (!problem.block_table && sometimes(0.2)) {
+  const bool has_matrices = !ragged && !problem.block_table;
+  if (has_matrices && sometimes(0.2)) {
     mask_ = make(Kind::byte, batch_, problem.query_heads, lq, lk, Layout::heads_first, 1);
     problem.mask = mask_.array;
   }
-  if (!problem.block_table && sometimes(0.2)) {
+  if (has_matrices && sometimes(0.2)) {
     problem.bias_is_float32 = sometimes(0.5);
     bias_ = make(problem.bias_is_float32 ? Kind::float32 : kind_, batch_, problem.query_heads, lq,
                  lk, Layout::heads_first, 1);
     problem.bias = bias_.array;
   }
   if (problem.stage == Stage::attention) {
-    out_ = make(kind_, batch_, problem.query_heads, lq, problem.value_dim, layout(), 0);
-    lse_ = make(precision_, batch_, problem.query_heads, lq, 1, Layout::heads_first, 0);
+    const auto make_output = [&](Kind kind, int64_t columns, Layout layout) {
+      return make_rows(kind, problem.query_starts, problem.query_heads, lq, columns, layout, 0);
+    };
+    out_ = make_output(kind_, problem.value_dim, layout());
+    lse_ = make_output(precision_, 1, Layout::heads_first);
     problem.lse = lse_.array;
   } else if (problem.stage == Stage::received) {
     out_ = make(precision_, batch_, problem.query_heads, lk, 1, Layout::heads_first, 0);
@@ -235,11 +286,7 @@ void RandomProblem::draw_pages(Layout layout) {
         for (int64_t i = 0; i < x.rows; ++i) {
           const int64_t page = block_table_[static_cast<size_t>(b * per_item + i / page_size_)];
           for (int64_t j = 0; j < x.columns; ++j) {
-            store(kind,
-                  paged.array.data + page * paged.array.batch_strides[0] +
-                      h * paged.array.head_stride + i % page_size_ * paged.array.row_stride +
-                      j * paged.array.column_stride,
-                  x.value(b, h, i, j));
+            store(kind, paged.address(page, h, i % page_size_, j), x.value(b, h, i, j));
           }
         }
       }
@@ -279,6 +326,7 @@ void RandomProblem::describe() {
   for (const auto& [name, is_there] : {std::pair{"alibi", problem.alibi_slopes != nullptr},
                                        {"sinks", problem.sinks != nullptr},
                                        {"kv_lengths", problem.kv_lengths != nullptr},
+                                       {"ragged", problem.query_starts != nullptr},
                                        {"q_offset", problem.q_offset != nullptr},
                                        {"mask", problem.mask.data != nullptr},
                                        {"bias", problem.bias.data != nullptr},
@@ -298,12 +346,22 @@ numattn::Status RandomProblem::run() const {
   return numattn::attention(problem, {num_threads, nullptr});
 }
 
+int64_t RandomProblem::queries(int64_t b) const {
+  const int64_t* const starts = problem.query_starts;
+  return starts ? starts[b + 1] - starts[b] : problem.query_length;
+}
+
+int64_t RandomProblem::keys(int64_t b) const {
+  const int64_t* const starts = problem.key_starts;
+  if (starts) return starts[b + 1] - starts[b];
+  return problem.kv_lengths ? problem.kv_lengths[b] : problem.key_length;
+}
+
 std::vector<double> RandomProblem::logits(int64_t b, int64_t h, int64_t i) const {
-  const int64_t valid =
-      problem.kv_lengths ? kv_lengths_[static_cast<size_t>(b)] : problem.key_length;
-  const int64_t p =
-      i + (problem.q_offset ? q_offset_[static_cast<size_t>(b)] : valid - problem.query_length);
-  std::vector<double> result(static_cast<size_t>(problem.key_length), -kInfinity);
+  const int64_t valid = keys(b);
+  const int64_t p = i + (problem.q_offset ? problem.q_offset[b] : valid - queries(b));
+  const int64_t rows = problem.key_starts ? valid : problem.key_length;
+  std::vector<double> result(static_cast<size_t>(rows), -kInfinity);
   for (int64_t j = 0; j < valid; ++j) {
     const bool attends = j >= p - problem.window_left && j <= p + problem.window_right &&
                          (!problem.mask.data || mask_.value(b, h, i, j) != 0);
@@ -331,15 +389,9 @@ double RandomProblem::error(double actual, double expected) const {
 }
 
 double RandomProblem::error_share() const {
-  const double allowed = (kind_ == Kind::float64   ? 1e-12
-                          : kind_ == Kind::float32 ? 3e-5
-                          : kind_ == Kind::float16 ? 4e-3
-                                                   : 4e-2) *
-                         5;
-  const auto at = [&](const Tensor& tensor, Kind kind, int64_t b, int64_t h, int64_t i, int64_t j) {
-    const numattn::Array& array = tensor.array;
-    return load(kind, array.data + b * array.batch_strides[0] + h * array.head_stride +
-                          i * array.row_stride + j * array.column_stride);
+  const double allowed = 5 * rounding(kind_);
+  const auto at = [](const Tensor& tensor, Kind kind, int64_t b, int64_t h, int64_t i, int64_t j) {
+    return load(kind, tensor.address(b, h, i, j));
   };
   double largest = 0;
   const auto compare = [&](double actual, double expected) {
@@ -348,7 +400,7 @@ double RandomProblem::error_share() const {
   for (int64_t b = 0; b < batch_; ++b) {
     for (int64_t h = 0; h < problem.query_heads; ++h) {
       std::vector<double> received(static_cast<size_t>(problem.key_length), 0);
-      for (int64_t i = 0; i < problem.query_length; ++i) {
+      for (int64_t i = 0; i < queries(b); ++i) {
         const std::vector<double> s = logits(b, h, i);
         const double sink = problem.sinks ? sinks_[static_cast<size_t>(h)] : -kInfinity;
         double maximum = sink;

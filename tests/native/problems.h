@@ -16,9 +16,18 @@ struct Tensor {
   int64_t batch = 1, heads = 1, rows = 1, columns = 1;
   numattn::Array array;
   std::vector<double> values;  // [batch item][head][row][column], as they were stored
+  // Ragged: where the rows of each batch item begin; batch is 1 then. Else null.
+  const int64_t* starts = nullptr;
 
+  char* address(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    if (starts) i += starts[b];
+    return array.data + b * array.batch_strides[0] + h * array.head_stride + i * array.row_stride +
+           j * array.column_stride;
+  }
   double& value(int64_t b, int64_t h, int64_t i, int64_t j) {
-    return values[static_cast<size_t>(((b * heads + h) * rows + i) * columns + j)];
+    if (starts) i += starts[b];
+    const int64_t item = starts ? 0 : b;
+    return values[static_cast<size_t>(((item * heads + h) * rows + i) * columns + j)];
   }
   double value(int64_t b, int64_t h, int64_t i, int64_t j) const {
     return const_cast<Tensor*>(this)->value(b, h, i, j);
@@ -27,8 +36,12 @@ struct Tensor {
 
 enum class Kind { float32, float64, float16, bfloat16, int8, byte };
 
+size_t size_of(Kind kind);  // in bytes
+numattn::Dtype dtype_of(Kind kind);
 void store(Kind kind, char* to, double x);
 double load(Kind kind, const char* from);
+// What an error of numbers near 1 may be, with some room; for short sums.
+double rounding(Kind kind);
 
 // A problem, with everything it points to.
 class RandomProblem {
@@ -58,9 +71,12 @@ class RandomProblem {
   char* guarded(size_t bytes);
   void draw_sizes();
   void draw_options();
+  void draw_ragged();
   void draw_arrays();
   void draw_pages(Layout layout);
   void describe();
+  int64_t queries(int64_t b) const;  // of a batch item
+  int64_t keys(int64_t b) const;     // those that are valid
   // logits [key] of a query, -inf where it does not attend, before the sink.
   std::vector<double> logits(int64_t b, int64_t h, int64_t i) const;
   double error(double actual, double expected) const;
@@ -70,6 +86,6 @@ class RandomProblem {
   Kind kind_, k_kind_, v_kind_, precision_;
   int64_t batch_, group_, page_size_ = 0;
   Tensor q_, k_, v_, k_scales_, v_scales_, mask_, bias_, out_, lse_, maximum_, sum_;
-  std::vector<int64_t> q_offset_, kv_lengths_, block_table_;
+  std::vector<int64_t> q_offset_, kv_lengths_, block_table_, query_starts_, key_starts_;
   std::vector<double> slopes_, sinks_;
 };

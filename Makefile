@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A stamp for each set of packages: made again when what it depends on has changed.
 BUILT := $(VENV)/built
+# WERROR=ON: a warning of the compiler is an error, wherever the library is built.
+WERROR ?= OFF
+export SKBUILD_CMAKE_DEFINE := CMAKE_COMPILE_WARNING_AS_ERROR=$(WERROR)
 SOURCES := $(shell find csrc python CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 
 .PHONY: all demo docs test test-parallel test-native sanitize emulate fuzz wheel test-wheels test-slow lint format \
@@ -18,7 +21,7 @@ $(VENV)/created:
 
 # NUMATTN_BACKEND=native: here a missing compiled extension is an error, not a fallback.
 $(BUILT): $(VENV)/created $(SOURCES)
-	$(BIN)/pip install --quiet . -C cmake.define.NUMATTN_WERROR=$(or $(WERROR),OFF)
+	$(BIN)/pip install --quiet .
 	NUMATTN_BACKEND=native $(BIN)/python -c "import numattn; numattn.show_runtime()"
 	touch $@
 
@@ -68,7 +71,7 @@ comma := ,
 define native-tests
 	mkdir -p build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake -G Ninja -S tests/native -B $(1) $(2) \
-	  -DNUMATTN_WERROR=$(or $(WERROR),OFF) > build/cmake.log || (cat build/cmake.log; false)
+	  -D$(SKBUILD_CMAKE_DEFINE) > build/cmake.log || (cat build/cmake.log; false)
 	$(BIN)/cmake --build $(1)
 	$(3) $(BIN)/ctest --test-dir $(1) --output-on-failure
 endef

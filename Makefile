@@ -53,7 +53,7 @@ test: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest -n auto
 
 # Tests that say nothing about the process as a whole, in four threads at once.
-test-parallel: $(BUILT) $(VENV)/group-test $(VENV)/group-parallel
+test-parallel: $(BUILT) $(VENV)/group-parallel
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest --parallel-threads=4 $(addprefix tests/test_,\
 	  arrays.py errors.py kv_cache.py rotary.py same_bits.py sequences.py)
 

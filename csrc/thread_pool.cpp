@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <cstddef>
+#include <exception>
 #include <mutex>
-#include <system_error>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -69,14 +71,9 @@ void work_on(RunningJob& running, bool (*interrupted)()) {
 class Pool {
  public:
   void run(RunningJob& running, int helpers_wanted) {
-    {
-      std::lock_guard lock(mutex_);
-      start_workers(helpers_wanted);
-      jobs_.push_back(&running);
-      jobs_posted_.fetch_add(1, std::memory_order_release);
-    }
-    for (int i = 0; i < helpers_wanted; ++i) work_ready_.notify_one();
+    const bool is_posted = post(running, helpers_wanted);
     work_on(running, running.job.interrupted);
+    if (!is_posted) return;
     {
       std::lock_guard lock(mutex_);
       jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &running));
@@ -87,6 +84,20 @@ class Pool {
   std::mutex& mutex() { return mutex_; }
 
  private:
+  // False if there is no memory for it: then the calling thread is alone.
+  bool post(RunningJob& running, int helpers_wanted) try {
+    {
+      std::lock_guard lock(mutex_);
+      jobs_.push_back(&running);
+      start_workers(helpers_wanted);
+      jobs_posted_.fetch_add(1, std::memory_order_release);
+    }
+    for (int i = 0; i < helpers_wanted; ++i) work_ready_.notify_one();
+    return true;
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+
   void start_workers(int wanted) {
 #if !defined(_WIN32)
     // Signals are for the application's own threads.
@@ -97,8 +108,8 @@ class Pool {
 #endif
     try {
       for (; workers_ < wanted; ++workers_) std::thread(&Pool::serve, this).detach();
-    } catch (const std::system_error&) {
-      // No more threads to be had: those that there are do the work.
+    } catch (const std::exception&) {
+      // No more threads to be had, or no memory for them: those that there are do the work.
     }
 #if !defined(_WIN32)
     if (restore) pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -159,18 +170,20 @@ class Pool {
   int workers_ = 0;
 };
 
-// Never deleted: workers may outlive the static objects of the process.
+// Never destroyed: workers may outlive the static objects of the process.
+alignas(Pool) std::byte place_of_the_pool[sizeof(Pool)];
 Pool* the_pool = nullptr;
+
+void make_the_pool() { the_pool = new (place_of_the_pool) Pool; }
 
 Pool& pool() {
   static std::once_flag once;
   std::call_once(once, [] {
-    the_pool = new Pool;
+    make_the_pool();
 #if !defined(_WIN32)
-    // The child has none of the workers and none of the other callers, so it starts anew and
-    // leaves the old pool's few bytes behind.
+    // The child has none of the workers and none of the other callers, so it starts anew.
     pthread_atfork([] { the_pool->mutex().lock(); }, [] { the_pool->mutex().unlock(); },
-                   [] { the_pool = new Pool; });
+                   make_the_pool);
 #endif
   });
   return *the_pool;

@@ -40,7 +40,8 @@ struct Job {
   bool (*interrupted)();
 };
 
-// True if all items were done. Any number of threads may call it at once.
+// True if all items were done. Any number of threads may call it at once. Where no thread can be
+// had, or no memory for one, the caller does the work alone.
 bool run(const Job& job);
 
 }  // namespace numattn

@@ -19,8 +19,7 @@ PROJECT = Path(__file__).parent.parent
 # The oldest NumPy that has wheels for each Python.
 VERSIONS = {"3.11": "2.0.0", "3.12": "2.0.0", "3.13": "2.1.0"}
 LARGEST = 3 * 2**20
-NEEDED = ["pytest>=8", "hypothesis", "ml_dtypes", "threadpoolctl"]
-# The files that have such tests, and need nothing more.
+# The files that have such tests, and need no more than the dependency group of that name.
 SMOKE = [
     PROJECT / "tests" / f"test_{name}.py"
     for name in ("command_line", "concurrency", "errors", "options")
@@ -75,7 +74,8 @@ def test_wheel(python, wheel, numpy, folder):
     run(python, "-m", "venv", environment)
     pip = environment / "bin/pip"
     run(pip, "install", "--quiet", "--upgrade", "pip")
-    run(pip, "install", "--quiet", wheel, f"numpy=={numpy}" if numpy else "numpy", *NEEDED)
+    run(pip, "install", "--quiet", wheel, f"numpy=={numpy}" if numpy else "numpy",
+        "--group", f"{PROJECT / 'pyproject.toml'}:smoke")  # fmt: skip
     # Outside of the project, whose own package must not be found.
     run(
         environment / "bin/python", "-m", "pytest", "-q", "-m", "smoke", "-p", "no:cacheprovider",

@@ -10,7 +10,6 @@
 #include <cstdlib>
 #include <limits>
 #include <random>
-#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -168,6 +167,11 @@ double rotation_error(uint64_t seed) {
   return largest;
 }
 
+constexpr struct {
+  const char* name;
+  double (*error_of)(uint64_t seed);
+} kOperations[] = {{"softmax", softmax_error}, {"rotation", rotation_error}};
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -180,8 +184,7 @@ int main(int count, char** arguments) {
       continue;
     }
     if (!numattn::set_isa(isa).empty()) return 1;
-    for (const auto& [name, error_of] :
-         {std::pair{"softmax", softmax_error}, {"rotation", rotation_error}}) {
+    for (const auto& [name, error_of] : kOperations) {
       double largest = 0;
       for (uint64_t seed = 1; seed <= problems; ++seed) {
         const double share = error_of(seed);

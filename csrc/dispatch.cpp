@@ -50,14 +50,12 @@ const KernelTable* best_available() {
   return best;
 }
 
-std::atomic<const KernelTable*>& active() {
-  static std::atomic<const KernelTable*> kernels{best_available()};
-  return kernels;
-}
+// Chosen as the library is loaded, so that no fork finds it half made.
+std::atomic<const KernelTable*> active{best_available()};
 
 }  // namespace
 
-const KernelTable& active_kernels() { return *active().load(std::memory_order_relaxed); }
+const KernelTable& active_kernels() { return *active.load(std::memory_order_relaxed); }
 
 std::string set_isa(const std::string& name) {
   std::string built;
@@ -66,7 +64,7 @@ std::string set_isa(const std::string& name) {
       if (!level.available) {
         return "this CPU (" + cpu_name() + ") does not have the instructions of '" + name + "'";
       }
-      active().store(level.kernels, std::memory_order_relaxed);
+      active.store(level.kernels, std::memory_order_relaxed);
       return "";
     }
     built += std::string(built.empty() ? "" : ", ") + level.kernels->isa;

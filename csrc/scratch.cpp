@@ -1,19 +1,23 @@
 #include "scratch.h"
 
-#include <cstdlib>
+#include <new>
 
 namespace numattn {
 namespace {
 
+constexpr std::align_val_t kCacheLine{64};
+
 void* allocate(int64_t bytes) {
-  return std::aligned_alloc(64, static_cast<std::size_t>((bytes + 63) / 64 * 64));
+  return ::operator new(static_cast<std::size_t>(bytes), kCacheLine, std::nothrow);
 }
+
+void release(void* data) { ::operator delete(data, kCacheLine); }
 
 struct Kept {
   void* data = nullptr;
   int64_t size = 0;
   bool in_use = false;
-  ~Kept() { std::free(data); }
+  ~Kept() { release(data); }
 };
 
 thread_local Kept kept;
@@ -27,7 +31,7 @@ ThreadScratch::ThreadScratch(int64_t bytes) : is_kept_(!kept.in_use) {
   }
   kept.in_use = true;
   if (bytes > kept.size) {
-    std::free(kept.data);
+    release(kept.data);
     kept.data = allocate(bytes);
     kept.size = kept.data ? bytes : 0;
   }
@@ -38,7 +42,7 @@ ThreadScratch::~ThreadScratch() {
   if (is_kept_) {
     kept.in_use = false;
   } else {
-    std::free(data_);
+    release(data_);
   }
 }
 

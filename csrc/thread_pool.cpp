@@ -45,10 +45,16 @@ bool spin_until(Ready ready) {
   return ready();
 }
 
+// How often this process has become a child. Helpers stay with the parent.
+std::atomic<uint64_t> forks{0};
+
 struct RunningJob {
   explicit RunningJob(const Job& job) : job(job) {}
 
+  bool has_lost_its_helpers() const { return forks != forks_before; }
+
   const Job& job;
+  const uint64_t forks_before = forks;
   std::atomic<int64_t> next_item{0};
   std::atomic<int64_t> items_done{0};
   std::atomic<bool> stop{false};
@@ -73,7 +79,8 @@ class Pool {
   void run(RunningJob& running, int helpers_wanted) {
     const bool is_posted = post(running, helpers_wanted);
     work_on(running, running.job.interrupted);
-    if (!is_posted) return;
+    // A signal handler may have forked. What the helpers had begun is lost, which items_done tells.
+    if (!is_posted || running.has_lost_its_helpers()) return;
     {
       std::lock_guard lock(mutex_);
       jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &running));
@@ -159,6 +166,7 @@ class Pool {
     while (!helper_left_.wait_for(lock, kInterruptPeriod, alone)) {
       lock.unlock();
       stop.look();
+      if (running.has_lost_its_helpers()) return;
       lock.lock();
     }
   }
@@ -170,29 +178,33 @@ class Pool {
   int workers_ = 0;
 };
 
-// Never destroyed: workers may outlive the static objects of the process.
 alignas(Pool) std::byte place_of_the_pool[sizeof(Pool)];
-Pool* the_pool = nullptr;
 
-void make_the_pool() { the_pool = new (place_of_the_pool) Pool; }
+Pool* make_the_pool() { return new (place_of_the_pool) Pool; }
 
-Pool& pool() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    make_the_pool();
+// Made as the library is loaded, so that no fork finds it half made. Never destroyed: workers may
+// outlive the static objects of the process.
+Pool& the_pool = *make_the_pool();
+
 #if !defined(_WIN32)
-    // The child has none of the workers and none of the other callers, so it starts anew.
-    pthread_atfork([] { the_pool->mutex().lock(); }, [] { the_pool->mutex().unlock(); },
-                   make_the_pool);
+// The child has none of the workers and none of the other callers, so it starts anew.
+[[maybe_unused]] const int fork_handlers =
+    pthread_atfork([] { the_pool.mutex().lock(); }, [] { the_pool.mutex().unlock(); },
+                   [] {
+                     make_the_pool();
+                     ++forks;
+                   });
 #endif
-  });
-  return *the_pool;
-}
 
 }  // namespace
 
 // By this name threadpoolctl tells the library that has this pool from others of its file name.
-extern "C" __attribute__((visibility("default"))) const int numattn_thread_pool = 1;
+#if defined(_WIN32)
+#define NUMATTN_VISIBLE __declspec(dllexport)
+#else
+#define NUMATTN_VISIBLE __attribute__((visibility("default")))
+#endif
+extern "C" NUMATTN_VISIBLE const int numattn_thread_pool = 1;
 
 StopCheck::StopCheck(std::atomic<bool>& stop, bool (*interrupted)())
     : stop_(stop), interrupted_(interrupted) {
@@ -200,14 +212,14 @@ StopCheck::StopCheck(std::atomic<bool>& stop, bool (*interrupted)())
 }
 
 bool StopCheck::requested() {
-  if (stop_.load(std::memory_order_relaxed)) return true;
   // Reading the clock takes as long as a small item.
   constexpr unsigned kRequestsPerLook = 16;
-  if (!interrupted_ || ++requests_ % kRequestsPerLook != 0) return false;
-  return look();
+  if (interrupted_ && ++requests_ % kRequestsPerLook == 0) return look();
+  return stop_.load(std::memory_order_relaxed);
 }
 
 bool StopCheck::look() {
+  if (stop_.load(std::memory_order_relaxed)) return true;
   if (!interrupted_) return false;
   const auto now = Clock::now();
   if (now < next_call_) return false;
@@ -221,7 +233,7 @@ bool run(const Job& job) {
   RunningJob running(job);
   const int helpers = static_cast<int>(std::min<int64_t>(job.num_threads, job.items)) - 1;
   if (helpers > 0) {
-    pool().run(running, helpers);
+    the_pool.run(running, helpers);
   } else {
     work_on(running, job.interrupted);
   }

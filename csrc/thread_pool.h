@@ -40,8 +40,9 @@ struct Job {
   bool (*interrupted)();
 };
 
-// True if all items were done. Any number of threads may call it at once. Where no thread can be
-// had, or no memory for one, the caller does the work alone.
+// True if all items were done; false if the job was stopped or failed, or if `interrupted` forked
+// and this is the child, which has no helpers. Any number of threads may call it at once. Where no
+// thread can be had, or no memory for one, the caller does the work alone.
 bool run(const Job& job);
 
 }  // namespace numattn

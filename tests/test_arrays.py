@@ -23,8 +23,14 @@ def read_only(x):
 def unaligned(x):
     moved = np.zeros(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
     moved[...] = x
-    assert not moved.flags.aligned
+    assert x.itemsize == 1 or not moved.flags.aligned
     return moved
+
+
+def every_other(x):
+    for axis in range(x.ndim):
+        x = np.repeat(x, 2, axis=axis)
+    return x[(slice(None, None, 2),) * x.ndim]
 
 
 def memory_mapped(x, path):
@@ -32,6 +38,58 @@ def memory_mapped(x, path):
     mapped[...] = x
     mapped.flush()
     return np.memmap(path, x.dtype, "r", shape=x.shape)
+
+
+KINDS = {
+    "subclass": lambda x: x.view(Mine),
+    "read-only": read_only,
+    "reversed": lambda x: np.flip(np.flip(x).copy()),
+    "every other": every_other,
+    "unaligned": unaligned,
+}
+CALLS = {
+    "varlen": lambda q, k, v, same: na.attention_varlen(
+        *(same(x[0].swapaxes(0, 1)) for x in (q, k, v)), [0, 10, 40], [0, 30, 70]
+    ),
+    "paged": lambda q, k, v, same: na.attention_paged(
+        same(q), *(same(x.swapaxes(1, 2).reshape(-1, 7, 2, 12)) for x in (k, v)),
+        same(np.arange(20).reshape(2, 10)), same(np.array([70, 60])),
+    ),
+    "cache": lambda q, k, v, same: filled_cache(same(k), same(v)).attend(same(q)),
+    "weights": lambda q, k, v, same: na.attention_weights(same(q), same(k)),
+    "received": lambda q, k, v, same: na.attention_received(same(q), same(k)),
+    "scores": lambda q, k, v, same: na.qk_scores(same(q), same(k)),
+    "values": lambda q, k, v, same: na.aggregate_values(
+        same(na.attention_weights(q, k)), same(v)
+    ),
+    "softmax": lambda q, k, v, same: na.masked_softmax(same(q), same(q > 0)),
+    "rotary": lambda q, k, v, same: na.rotary_embedding(same(q)),
+    "merge": lambda q, k, v, same: na.merge_states(
+        same(q), same(q[..., 0]), same(q + 1), same(q[..., 1])
+    ),
+    "quantize": lambda q, k, v, same: na.quantize_kv(same(k)),
+    "layer": lambda q, k, v, same: na.MultiHeadAttention(12, 2, rng=0)(same(k[0])),
+}  # fmt: skip
+
+
+def filled_cache(k, v):
+    cache = na.KVCache(2, 2, 12)
+    cache.append(k, v)
+    return cache
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("call", CALLS)
+def test_every_entry_point_takes_them(backend, arrays, call, kind):
+    given = [x.copy() for x in arrays(2, hq=4, hkv=2, lq=40, lk=70, d=12)]
+    expected = CALLS[call](*given, np.ascontiguousarray)
+    actual = CALLS[call](*given, KINDS[kind])
+    if not isinstance(expected, tuple):
+        expected, actual = (expected,), (actual,)
+    for one, other in zip(actual, expected, strict=True):
+        assert type(one) is np.ndarray
+        # NumPy's BLAS takes other ways for other strides.
+        np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -45,13 +103,10 @@ def test_kinds_of_arrays(backend, arrays, tmp_path, kind, lq):
     number = iter(range(3))
     same = {
         "list": lambda x: x.astype(np.float64).tolist(),
-        "subclass": lambda x: x.view(Mine),
         "memory-mapped": lambda x: memory_mapped(x, tmp_path / str(next(number))),
-        "read-only": read_only,
         "reversed": lambda x: np.ascontiguousarray(x[:, :, ::-1, ::-1])[:, :, ::-1, ::-1],
         "every other": lambda x: np.repeat(np.repeat(x, 2, axis=2), 3, axis=3)[:, :, ::2, ::3],
-        "unaligned": unaligned,
-    }[kind]
+    }.get(kind) or KINDS[kind]
     out = na.attention(*map(same, (q, k, v)), is_causal=True)
     assert type(out) is np.ndarray
     if kind == "list":  # of Python floats, which are float64

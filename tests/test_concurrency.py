@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numattn as na
@@ -17,6 +19,8 @@ from numattn import _runtime
 pytestmark = pytest.mark.skipif(
     _runtime.native is None, reason="the NumPy backend has no threads of its own"
 )
+
+needs_signals = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no signals here")
 
 
 def test_python_threads_at_once(arrays):
@@ -111,6 +115,41 @@ print("fine", flush=True)
     assert result.returncode == 0, result.stderr
 
 
+FORKING_IN_A_HANDLER = """
+import os, signal, sys, numpy as np, numattn as na
+q = np.random.default_rng(0).standard_normal((4, 6000, 64)).astype(np.float32)
+expected = na.attention(q, q, q)
+child = None
+def handle(signum, frame):
+    global child
+    if child is None:
+        child = os.fork()
+signal.signal(signal.SIGALRM, handle)
+for threads in (2, 1):
+    child = None
+    while child is None:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        try:
+            out = na.attention(q, q, q, num_threads=threads)
+        except RuntimeError as error:  # some of the work was the helpers'
+            assert child == 0 and threads > 1 and "a signal handler forked" in str(error), error
+        else:
+            assert np.array_equal(out, expected)
+    if child == 0:
+        os._exit(0 if np.array_equal(na.attention(q, q, q, num_threads=threads), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+print("fine")
+"""
+
+
+@needs_signals
+def test_fork_in_a_signal_handler():
+    """The child comes back into the middle of a call, without the threads that worked on it."""
+    result = run_python(FORKING_IN_A_HANDLER)
+    assert result.stdout == "fine\n", result.stderr
+
+
+@needs_signals
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("isa", ["generic"], indirect=True)
 def test_ctrl_c(isa, num_threads):
@@ -139,6 +178,7 @@ def test_ctrl_c(isa, num_threads):
     assert np.isfinite(na.attention(q, q, q)).all()
 
 
+@needs_signals
 def test_computing_in_a_signal_handler(arrays):
     """Scratch that a computation uses is not given away to one inside of it."""
     # Handlers run inside a call only if it takes longer than the tenth of a second between looks.
@@ -207,6 +247,37 @@ def test_numbers_that_change_meanwhile(arrays, call, good):
         changer.join()
 
 
+@pytest.mark.parametrize("changed", ["q", "k", "v", "out"])
+def test_shapes_that_change_meanwhile(arrays, changed):
+    """A number of the caller's kind runs the caller's code in the middle of the checks."""
+    q, k, v = (x.copy() for x in arrays(hq=1, lq=60, d=8))
+    given = {"q": q, "k": k, "v": v, "out": np.empty_like(q)}
+    expected = na.attention(q, k, v, scale=0.5)
+
+    class Number(float):
+        def __float__(self):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                given[changed].shape = 1, 1, 480
+            return 0.5
+
+    if changed == "out":  # not looked at yet
+        with pytest.raises(ValueError, match="out: got shape"):
+            na.attention(**given, scale=Number(0.5))
+        return
+    na.attention(**given, scale=Number(0.5))
+    np.testing.assert_array_equal(given["out"], expected)
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="with a GIL")
+def test_no_gil_is_needed():
+    result = run_python(
+        "import sys, numpy; before = sys._is_gil_enabled()\n"
+        "import numattn; print(before, sys._is_gil_enabled())"
+    )
+    assert result.stdout == "False False\n", result.stderr
+
+
 def test_exit_in_the_middle_of_a_long_call():
     """The interpreter goes away slowly while a daemon thread computes for seconds."""
     code = """
@@ -226,23 +297,43 @@ print("fine", flush=True)
     assert result.returncode == 0, result.stderr
 
 
-def test_ctrl_c_at_any_moment(arrays):
+def as_pages(x):
+    return x.swapaxes(0, 1).reshape(-1, 50, x.shape[0], x.shape[2])
+
+
+@needs_signals
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda q, k, v, n: na.attention(q, k, v, num_threads=n),
+        lambda q, k, v, n: na.attention_varlen(
+            *(x.swapaxes(0, 1) for x in (q, k, v)), [0, 400, 1000], [0, 400, 1000], num_threads=n
+        ),
+        lambda q, k, v, n: na.attention_paged(
+            q[np.newaxis], as_pages(k), as_pages(v), [range(20)], [1000], num_threads=n
+        ),
+        lambda q, k, v, n: na.attention_received(q, k, num_threads=n),
+        lambda q, k, v, n: na.masked_softmax(q),
+        lambda q, k, v, n: na.rotary_embedding(q),
+    ],
+    ids=["attention", "varlen", "paged", "received", "softmax", "rotary"],
+)
+def test_ctrl_c_at_any_moment(arrays, call):
     """An interrupt that comes as the last item is done is no other error."""
     q, k, v = arrays(hq=4, lq=1000, d=64)
     interrupted = 0
-    for n in range(60):
-        signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.0002 * n)
+    for n in range(30):
         before = signal.signal(signal.SIGALRM, signal.default_int_handler)
         try:
-            signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.0002 * n)
-            for _ in range(100):
-                na.attention(q, k, v, num_threads=1 + n % 2)
+            signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.0004 * n)
+            while True:
+                call(q, k, v, 1 + n % 2)
         except KeyboardInterrupt:
             interrupted += 1
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
-    assert interrupted == 60
+    assert interrupted == 30
 
 
 @pytest.mark.smoke
@@ -270,6 +361,22 @@ def test_threadpoolctl_lists_and_limits(arrays):
             assert na.get_num_threads() == 3
     finally:
         na.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number", [0, -1, 5000])
+def test_threadpoolctl_limits_whatever_the_number(number):
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    before = na.get_num_threads()
+    with threadpoolctl.threadpool_limits(number, user_api="numattn"):
+        assert na.get_num_threads() == min(max(number, 1), 1024)
+    assert na.get_num_threads() == before
+
+
+@pytest.mark.parametrize("content", ["", "raise OSError", "class LibController: pass"])
+def test_a_threadpoolctl_that_is_too_old_or_broken(tmp_path, content):
+    (tmp_path / "threadpoolctl.py").write_text(content)
+    result = run_python("import numattn; print('fine')", PYTHONPATH=str(tmp_path))
+    assert result.stdout == "fine\n", result.stderr
 
 
 MULTIPROCESSING = """

@@ -54,6 +54,11 @@ CASES = {
         "q: got dtype float32 of foreign byte",
     ),
     "masked array": ({"k": np.ma.array(K)}, TypeError, "k: got a masked array, expected a plain"),
+    "masked arrays": (
+        {"k": [np.ma.array(x) for x in K]},
+        TypeError,
+        "k: got a list of masked arrays, expected a plain array",
+    ),
     "float mask": ({"mask": zeros(5, 7)}, TypeError, "mask: got dtype float32, expected bool"),
     "mask shape": (
         {"mask": zeros(5, 6, dtype=bool)},
@@ -114,6 +119,7 @@ CASES = {
         "alibi_slopes: got -1e+39 for",
     ),
     "layout kind": ({"layout": 5}, TypeError, "layout: got int, expected a str"),
+    "layout array": ({"layout": Q}, TypeError, "layout: got ndarray, expected a str"),
     "out byte order": (
         {"out": zeros(2, 4, 5, 6, dtype=">f4")},
         TypeError,

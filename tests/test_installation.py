@@ -60,6 +60,9 @@ def test_best_level_is_the_default():
             "ValueError: NUMATTN_NUM_THREADS: got 'abc' (str), expected",
         ),
         ("NUMATTN_NUM_THREADS", "10000", "ValueError: NUMATTN_NUM_THREADS: got 10000, expected"),
+        ("NUMATTN_NUM_THREADS", "+2", "ValueError: NUMATTN_NUM_THREADS: got '+2' (str), expected"),
+        ("NUMATTN_NUM_THREADS", "1_0", "ValueError: NUMATTN_NUM_THREADS: got '1_0' (str), exp"),
+        ("NUMATTN_NUM_THREADS", " ", "ValueError: NUMATTN_NUM_THREADS: got ' ' (str), expected"),
     ],
 )
 def test_bad_environment(variable, value, message):

@@ -158,7 +158,7 @@ mask = rng.random((700, 700)) < 0.5
 calls = {
     "attention": lambda: na.attention(q, k, v, num_threads=3),
     "mask": lambda: na.attention(q, k, v, mask=mask, return_lse=True, num_threads=3),
-    "one query": lambda: na.attention(one, k, v, num_threads=3),
+    "one query": lambda: na.attention(np.broadcast_to(one, (300, 2, 4, 1, 64)), k, v),
     "varlen": lambda: na.attention_varlen(*ragged, starts, starts, num_threads=3),
     "paged": lambda: na.attention_paged(q[:1], *pages, [list(range(7))], [700], num_threads=3),
     "weights": lambda: na.attention_weights(q, k),
@@ -168,7 +168,10 @@ calls = {
     "rotary": lambda: na.rotary_embedding(q),
     "quantize": lambda: na.quantize_kv(k),
     "merge": lambda: na.merge_states(q, q[..., 0], v, v[..., 0]),
+    "values": lambda: na.aggregate_values(np.ones((2, 4, 700, 700), np.float32), v),
+    "layer": lambda: layer(q[0, 0][None]),
 }
+layer = na.MultiHeadAttention(64, 4, rng=0)
 def fill():
     cache = na.KVCache(2, 4, 64)
     cache.append(k, v)
@@ -181,9 +184,14 @@ def size():
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[0]) * resource.getpagesize()
 {warm}
+# NumPy's iterators, with which angles are made, crash where they get no buffer, and its BLAS ends
+# the process.
+calls["rotary"]()
+q @ q.swapaxes(-1, -2)
 soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-refused = 0
+all_refused = 0
 for name, call in calls.items():
+    refused = 0
     for room in [0] + [2**n for n in range(12, 27)]:
         gc.collect()
         resource.setrlimit(resource.RLIMIT_AS, (size() + room, hard))
@@ -197,8 +205,9 @@ for name, call in calls.items():
         assert out is None or np.isfinite(first(out)).all(), (name, room)
     out = call()
     assert np.isfinite(first(out)).all(), name
-assert refused > 10, refused
-print("fine", refused)
+    assert refused > 0, name
+    all_refused += refused
+print("fine", all_refused)
 """
 
 
@@ -211,7 +220,8 @@ def test_scarce_memory(warm):
     result = subprocess.run(
         [sys.executable, "-c", SCARCE.replace("{warm}", first_use)],
         capture_output=True, text=True, check=False, timeout=300,
-        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+        # Each array has pages of its own, which go when it goes: nothing is left from before.
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1024"},
     )  # fmt: skip
     assert result.stdout.startswith("fine"), result.stderr
 
@@ -221,12 +231,32 @@ def test_scarce_memory(warm):
 def test_nothing_leaks_in_100000_calls(arrays):
     q, k, v = arrays(2, hq=2, lq=20, lk=20)
 
+    pages = [x.swapaxes(1, 2) for x in (k, v)]
+    rows = [x[0].swapaxes(0, 1) for x in (q, k, v)]
+    cases = [
+        lambda: na.attention(q, k, v),
+        lambda: na.attention(q, k, v, softcap=3, alibi_slopes=[1, 2], kv_lengths=[3, 4]),
+        lambda: na.attention_varlen(*rows, [0, 5, 20], [0, 5, 20]),
+        lambda: na.attention_paged(q, *pages, [[0], [1]], [20, 7]),
+        lambda: na.attention_received(q, k),
+        lambda: na.masked_softmax(q),
+        lambda: na.rotary_embedding(q),
+    ]
+    # Refused at the beginning, at the end, and by an array that cannot be had.
+    huge = np.lib.stride_tricks.as_strided(q, (2, 2, 2**50, 20), (0, 0, 0, 4))
+    failing = [
+        (ValueError, lambda: na.attention(q, k, v, layout="no")),
+        (ValueError, lambda: na.attention(q, k, v, out=q, scale=2.0)),
+        (MemoryError, lambda: na.attention(huge, k, v)),
+    ]
+
     def use(calls, failing_calls):
-        for _ in range(calls):
-            na.attention(q, k, v)
-        for _ in range(failing_calls):
-            with pytest.raises(ValueError, match="layout"):
-                na.attention(q, k, v, layout="no")
+        for n in range(calls):
+            cases[n % len(cases)]()
+        for n in range(failing_calls):
+            error, call = failing[n % len(failing)]
+            with pytest.raises(error):
+                call()
 
     use(2000, 200)
     before = resident()

@@ -337,6 +337,8 @@ def test_bad_scales(backend):
         na.quantize_kv(np.full((2, 3), np.nan))
     with pytest.raises(TypeError, match="x: got dtype int64"):
         na.quantize_kv(np.zeros((2, 3), int))
+    with pytest.raises(TypeError, match="x: got dtype float32 of foreign byte order"):
+        na.quantize_kv(np.zeros((2, 3), ">f4"))
 
 
 def test_bad_states():
@@ -346,6 +348,7 @@ def test_bad_states():
         ((out, lse, out[:1], lse), {}, ValueError, "out_b: got shape (1, 3), expected (2, 3)"),
         ((out, lse, out, out), {}, ValueError, "lse_b: got shape (2, 3), expected (2,)"),
         ((out, lse, out.astype(float), lse), {}, TypeError, "out_b: got dtype float64"),
+        ((out.astype(">f4"), lse), {"axis": 0}, TypeError, "out_a: got dtype float32 of foreign"),
         ((out, lse), {"axis": 1}, ValueError, "axis: got 1, expected an axis of lse_a"),
     ):
         with pytest.raises(error) as raised:
@@ -402,3 +405,13 @@ def test_errors_of_pages_and_states_name_what_is_wrong(rng):
         na.merge_states(out, lse, out, lse, out=fixed)
     with pytest.raises(TypeError, match="out: got MaskedArray"):
         na.merge_states(out, lse, out, lse, out=np.ma.array(out))
+
+
+def test_pages_of_more_keys_than_64_bits_count(isa, arrays):
+    """Only the table's valid keys count, however many its pages could hold."""
+    q, k, v = arrays(1, hq=1, lk=1, lq=1, d=1)
+    pages = [np.lib.stride_tricks.as_strided(x, (1, 2**58, 1, 1), (0, 0, 0, 4)) for x in (k, v)]
+    table = np.zeros((1, 64), np.int64)
+    out = na.attention_paged(q, *pages, table, [5000], return_lse=True)[1]
+    logit = (q.astype(float) @ k.swapaxes(2, 3))[0, 0, 0, 0]
+    np.testing.assert_allclose(out, logit + np.log(5000), rtol=1e-5)

@@ -90,7 +90,7 @@ def main():
     parser.add_argument("--only-build", action="store_true", help="no tests")
     parser.add_argument(
         "--extremes", action="store_true",
-        help="only the oldest Python with the oldest NumPy, and the newest with the newest",
+        help="of those that there are only the oldest Python with the oldest NumPy, and the newest",
     )  # fmt: skip
     parser.add_argument("versions", nargs="*", help=f"default: {' '.join(VERSIONS)}")
     arguments = parser.parse_args()
@@ -114,7 +114,7 @@ def main():
             for numpy in (VERSIONS[version], None)
         ]
         if arguments.extremes:
-            environments = [environments[0], environments[-1]]
+            environments = environments[:1] + environments[-1:]
         for version, numpy in environments:
             test_wheel(pythons[version], wheel, numpy, folder / version)
     if missing:

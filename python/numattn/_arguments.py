@@ -14,6 +14,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
+from numpy.ma import MaskedArray, isMaskedArray  # here: NumPy would do it in a first call
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -169,7 +170,7 @@ def check(
         q_offset=_ints_per_batch("q_offset", q_offset, batch, -MAX_POSITION, MAX_POSITION),
         kv_lengths=kv_lengths_,
         **options,
-        result=result,
+        result=result if out is None else out,
         result_lse=result_lse,
         k_scale=_broadcast_scales(scales["k"], one_head, layout, (*batch, *k_.shape[-3:-1])),
         v_scale=_broadcast_scales(scales["v"], one_head, layout, (*batch, *v_.shape[-3:-1])),
@@ -212,15 +213,18 @@ def _refuse_kind(name: str, seen: str, expected: str) -> NoReturn:
 
 
 def _array(name: str, x: ArrayLike) -> Array:
-    if isinstance(x, np.ma.MaskedArray):
-        _refuse_kind(name, "a masked array", "a plain array (pass what is masked as `mask`)")
+    """Return an array over the same memory, whose shape and strides nobody else can change."""
+    masked = isinstance(x, MaskedArray)
+    if masked or (isinstance(x, list | tuple) and any(map(isMaskedArray, x))):
+        what = "a masked array" if masked else f"a {type(x).__name__} of masked arrays"
+        _refuse_kind(name, what, "a plain array (pass what is masked as `mask`)")
     try:
         array = np.asarray(x)
     except ValueError as error:  # NumPy does not say which argument it was
         _refuse(name, f"what NumPy makes no array of ({error})", "an array")
     if array.dtype == object and not isinstance(x, np.ndarray | int | list | tuple):
         _refuse_kind(name, type(x).__name__, "an array")
-    return array
+    return array.view()
 
 
 def _snapshot(name: str, x: ArrayLike) -> Array:
@@ -363,7 +367,7 @@ def _outputs(
     dtype: np.dtype[Any],
     shape: tuple[int, ...],
 ) -> tuple[Array, Array | None]:
-    """Return out and lse as the caller gets them; `shape` is out's with the heads first."""
+    """Return out, or a view of the caller's, and lse; `shape` is out's with the heads first."""
     if one_head:
         shape = shape[1:]
     elif layout == "blhd":
@@ -371,6 +375,7 @@ def _outputs(
     if out is None:
         out = np.empty(shape, dtype)
     else:
+        out = out.view() if type(out) is np.ndarray else out
         check_out(out, shape, dtype)
     if not return_lse:
         return out, None
@@ -379,7 +384,7 @@ def _outputs(
 
 def check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     """Refuse an `out` that is not what the result needs."""
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+    if not isinstance(out, np.ndarray) or isinstance(out, MaskedArray):
         _refuse_kind("out", type(out).__name__, "a numpy.ndarray")
     if out.dtype != dtype:
         _refuse_kind("out", _dtype_of(out), f"{dtype.name} as in the input")

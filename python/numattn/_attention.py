@@ -211,6 +211,7 @@ def attention(
         and alibi_slopes is None
         and sinks is None
         and kv_lengths is None
+        and type(layout) is str
         and layout == "bhld"
         and return_lse is False
         and out is None

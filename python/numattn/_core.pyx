@@ -5,6 +5,7 @@
 import os
 import threading
 
+from cpython.exc cimport PyErr_Occurred
 from cpython.float cimport PyFloat_CheckExact
 from libc.math cimport isfinite, sqrt
 from libc.stdint cimport int64_t
@@ -159,11 +160,6 @@ cdef cbool interrupted() noexcept with gil:
     return PyErr_CheckSignals() != 0
 
 
-cdef int _propagate() except -1:
-    """Raise what PyErr_CheckSignals has set."""
-    return -1
-
-
 cdef Execution _execution(int num_threads) noexcept:
     cdef Execution execution
     execution.num_threads = num_threads
@@ -181,11 +177,15 @@ cdef int _run(const Problem& problem, int num_threads) except -1:
 
 
 cdef int _raise_for(Status status) except -1:
+    if status == Status.done:
+        return 0
+    if PyErr_Occurred():  # what a signal handler has raised
+        return -1
     if status == Status.out_of_memory:
-        raise MemoryError("attention: no memory for the scratch of its threads")
-    if status == Status.interrupted:
-        return _propagate()
-    return 0
+        raise MemoryError("numattn: no memory for the scratch of its threads")
+    raise RuntimeError(
+        "numattn: a signal handler forked in the middle of a call, whose threads are the parent's"
+    )
 
 
 cdef inline void _fill(Array* to, cnp.ndarray x, int batch_axes, cbool has_columns) noexcept:
@@ -324,6 +324,8 @@ cdef int _describe(Problem* problem, object arguments) except -1:
     cdef object alibi_slopes = arguments.alibi_slopes, sinks = arguments.sinks
     cdef int ndim = cnp.PyArray_NDIM(q)
     cdef int axis
+    cdef cnp.npy_intp item
+    cdef const int64_t* lengths
     cdef int array_axes = ndim - 3
     problem.batch_axes = array_axes
     for axis in range(problem.batch_axes):
@@ -357,7 +359,10 @@ cdef int _describe(Problem* problem, object arguments) except -1:
         problem.block_table = <const int64_t*>cnp.PyArray_DATA(<cnp.ndarray>block_table)
         problem.pages_per_item = cnp.PyArray_DIM(<cnp.ndarray>block_table, 1)
         problem.page_size = problem.key_length
-        problem.key_length = problem.pages_per_item * problem.page_size
+        problem.key_length = 0
+        lengths = <const int64_t*>cnp.PyArray_DATA(<cnp.ndarray>kv_lengths)
+        for item in range(cnp.PyArray_SIZE(<cnp.ndarray>kv_lengths)):
+            problem.key_length = max(problem.key_length, lengths[item])
     if lse is not None:
         _fill(&problem.lse, <cnp.ndarray>lse, array_axes, False)
     if query_starts is not None:
@@ -478,6 +483,11 @@ def set_default_num_threads(int num_threads):
     """Set how many threads a call uses that does not say."""
     global default_num_threads
     default_num_threads = num_threads
+
+
+def get_default_num_threads():
+    """Return how many threads a call uses that does not say."""
+    return default_num_threads
 
 
 def usable_cpus():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 import warnings
 from importlib import metadata
@@ -69,10 +70,7 @@ def _choose_isa() -> str:
 def _initial_num_threads() -> tuple[int, str]:
     wanted = os.environ.get("NUMATTN_NUM_THREADS", "")
     if wanted:
-        try:
-            number: object = int(wanted)
-        except ValueError:
-            number = wanted
+        number: object = int(wanted) if re.fullmatch("-?[0-9]{1,18}", wanted) else wanted
         try:
             return _arguments.thread_count("NUMATTN_NUM_THREADS", number), "NUMATTN_NUM_THREADS"
         except TypeError as error:
@@ -132,7 +130,7 @@ def get_num_threads() -> int:
     >>> na.get_num_threads() >= 1
     True
     """
-    return _num_threads
+    return _num_threads if native is None else int(native.get_default_num_threads())
 
 
 def _use_num_threads(number: int, reason: str) -> None:
@@ -183,7 +181,7 @@ def runtime_info() -> dict[str, Any]:
         if native is None
         else native.cpu_name(),
         "cpus": _usable_cpus(),
-        "num_threads": _num_threads,
+        "num_threads": get_num_threads(),
         "num_threads_reason": _num_threads_reason,
     }
 

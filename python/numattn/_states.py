@@ -10,6 +10,7 @@ from ._arguments import (
     ACCEPTED_DTYPES,
     _array,
     _check_overlap,
+    _dtype_of,
     _integer,
     _refuse,
     _refuse_kind,
@@ -82,14 +83,14 @@ def merge_states(
     True
     """
     results, logs = _array("out_a", out_a), _array("lse_a", lse_a)
-    if results.dtype.name not in ACCEPTED_DTYPES:
-        _refuse_kind("out_a", f"dtype {results.dtype.name}", "one of " + ", ".join(ACCEPTED_DTYPES))
+    if results.dtype.name not in ACCEPTED_DTYPES or not results.dtype.isnative:
+        _refuse_kind("out_a", _dtype_of(results), "one of " + ", ".join(ACCEPTED_DTYPES))
     if axis is None:
         if out_b is None or lse_b is None:
             _refuse_kind("out_b, lse_b", "None", "the other state, or `axis` for stacked ones")
         other, other_logs = _array("out_b", out_b), _array("lse_b", lse_b)
         if other.dtype != results.dtype:
-            _refuse_kind("out_b", f"dtype {other.dtype.name}", f"{results.dtype.name} as in out_a")
+            _refuse_kind("out_b", _dtype_of(other), f"{results.dtype.name} as in out_a")
         if other.shape != results.shape:
             _refuse("out_b", f"shape {other.shape}", f"{results.shape} as in out_a")
         _check_lse("lse_a", logs, results)
@@ -183,8 +184,8 @@ def quantize_kv(x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
 def quantize_named(name: str, x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Do what `quantize_kv` does for an argument of another name."""
     array = _array(name, x)
-    if array.dtype.name not in ACCEPTED_DTYPES or array.ndim < 1:
-        seen = f"dtype {array.dtype.name}, shape {array.shape}"
+    if array.dtype.name not in ACCEPTED_DTYPES or not array.dtype.isnative or array.ndim < 1:
+        seen = f"{_dtype_of(array)}, shape {array.shape}"
         _refuse_kind(name, seen, "vectors of " + ", ".join(ACCEPTED_DTYPES))
     wide = array.astype(np.float64 if array.dtype == np.float64 else np.float32, copy=False)
     largest = np.abs(wide).max(axis=-1, initial=0)

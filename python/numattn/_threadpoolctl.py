@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from . import _runtime
+from ._arguments import MAX_THREADS
 
 
 def register() -> bool:
-    """Make numattn known to threadpoolctl; return False where there is none, or no threads."""
+    """Make numattn known to threadpoolctl; return False without it, or without threads."""
     native = _runtime.native
     if native is None or importlib.util.find_spec("threadpoolctl") is None:
         return False
-    threadpoolctl: Any = importlib.import_module("threadpoolctl")  # it has no types
-    base: Any = threadpoolctl.LibController
+    try:
+        threadpoolctl: Any = importlib.import_module("threadpoolctl")  # it has no types
+        base: Any = threadpoolctl.LibController
+        register_controller = threadpoolctl.register
+    except Exception:  # older than 3.2, or broken: not for numattn to fail at
+        return False
     file_name = Path(native.__file__ or "").name
 
     class Controller(base):  # type: ignore[misc]
@@ -30,10 +35,10 @@ def register() -> bool:
             return _runtime.get_num_threads()
 
         def set_num_threads(self, num_threads: int) -> None:
-            _runtime.set_num_threads(num_threads)
+            _runtime.set_num_threads(min(max(num_threads, 1), MAX_THREADS))
 
         def get_version(self) -> str:
             return _runtime.__version__
 
-    threadpoolctl.register(Controller)
+    register_controller(Controller)
     return True

@@ -5,7 +5,7 @@
 A kernel's object may have no weak symbol (an inline function or a template compiled there could be
 the copy that the linker keeps for everybody) and nothing that runs before dispatch. The objects
 that every CPU runs, the library's own and the generic kernels, may have no instruction beyond the
-baseline of x86-64: VEX and EVEX encodings begin with a v in the disassembly.
+baseline of x86-64, and those of AVX2 none of AVX-512.
 """
 
 import platform
@@ -15,9 +15,22 @@ import sys
 from pathlib import Path
 
 LEVELS = ("avx2", "avx512", "avx512_bf16")
-# Of those on general registers, what came later. (tzcnt is bsf to CPUs that don't know it.)
-GENERAL = {"andn", "bextr", "blsi", "blsmsk", "blsr", "bzhi", "lzcnt", "movbe", "mulx", "pdep",
-           "pext", "popcnt", "rorx", "sarx", "shlx", "shrx"}  # fmt: skip
+# What came after SSE2. (tzcnt is bsf to CPUs that don't know it; VEX and EVEX encodings begin with
+# a v in the disassembly; of the baseline only verr and verw do, which no compiler makes.)
+LATER = re.compile(
+    r"v\w+|andn|bextr|blsi|blsmsk|blsr|bzhi|lzcnt|movbe|mulx|pdep|pext|popcnt|rorx|sarx|shlx|shrx|"
+    # SSE3, SSSE3
+    r"addsubp[sd]|hf?(add|sub)p[sd]|lddqu|mov(d|sh|sl)dup|pabs[bwd]|palignr|ph(add|sub)\w+|"
+    r"pmaddubsw|pmulhrsw|pshufb|psign[bwd]|"
+    # SSE4
+    r"p?blend\w+|dpp[sd]|extractps|insertps|mpsadbw|movntdqa|packusdw|pcmp(eq|gt)q|pcmp[ei]str[im]|"
+    r"pextr[bdq]|phminposuw|pinsr[bdq]|p(max|min)(sb|sd|ud|uw)|pmov[sz]x\w+|pmuldq|pmulld|ptest|"
+    r"round[ps][sd]|crc32\w*|"
+    # others
+    r"cmpxchg16b|aes\w+|pclmul\w+|sha(1|256)\w+"
+)
+# Of AVX-512 are masks, registers from 16 on and the widest ones, as objdump shows them.
+AVX512 = re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]\b")
 
 
 def output(*command):
@@ -41,30 +54,72 @@ def problems_of_kernels(path):
             yield f"a section {section}, which runs before dispatch"
 
 
-def problems_of_the_baseline(path):
+def is_beyond(level, instruction):
+    """Whether an instruction, as objdump writes it, is one that CPUs of a level may lack."""
+    if level == "avx2":
+        return AVX512.search(instruction) is not None
+    return LATER.fullmatch(re.sub(r"^\{\w+\}\s+", "", instruction).split()[0]) is not None
+
+
+def problems_of_instructions(path, level):
     if platform.machine() not in ("x86_64", "AMD64"):
         return
     function = ""
     for line in output("objdump", "-d", "--no-show-raw-insn", path).splitlines():
         if line.endswith(">:"):
             function = line[line.index("<") + 1 : -2]
-        found = re.match(r"\s+[0-9a-f]+:\s+(?:\{\w+\}\s+)?(\w+)", line)
-        if found and (re.match(r"v(?!err|erw|m)", found[1]) or found[1] in GENERAL):
-            yield f"{found[1]}, which not every CPU has, in {function}"
+        found = re.match(r"\s+[0-9a-f]+:\s+(\S.*)", line)
+        if found and is_beyond(level, found[1]):
+            yield f"'{found[1].strip()}', which not every CPU of {level} has, in {function}"
             return
+
+
+LATER_EXAMPLES = """
+vmovups (%rax),%xmm0
+{vex} vpdpbusd %xmm0,%xmm1,%xmm2
+pmulld %xmm0,%xmm1
+roundps $0x1,%xmm0,%xmm1
+pshufb %xmm0,%xmm1
+crc32l %eax,%edx
+popcnt %rax,%rdx
+cmpxchg16b (%rdi)
+pmovzxbw %xmm0,%xmm1
+"""
+BASELINE_EXAMPLES = """
+movups (%rax),%xmm0
+pmuludq %xmm0,%xmm1
+pshufd $0x1,%xmm0,%xmm1
+pinsrw $0x1,%eax,%xmm0
+pmaxsw %xmm0,%xmm1
+tzcnt %rax,%rdx
+cvttps2dq %xmm0,%xmm1
+ret
+"""
+
+
+def check_that_instructions_are_told_apart():
+    assert all(is_beyond("generic", x) for x in LATER_EXAMPLES.strip().splitlines())
+    assert not any(is_beyond("generic", x) for x in BASELINE_EXAMPLES.strip().splitlines())
+    assert is_beyond("avx2", "vaddps %ymm17,%ymm1,%ymm0")
+    assert is_beyond("avx2", "vaddps %ymm1,%ymm1,%ymm0{%k1}")
+    assert not is_beyond("avx2", "vaddps %ymm15,%ymm1,%ymm0")
 
 
 def main():
     *objects, library = map(Path, sys.argv[1:])
     if not objects or library.suffix != ".a":
         sys.exit("usage: check_objects.py OBJECT... LIBRARY")
+    check_that_instructions_are_told_apart()
     problems = [f"{path.name}: {x}" for path in objects for x in problems_of_kernels(path)]
+    for path in objects:
+        if level_of(path.name) == "avx2":
+            problems += [f"{path.name}: {x}" for x in problems_of_instructions(path, "avx2")]
     members = [x for x in output("ar", "t", library).split() if level_of(x) not in LEVELS]
     for member in members:
         alone = library.parent / f"alone-{member}"
         content = subprocess.run(["ar", "p", library, member], capture_output=True, check=True)
         alone.write_bytes(content.stdout)
-        problems += [f"{member}: {x}" for x in problems_of_the_baseline(alone)]
+        problems += [f"{member}: {x}" for x in problems_of_instructions(alone, "generic")]
         alone.unlink()
     print(f"kernels: {', '.join(sorted(path.name for path in objects))}")
     print(f"baseline: {', '.join(sorted(members))}")

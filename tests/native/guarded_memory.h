@@ -12,7 +12,7 @@
 class GuardedMemory {
  public:
   // `at_end`: the last byte stands before a protected page; else the first one stands behind one.
-  GuardedMemory(size_t bytes, bool at_end) {
+  GuardedMemory(size_t bytes, bool at_end) : bytes_(bytes) {
     const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     const size_t inside = (bytes + page - 1) / page * page;
     size_ = inside + 2 * page;
@@ -30,9 +30,10 @@ class GuardedMemory {
   GuardedMemory& operator=(const GuardedMemory&) = delete;
 
   char* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
 
  private:
   char* pages_;
   char* data_;
-  size_t size_;
+  size_t bytes_, size_;
 };

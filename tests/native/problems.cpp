@@ -75,10 +75,10 @@ double load(Kind kind, const char* from) {
 }
 
 double rounding(Kind kind) {
-  return kind == Kind::float64   ? 1e-12
-         : kind == Kind::float32 ? 3e-5
+  return kind == Kind::float64   ? 5e-12
+         : kind == Kind::float32 ? 1.5e-4
          : kind == Kind::float16 ? 4e-3
-                                 : 4e-2;
+                                 : 1.2e-2;
 }
 
 Dtype dtype_of(Kind kind) {
@@ -86,6 +86,29 @@ Dtype dtype_of(Kind kind) {
          : kind == Kind::float64 ? Dtype::float64
          : kind == Kind::float16 ? Dtype::float16
                                  : Dtype::bfloat16;
+}
+
+char* Tensor::address(int64_t b, int64_t h, int64_t i, int64_t j) const {
+  if (starts) i += starts[b];
+  return array.data + b * array.batch_strides[0] + h * array.head_stride + i * array.row_stride +
+         j * array.column_stride;
+}
+
+double Tensor::value(int64_t b, int64_t h, int64_t i, int64_t j) const {
+  if (starts) i += starts[b];
+  const int64_t item = starts ? 0 : b;
+  return values[static_cast<size_t>(((item * heads + h) * rows + i) * columns + j)];
+}
+
+void Tensor::read_values() {
+  values.clear();
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; ++j) values.push_back(stored(b, h, i, j));
+      }
+    }
+  }
 }
 
 template <class Number>
@@ -107,40 +130,52 @@ RandomProblem::RandomProblem(uint64_t seed) : random_(seed) {
   describe();
 }
 
-char* RandomProblem::guarded(size_t bytes) {
-  memory_.push_back(std::make_unique<GuardedMemory>(bytes, sometimes(0.5)));
-  return memory_.back()->data();
-}
-
 Tensor RandomProblem::make(Kind kind, int64_t batch, int64_t heads, int64_t rows, int64_t columns,
                            Layout layout, double amplitude) {
-  Tensor tensor{batch, heads, rows, columns, {}, {}};
+  Tensor tensor{kind, batch, heads, rows, columns, {}, nullptr, {}, nullptr};
   const auto size = static_cast<int64_t>(size_of(kind));
-  const int64_t count = batch * heads * rows * columns;
-  tensor.values.resize(static_cast<size_t>(count));
+  const bool varied = layout != Layout::packed;
+  const int64_t gap = varied && sometimes(0.2) ? 1 + below(20) : 0;  // bytes behind each row
+  const int64_t row_bytes = columns * size + gap;
+  const int64_t bytes = batch * heads * rows * row_bytes - (batch * heads * rows > 0 ? gap : 0);
+  const int64_t shift = varied && sometimes(0.2) ? 1 : 0;
+  const bool at_end = sometimes(0.5);
+  memory_.push_back(std::make_unique<GuardedMemory>(static_cast<size_t>(bytes + shift), at_end));
+  tensor.memory = memory_.back().get();
+  std::memset(tensor.memory->data(), 0xff, static_cast<size_t>(bytes + shift));  // NaN
   numattn::Array& array = tensor.array;
-  array.data = guarded(static_cast<size_t>(count * size));
+  // The shift leaves the first or the last byte directly at the protected page.
+  array.data = tensor.memory->data() + (at_end ? 0 : shift);
   array.column_stride = size;
-  const bool heads_first = layout == Layout::heads_first;
-  array.row_stride = columns * size * (heads_first ? 1 : heads);
-  array.head_stride = columns * size * (heads_first ? rows : 1);
-  array.batch_strides[0] = heads * rows * columns * size;
+  const bool heads_first = layout != Layout::rows_first;
+  array.row_stride = row_bytes * (heads_first ? 1 : heads);
+  array.head_stride = row_bytes * (heads_first ? rows : 1);
+  array.batch_strides[0] = heads * rows * row_bytes;
+  if (varied && rows > 0 && sometimes(0.1)) {
+    array.data += (rows - 1) * array.row_stride;
+    array.row_stride = -array.row_stride;
+  }
   std::normal_distribution<double> normal;
-  for (int64_t b = 0; b < batch; ++b) {
+  for (int64_t b = 0; amplitude != 0 && b < batch; ++b) {
     for (int64_t h = 0; h < heads; ++h) {
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < columns; ++j) {
-          char* const at = tensor.address(b, h, i, j);
-          const double x = kind == Kind::int8   ? static_cast<double>(below(255) - 127)
-                           : kind == Kind::byte ? static_cast<double>(sometimes(0.7))
-                                                : amplitude * normal(random_);
-          store(kind, at, amplitude == 0 ? std::nan("") : x);
-          tensor.value(b, h, i, j) = load(kind, at);
+          store(kind, tensor.address(b, h, i, j),
+                kind == Kind::int8   ? static_cast<double>(below(255) - 127)
+                : kind == Kind::byte ? static_cast<double>(sometimes(0.7))
+                                     : amplitude * normal(random_));
         }
       }
     }
   }
+  tensor.read_values();
   return tensor;
+}
+
+void RandomProblem::broadcast(Tensor& tensor) {
+  if (sometimes(0.3)) tensor.array.batch_strides[0] = 0;
+  if (sometimes(0.3)) tensor.array.head_stride = 0;
+  tensor.read_values();
 }
 
 void RandomProblem::draw_sizes() {
@@ -245,12 +280,14 @@ void RandomProblem::draw_arrays() {
   const bool has_matrices = !ragged && !problem.block_table;
   if (has_matrices && sometimes(0.2)) {
     mask_ = make(Kind::byte, batch_, problem.query_heads, lq, lk, Layout::heads_first, 1);
+    broadcast(mask_);
     problem.mask = mask_.array;
   }
   if (has_matrices && sometimes(0.2)) {
     problem.bias_is_float32 = sometimes(0.5);
     bias_ = make(problem.bias_is_float32 ? Kind::float32 : kind_, batch_, problem.query_heads, lq,
                  lk, Layout::heads_first, 1);
+    broadcast(bias_);
     problem.bias = bias_.array;
   }
   if (problem.stage == Stage::attention) {
@@ -262,8 +299,8 @@ void RandomProblem::draw_arrays() {
     problem.lse = lse_.array;
   } else if (problem.stage == Stage::received) {
     out_ = make(precision_, batch_, problem.query_heads, lk, 1, Layout::heads_first, 0);
-    maximum_ = make(precision_, batch_, problem.query_heads, lq, 1, Layout::heads_first, 0);
-    sum_ = make(precision_, batch_, problem.query_heads, lq, 1, Layout::heads_first, 0);
+    maximum_ = make(precision_, batch_, problem.query_heads, lq, 1, Layout::packed, 0);
+    sum_ = make(precision_, batch_, problem.query_heads, lq, 1, Layout::packed, 0);
     problem.maximum = maximum_.array.data;
     problem.sum = sum_.array.data;
   } else {
@@ -336,7 +373,14 @@ void RandomProblem::describe() {
   }
 }
 
+void RandomProblem::forget_outputs() const {
+  for (const Tensor* const output : {&out_, &lse_, &maximum_, &sum_}) {
+    if (output->memory) std::memset(output->memory->data(), 0xff, output->memory->bytes());
+  }
+}
+
 numattn::Status RandomProblem::run() const {
+  forget_outputs();
   if (problem.stage == Stage::received) {
     numattn::Problem first = problem;
     first.stage = Stage::statistics;
@@ -382,20 +426,15 @@ std::vector<double> RandomProblem::logits(int64_t b, int64_t h, int64_t i) const
   return result;
 }
 
-double RandomProblem::error(double actual, double expected) const {
-  if (std::isinf(expected)) return actual == expected ? 0 : kInfinity;
-  if (!std::isfinite(actual)) return kInfinity;
-  return std::abs(actual - expected);
-}
-
 double RandomProblem::error_share() const {
-  const double allowed = 5 * rounding(kind_);
-  const auto at = [](const Tensor& tensor, Kind kind, int64_t b, int64_t h, int64_t i, int64_t j) {
-    return load(kind, tensor.address(b, h, i, j));
-  };
   double largest = 0;
-  const auto compare = [&](double actual, double expected) {
-    largest = std::max(largest, error(actual, expected) / std::max(1.0, std::abs(expected)));
+  const auto compare = [&](double actual, double expected, double size) {
+    if (std::isinf(expected) ? actual == expected : std::abs(actual - expected) == 0) return;
+    const double share = std::abs(actual - expected) / (rounding(kind_) * size);
+    largest = std::max(largest, share >= 0 ? share : kInfinity);  // not so for NaN
+  };
+  const auto largest_of = [](const std::vector<double>& numbers) {
+    return numbers.empty() ? 0 : *std::max_element(numbers.begin(), numbers.end());
   };
   for (int64_t b = 0; b < batch_; ++b) {
     for (int64_t h = 0; h < problem.query_heads; ++h) {
@@ -403,47 +442,50 @@ double RandomProblem::error_share() const {
       for (int64_t i = 0; i < queries(b); ++i) {
         const std::vector<double> s = logits(b, h, i);
         const double sink = problem.sinks ? sinks_[static_cast<size_t>(h)] : -kInfinity;
-        double maximum = sink;
-        for (const double x : s) maximum = std::max(maximum, x);
+        const double maximum = std::max(s.empty() ? -kInfinity : largest_of(s), sink);
         const double base = std::isinf(maximum) ? 0 : maximum;
         double sum = std::exp(sink - base);
         for (const double x : s) sum += std::exp(x - base);
-        const auto weight = [&](size_t j) { return sum == 0 ? 0 : std::exp(s[j] - base) / sum; };
+        std::vector<double> weights;
+        for (const double x : s) weights.push_back(sum == 0 ? 0 : std::exp(x - base) / sum);
         for (size_t j = 0; j < s.size(); ++j) {
-          received[j] += weight(j);
+          received[j] += weights[j];
           const auto key = static_cast<int64_t>(j);
-          if (problem.stage == Stage::logits) compare(at(out_, precision_, b, h, i, key), s[j]);
-          if (problem.stage == Stage::weights) {
-            compare(at(out_, precision_, b, h, i, key), weight(j));
+          if (problem.stage == Stage::logits) {
+            compare(out_.stored(b, h, i, key), s[j], std::max(1.0, std::abs(s[j])));
+          } else if (problem.stage == Stage::weights) {
+            compare(out_.stored(b, h, i, key), weights[j], largest_of(weights));
           }
         }
         if (problem.stage != Stage::attention) continue;
-        compare(at(lse_, precision_, b, h, i, 0), sum == 0 ? -kInfinity : base + std::log(sum));
+        const double lse = sum == 0 ? -kInfinity : base + std::log(sum);
+        compare(lse_.stored(b, h, i, 0), lse, std::max(1.0, std::abs(lse)));
         for (int64_t d = 0; d < problem.value_dim; ++d) {
-          double expected = 0;
+          double expected = 0, size = 0;
           for (size_t j = 0; j < s.size(); ++j) {
             const auto key = static_cast<int64_t>(j);
             const double scale = problem.v_is_int8 ? v_scales_.value(b, h / group_, key, 0) : 1;
-            expected += weight(j) * v_.value(b, h / group_, key, d) * scale;
+            const double summand = weights[j] * v_.value(b, h / group_, key, d) * scale;
+            expected += summand;
+            size += std::abs(summand);
           }
-          compare(at(out_, kind_, b, h, i, d), expected);
+          compare(out_.stored(b, h, i, d), expected, size);
         }
       }
       for (int64_t j = 0; problem.stage == Stage::received && j < problem.key_length; ++j) {
-        compare(at(out_, precision_, b, h, j, 0), received[static_cast<size_t>(j)]);
+        compare(out_.stored(b, h, j, 0), received[static_cast<size_t>(j)], largest_of(received));
       }
     }
   }
-  return largest / allowed;
+  return largest;
 }
 
 std::vector<char> RandomProblem::result() const {
   std::vector<char> bytes;
-  const auto add = [&](const Tensor& tensor, Kind kind) {
-    const size_t count = tensor.values.size() * size_of(kind);
-    bytes.insert(bytes.end(), tensor.array.data, tensor.array.data + count);
-  };
-  add(out_, problem.stage == Stage::attention ? kind_ : precision_);
-  if (problem.lse.data) add(lse_, precision_);
+  for (const Tensor* const output : {&out_, &lse_}) {
+    if (!output->memory) continue;
+    const char* const data = output->memory->data();
+    bytes.insert(bytes.end(), data, data + output->memory->bytes());
+  }
   return bytes;
 }

@@ -11,37 +11,32 @@
 #include "attention.h"
 #include "guarded_memory.h"
 
-// One array (batch item, head, row, column) as numattn::Array, its values also as doubles.
-struct Tensor {
-  int64_t batch = 1, heads = 1, rows = 1, columns = 1;
-  numattn::Array array;
-  std::vector<double> values;  // [batch item][head][row][column], as they were stored
-  // Ragged: where the rows of each batch item begin; batch is 1 then. Else null.
-  const int64_t* starts = nullptr;
-
-  char* address(int64_t b, int64_t h, int64_t i, int64_t j) const {
-    if (starts) i += starts[b];
-    return array.data + b * array.batch_strides[0] + h * array.head_stride + i * array.row_stride +
-           j * array.column_stride;
-  }
-  double& value(int64_t b, int64_t h, int64_t i, int64_t j) {
-    if (starts) i += starts[b];
-    const int64_t item = starts ? 0 : b;
-    return values[static_cast<size_t>(((item * heads + h) * rows + i) * columns + j)];
-  }
-  double value(int64_t b, int64_t h, int64_t i, int64_t j) const {
-    return const_cast<Tensor*>(this)->value(b, h, i, j);
-  }
-};
-
 enum class Kind { float32, float64, float16, bfloat16, int8, byte };
 
 size_t size_of(Kind kind);  // in bytes
 numattn::Dtype dtype_of(Kind kind);
 void store(Kind kind, char* to, double x);
 double load(Kind kind, const char* from);
-// What an error of numbers near 1 may be, with some room; for short sums.
+// What the error of a sum may be as a share of the sum of absolute values, with some room.
 double rounding(Kind kind);
+
+// One array (batch item, head, row, column) as numattn::Array, its values also as doubles.
+struct Tensor {
+  Kind kind = Kind::float32;
+  int64_t batch = 1, heads = 1, rows = 1, columns = 1;
+  numattn::Array array;
+  GuardedMemory* memory = nullptr;
+  std::vector<double> values;  // [batch item][head][row][column], as they were stored
+  // Ragged: where the rows of each batch item begin; batch is 1 then. Else null.
+  const int64_t* starts = nullptr;
+
+  char* address(int64_t b, int64_t h, int64_t i, int64_t j) const;
+  double stored(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    return load(kind, address(b, h, i, j));
+  }
+  double value(int64_t b, int64_t h, int64_t i, int64_t j) const;
+  void read_values();
+};
 
 // A problem, with everything it points to.
 class RandomProblem {
@@ -52,34 +47,36 @@ class RandomProblem {
   int num_threads;
   std::string description;
 
-  // Runs it on the active level.
+  // Runs it on the active level; what was in the outputs before is gone.
   numattn::Status run() const;
   // Largest error over what is allowed for the dtype; infinite where one is NaN and should not be.
   double error_share() const;
   std::vector<char> result() const;  // the bytes of out and lse
 
  private:
-  enum class Layout { heads_first, rows_first };
+  enum class Layout { heads_first, rows_first, packed };
   template <class Number>
   Number one_of(std::initializer_list<Number> numbers);
   bool sometimes(double probability);
   int64_t below(int64_t end);
 
   // Numbers of mean 0; an amplitude of 0 leaves NaN, which has to be overwritten or left unread.
+  // Sometimes rows in reverse order, with gaps behind them or at odd addresses, unless packed.
   Tensor make(Kind kind, int64_t batch, int64_t heads, int64_t rows, int64_t columns, Layout layout,
               double amplitude);
-  char* guarded(size_t bytes);
   void draw_sizes();
   void draw_options();
   void draw_ragged();
   void draw_arrays();
+  // Makes batch items or heads one and the same, as broadcasting does.
+  void broadcast(Tensor& tensor);
   void draw_pages(Layout layout);
   void describe();
   int64_t queries(int64_t b) const;  // of a batch item
   int64_t keys(int64_t b) const;     // those that are valid
   // logits [key] of a query, -inf where it does not attend, before the sink.
   std::vector<double> logits(int64_t b, int64_t h, int64_t i) const;
-  double error(double actual, double expected) const;
+  void forget_outputs() const;
 
   std::mt19937_64 random_;
   std::vector<std::unique_ptr<GuardedMemory>> memory_;

@@ -47,9 +47,9 @@ class Random {
   std::mt19937_64 engine_;
 };
 
-double share_of_allowed(Kind kind, double actual, double expected) {
+double share_of_allowed(Kind kind, double actual, double expected, double size) {
   if (!std::isfinite(actual)) return kInfinity;
-  return std::abs(actual - expected) / (rounding(kind) * std::max(1.0, std::abs(expected)));
+  return actual == expected ? 0 : std::abs(actual - expected) / (rounding(kind) * size);
 }
 
 // Largest error over what is allowed.
@@ -81,12 +81,17 @@ double softmax_error(uint64_t seed) {
       const auto at = static_cast<size_t>(i * columns + j);
       return masked && !mask.data()[at] ? 0 : std::exp(values[at]);
     };
-    double sum = 0;
-    for (int64_t j = 0; j < columns; ++j) sum += weight(j);
+    double sum = 0, largest_weight = 0;
+    for (int64_t j = 0; j < columns; ++j) {
+      sum += weight(j);
+      largest_weight = std::max(largest_weight, weight(j));
+    }
     for (int64_t j = 0; j < columns; ++j) {
       const auto at = static_cast<size_t>(i * columns + j) * size_of(kind);
       const double expected = sum == 0 ? 0 : weight(j) / sum;
-      largest = std::max(largest, share_of_allowed(kind, load(kind, problem.out + at), expected));
+      const double actual = load(kind, problem.out + at);
+      const double size = sum == 0 ? 0 : largest_weight / sum;
+      largest = std::max(largest, share_of_allowed(kind, actual, expected, size));
     }
   }
   return largest;
@@ -138,9 +143,9 @@ double rotation_error(uint64_t seed) {
   if (numattn::rotate(problem, {threads, nullptr}) != numattn::Status::done) return kInfinity;
 
   double largest = 0;
-  const auto compare = [&](int64_t at, double expected) {
+  const auto compare = [&](int64_t at, double a, double b) {
     const double actual = load(kind, problem.out.data + at * size);
-    largest = std::max(largest, share_of_allowed(kind, actual, expected));
+    largest = std::max(largest, share_of_allowed(kind, actual, a + b, std::abs(a) + std::abs(b)));
   };
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t h = 0; h < heads; ++h) {
@@ -155,11 +160,11 @@ double rotation_error(uint64_t seed) {
               static_cast<size_t>(((same_angles ? 0 : b) * length + i) * pairs + pair);
           const double x1 = values[static_cast<size_t>(first)];
           const double x2 = values[static_cast<size_t>(second)];
-          compare(first, x1 * c[angle] - x2 * s[angle]);
-          compare(second, x2 * c[angle] + x1 * s[angle]);
+          compare(first, x1 * c[angle], -x2 * s[angle]);
+          compare(second, x2 * c[angle], x1 * s[angle]);
         }
         for (int64_t j = row + 2 * pairs; j < row + dim; ++j) {
-          compare(j, values[static_cast<size_t>(j)]);
+          compare(j, values[static_cast<size_t>(j)], 0);
         }
       }
     }

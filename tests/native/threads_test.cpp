@@ -1,5 +1,6 @@
 // Many callers at once, each with problems of its own, give the bits of a run one by one; also
-// while another thread pins levels. Made for the thread sanitizer.
+// while another thread pins the level that is in use. A call that is interrupted ends. Made for the
+// thread sanitizer.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +9,33 @@
 
 #include "dispatch.h"
 #include "problems.h"
+
+namespace {
+
+// Hours of work for each thread: one key that stands for all of them.
+bool ends_when_interrupted(int num_threads) {
+  const std::vector<float> row(64 * 64, 1.0f);
+  constexpr int64_t kHeads = 4;  // a work item for each thread
+  std::vector<float> out(kHeads * row.size());
+  numattn::Problem problem;
+  problem.query_length = problem.head_dim = problem.value_dim = 64;
+  problem.key_length = int64_t{1} << 40;
+  problem.q.data = const_cast<char*>(reinterpret_cast<const char*>(row.data()));
+  problem.q.row_stride = 64 * sizeof(float);
+  problem.q.column_stride = sizeof(float);
+  problem.k = problem.v = problem.out = problem.q;
+  problem.k.row_stride = problem.v.row_stride = 0;
+  problem.out.data = reinterpret_cast<char*>(out.data());
+  problem.out.head_stride = 64 * problem.out.row_stride;
+  problem.query_heads = problem.kv_heads = kHeads;
+  static std::atomic<int> asked;
+  asked = 0;
+  const auto interrupted = [] { return ++asked == 2; };
+  return numattn::attention(problem, {num_threads, interrupted}) == numattn::Status::interrupted &&
+         asked == 2;
+}
+
+}  // namespace
 
 int main(int count, char** arguments) {
   const int rounds = count > 1 ? std::atoi(arguments[1]) : 20;
@@ -38,6 +66,7 @@ int main(int count, char** arguments) {
   });
   for (std::thread& caller : callers) caller.join();
   pinning.join();
+  for (const int num_threads : {1, 3}) failures += !ends_when_interrupted(num_threads);
   std::printf("%d callers, %d wrong\n", kCallers, failures.load());
   return failures == 0 ? 0 : 1;
 }

@@ -73,7 +73,7 @@ struct Generic : ScalarUnits<Format<ScalarType>> {
     __builtin_memcpy(to, &x, static_cast<size_t>(count) * sizeof(Scalar));
   }
 
-  // Elements of other types, lane by lane.
+  // Elements of other types, lane by lane. They may lie at odd addresses.
   template <class Stored>
   static Vec load(const Stored* from) {
     return load_first(from, kLanes);
@@ -81,7 +81,11 @@ struct Generic : ScalarUnits<Format<ScalarType>> {
   template <class Stored>
   static Vec load_first(const Stored* from, int64_t count) {
     Vec x{};
-    for (int64_t i = 0; i < count; ++i) x[i] = widened(from[i]);
+    for (int64_t i = 0; i < count; ++i) {
+      Stored element;
+      __builtin_memcpy(&element, from + i, sizeof(element));
+      x[i] = widened(element);
+    }
     return x;
   }
   template <class Stored>
@@ -90,7 +94,11 @@ struct Generic : ScalarUnits<Format<ScalarType>> {
   }
   template <class Stored>
   static void store_first(Stored* to, Vec x, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) narrow(x[i], to[i]);
+    for (int64_t i = 0; i < count; ++i) {
+      Stored element;
+      narrow(x[i], element);
+      __builtin_memcpy(to + i, &element, sizeof(element));
+    }
   }
 
   static Vec add(Vec a, Vec b) { return a + b; }

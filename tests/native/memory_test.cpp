@@ -1,0 +1,115 @@
+// Every allocation of a call can fail: the call is done all the same or says out_of_memory, leaves
+// the thread's signals as they were, and the next call is right.
+#include <signal.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "dispatch.h"
+#include "problems.h"
+#include "row_operations.h"
+
+namespace {
+
+// How many allocations there are until one fails; negative: none fails.
+std::atomic<int64_t> allocations_left{-1};
+
+void* allocate(size_t bytes, size_t alignment) {
+  if (allocations_left >= 0 && allocations_left.fetch_sub(1) == 0) return nullptr;
+  void* result = nullptr;
+  return posix_memalign(&result, alignment, bytes) == 0 ? result : nullptr;
+}
+
+void* allocate_or_throw(size_t bytes, size_t alignment) {
+  void* const result = allocate(bytes, alignment);
+  if (!result) throw std::bad_alloc();
+  return result;
+}
+
+constexpr size_t kSmallest = alignof(std::max_align_t);
+
+}  // namespace
+
+void* operator new(size_t bytes) { return allocate_or_throw(bytes, kSmallest); }
+void* operator new[](size_t bytes) { return allocate_or_throw(bytes, kSmallest); }
+void* operator new(size_t bytes, const std::nothrow_t&) noexcept {
+  return allocate(bytes, kSmallest);
+}
+void* operator new(size_t bytes, std::align_val_t alignment, const std::nothrow_t&) noexcept {
+  return allocate(bytes, static_cast<size_t>(alignment));
+}
+void operator delete(void* data) noexcept { std::free(data); }
+void operator delete[](void* data) noexcept { std::free(data); }
+void operator delete(void* data, size_t) noexcept { std::free(data); }
+void operator delete[](void* data, size_t) noexcept { std::free(data); }
+void operator delete(void* data, std::align_val_t) noexcept { std::free(data); }
+
+namespace {
+
+int failures = 0;
+
+void expect(bool is_so, const char* what, const std::string& where) {
+  if (is_so) return;
+  std::printf("%s:%s\n", what, where.c_str());
+  ++failures;
+}
+
+sigset_t blocked_signals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  pthread_sigmask(SIG_SETMASK, nullptr, &signals);
+  return signals;
+}
+
+bool is_blocked(const sigset_t& signals) {
+  for (const int signal : {SIGINT, SIGTERM, SIGALRM}) {
+    if (sigismember(&signals, signal) == 1) return true;
+  }
+  return false;
+}
+
+// Calls it with the first allocation failing, then the second, until there are no more. Returns how
+// often it was refused.
+template <class Call>
+int with_failing_allocations(const Call& call, const std::string& name) {
+  int refused = 0;
+  for (int64_t n = 0;; ++n) {
+    allocations_left = n;
+    const numattn::Status status = call();
+    const bool all_worked = allocations_left.exchange(-1) >= 0;
+    refused += status == numattn::Status::out_of_memory;
+    expect(status != numattn::Status::interrupted, "interrupted", name);
+    expect(!is_blocked(blocked_signals()), "signals are blocked", name);
+    if (all_worked) {
+      expect(status == numattn::Status::done, "not done, though nothing failed", name);
+      return refused;
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  // Rows enough for several threads; nothing has started them yet.
+  std::vector<float> numbers(1 << 20, 1.0f), out(numbers.size());
+  numattn::RowSoftmax softmax;
+  softmax.scores = reinterpret_cast<const char*>(numbers.data());
+  softmax.out = reinterpret_cast<char*>(out.data());
+  softmax.rows = softmax.columns = 1 << 10;
+  with_failing_allocations([&] { return numattn::softmax(softmax, {3, nullptr}); }, " softmax");
+  expect(out[0] == 1.0f / 1024 && out.back() == out[0], "wrong numbers", " softmax");
+
+  int refused = 0;
+  for (uint64_t seed = 1; seed <= 60; ++seed) {
+    RandomProblem problem(seed);
+    problem.num_threads = 3;
+    refused += with_failing_allocations([&] { return problem.run(); }, problem.description);
+    expect(problem.error_share() <= 1, "wrong numbers", problem.description);
+  }
+  std::printf("%d calls were refused, %d failures\n", refused, failures);
+  return failures == 0 && refused > 60 ? 0 : 1;
+}

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import inspect
+import os
 import sys
 import tempfile
 import time
@@ -52,7 +54,7 @@ class Call:
     int8: bool = False
     page_size: int = 4
     options: tuple[str, ...] = ()
-    wrong: tuple[str, int] | None = None  # an argument, and what it becomes
+    wrong: tuple[int, int] | None = None  # which argument, and what of WRONG it becomes
 
     rng: np.random.Generator = field(init=False, repr=False)
 
@@ -69,8 +71,9 @@ OPTIONS = [
 ENTRIES = [
     "attention", "attention", "attention", "attention_varlen", "attention_paged", "KVCache",
     "attention_weights", "attention_received", "qk_scores", "merge_states", "masked_softmax",
+    "aggregate_values", "rotary_embedding",
 ]  # fmt: skip
-NO_PAIRS = ("attention_varlen", "attention_paged", "KVCache", "merge_states")
+NO_PAIRS = ("attention_varlen", "attention_paged", "KVCache", "merge_states", "aggregate_values")
 WRONG = [
     None, "text", -1, 2**70, 1.5, float("nan"), [], [1, 2, 3], np.zeros(0), np.zeros((2, 3)),
     np.float32(1), np.array(["a"]), np.array([None]), np.zeros((1, 1, 1, 1, 1, 1), bool), True,
@@ -88,12 +91,9 @@ def calls(draw):
     options = draw(st.lists(st.sampled_from(OPTIONS), unique=True, max_size=5))
     if entry in NO_PAIRS:
         options = [x for x in options if x not in ("mask", "bias")]
-    names = ["q", "k", "v", "mask", "bias", "is_causal", "q_offset", "window", "scale", "softcap",
-             "alibi_slopes", "sinks", "kv_lengths", "layout", "num_threads", "out", "return_lse",
-             "k_scale", "v_scale"]  # fmt: skip
     wrong = None
-    if entry == "attention" and draw(st.integers(0, 4)) == 0:
-        wrong = (draw(st.sampled_from(names)), draw(st.integers(0, len(WRONG) - 1)))
+    if draw(st.integers(0, 4)) == 0:
+        wrong = (draw(st.integers(0, 30)), draw(st.integers(0, len(WRONG) - 1)))
     heads = kv_heads * draw(st.sampled_from([1, 1, 2, 4, 9]))
     if heads * query_length * key_length > 20_000:  # the reference is slow
         query_length = min(query_length, 5)
@@ -120,6 +120,21 @@ def calls(draw):
 # ---- one call ----------------------------------------------------------------------------------
 
 
+def run(call, function, /, *positional, **arguments):
+    """Call a function; with an argument of a wrong kind first, if the call has one."""
+    if call.wrong is not None:
+        names = list(inspect.signature(function).parameters)
+        bound = dict(zip(names, positional, strict=False)) | arguments
+        bound[names[call.wrong[0] % len(names)]] = WRONG[call.wrong[1]]
+        try:
+            function(**bound)
+        except (TypeError, ValueError) as error:
+            # It says what came and what was expected, and is no accident on the way.
+            if type(error) not in (TypeError, ValueError) or "got " not in str(error):
+                raise
+    return function(*positional, **arguments)
+
+
 def array(call, batch, heads, length, dim):
     """Return (batch, heads, length, dim) with the strides and the dtype of the call."""
     rows = call.rng.standard_normal((batch, heads, length * abs(call.step), dim))
@@ -131,7 +146,7 @@ def options_of(call):
     heads, (query_length, key_length) = call.heads[0], call.lengths
     pairs = (call.batch, heads, query_length, key_length)
     shape = tuple(n if rng.random() < 0.6 else 1 for n in pairs)
-    bias = rng.standard_normal(shape).astype(np.float32)
+    bias = rng.standard_normal(shape).astype(rng.choice([call.dtype, "float32"]))
     bias[rng.random(shape) < 0.1] = -np.inf
     made = {
         "causal": {"is_causal": True},
@@ -147,6 +162,12 @@ def options_of(call):
         "bias": {"bias": bias},
     }
     return {name: value for x in call.options for name, value in made[x].items()}
+
+
+def masks_of(options):
+    """Return the options that exclude keys, whatever the logits."""
+    names = ("is_causal", "window", "q_offset", "kv_lengths", "mask", "bias")
+    return {name: options[name] for name in names if name in options}
 
 
 def rounded(x, scale, dtype):
@@ -232,9 +253,10 @@ def check_attention(call):
         scales = {name: x.swapaxes(1, 2) for name, x in scales.items()}
     arguments = dict(zip("qkv", moved(call, q, k, v), strict=True))
     arguments |= options | layout | scales | {"return_lse": True}
-    if call.wrong is not None:
-        return check_wrong(arguments, *call.wrong)
-    out, lse = na.attention(**arguments)
+    if call.seed % 3 == 0:
+        arguments["out"] = np.full((*arguments["q"].shape[:-1], call.dims[1]), np.nan, q.dtype)
+    out, lse = run(call, na.attention, **arguments)
+    assert arguments.get("out") is None or out is arguments["out"]
     (expected, expected_lse), (plain, plain_lse) = expectations(
         q, k_plain, v_plain, options, call.dtype
     )
@@ -242,16 +264,6 @@ def check_attention(call):
     assert out.dtype == q.dtype
     compare(out, expected, plain, call)
     compare(lse, expected_lse, plain_lse, call)
-    return None
-
-
-def check_wrong(arguments, name, number):
-    """Check that an argument is refused by TypeError or ValueError, or means something."""
-    try:
-        na.attention(**(arguments | {name: WRONG[number]}))
-    except (TypeError, ValueError) as error:
-        if type(error) not in (TypeError, ValueError) or not str(error):
-            raise
 
 
 def check_stages(call):
@@ -260,12 +272,14 @@ def check_stages(call):
     if call.entry == "qk_scores":
         options.pop("sinks", None)
     scale = {"k_scale": scales["k_scale"]} if scales else {}
-    actual = getattr(na, call.entry)(q, k, **options, **scale, num_threads=call.threads)
+    actual = run(call, getattr(na, call.entry), q, k, **options, **scale, num_threads=call.threads)
     units = np.broadcast_to(np.eye(call.lengths[1]), (*k.shape[:-1], call.lengths[1]))
     (expected, lse), (plain, plain_lse) = expectations(q, k_plain, units, options, call.dtype)
     if call.entry == "attention_received":
         expected, plain = expected.sum(axis=-2), plain.sum(axis=-2)
     elif call.entry == "qk_scores":
+        attend = reference.attention(q, k_plain, units, **masks_of(options))[0] > 0
+        np.testing.assert_array_equal(np.isneginf(actual[~attend]), True)
         # Weights say nothing of logits that are too small.
         with np.errstate(all="ignore"):
             expected = np.where(expected > 1e-6, np.log(expected) + lse[..., None], np.nan)
@@ -295,7 +309,7 @@ def check_varlen(call):
         np.concatenate([x.swapaxes(0, 1) for x in part]) for part in zip(*items, strict=True)
     )
     starts = [np.concatenate([[0], np.cumsum(part)]) for part in zip(*lengths, strict=True)]
-    out = na.attention_varlen(q, k, v, *starts, **options, num_threads=call.threads)
+    out = run(call, na.attention_varlen, q, k, v, *starts, **options, num_threads=call.threads)
     for i, (one_q, one_k, one_v) in enumerate(items):
         (expected, _), (plain, _) = expectations(one_q, one_k, one_v, options, call.dtype)
         compare(out[starts[0][i] : starts[0][i + 1]].swapaxes(0, 1), expected, plain, call)
@@ -317,9 +331,10 @@ def check_paged(call):
         return pages
 
     paged = {name: in_pages(x) for name, x in scales.items()}
-    out = na.attention_paged(
-        q, in_pages(k), in_pages(v), table, lengths, **options, **paged, num_threads=call.threads
-    )
+    out = run(
+        call, na.attention_paged, q, in_pages(k), in_pages(v), table, lengths,
+        **options, **paged, num_threads=call.threads,
+    )  # fmt: skip
     (expected, _), (plain, _) = expectations(
         q, k_plain, v_plain, options | {"kv_lengths": lengths}, call.dtype
     )
@@ -331,27 +346,39 @@ def check_cache(call):
     rng = call.rng
     _, (query_length, _), (dim, value_dim) = call.heads, call.lengths, call.dims
     heads, kv_heads = call.heads
-    cache = na.KVCache(call.batch, kv_heads, dim, value_dim, dtype=np.dtype(call.dtype))
-    kept = [[np.zeros((kv_heads, 0, n), call.dtype) for n in call.dims] for _ in range(call.batch)]
+    window = int(rng.integers(1, 40)) if rng.random() < 0.4 else None
+    keep_first = int(rng.integers(0, 5)) if window else 0
+    cache = na.KVCache(
+        call.batch, kv_heads, dim, value_dim, dtype=np.dtype(call.dtype), quantize=call.int8,
+        window=window, keep_first=keep_first,
+    )  # fmt: skip
+    kept = [[np.zeros((kv_heads, 0, n)) for n in call.dims] for _ in range(call.batch)]
     for _ in range(int(rng.integers(1, 6))):
         what = rng.random()
         if what < 0.7:
-            n = int(rng.integers(1, 40))
+            n = int(rng.integers(1, 1 + min(39, window or 39)))
             k, v = (
                 array(call, call.batch, kv_heads, n, dim),
                 array(call, call.batch, kv_heads, n, value_dim),
             )
             lengths = rng.integers(0, n + 1, call.batch)
             cache.append(k, v, lengths=lengths)
+            if call.int8:
+                k, v = (rounded(*na.quantize_kv(x), np.float64) for x in (k, v))
             for i, m in enumerate(lengths):
                 kept[i] = [
-                    np.concatenate([old, new[i, :, :m]], axis=1)
+                    np.concatenate([old, new[i, :, :m].astype(np.float64)], axis=1)
                     for old, new in zip(kept[i], (k, v), strict=True)
                 ]
         elif what < 0.85:
             n = int(rng.integers(0, 30))
-            cache.truncate(n)
-            kept = [[x[:, :n] for x in pair] for pair in kept]
+            try:
+                cache.truncate(n)
+            except ValueError as error:
+                if window is None or "tokens from" not in str(error):
+                    raise
+            else:
+                kept = [[x[:, :n] for x in pair] for pair in kept]
         else:
             rows = rng.integers(0, call.batch, call.batch)
             cache = cache.select(rows)
@@ -359,12 +386,22 @@ def check_cache(call):
     assert cache.lengths.tolist() == [x[0].shape[1] for x in kept]
     q = array(call, call.batch, heads, query_length, dim)
     options = options_of(call)
-    for name in ("kv_lengths", "q_offset", "is_causal"):
+    for name in ("kv_lengths", "q_offset", "is_causal", *(["window"] if window else [])):
         options.pop(name, None)
-    out = cache.attend(q, **options)
+    try:
+        out = run(call, cache.attend, q, **options)
+    except ValueError as error:
+        if window is None or "tokens from" not in str(error):
+            raise
+        return
     for i, (k, v) in enumerate(kept):
+        seen = {}
+        if window is not None:
+            keys = np.arange(k.shape[1])
+            positions = k.shape[1] - query_length + np.arange(query_length)[:, np.newaxis]
+            seen["mask"] = (keys < keep_first) | (keys > positions - window)
         (expected, _), (plain, _) = expectations(
-            q[i], k, v, options | {"is_causal": True}, call.dtype
+            q[i], k, v, options | seen | {"is_causal": True}, call.dtype
         )
         compare(out[i], expected, plain, call)
 
@@ -379,7 +416,7 @@ def check_merging(call):
         na.attention(q, k[..., part, :], v[..., part, :], **options, return_lse=True)
         for part in (slice(0, cut), slice(cut, None))
     ]
-    out, lse = na.merge_states(*parts[0], *parts[1])
+    out, lse = run(call, na.merge_states, *parts[0], *parts[1])
     (expected, expected_lse), (plain, plain_lse) = expectations(q, k, v, options, call.dtype)
     compare(out, expected, plain, call)
     compare(lse, expected_lse, plain_lse, call)
@@ -390,7 +427,7 @@ def check_softmax(call):
     scores = (5 * call.rng.standard_normal(shape)).astype(call.dtype)
     mask = call.rng.random(shape) < 0.8 if "mask" in call.options else None
     axis = call.seed % 6 - 3
-    actual = na.masked_softmax(scores, mask, axis=axis)
+    actual = run(call, na.masked_softmax, scores, mask, axis=axis)
     with np.errstate(all="ignore"):
         x = scores.astype(np.float64)
         x = x if mask is None else np.where(mask, x, -np.inf)
@@ -399,6 +436,45 @@ def check_softmax(call):
         total = x.sum(axis=axis, keepdims=True)
         expected = x / np.where(total == 0, 1, total)
     compare(actual, expected, expected, call)
+
+
+def check_values(call):
+    q, k, v, scales, _, v_plain = inputs(call)
+    weights = na.attention_weights(q, k, k_scale=scales.get("k_scale"))
+    (v_moved,) = moved(call, v)
+    v_scale = scales.get("v_scale")
+    if v_scale is not None:
+        (v_scale,) = moved(call, v_scale)
+    out = run(call, na.aggregate_values, weights, v_moved, layout=call.layout, v_scale=v_scale)
+    group = call.heads[0] // call.heads[1]
+    wide = [x.astype(np.float64) for x in (weights, np.repeat(v_plain, group, axis=1))]
+    expected = wide[0] @ wide[1]
+    plain = (wide[0].astype(out.dtype) @ wide[1].astype(out.dtype)).astype(np.float64)
+    compare(*moved(call, out), expected, plain, call)
+
+
+def check_rotary(call):
+    (heads, _), (length, _) = call.heads, call.lengths
+    dim = 2 * call.dims[0]
+    x = array(call, call.batch, heads, length, dim)
+    rotary_dim = 2 * int(call.rng.integers(1, dim // 2 + 1))
+    positions = call.rng.integers(-50, 5000, (call.batch, 1, length))
+    interleaved = bool(call.seed % 2)
+    out = run(
+        call, na.rotary_embedding, *moved(call, x), positions[:, 0],
+        rotary_dim=rotary_dim, interleaved=interleaved, layout=call.layout,
+    )  # fmt: skip
+    angles = positions[..., np.newaxis] * 10000.0 ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
+    wide, expected = x.astype(np.float64), x.astype(np.float64)
+    first, second = (
+        (slice(0, rotary_dim, 2), slice(1, rotary_dim, 2))
+        if interleaved
+        else (slice(0, rotary_dim // 2), slice(rotary_dim // 2, rotary_dim))
+    )
+    a, b = wide[..., first], wide[..., second]
+    expected[..., first] = a * np.cos(angles) - b * np.sin(angles)
+    expected[..., second] = b * np.cos(angles) + a * np.sin(angles)
+    compare(*moved(call, out), expected, expected, call)
 
 
 def fields(call):
@@ -414,6 +490,8 @@ CHECKS = {
     "qk_scores": check_stages,
     "merge_states": check_merging,
     "masked_softmax": check_softmax,
+    "aggregate_values": check_values,
+    "rotary_embedding": check_rotary,
 }
 
 
@@ -455,7 +533,9 @@ def main():
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--call", help="one call again")
-    parser.add_argument("--last", type=Path, default=Path(tempfile.gettempdir(), "numattn-call"))
+    parser.add_argument(
+        "--last", type=Path, default=Path(tempfile.gettempdir(), f"numattn-call-{os.getpid()}")
+    )
     arguments = parser.parse_args()
     faulthandler.enable()
     if arguments.call:

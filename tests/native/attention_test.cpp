@@ -5,23 +5,14 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "dispatch.h"
+#include "levels.h"
 #include "problems.h"
 
 int main(int count, char** arguments) {
   const uint64_t problems = count > 1 ? std::strtoull(arguments[1], nullptr, 10) : 300;
   const uint64_t first = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1;
   int failures = 0;
-  for (const numattn::IsaLevel& level : numattn::isa_levels()) {
-    const char* const isa = level.kernels->isa;
-    if (!level.available) {
-      std::printf("%s: not on this CPU\n", isa);
-      continue;
-    }
-    if (!numattn::set_isa(isa).empty() || numattn::active_kernels().isa != level.kernels->isa) {
-      std::printf("%s was pinned, but is not what runs\n", isa);
-      return 1;
-    }
+  const bool all_ran = on_every_level([&](const char* isa) {
     double largest = 0;
     for (uint64_t seed = first; seed < first + problems; ++seed) {
       const RandomProblem problem(seed);
@@ -41,6 +32,6 @@ int main(int count, char** arguments) {
     }
     std::printf("%s: %llu problems, largest error %.2g of what is allowed\n", isa,
                 static_cast<unsigned long long>(problems), largest);
-  }
-  return failures == 0 ? 0 : 1;
+  });
+  return all_ran && failures == 0 ? 0 : 1;
 }

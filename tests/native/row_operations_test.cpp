@@ -12,8 +12,8 @@
 #include <random>
 #include <vector>
 
-#include "dispatch.h"
 #include "guarded_memory.h"
+#include "levels.h"
 #include "problems.h"
 
 namespace {
@@ -182,13 +182,7 @@ constexpr struct {
 int main(int count, char** arguments) {
   const uint64_t problems = count > 1 ? std::strtoull(arguments[1], nullptr, 10) : 300;
   int failures = 0;
-  for (const numattn::IsaLevel& level : numattn::isa_levels()) {
-    const char* const isa = level.kernels->isa;
-    if (!level.available) {
-      std::printf("%s: not on this CPU\n", isa);
-      continue;
-    }
-    if (!numattn::set_isa(isa).empty()) return 1;
+  const bool all_ran = on_every_level([&](const char* isa) {
     for (const auto& [name, error_of] : kOperations) {
       double largest = 0;
       for (uint64_t seed = 1; seed <= problems; ++seed) {
@@ -202,6 +196,6 @@ int main(int count, char** arguments) {
       std::printf("%s %s: %llu problems, largest error %.2g of what is allowed\n", isa, name,
                   static_cast<unsigned long long>(problems), largest);
     }
-  }
-  return failures == 0 ? 0 : 1;
+  });
+  return all_ran && failures == 0 ? 0 : 1;
 }

@@ -1,0 +1,25 @@
+// Every ISA level that this CPU has, one after the other.
+#pragma once
+
+#include <cstdio>
+
+#include "dispatch.h"
+
+// Calls `test` with the name of each level, which is pinned meanwhile. False where the one that is
+// pinned is not the one that runs.
+template <class Test>
+bool on_every_level(const Test& test) {
+  for (const numattn::IsaLevel& level : numattn::isa_levels()) {
+    const char* const isa = level.kernels->isa;
+    if (!level.available) {
+      std::printf("%s: not on this CPU\n", isa);
+      continue;
+    }
+    if (!numattn::set_isa(isa).empty() || &numattn::active_kernels() != level.kernels) {
+      std::printf("%s was pinned, but is not what runs\n", isa);
+      return false;
+    }
+    test(isa);
+  }
+  return true;
+}

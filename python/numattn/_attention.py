@@ -221,7 +221,7 @@ def attention(
     ):
         result = _runtime.attention_common(q, k, v, is_causal, scale)
         if result is not None:
-            return result  # type: ignore[no-any-return]
+            return result
     arguments = _arguments.check(
         q, k, v, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
         kv_lengths, layout, return_lse, out, num_threads, k_scale, v_scale,

@@ -21,6 +21,7 @@ from cases import AVX2_BARS, BARS, CASES, OPTION_COSTS, Case
 from peers import PEERS
 
 TURN_SECONDS = 0.03  # at least one call
+REST_SECONDS = 0.1  # before each turn, until the threads of the one before have gone to sleep
 
 
 class Worker:
@@ -72,12 +73,13 @@ def measure(case: Case, peers: list[str], threads: int, isa: str | None, rounds:
     shares, ratios = [], {peer: [] for peer in workers if peer != "numattn"}
     for n in range(rounds):
         progress(f"{case.name}, {threads} threads: round {n + 1} of {rounds}")
+        time.sleep(REST_SECONDS)
         what = {"bandwidth": TURN_SECONDS} if case.is_decode else {"peak": TURN_SECONDS}
         peak = workers["numattn"].ask(what | {"dtype": case.dtype})["per_second"]
         ours = workers["numattn"].ask({"time": calls["numattn"]})["seconds"]
         shares.append((case.bytes_read if case.is_decode else case.flops) / ours / peak)
         for peer in ratios:
-            time.sleep(0.01)  # until the threads of the one before have gone to sleep
+            time.sleep(REST_SECONDS)
             ratios[peer].append(workers[peer].ask({"time": calls[peer]})["seconds"] / ours)
     for worker in workers.values():
         worker.close()

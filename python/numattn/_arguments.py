@@ -375,7 +375,7 @@ def _outputs(
     if out is None:
         out = np.empty(shape, dtype)
     else:
-        out = out.view() if type(out) is np.ndarray else out
+        out = out.view() if isinstance(out, np.ndarray) else out
         check_out(out, shape, dtype)
     if not return_lse:
         return out, None

@@ -3,10 +3,11 @@
 #include <signal.h>
 
 #include <atomic>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <new>
-#include <utility>
+#include <string>
 #include <vector>
 
 #include "levels.h"
@@ -58,16 +59,11 @@ void expect(bool is_so, const char* what, const std::string& where) {
   ++failures;
 }
 
-sigset_t blocked_signals() {
-  sigset_t signals;
-  sigemptyset(&signals);
-  pthread_sigmask(SIG_SETMASK, nullptr, &signals);
-  return signals;
-}
-
-bool is_blocked(const sigset_t& signals) {
+bool signals_are_blocked() {
+  sigset_t blocked;
+  pthread_sigmask(SIG_SETMASK, nullptr, &blocked);
   for (const int signal : {SIGINT, SIGTERM, SIGALRM}) {
-    if (sigismember(&signals, signal) == 1) return true;
+    if (sigismember(&blocked, signal) == 1) return true;
   }
   return false;
 }
@@ -83,7 +79,7 @@ int with_failing_allocations(const Call& call, const std::string& name) {
     const bool all_worked = allocations_left.exchange(-1) >= 0;
     refused += status == numattn::Status::out_of_memory;
     expect(status != numattn::Status::interrupted, "interrupted", name);
-    expect(!is_blocked(blocked_signals()), "signals are blocked", name);
+    expect(!signals_are_blocked(), "signals are blocked", name);
     if (all_worked) {
       expect(status == numattn::Status::done, "not done, though nothing failed", name);
       return refused;

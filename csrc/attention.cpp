@@ -1,5 +1,3 @@
-#include "attention.h"
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -8,22 +6,23 @@
 #include <optional>
 #include <stdexcept>
 
-#include "dispatch.h"
 #include "plan/plan.h"
-#include "scratch.h"
-#include "thread_pool.h"
+#include "problem.h"
+#include "runtime/dispatch.h"
+#include "runtime/scratch.h"
+#include "runtime/thread_pool.h"
 
 namespace numattn {
 namespace {
 
 bool stop_requested(void* stop) { return static_cast<StopCheck*>(stop)->requested(); }
 
-bool classify_mask(const Problem& problem, const Execution& execution, MaskKinds& kinds) {
+bool classify_mask(const Problem& problem, const Execution& execution, BlockKinds& kinds) {
   // Below that many bytes another thread is not worth its wake-up.
   constexpr int64_t kBytesPerThread = 1 << 18;
   const int64_t bytes = kinds.rows() * problem.key_length;
   const auto classify = [](void* context, int64_t row, StopCheck&) {
-    static_cast<MaskKinds*>(context)->classify(row);
+    static_cast<BlockKinds*>(context)->classify(row);
     return true;
   };
   return run(
@@ -97,13 +96,13 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
 
 Status attention_of_some(const Problem& problem, const Execution& execution) {
   const DtypeKernels& kernels = active_kernels().of(problem.dtype);
-  std::optional<MaskKinds> mask_kinds;
+  std::optional<BlockKinds> block_kinds;
   if (problem.mask.data && problem.stage == Stage::attention &&
       !Plan::is_decoded(problem, kernels, problem.query_length)) {
-    mask_kinds.emplace(problem, kernels);
-    if (!classify_mask(problem, execution, *mask_kinds)) return Status::interrupted;
+    block_kinds.emplace(problem, kernels);
+    if (!classify_mask(problem, execution, *block_kinds)) return Status::interrupted;
   }
-  const Plan plan(problem, kernels, mask_kinds ? &*mask_kinds : nullptr, execution.num_threads);
+  const Plan plan(problem, kernels, block_kinds ? &*block_kinds : nullptr, execution.num_threads);
   Computation computation(plan, kernels);
   if (plan.states() > 0) {
     computation.state_bytes = kernels.decode_state_bytes(plan.max_decode_rows(), problem.value_dim);

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "dispatch.h"
-#include "thread_pool.h"
+#include "runtime/dispatch.h"
+#include "runtime/thread_pool.h"
 
 namespace numattn {
 namespace {

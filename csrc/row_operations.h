@@ -4,8 +4,7 @@
 
 #include <cstdint>
 
-#include "attention.h"
-#include "dtype.h"
+#include "problem.h"
 
 namespace numattn {
 

@@ -1,7 +1,7 @@
-#include "simd/avx2.h"
+#include "kernels/simd/avx2.h"
 
-#include "make_table.h"
-#include "simd/avx2_float64.h"
+#include "kernels/make_table.h"
+#include "kernels/simd/avx2_float64.h"
 
 namespace numattn {
 

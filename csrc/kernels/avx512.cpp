@@ -1,7 +1,7 @@
-#include "simd/avx512.h"
+#include "kernels/simd/avx512.h"
 
-#include "make_table.h"
-#include "simd/avx512_float64.h"
+#include "kernels/make_table.h"
+#include "kernels/simd/avx512_float64.h"
 
 namespace numattn {
 

@@ -1,6 +1,6 @@
-#include "simd/avx512_bf16.h"
+#include "kernels/simd/avx512_bf16.h"
 
-#include "make_table.h"
+#include "kernels/make_table.h"
 
 namespace numattn {
 

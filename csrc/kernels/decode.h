@@ -10,15 +10,15 @@
 
 #include <cstdint>
 
-#include "constants.h"
-#include "decode_state.h"
-#include "key_rows.h"
-#include "lane_masks.h"
-#include "logits.h"
-#include "masked_softmax.h"
-#include "qk_matmul.h"
-#include "row_products.h"
-#include "table.h"
+#include "kernels/block_sizes.h"
+#include "kernels/decode_state.h"
+#include "kernels/memory/key_rows.h"
+#include "kernels/options/lane_masks.h"
+#include "kernels/options/logits.h"
+#include "kernels/products/qk_matmul.h"
+#include "kernels/products/row_products.h"
+#include "kernels/softmax/online_softmax.h"
+#include "kernels/table.h"
 
 namespace numattn {
 namespace {

@@ -1,6 +1,6 @@
-#include "simd/generic.h"
+#include "kernels/simd/generic.h"
 
-#include "make_table.h"
+#include "kernels/make_table.h"
 
 namespace numattn {
 

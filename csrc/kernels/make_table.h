@@ -3,14 +3,14 @@
 
 #include <cstdint>
 
-#include "decode.h"
-#include "exp.h"
-#include "pattern.h"
-#include "peak.h"
-#include "prefill.h"
-#include "rows.h"
-#include "storage.h"
-#include "table.h"
+#include "kernels/decode.h"
+#include "kernels/memory/stored_types.h"
+#include "kernels/prefill.h"
+#include "kernels/probes.h"
+#include "kernels/rows.h"
+#include "kernels/softmax/exp.h"
+#include "kernels/stages.h"
+#include "kernels/table.h"
 
 namespace numattn {
 namespace {

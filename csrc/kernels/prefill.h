@@ -4,18 +4,18 @@
 
 #include <cstdint>
 
-#include "constants.h"
-#include "key_block.h"
-#include "key_steps.h"
-#include "lane_masks.h"
-#include "logits.h"
-#include "masked_softmax.h"
-#include "qk_matmul.h"
-#include "table.h"
-#include "tile.h"
-#include "tile_io.h"
-#include "tile_logits.h"
-#include "value_aggregation.h"
+#include "kernels/block_sizes.h"
+#include "kernels/memory/key_block.h"
+#include "kernels/memory/strided.h"
+#include "kernels/options/apply_options.h"
+#include "kernels/options/lane_masks.h"
+#include "kernels/options/logits.h"
+#include "kernels/products/key_steps.h"
+#include "kernels/products/qk_matmul.h"
+#include "kernels/products/value_aggregation.h"
+#include "kernels/softmax/online_softmax.h"
+#include "kernels/table.h"
+#include "kernels/tile.h"
 
 namespace numattn {
 namespace {
@@ -312,9 +312,9 @@ struct Prefill {
       const Tile& tile = scratch.tiles[t];
       const TileKeys& tile_keys = task.tile_keys[t];
       KeyRange range = keys_in_block(tile_keys, block);
-      const TileKind kind =
-          task.mask ? task.mask_kinds[t * task.mask_kinds_stride + block] : TileKind::full;
-      if (tile_keys.begin >= tile_keys.end || range.empty() || kind == TileKind::empty) continue;
+      const BlockKind kind =
+          task.mask ? task.block_kinds[t * task.block_kinds_stride + block] : BlockKind::full;
+      if (tile_keys.begin >= tile_keys.end || range.empty() || kind == BlockKind::empty) continue;
       if (!is_loaded) load(task, scratch, all, loaded);
       is_loaded = true;
 
@@ -325,7 +325,7 @@ struct Prefill {
       keys.skip(range.begin - all.begin);
       keys.count = range.end - range.begin;
       keys.within_limits = tile_keys.full_begin <= range.begin && range.end <= tile_keys.full_end;
-      keys.mask_is_full = kind == TileKind::full;
+      keys.mask_is_full = kind == BlockKind::full;
       tile.with_vectors([&](auto vectors) { attend<vectors.value>(task, tile, scratch, keys); });
     }
   }

@@ -3,11 +3,11 @@
 
 #include <cstdint>
 
-#include "constants.h"
-#include "exp.h"
-#include "storage.h"
-#include "table.h"
-#include "tile_io.h"
+#include "kernels/block_sizes.h"
+#include "kernels/memory/stored_types.h"
+#include "kernels/memory/strided.h"
+#include "kernels/softmax/exp.h"
+#include "kernels/table.h"
 
 namespace numattn {
 namespace {

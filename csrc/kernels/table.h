@@ -6,13 +6,12 @@
 
 #include <cstdint>
 
-#include "../dtype.h"
-#include "../stage.h"
+#include "problem.h"
 
 namespace numattn {
 
 // What a dense mask leaves of a query tile in a key block.
-enum class TileKind : uint8_t { empty, full, mixed };
+enum class BlockKind : uint8_t { empty, full, mixed };
 
 // The keys of a query tile: some query attends within [begin, end), every query attends to all
 // of [full_begin, full_end), as far as limits (causal, window, lengths) decide.
@@ -58,10 +57,10 @@ struct Task {
 
   const char* mask;  // [head][query][key] bytes, 0 is masked; or null
   int64_t mask_head_stride, mask_row_stride, mask_column_stride;
-  const TileKind* mask_kinds;  // [tile][key block], for prefill where mask is not null
-  int64_t mask_kinds_stride;   // elements from tile to tile
-  const char* bias;            // [head][query][key], natural logarithms; or null
-  bool bias_is_float32;        // whatever q holds; else of what q holds
+  const BlockKind* block_kinds;  // [tile][key block], for prefill where mask is not null
+  int64_t block_kinds_stride;    // elements from tile to tile
+  const char* bias;              // [head][query][key], natural logarithms; or null
+  bool bias_is_float32;          // whatever q holds; else of what q holds
   int64_t bias_head_stride, bias_row_stride, bias_column_stride;
 
   int64_t first_position;                 // of the first query, among the keys

@@ -4,11 +4,11 @@
 
 #include <cstdint>
 
-#include "constants.h"
-#include "exp.h"
-#include "logits.h"
-#include "table.h"
-#include "tile_io.h"
+#include "kernels/block_sizes.h"
+#include "kernels/memory/strided.h"
+#include "kernels/options/logits.h"
+#include "kernels/softmax/exp.h"
+#include "kernels/table.h"
 
 namespace numattn {
 namespace {

@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "plan/plan.h"
 
 #include <algorithm>
 
@@ -38,11 +38,11 @@ bool Plan::is_decoded(const Problem& problem, const DtypeKernels& kernels, int64
          problem.query_heads / problem.kv_heads * queries <= kernels.max_decode_rows;
 }
 
-Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const MaskKinds* mask_kinds,
+Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds* block_kinds,
            int num_threads)
     : problem_(problem),
       kernels_(kernels),
-      mask_kinds_(mask_kinds),
+      block_kinds_(block_kinds),
       batch_items_(count_batch_items(problem)) {
   const bool ragged = problem.query_starts != nullptr;
   double work = 0;
@@ -240,8 +240,8 @@ void Plan::set_prefill(Item& item, const Sequence& sequence, int64_t local) cons
   const int64_t first = block * rows_per_item_;
   Task& task = item.task;
   set_arrays(task, sequence, head, 1, first, std::min(rows_per_item_, sequence.queries - first));
-  task.mask_kinds = mask_kinds_ ? mask_kinds_->tile(sequence.batch_item, head, first) : nullptr;
-  task.mask_kinds_stride = mask_kinds_ ? mask_kinds_->tile_stride() : 0;
+  task.block_kinds = block_kinds_ ? block_kinds_->tile(sequence.batch_item, head, first) : nullptr;
+  task.block_kinds_stride = block_kinds_ ? block_kinds_->tile_stride() : 0;
   int tile = 0;
   for (int64_t row = 0; row < task.queries; row += kernels_.rows_per_tile) {
     const int64_t rows = std::min<int64_t>(kernels_.rows_per_tile, task.queries - row);

@@ -10,9 +10,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "../attention.h"
-#include "../kernels/table.h"
-#include "mask_kinds.h"
+#include "kernels/table.h"
+#include "plan/block_kinds.h"
+#include "problem.h"
 
 namespace numattn {
 
@@ -28,9 +28,9 @@ struct Item {
 
 class Plan {
  public:
-  // Throws std::bad_alloc. `mask_kinds` is null where the problem has no mask or no prefill. All
+  // Throws std::bad_alloc. `block_kinds` is null where the problem has no mask or no prefill. All
   // are kept by reference.
-  Plan(const Problem& problem, const DtypeKernels& kernels, const MaskKinds* mask_kinds,
+  Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds* block_kinds,
        int num_threads);
 
   // Whether a sequence of so many queries is computed by decoding: a matter of its shape alone.
@@ -77,7 +77,7 @@ class Plan {
 
   const Problem& problem_;
   const DtypeKernels& kernels_;
-  const MaskKinds* mask_kinds_;
+  const BlockKinds* block_kinds_;
   int64_t batch_items_;
   int64_t rows_per_item_;      // of prefill
   int64_t kv_heads_per_item_;  // of decode

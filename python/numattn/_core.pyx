@@ -26,15 +26,13 @@ cdef extern from "Python.h":
     unsigned long PyThread_get_thread_ident() noexcept
 
 
-cdef extern from "dtype.h" namespace "numattn" nogil:
+cdef extern from "problem.h" namespace "numattn" nogil:
     cdef enum class Dtype:
         float32
         float64
         float16
         bfloat16
 
-
-cdef extern from "stage.h" namespace "numattn" nogil:
     cdef enum class Stage:
         attention
         logits
@@ -42,8 +40,6 @@ cdef extern from "stage.h" namespace "numattn" nogil:
         weights
         received
 
-
-cdef extern from "attention.h" namespace "numattn" nogil:
     cdef struct Array:
         char* data
         int64_t head_stride
@@ -113,7 +109,7 @@ cdef extern from "row_operations.h" namespace "numattn" nogil:
     Status cpp_rotate "numattn::rotate"(const Rotation&, const Execution&) noexcept
 
 
-cdef extern from "cpu.h" namespace "numattn" nogil:
+cdef extern from "runtime/cpu.h" namespace "numattn" nogil:
     string cpp_cpu_name "numattn::cpu_name"()
     int cpp_usable_cpus "numattn::usable_cpus"()
 
@@ -130,7 +126,7 @@ cdef extern from "kernels/table.h" namespace "numattn" nogil:
         const DtypeKernels& of(Dtype)
 
 
-cdef extern from "dispatch.h" namespace "numattn" nogil:
+cdef extern from "runtime/dispatch.h" namespace "numattn" nogil:
     cdef struct IsaLevel:
         const KernelTable* kernels
         cbool available

@@ -3,7 +3,7 @@
 
 #include <cstdio>
 
-#include "dispatch.h"
+#include "runtime/dispatch.h"
 
 // Calls `test` with the name of each level, which is pinned meanwhile. False where the one that is
 // pinned is not the one that runs.

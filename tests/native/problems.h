@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "attention.h"
 #include "guarded_memory.h"
+#include "problem.h"
 
 enum class Kind { float32, float64, float16, bfloat16, int8, byte };
 

@@ -7,8 +7,8 @@
 #include <thread>
 #include <vector>
 
-#include "dispatch.h"
 #include "problems.h"
+#include "runtime/dispatch.h"
 
 namespace {
 

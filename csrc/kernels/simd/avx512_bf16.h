@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "avx512.h"
+#include "kernels/simd/avx512.h"
 
 namespace numattn {
 namespace {

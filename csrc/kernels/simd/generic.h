@@ -5,8 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../storage.h"
-#include "scalar_units.h"
+#include "kernels/memory/stored_types.h"
+#include "kernels/simd/scalar_units.h"
 
 namespace numattn {
 namespace {

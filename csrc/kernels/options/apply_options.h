@@ -4,10 +4,10 @@
 
 #include <cstdint>
 
-#include "constants.h"
-#include "lane_masks.h"
-#include "logits.h"
-#include "table.h"
+#include "kernels/block_sizes.h"
+#include "kernels/options/lane_masks.h"
+#include "kernels/options/logits.h"
+#include "kernels/table.h"
 
 namespace numattn {
 namespace {

@@ -1,8 +1,8 @@
-#include "dispatch.h"
+#include "runtime/dispatch.h"
 
 #include <atomic>
 
-#include "cpu.h"
+#include "runtime/cpu.h"
 
 namespace numattn {
 

@@ -5,9 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "constants.h"
-#include "key_block.h"
-#include "table.h"
+#include "kernels/block_sizes.h"
+#include "kernels/memory/key_block.h"
+#include "kernels/table.h"
 
 namespace numattn {
 namespace {

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "exp.h"
+#include "kernels/softmax/exp.h"
 
 namespace numattn {
 namespace {

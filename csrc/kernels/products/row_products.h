@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "constants.h"
-#include "key_rows.h"
-#include "tile_io.h"
+#include "kernels/block_sizes.h"
+#include "kernels/memory/key_rows.h"
+#include "kernels/memory/strided.h"
 
 namespace numattn {
 namespace {

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "storage.h"
-#include "table.h"
-#include "tile_io.h"
+#include "kernels/memory/stored_types.h"
+#include "kernels/memory/strided.h"
+#include "kernels/table.h"
 
 namespace numattn {
 namespace {

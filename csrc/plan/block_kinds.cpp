@@ -1,4 +1,4 @@
-#include "mask_kinds.h"
+#include "plan/block_kinds.h"
 
 #include <algorithm>
 #include <cstring>
@@ -45,7 +45,7 @@ int64_t batch_offset(const Problem& problem, const int64_t* batch_strides, int64
   return offset;
 }
 
-MaskKinds::MaskKinds(const Problem& problem, const DtypeKernels& kernels)
+BlockKinds::BlockKinds(const Problem& problem, const DtypeKernels& kernels)
     : problem_(problem),
       rows_per_tile_(kernels.rows_per_tile),
       keys_per_block_(kernels.keys_per_block) {
@@ -75,7 +75,7 @@ MaskKinds::MaskKinds(const Problem& problem, const DtypeKernels& kernels)
   }
 }
 
-void MaskKinds::classify(int64_t row) {
+void BlockKinds::classify(int64_t row) {
   const Array& mask = problem_.mask;
   const int64_t first_query = row % tiles_ * rows_per_tile_;
   const int64_t queries = tiles_ == 1 && mask.row_stride == 0
@@ -92,14 +92,14 @@ void MaskKinds::classify(int64_t row) {
               keys, contents);
       if (contents.some_set && contents.some_clear) break;
     }
-    kinds_[static_cast<std::size_t>(row * blocks_ + block)] = !contents.some_set ? TileKind::empty
+    kinds_[static_cast<std::size_t>(row * blocks_ + block)] = !contents.some_set ? BlockKind::empty
                                                               : contents.some_clear
-                                                                  ? TileKind::mixed
-                                                                  : TileKind::full;
+                                                                  ? BlockKind::mixed
+                                                                  : BlockKind::full;
   }
 }
 
-const TileKind* MaskKinds::tile(int64_t batch_item, int64_t head, int64_t first_row) const {
+const BlockKind* BlockKinds::tile(int64_t batch_item, int64_t head, int64_t first_row) const {
   const int64_t slice =
       batch_offset(problem_, batch_slice_strides_, batch_item) + (head_slices_ == 1 ? 0 : head);
   const int64_t tile = tiles_ == 1 ? 0 : first_row / rows_per_tile_;

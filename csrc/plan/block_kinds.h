@@ -9,18 +9,18 @@
 #include <cstdint>
 #include <vector>
 
-#include "../attention.h"
-#include "../kernels/table.h"
+#include "kernels/table.h"
+#include "problem.h"
 
 namespace numattn {
 
 // The offset in bytes of a batch item, given in row-major order, by the strides of one array.
 int64_t batch_offset(const Problem& problem, const int64_t* batch_strides, int64_t batch_item);
 
-class MaskKinds {
+class BlockKinds {
  public:
   // Throws std::bad_alloc. The problem is kept by reference.
-  MaskKinds(const Problem& problem, const DtypeKernels& kernels);
+  BlockKinds(const Problem& problem, const DtypeKernels& kernels);
 
   // One tile of one slice. All rows have to be classified before they are read; different rows
   // may be classified by different threads.
@@ -28,7 +28,7 @@ class MaskKinds {
   void classify(int64_t row);
 
   // [key block], for the tile that begins with query `first_row`.
-  const TileKind* tile(int64_t batch_item, int64_t head, int64_t first_row) const;
+  const BlockKind* tile(int64_t batch_item, int64_t head, int64_t first_row) const;
   // Elements from one tile to the next: 0 where the mask is the same for all queries.
   int64_t tile_stride() const { return tiles_ == 1 ? 0 : blocks_; }
 
@@ -38,7 +38,7 @@ class MaskKinds {
   int64_t blocks_, tiles_, slices_;
   int64_t head_slices_;                         // per batch slice
   int64_t batch_slice_strides_[kMaxBatchAxes];  // in slices; 0 where the mask is broadcast
-  std::vector<TileKind> kinds_;                 // [slice][tile][key block]
+  std::vector<BlockKind> kinds_;                // [slice][tile][key block]
   std::vector<const char*> slice_data_;         // [slice]
 };
 

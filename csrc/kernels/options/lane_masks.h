@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "storage.h"
+#include "kernels/memory/stored_types.h"
 
 namespace numattn {
 namespace {

@@ -4,10 +4,10 @@
 
 #include <cstdint>
 
-#include "exp.h"
-#include "key_block.h"
-#include "table.h"
-#include "tile_io.h"
+#include "kernels/memory/key_block.h"
+#include "kernels/memory/strided.h"
+#include "kernels/softmax/exp.h"
+#include "kernels/table.h"
 
 namespace numattn {
 namespace {

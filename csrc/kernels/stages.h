@@ -4,14 +4,14 @@
 
 #include <cstdint>
 
-#include "constants.h"
-#include "exp.h"
-#include "key_block.h"
-#include "masked_softmax.h"
-#include "qk_matmul.h"
-#include "table.h"
-#include "tile_io.h"
-#include "tile_logits.h"
+#include "kernels/block_sizes.h"
+#include "kernels/memory/key_block.h"
+#include "kernels/memory/strided.h"
+#include "kernels/options/apply_options.h"
+#include "kernels/products/qk_matmul.h"
+#include "kernels/softmax/exp.h"
+#include "kernels/softmax/online_softmax.h"
+#include "kernels/table.h"
 
 namespace numattn {
 namespace {

@@ -1,4 +1,4 @@
-#include "scratch.h"
+#include "runtime/scratch.h"
 
 #include <new>
 

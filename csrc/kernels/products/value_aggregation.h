@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "key_steps.h"
+#include "kernels/products/key_steps.h"
 
 namespace numattn {
 namespace {

@@ -17,10 +17,25 @@
 
 #include <cstdint>
 
-#include "dtype.h"
-#include "stage.h"
-
 namespace numattn {
+
+// What q, k, v and out hold. 16-bit floats are computed in float32, except for products of bfloat16
+// where a CPU has them.
+enum class Dtype { float32, float64, float16, bfloat16 };
+constexpr int kDtypes = 4;
+
+constexpr int bytes_of(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+// What of attention a call computes.
+enum class Stage : uint8_t {
+  attention,
+  logits,      // after all options but the sinks; masked ones are -inf
+  statistics,  // each query's largest logit and the sum of its weights, for `received`
+  weights,     // what the values are multiplied by
+  received,    // for each key its weights, added up over the queries
+};
 
 // NumPy allows 64 axes; two are rows and columns.
 inline constexpr int kMaxBatchAxes = 62;

@@ -20,13 +20,13 @@ bool stop_requested(void* stop) { return static_cast<StopCheck*>(stop)->requeste
 bool classify_mask(const Problem& problem, const Execution& execution, BlockKinds& kinds) {
   // Below that many bytes another thread is not worth its wake-up.
   constexpr int64_t kBytesPerThread = 1 << 18;
-  const int64_t bytes = kinds.rows() * problem.key_length;
-  const auto classify = [](void* context, int64_t row, StopCheck&) {
-    static_cast<BlockKinds*>(context)->classify(row);
+  const int64_t bytes = kinds.tiles() * problem.key_length;
+  const auto classify = [](void* context, int64_t tile, StopCheck&) {
+    static_cast<BlockKinds*>(context)->classify(tile);
     return true;
   };
   return run(
-      {classify, &kinds, kinds.rows(),
+      {classify, &kinds, kinds.tiles(),
        static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1, execution.num_threads)),
        execution.interrupted});
 }
@@ -48,7 +48,7 @@ struct Computation {
 };
 
 // `own_states`, `own_bytes` each, are for heads of one chunk.
-bool decode(Computation& computation, Item& item, char* own_states, int64_t own_bytes) {
+bool decode(Computation& computation, WorkItem& item, char* own_states, int64_t own_bytes) {
   const DtypeKernels& kernels = computation.kernels;
   Task& task = item.task;
   const bool is_alone = item.chunks == 1;
@@ -71,7 +71,7 @@ bool decode(Computation& computation, Item& item, char* own_states, int64_t own_
 bool compute(void* context, int64_t number, StopCheck& stop) {
   auto& computation = *static_cast<Computation*>(context);
   const DtypeKernels& kernels = computation.kernels;
-  Item item = computation.plan.item(number);
+  WorkItem item = computation.plan.item(number);
   Task& task = item.task;
   const int64_t rows = task.heads * task.queries;
   const int64_t scratch_bytes =
@@ -95,9 +95,9 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
 }
 
 Status attention_of_some(const Problem& problem, const Execution& execution) {
-  const DtypeKernels& kernels = active_kernels().of(problem.dtype);
+  const DtypeKernels& kernels = active_level().kernels.of(problem.dtype);
   std::optional<BlockKinds> block_kinds;
-  if (problem.mask.data && problem.stage == Stage::attention &&
+  if (problem.options.mask.data && problem.stage == Stage::attention &&
       !Plan::is_decoded(problem, kernels, problem.query_length)) {
     block_kinds.emplace(problem, kernels);
     if (!classify_mask(problem, execution, *block_kinds)) return Status::interrupted;

@@ -1,4 +1,4 @@
-// The contract of the native library: one struct says what is to be computed, one call does it.
+// The contract of the native library: one struct says what to compute, one call does it.
 //
 // Shapes. q (batch..., query_heads, query_length, head_dim), k (batch..., kv_heads, key_length,
 // head_dim), v (batch..., kv_heads, key_length, value_dim), out (batch..., query_heads,
@@ -6,11 +6,11 @@
 // (batch..., query_heads, query_length, key_length). All have the same batch axes: what is
 // broadcast has a stride of 0.
 // Strides are in bytes, of any sign, and 0 where an input is broadcast. Elements may be unaligned.
-// Ragged batches: the sequences of a batch stand behind each other in the rows of q and out, and of
-// k and v. Pages: k and v are (pages, kv_heads, page_size, ...), and key j of a batch item is row
+// Ragged batches: the rows of q and out hold one sequence after another, and so do those of k and
+// v. Pages: k and v are (pages, kv_heads, page_size, ...), and key j of a batch item is row
 // j % page_size of page block_table[item][j / page_size].
 // The caller allocates every array, outputs included, and leaves them alone until the call is over.
-// Outputs overlap neither themselves nor an input. Keys and values that no query attends to don't
+// Outputs overlap neither themselves nor an input. Keys and values that no query attends to never
 // get into a result (they may be uninitialised), and those beyond kv_lengths are not read.
 // The caller has checked the arguments: nothing here is checked again.
 #pragma once
@@ -43,13 +43,33 @@ inline constexpr int kMaxBatchAxes = 62;
 // A side of a window that excludes nothing.
 inline constexpr int64_t kUnbounded = int64_t{1} << 62;
 
-struct Array {
+// The heads of an array: element (head, row, column), strides in bytes.
+struct View {
   char* data = nullptr;
   int64_t head_stride = 0;
-  int64_t row_stride = 0;                // queries of q, out, lse, mask, bias; keys of k and v
-  int64_t column_stride = 0;             // elements of a vector; keys of mask and bias; else unused
+  int64_t row_stride = 0;     // queries of q, out, lse, mask, bias; keys of k and v
+  int64_t column_stride = 0;  // elements of a vector; keys of mask and bias; else unused
+};
+
+struct Array : View {
   int64_t page_stride = 0;               // of k, v and their scales in pages
   int64_t batch_strides[kMaxBatchAxes];  // the first Problem::batch_axes are set
+};
+
+// From products of q and k to logits, in the order in which it happens. The last three decide who
+// attends to whom, and what else is in the denominator.
+struct Options {
+  double scale = 1.0;
+  double softcap = 0.0;                  // softcap * tanh(logit / softcap); 0 for none
+  View bias;                             // added; -inf masks; data null: none
+  bool bias_is_float32 = false;          // whatever dtype is; else of dtype
+  const double* alibi_slopes = nullptr;  // [query head], or null
+  // A query at position p attends to keys p - window_left ... p + window_right. Causal is a right
+  // side of 0.
+  int64_t window_left = kUnbounded;
+  int64_t window_right = kUnbounded;
+  View mask;                      // bytes, 0 is masked; data null: none
+  const double* sinks = nullptr;  // [query head], natural logarithms, -inf for none; or null
 };
 
 struct Problem {
@@ -69,11 +89,11 @@ struct Problem {
   char* sum = nullptr;
 
   Dtype dtype = Dtype::float32;
-  Array q, k, v, out;            // of dtype
-  Array lse;                     // float64 where that is dtype, else float32; data null: not wanted
-  Array mask;                    // bytes, 0 is masked; data null: none
-  Array bias;                    // data null: none
-  bool bias_is_float32 = false;  // whatever dtype is; else of dtype
+  Array q, k, v, out;  // of dtype
+  Array lse;           // float64 where that is dtype, else float32; data null: not wanted
+
+  Options options;
+  int64_t mask_batch_strides[kMaxBatchAxes], bias_batch_strides[kMaxBatchAxes];
 
   // 8-bit integers in place of dtype, each row to be multiplied by its scale: float32, without
   // columns.
@@ -92,15 +112,6 @@ struct Problem {
   // how many keys are valid. Null: positions end with the valid keys; all keys are valid.
   const int64_t* q_offset = nullptr;
   const int64_t* kv_lengths = nullptr;
-
-  // A query at position p attends to keys p - window_left ... p + window_right.
-  int64_t window_left = kUnbounded;
-  int64_t window_right = kUnbounded;
-
-  double scale = 1.0;
-  double softcap = 0.0;                  // 0 for none
-  const double* alibi_slopes = nullptr;  // [query head], or null
-  const double* sinks = nullptr;         // [query head], natural logarithms, or null
 };
 
 enum class Status { done, out_of_memory, interrupted };

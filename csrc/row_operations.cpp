@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "plan/index.h"
 #include "runtime/dispatch.h"
 #include "runtime/thread_pool.h"
 
@@ -43,20 +44,14 @@ bool rotate_item(void* context, int64_t item, StopCheck&) {
   const int64_t head = item % problem.heads;
   const int64_t row = item / problem.heads % items_per_head * step;
   const int64_t batch_item = item / problem.heads / items_per_head;
-  const auto address = [&](const Array& array) {
-    int64_t offset = head * array.head_stride + row * array.row_stride;
-    int64_t rest = batch_item;
-    for (int axis = problem.batch_axes - 1; axis >= 0; --axis) {
-      offset += rest % problem.batch_shape[axis] * array.batch_strides[axis];
-      rest /= problem.batch_shape[axis];
-    }
-    return array.data + offset;
+  const auto at = [&](const Array& array) {
+    return View{address(array, head, row) + batch_offset(problem.batch_axes, problem.batch_shape,
+                                                         array.batch_strides, batch_item),
+                0, array.row_stride, array.column_stride};
   };
-  kernels.rotate_rows({address(problem.x), problem.x.row_stride, problem.x.column_stride,
-                       address(problem.out), problem.out.row_stride, problem.out.column_stride,
-                       address(problem.cos), address(problem.sin), problem.cos.row_stride,
-                       std::min(step, problem.length - row), problem.dim, problem.rotary_dim,
-                       problem.interleaved});
+  kernels.rotate_rows({at(problem.x), at(problem.out), at(problem.cos).data, at(problem.sin).data,
+                       problem.cos.row_stride, std::min(step, problem.length - row), problem.dim,
+                       problem.rotary_dim, problem.interleaved});
   return true;
 }
 
@@ -70,19 +65,18 @@ int threads_for(int64_t items, const Execution& execution) {
 
 Status softmax(const RowSoftmax& problem, const Execution& execution) {
   if (problem.rows == 0 || problem.columns == 0) return Status::done;
-  SoftmaxJob job{problem, active_kernels().of(problem.dtype), bytes_of(problem.dtype),
+  SoftmaxJob job{problem, active_level().kernels.of(problem.dtype), bytes_of(problem.dtype),
                  rows_per_item(problem.columns)};
-  const int64_t items = (problem.rows + job.rows_per_item - 1) / job.rows_per_item;
+  const int64_t items = quotient_up(problem.rows, job.rows_per_item);
   return status_of(
       run({softmax_item, &job, items, threads_for(items, execution), execution.interrupted}));
 }
 
 Status rotate(const Rotation& problem, const Execution& execution) {
-  int64_t slices = problem.heads;
-  for (int axis = 0; axis < problem.batch_axes; ++axis) slices *= problem.batch_shape[axis];
+  const int64_t slices = problem.heads * count_batch_items(problem.batch_axes, problem.batch_shape);
   if (slices == 0 || problem.length == 0) return Status::done;
-  RotationJob job{problem, active_kernels().of(problem.dtype), 0, rows_per_item(problem.dim)};
-  job.items_per_head = (problem.length + job.rows_per_item - 1) / job.rows_per_item;
+  RotationJob job{problem, active_level().kernels.of(problem.dtype), 0, rows_per_item(problem.dim)};
+  job.items_per_head = quotient_up(problem.length, job.rows_per_item);
   const int64_t items = slices * job.items_per_head;
   return status_of(
       run({rotate_item, &job, items, threads_for(items, execution), execution.interrupted}));

@@ -7,16 +7,18 @@ from numattn import _numpy_backend, _runtime
 LEVELS = []
 if _runtime.native is not None:
     LEVELS = [name for name, available in _runtime.native.isa_names().items() if available]
-# For float32 this level has the kernels of avx512.
 BACKENDS = ["numpy", *LEVELS]
-FLOAT32_LEVELS = [name for name in LEVELS if name != "avx512_bf16"]
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 
 
 def with_dtypes(levels):
     """Return all pairs of level and dtype that differ in what runs."""
-    return [(x, d) for x in levels for d in DTYPES if x != "avx512_bf16" or d == "bfloat16"]
+    own = {"numpy": ["all"], **_runtime.ISA_LEVELS}
+    return [(x, d) for x in levels for d in DTYPES if {"all", d} & set(own[x])]
+
+
+FLOAT32_LEVELS = [level for level, dtype in with_dtypes(LEVELS) if dtype == "float32"]
 
 
 def use(name):

@@ -1,10 +1,12 @@
 #include "kernels/simd/avx512.h"
 
 #include "kernels/make_table.h"
+#include "kernels/peak.h"
 #include "kernels/simd/avx512_float64.h"
 
 namespace numattn {
 
-extern constinit const KernelTable kernels_avx512 = make_table<Float32, Float64>("avx512");
+extern constinit const KernelTable kernels_avx512 = make_table<Float32, Float64>();
+extern constinit const Probes probes_avx512 = make_probes<Float32, Float64>();
 
 }  // namespace numattn

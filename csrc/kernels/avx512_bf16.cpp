@@ -1,11 +1,14 @@
 #include "kernels/simd/avx512_bf16.h"
 
 #include "kernels/make_table.h"
+#include "kernels/peak.h"
 
 namespace numattn {
 
-// All that this level adds to avx512.
-extern constinit const DtypeKernels bfloat16_kernels_avx512_bf16 =
-    kernels_for<Bfloat16Pairs, Bfloat16Bits>();
+// All that this level adds to avx512 are products of bfloat16.
+extern constinit const KernelTable kernels_avx512_bf16 = {
+    {{}, {}, {}, kernels_for<Arithmetic<Float32, Bfloat16Pairs>, Bfloat16Bits>()}};
+extern constinit const Probes probes_avx512_bf16 = {
+    {nullptr, nullptr, nullptr, multiply_adds<Bfloat16Pairs>}, nullptr, nullptr, nullptr};
 
 }  // namespace numattn

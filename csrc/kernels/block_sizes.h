@@ -1,50 +1,47 @@
-// What the kernels share: how keys are divided, and how scratch is.
+// Block sizes shared by all kernels.
 #pragma once
 
 #include <cstdint>
+
+#include "kernels/task.h"
 
 namespace numattn {
 namespace {
 
 constexpr int kKeysPerBlock = 96;
-// Blocks whose results are added up before they are added to those of all others: the rounding
-// errors grow with the blocks of a part plus the number of parts. 20,000 keys have a third of the
-// error of one long sum.
-constexpr int64_t kBlocksPerPart = 16;
+// A chunk of keys is summed up by itself before it is added to the total: the rounding error grows
+// with the blocks of a chunk plus the number of chunks. 20,000 keys have a third of the error of
+// one long sum. Decoding also hands out its work in chunks.
+constexpr int64_t kBlocksPerChunk = 16;
+constexpr int64_t kKeysPerChunk = kBlocksPerChunk * kKeysPerBlock;
 
-// Decoding goes from K to V and back for each block, and what a CPU fetches by itself loses its way
-// then: blocks of twice the size give 1.05 to 1.1 times the speed (Zen 5).
+// Decoding alternates between K and V with each block, which makes the hardware prefetcher start
+// anew: blocks of twice the size give 1.05 to 1.1 times the speed (Zen 5).
 constexpr int kKeysPerDecodeBlock = 192;
-constexpr int64_t kKeysPerChunk = 1536;  // a part, and what is handed to a thread
 static_assert(kKeysPerChunk % kKeysPerDecodeBlock == 0);
 
-constexpr double kLog2E = 1.4426950408889634;
+// The register tile of the products: some scalars, broadcast one at a time, times some vectors.
+template <class Vectors>
+struct RegisterTile {
+  static constexpr int kVectors = Vectors::kRegisters >= 32 ? 4 : 2;
+  static constexpr int kLanes = kVectors * Vectors::kLanes;
 
-// Hands out consecutive pieces of the scratch, or counts them where there is none.
-struct Arena {
-  char* base;
-  int64_t used;
-
-  template <class Item>
-  void take(Item*& piece, int64_t items) {
-    piece = base ? reinterpret_cast<Item*>(base + used) : nullptr;
-    used += (items * static_cast<int64_t>(sizeof(Item)) + 63) / 64 * 64;
+  // How many scalars fit beside `vectors` vectors. 6 x 4 are 24 accumulators, which fill 29 of 32
+  // registers with four operands and a broadcast, and need 10 loads for 24 multiply-adds; 6 x 2
+  // fill 15 of 16. Without fused multiply-add the products need registers, too.
+  static constexpr int scalars(int vectors) {
+    if (!Vectors::kFusedMultiplyAdd) return 4;
+    if (vectors == kVectors) return 6;
+    return vectors == 1 && kVectors == 4 ? 12 : 8;
   }
-};
 
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
+  // Query tiles that share a key block: enough for the block's way from memory not to count, where
+  // several cores share it, and few enough for tiles and block to stay in the second cache.
+  static constexpr int kTilesPerBlock =
+      4 * static_cast<int>(sizeof(typename Vectors::Vec)) / kLanes;
+  static_assert(kTilesPerBlock <= kMaxTilesPerBlock, "Task and scratch have room for these tiles");
+  static_assert(kLanes <= 64, "a lane mask has 64 bits");
 };
-
-// Calls `step` with a number from 1 to kMost, or kMost if it is larger, as a compile-time constant.
-template <int kMost, class Step>
-void with_constant(int64_t number, Step step) {
-  if constexpr (kMost > 1) {
-    if (number < kMost) return with_constant<kMost - 1>(number, step);
-  }
-  step(Constant<kMost>{});
-}
 
 }  // namespace
 }  // namespace numattn

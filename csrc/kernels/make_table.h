@@ -1,57 +1,51 @@
-// Turns the vectors of a level into the table that it exports.
+// Turns what a level computes with into the table that it exports.
 #pragma once
 
-#include <cstdint>
-
+#include "kernels/block_sizes.h"
 #include "kernels/decode.h"
 #include "kernels/memory/stored_types.h"
 #include "kernels/prefill.h"
-#include "kernels/probes.h"
 #include "kernels/rows.h"
-#include "kernels/softmax/exp.h"
+#include "kernels/simd/arithmetic.h"
 #include "kernels/stages.h"
 #include "kernels/table.h"
 
 namespace numattn {
 namespace {
 
-template <class Simd, class Scalar>
-void exp2_array(const Scalar* x, Scalar* y, int64_t count) {
-  for (int64_t i = 0; i < count; i += Simd::kLanes) {
-    store_up_to<Simd>(y + i, exp2<Simd>(load_up_to<Simd>(x + i, count - i)), count - i);
-  }
-}
-
-template <class Simd, class Element>
+// Elements are what arrays hold.
+template <class Arithmetic, class Element>
+  requires ReadsAndWrites<typename Arithmetic::Vectors, Element> &&
+           Reads<typename Arithmetic::Vectors, float> && Reads<typename Arithmetic::Vectors, Int8>
 constexpr DtypeKernels kernels_for() {
-  using OfTiles = Prefill<Simd, Element>;
-  using OfRows = Decode<Simd, Element>;
-  return {OfTiles::kRowsPerTile,
-          kKeysPerBlock,
-          Simd::kTilesPerBlock,
-          OfTiles::scratch_bytes,
-          OfTiles::run,
-          OfRows::kMaxRows,
-          static_cast<int>(kKeysPerChunk),
-          OfRows::scratch_bytes,
-          OfRows::State::bytes,
-          OfRows::run,
-          OfRows::State::finish,
-          Pattern<Simd, Element>::scratch_bytes,
-          Pattern<Simd, Element>::run,
-          Rows<typename Simd::Single, Element>::softmax,
-          Rows<typename Simd::Single, Element>::rotate,
-          multiply_adds<Simd>};
+  using Vectors = typename Arithmetic::Vectors;
+  using OfTiles = Prefill<Arithmetic, Element>;
+  using OfRows = Decode<Arithmetic, Element>;
+  using OfStages = Stages<Arithmetic, Element>;
+  return {
+      .rows_per_tile = OfTiles::kQueriesPerTile,
+      .keys_per_block = kKeysPerBlock,
+      .max_tiles_per_block = RegisterTile<Vectors>::kTilesPerBlock,
+      .prefill_scratch_bytes = OfTiles::scratch_bytes,
+      .prefill = OfTiles::run,
+      .max_decode_rows = OfRows::kMaxRows,
+      .keys_per_chunk = static_cast<int>(kKeysPerChunk),
+      .decode_scratch_bytes = OfRows::Scratch::bytes,
+      .decode_state_bytes = OfRows::Scratch::State::bytes,
+      .decode = OfRows::run,
+      .decode_finish = OfRows::Scratch::State::finish,
+      .stage_scratch_bytes = OfStages::scratch_bytes,
+      .run_stage = OfStages::run,
+      .softmax_rows = Rows<Vectors, Element>::softmax,
+      .rotate_rows = Rows<Vectors, Element>::rotate,
+  };
 }
 
 template <class Float32, class Float64>
-constexpr KernelTable make_table(const char* isa) {
-  return {isa,
-          {kernels_for<Float32, float>(), kernels_for<Float64, double>(),
-           kernels_for<Float32, Float16Bits>(), kernels_for<Float32, Bfloat16Bits>()},
-          exp2_array<Float32, float>,
-          exp2_array<Float64, double>,
-          read_floats<Float32>};
+constexpr KernelTable make_table() {
+  using Single = Arithmetic<Float32>;
+  return {{kernels_for<Single, float>(), kernels_for<Arithmetic<Float64>, double>(),
+           kernels_for<Single, Float16Bits>(), kernels_for<Single, Bfloat16Bits>()}};
 }
 
 }  // namespace

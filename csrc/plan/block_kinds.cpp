@@ -5,6 +5,8 @@
 #include <limits>
 #include <new>
 
+#include "plan/index.h"
+
 namespace numattn {
 namespace {
 
@@ -36,53 +38,48 @@ void look_at(const char* bytes, int64_t stride, int64_t count, Contents& content
 
 }  // namespace
 
-int64_t batch_offset(const Problem& problem, const int64_t* batch_strides, int64_t batch_item) {
-  int64_t offset = 0;
-  for (int axis = problem.batch_axes - 1; axis >= 0; --axis) {
-    offset += batch_item % problem.batch_shape[axis] * batch_strides[axis];
-    batch_item /= problem.batch_shape[axis];
-  }
-  return offset;
-}
-
 BlockKinds::BlockKinds(const Problem& problem, const DtypeKernels& kernels)
     : problem_(problem),
-      rows_per_tile_(kernels.rows_per_tile),
+      queries_per_tile_(kernels.rows_per_tile),
       keys_per_block_(kernels.keys_per_block) {
-  const Array& mask = problem.mask;
-  blocks_ = (problem.key_length + keys_per_block_ - 1) / keys_per_block_;
-  tiles_ = mask.row_stride == 0 ? 1 : (problem.query_length + rows_per_tile_ - 1) / rows_per_tile_;
+  const View& mask = problem.options.mask;
+  const int64_t* const strides = problem.mask_batch_strides;
+  blocks_ = quotient_up(problem.key_length, keys_per_block_);
+  tiles_per_slice_ =
+      mask.row_stride == 0 ? 1 : quotient_up(problem.query_length, queries_per_tile_);
   head_slices_ = mask.head_stride == 0 ? 1 : problem.query_heads;
-  int64_t batch_items = 1;
   slices_ = head_slices_;
   for (int axis = problem.batch_axes - 1; axis >= 0; --axis) {
-    batch_items *= problem.batch_shape[axis];
-    batch_slice_strides_[axis] = mask.batch_strides[axis] == 0 ? 0 : slices_;
-    if (mask.batch_strides[axis] != 0) slices_ *= problem.batch_shape[axis];
+    batch_slice_strides_[axis] = strides[axis] == 0 ? 0 : slices_;
+    if (strides[axis] != 0) slices_ *= problem.batch_shape[axis];
   }
-  if (static_cast<double>(slices_) * static_cast<double>(tiles_) * static_cast<double>(blocks_) >
+  if (static_cast<double>(slices_) * static_cast<double>(tiles_per_slice_) *
+          static_cast<double>(blocks_) >
       static_cast<double>(std::numeric_limits<int64_t>::max())) {
     throw std::bad_alloc();  // possible where broadcast axes make arrays of any size
   }
-  kinds_.resize(static_cast<std::size_t>(slices_ * tiles_ * blocks_));
+  kinds_.resize(static_cast<std::size_t>(slices_ * tiles_per_slice_ * blocks_));
   slice_data_.resize(static_cast<std::size_t>(slices_));
-  for (int64_t item = 0; item < batch_items; ++item) {
+  const auto offset = [&](const int64_t* batch_strides, int64_t item) {
+    return batch_offset(problem.batch_axes, problem.batch_shape, batch_strides, item);
+  };
+  for (int64_t item = 0; item < count_batch_items(problem.batch_axes, problem.batch_shape);
+       ++item) {
     for (int64_t head = 0; head < head_slices_; ++head) {
-      const int64_t slice = batch_offset(problem, batch_slice_strides_, item) + head;
-      slice_data_[static_cast<std::size_t>(slice)] =
-          mask.data + batch_offset(problem, mask.batch_strides, item) + head * mask.head_stride;
+      const int64_t slice = offset(batch_slice_strides_, item) + head;
+      slice_data_[static_cast<std::size_t>(slice)] = address(mask, head, 0) + offset(strides, item);
     }
   }
 }
 
-void BlockKinds::classify(int64_t row) {
-  const Array& mask = problem_.mask;
-  const int64_t first_query = row % tiles_ * rows_per_tile_;
-  const int64_t queries = tiles_ == 1 && mask.row_stride == 0
+void BlockKinds::classify(int64_t tile) {
+  const View& mask = problem_.options.mask;
+  const int64_t first_query = tile % tiles_per_slice_ * queries_per_tile_;
+  const int64_t queries = tiles_per_slice_ == 1 && mask.row_stride == 0
                               ? 1
-                              : std::min(rows_per_tile_, problem_.query_length - first_query);
-  const char* const data =
-      slice_data_[static_cast<std::size_t>(row / tiles_)] + first_query * mask.row_stride;
+                              : std::min(queries_per_tile_, problem_.query_length - first_query);
+  const char* const data = slice_data_[static_cast<std::size_t>(tile / tiles_per_slice_)] +
+                           first_query * mask.row_stride;
   for (int64_t block = 0; block < blocks_; ++block) {
     const int64_t first_key = block * keys_per_block_;
     const int64_t keys = std::min(keys_per_block_, problem_.key_length - first_key);
@@ -92,18 +89,19 @@ void BlockKinds::classify(int64_t row) {
               keys, contents);
       if (contents.some_set && contents.some_clear) break;
     }
-    kinds_[static_cast<std::size_t>(row * blocks_ + block)] = !contents.some_set ? BlockKind::empty
-                                                              : contents.some_clear
-                                                                  ? BlockKind::mixed
-                                                                  : BlockKind::full;
+    kinds_[static_cast<std::size_t>(tile * blocks_ + block)] = !contents.some_set ? BlockKind::empty
+                                                               : contents.some_clear
+                                                                   ? BlockKind::mixed
+                                                                   : BlockKind::full;
   }
 }
 
-const BlockKind* BlockKinds::tile(int64_t batch_item, int64_t head, int64_t first_row) const {
+const BlockKind* BlockKinds::of_tile(int64_t batch_item, int64_t head, int64_t first_query) const {
   const int64_t slice =
-      batch_offset(problem_, batch_slice_strides_, batch_item) + (head_slices_ == 1 ? 0 : head);
-  const int64_t tile = tiles_ == 1 ? 0 : first_row / rows_per_tile_;
-  return kinds_.data() + (slice * tiles_ + tile) * blocks_;
+      batch_offset(problem_.batch_axes, problem_.batch_shape, batch_slice_strides_, batch_item) +
+      (head_slices_ == 1 ? 0 : head);
+  const int64_t tile = tiles_per_slice_ == 1 ? 0 : first_query / queries_per_tile_;
+  return kinds_.data() + (slice * tiles_per_slice_ + tile) * blocks_;
 }
 
 }  // namespace numattn

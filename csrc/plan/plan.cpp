@@ -1,34 +1,29 @@
 #include "plan/plan.h"
 
 #include <algorithm>
+#include <utility>
+
+#include "plan/index.h"
 
 namespace numattn {
 namespace {
 
-// Items for each thread, so that none has to wait long for the last one of another.
+// Work items for each thread, so that none waits long for another's last one.
 constexpr int64_t kItemsPerThread = 4;
 // A microsecond or two of work: what it takes to hand some of it to a thread that spins.
 constexpr double kFlopsPerThread = 5e5;
 // The flops that take as long as reading a byte of K or V from memory.
 constexpr double kFlopsPerByte = 10;
-// Rows of several heads are longer than what a CPU fetches ahead by itself needs to find its way;
-// a part of a block of keys should still fit into the second cache.
-constexpr int64_t kBytesOfNeighbours = 4096;
-// Each brings its logits and its queries besides.
-constexpr int64_t kMostNeighbours = 16;
-
-int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Group adjacent heads until a key spans 4 KiB: enough for the hardware prefetcher, small enough
+// for a turn's keys to stay in L2.
+constexpr int64_t kBytesOfAdjacentHeads = 4096;
+// Each head adds its own queries and logits to the scratch.
+constexpr int64_t kMostAdjacentHeads = 16;
 
 // No larger than `most`, but at least 1.
 int64_t largest_divisor(int64_t number, int64_t most) {
   while (most > 1 && number % most != 0) --most;
   return std::max<int64_t>(most, 1);
-}
-
-int64_t count_batch_items(const Problem& problem) {
-  int64_t items = 1;
-  for (int axis = 0; axis < problem.batch_axes; ++axis) items *= problem.batch_shape[axis];
-  return items;
 }
 
 }  // namespace
@@ -43,7 +38,7 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
     : problem_(problem),
       kernels_(kernels),
       block_kinds_(block_kinds),
-      batch_items_(count_batch_items(problem)) {
+      batch_items_(count_batch_items(problem.batch_axes, problem.batch_shape)) {
   const bool ragged = problem.query_starts != nullptr;
   double work = 0;
   const auto look_at = [&](const Sequence& sequence, double times) {
@@ -60,13 +55,12 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
   threads_ =
       static_cast<int>(std::clamp(work / kFlopsPerThread, 1.0, static_cast<double>(num_threads)));
 
-  // Whatever the block of queries, each of its tiles is computed in the same way: the number of
-  // threads may decide here without changing a bit of the result.
-  // The same goes for heads of K and V that are decoded side by side (Carry in row_products.h).
+  // Each tile and each KV head is computed in the same way, however many are in a work item (Carry
+  // in row_products.h): the number of threads may decide here without changing a bit of the result.
   int64_t tiles = kernels.max_tiles_per_block;
-  kv_heads_per_item_ = max_decode_rows_ > 0 ? neighbouring_kv_heads() : 1;
+  kv_heads_per_item_ = max_decode_rows_ > 0 ? adjacent_kv_heads() : 1;
   const auto count = [&] {
-    rows_per_item_ = tiles * kernels.rows_per_tile;
+    queries_per_item_ = tiles * kernels.rows_per_tile;
     Counts all{0, 0};
     before_.clear();
     for (int64_t i = 0; ragged && i < batch_items_; ++i) {
@@ -93,16 +87,17 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
   threads_ = static_cast<int>(std::min<int64_t>(threads_, std::max<int64_t>(items_, 1)));
 }
 
-// How many heads of K and V an item of decode may take: those whose rows stand side by side.
-int64_t Plan::neighbouring_kv_heads() const {
-  if (problem_.mask.data || problem_.bias.data) return 1;  // which heads may not share
-  int64_t most = std::min(problem_.kv_heads, kMostNeighbours);
+// How many KV heads a work item of decode may take: those whose rows are adjacent in memory.
+int64_t Plan::adjacent_kv_heads() const {
+  if (problem_.options.mask.data || problem_.options.bias.data)
+    return 1;  // which heads may not share
+  int64_t most = std::min(problem_.kv_heads, kMostAdjacentHeads);
   const auto look_at = [&](const Array& array, bool is_int8, int64_t dims) {
     const int64_t element = is_int8 ? 1 : bytes_of(problem_.dtype);
-    const bool side_by_side = array.column_stride == element &&
-                              array.head_stride == dims * element &&
-                              array.row_stride >= problem_.kv_heads * array.head_stride;
-    most = side_by_side ? std::min(most, kBytesOfNeighbours / array.head_stride) : 1;
+    const bool is_adjacent = array.column_stride == element &&
+                             array.head_stride == dims * element &&
+                             array.row_stride >= problem_.kv_heads * array.head_stride;
+    most = is_adjacent ? std::min(most, kBytesOfAdjacentHeads / array.head_stride) : 1;
   };
   look_at(problem_.k, problem_.k_is_int8, problem_.head_dim);
   if (most > 1) look_at(problem_.v, problem_.v_is_int8, problem_.value_dim);
@@ -125,7 +120,7 @@ int64_t Plan::chunks(const Sequence& sequence) const {
 Plan::Counts Plan::counts(const Sequence& sequence) const {
   if (problem_.stage == Stage::received) return {problem_.query_heads * chunks(sequence), 0};
   if (!is_decoded(problem_, kernels_, sequence.queries)) {
-    return {problem_.query_heads * quotient_up(sequence.queries, rows_per_item_), 0};
+    return {problem_.query_heads * quotient_up(sequence.queries, queries_per_item_), 0};
   }
   if (sequence.queries == 0) return {0, 0};
   const int64_t states = problem_.kv_heads * chunks(sequence);
@@ -140,43 +135,40 @@ double Plan::cost(const Sequence& sequence) const {
   return std::max(flops, kFlopsPerByte * bytes) * keys * dims;
 }
 
-TileKeys Plan::tile_keys(int64_t first_position, int64_t rows, int64_t valid_keys) const {
-  const int64_t last_position = first_position + rows - 1;
+TileKeys Plan::tile_keys(int64_t first_position, int64_t queries, int64_t valid_keys) const {
+  const int64_t last_position = first_position + queries - 1;
+  const auto [left, right] = std::pair(problem_.options.window_left, problem_.options.window_right);
   const auto clip = [&](int64_t key) { return std::clamp<int64_t>(key, 0, valid_keys); };
-  return {
-      clip(first_position - problem_.window_left), clip(last_position + problem_.window_right + 1),
-      clip(last_position - problem_.window_left), clip(first_position + problem_.window_right + 1)};
+  return {clip(first_position - left), clip(last_position + right + 1), clip(last_position - left),
+          clip(first_position + right + 1)};
 }
 
-char* Plan::address(const Array& array, const Sequence& sequence, int64_t head, int64_t row) const {
-  if (!array.data) return nullptr;
-  return array.data + batch_offset(problem_, array.batch_strides, sequence.batch_item) +
-         head * array.head_stride + row * array.row_stride;
+int64_t Plan::offset(const int64_t* batch_strides, const Sequence& sequence) const {
+  return batch_offset(problem_.batch_axes, problem_.batch_shape, batch_strides,
+                      sequence.batch_item);
 }
 
-KeyRows Plan::key_rows(const Array& array, const Array& scales, bool is_int8, int64_t dims,
+View Plan::moved(View view, const int64_t* batch_strides, const Sequence& sequence, int64_t head,
+                 int64_t row) const {
+  if (view.data) view.data = address(view, head, row) + offset(batch_strides, sequence);
+  return view;
+}
+
+KeyRows Plan::key_rows(const Array& rows, const Array& scales, bool is_int8, int64_t dims,
                        const Sequence& sequence, int64_t kv_head) const {
-  KeyRows rows;
-  rows.row_stride = array.row_stride;
-  rows.column_stride = array.column_stride;
-  rows.dims = dims;
-  rows.is_int8 = is_int8;
-  rows.scale_row_stride = scales.row_stride;
-  rows.head_stride = array.head_stride;
-  rows.scale_head_stride = scales.head_stride;
+  KeyRows keys{rows, dims, is_int8, scales, nullptr, 0, 0, 0};
   if (!problem_.block_table) {
-    rows.data = address(array, sequence, kv_head, sequence.first_key);
-    rows.scales = address(scales, sequence, kv_head, sequence.first_key);
-    rows.pages = nullptr;
-    return rows;
+    keys.rows = moved(rows, rows.batch_strides, sequence, kv_head, sequence.first_key);
+    keys.scales = moved(scales, scales.batch_strides, sequence, kv_head, sequence.first_key);
+    return keys;
   }
-  rows.data = array.data + kv_head * array.head_stride;
-  rows.scales = scales.data ? scales.data + kv_head * scales.head_stride : nullptr;
-  rows.pages = problem_.block_table + sequence.batch_item * problem_.pages_per_item;
-  rows.page_size = problem_.page_size;
-  rows.page_stride = array.page_stride;
-  rows.scale_page_stride = scales.page_stride;
-  return rows;
+  keys.rows.data = address(rows, kv_head, 0);
+  if (scales.data) keys.scales.data = address(scales, kv_head, 0);
+  keys.pages = problem_.block_table + sequence.batch_item * problem_.pages_per_item;
+  keys.page_size = problem_.page_size;
+  keys.page_stride = rows.page_stride;
+  keys.scale_page_stride = scales.page_stride;
+  return keys;
 }
 
 int64_t Plan::valid_keys(const Sequence& sequence) const {
@@ -187,107 +179,91 @@ void Plan::set_arrays(Task& task, const Sequence& sequence, int64_t head, int64_
                       int64_t first_query, int64_t queries) const {
   const int64_t row = sequence.first_query + first_query;
   const int64_t kv_head = head / group();
+  const auto view = [&](const Array& array) {
+    return moved(array, array.batch_strides, sequence, head, row);
+  };
   task.kv_heads = 1;
   task.heads = heads;
   task.queries = queries;
   task.head_dim = problem_.head_dim;
   task.value_dim = problem_.value_dim;
-
-  task.q = address(problem_.q, sequence, head, row);
-  task.q_head_stride = problem_.q.head_stride;
-  task.q_row_stride = problem_.q.row_stride;
-  task.q_column_stride = problem_.q.column_stride;
+  task.q = view(problem_.q);
   task.k = key_rows(problem_.k, problem_.k_scales, problem_.k_is_int8, problem_.head_dim, sequence,
                     kv_head);
   task.v = key_rows(problem_.v, problem_.v_scales, problem_.v_is_int8, problem_.value_dim, sequence,
                     kv_head);
-  task.out = address(problem_.out, sequence, head, row);
-  task.out_head_stride = problem_.out.head_stride;
-  task.out_row_stride = problem_.out.row_stride;
-  task.out_column_stride = problem_.out.column_stride;
-  task.lse = address(problem_.lse, sequence, head, row);
-  task.lse_head_stride = problem_.lse.head_stride;
-  task.lse_row_stride = problem_.lse.row_stride;
+  task.out = view(problem_.out);
+  task.lse = view(problem_.lse);
 
-  task.mask = address(problem_.mask, sequence, head, row);
-  task.mask_head_stride = problem_.mask.head_stride;
-  task.mask_row_stride = problem_.mask.row_stride;
-  task.mask_column_stride = problem_.mask.column_stride;
-  task.bias = address(problem_.bias, sequence, head, row);
-  task.bias_is_float32 = problem_.bias_is_float32;
-  task.bias_head_stride = problem_.bias.head_stride;
-  task.bias_row_stride = problem_.bias.row_stride;
-  task.bias_column_stride = problem_.bias.column_stride;
+  Options& options = task.options = problem_.options;
+  options.mask = moved(options.mask, problem_.mask_batch_strides, sequence, head, row);
+  options.bias = moved(options.bias, problem_.bias_batch_strides, sequence, head, row);
+  if (options.alibi_slopes) options.alibi_slopes += head;
+  if (options.sinks) options.sinks += head;
 
-  const int64_t offset = problem_.q_offset ? problem_.q_offset[sequence.batch_item]
-                                           : valid_keys(sequence) - sequence.queries;
-  task.first_position = offset + first_query;
-  task.window_left = problem_.window_left;
-  task.window_right = problem_.window_right;
-
-  task.scale = problem_.scale;
-  task.softcap = problem_.softcap;
-  task.alibi_slopes = problem_.alibi_slopes ? problem_.alibi_slopes + head : nullptr;
-  task.sinks = problem_.sinks ? problem_.sinks + head : nullptr;
+  const int64_t q_offset = problem_.q_offset ? problem_.q_offset[sequence.batch_item]
+                                             : valid_keys(sequence) - sequence.queries;
+  task.first_position = q_offset + first_query;
 }
 
-void Plan::set_prefill(Item& item, const Sequence& sequence, int64_t local) const {
-  const int64_t blocks = quotient_up(sequence.queries, rows_per_item_);
+void Plan::set_prefill(WorkItem& item, const Sequence& sequence, int64_t local) const {
+  const int64_t blocks = quotient_up(sequence.queries, queries_per_item_);
   const int64_t head = local / blocks;
   // Under a causal limit the last queries have the most keys.
   int64_t block = local % blocks;
-  if (problem_.window_right != kUnbounded) block = blocks - 1 - block;
-  const int64_t first = block * rows_per_item_;
+  if (problem_.options.window_right != kUnbounded) block = blocks - 1 - block;
+  const int64_t first = block * queries_per_item_;
   Task& task = item.task;
-  set_arrays(task, sequence, head, 1, first, std::min(rows_per_item_, sequence.queries - first));
-  task.block_kinds = block_kinds_ ? block_kinds_->tile(sequence.batch_item, head, first) : nullptr;
+  set_arrays(task, sequence, head, 1, first, std::min(queries_per_item_, sequence.queries - first));
+  task.block_kinds =
+      block_kinds_ ? block_kinds_->of_tile(sequence.batch_item, head, first) : nullptr;
   task.block_kinds_stride = block_kinds_ ? block_kinds_->tile_stride() : 0;
   int tile = 0;
-  for (int64_t row = 0; row < task.queries; row += kernels_.rows_per_tile) {
-    const int64_t rows = std::min<int64_t>(kernels_.rows_per_tile, task.queries - row);
-    task.tile_keys[tile++] = tile_keys(task.first_position + row, rows, valid_keys(sequence));
+  for (int64_t query = 0; query < task.queries; query += kernels_.rows_per_tile) {
+    const int64_t queries = std::min<int64_t>(kernels_.rows_per_tile, task.queries - query);
+    task.tile_keys[tile++] = tile_keys(task.first_position + query, queries, valid_keys(sequence));
   }
 }
 
-void Plan::set_decode(Item& item, const Sequence& sequence, int64_t local) const {
+void Plan::set_decode(WorkItem& item, const Sequence& sequence, int64_t local) const {
   item.chunks = chunks(sequence);
   item.chunk = local % item.chunks;
-  Task& task = item.task;
   const int64_t kv_head = local / item.chunks * kv_heads_per_item_;
+  item.state = kv_head * item.chunks + item.chunk;
+  Task& task = item.task;
   set_arrays(task, sequence, kv_head * group(), group(), 0, sequence.queries);
   task.kv_heads = kv_heads_per_item_;
   const int64_t begin = item.chunk * kernels_.keys_per_chunk;
-  const int64_t end = begin + kernels_.keys_per_chunk;
   TileKeys keys = tile_keys(task.first_position, task.queries, valid_keys(sequence));
   keys.begin = std::max(keys.begin, begin);
-  keys.end = std::min(keys.end, end);
+  keys.end = std::min(keys.end, begin + kernels_.keys_per_chunk);
   task.tile_keys[0] = keys;
 }
 
-void Plan::set_stage(Item& item, const Sequence& sequence, int64_t local) const {
+void Plan::set_stage(WorkItem& item, const Sequence& sequence, int64_t local) const {
   Task& task = item.task;
   const bool by_keys = problem_.stage == Stage::received;
-  const int64_t parts = by_keys ? chunks(sequence) : quotient_up(sequence.queries, rows_per_item_);
-  const int64_t head = local / parts;
-  const int64_t part = local % parts;
-  const int64_t row = by_keys ? 0 : part * rows_per_item_;
+  const int64_t blocks =
+      by_keys ? chunks(sequence) : quotient_up(sequence.queries, queries_per_item_);
+  const int64_t head = local / blocks;
+  const int64_t block = local % blocks;
+  const int64_t first_query = by_keys ? 0 : block * queries_per_item_;
   const int64_t queries =
-      by_keys ? sequence.queries : std::min(rows_per_item_, sequence.queries - row);
-  set_arrays(task, sequence, head, 1, row, queries);
-  if (by_keys) task.out = address(problem_.out, sequence, head, 0);
-  task.keys_begin = by_keys ? part * kernels_.keys_per_chunk : 0;
+      by_keys ? sequence.queries : std::min(queries_per_item_, sequence.queries - first_query);
+  set_arrays(task, sequence, head, 1, first_query, queries);
+  task.keys_begin = by_keys ? block * kernels_.keys_per_chunk : 0;
   task.keys_end = by_keys
                       ? std::min<int64_t>(task.keys_begin + kernels_.keys_per_chunk, sequence.keys)
                       : sequence.keys;
   task.valid_keys = valid_keys(sequence);
   const int64_t first =
-      (sequence.batch_item * problem_.query_heads + head) * sequence.queries + row;
+      (sequence.batch_item * problem_.query_heads + head) * sequence.queries + first_query;
   const int64_t size = problem_.dtype == Dtype::float64 ? sizeof(double) : sizeof(float);
   task.maximum = problem_.maximum ? problem_.maximum + first * size : nullptr;
   task.sum = problem_.sum ? problem_.sum + first * size : nullptr;
 }
 
-Item Plan::item(int64_t number) const {
+WorkItem Plan::item(int64_t number) const {
   int64_t batch_item;
   Counts before;
   if (before_.empty()) {
@@ -303,18 +279,14 @@ Item Plan::item(int64_t number) const {
   }
   const Sequence here = sequence(batch_item);
   const int64_t local = number - before.items;
-  Item item;
+  WorkItem item;
   item.task.stage = problem_.stage;
-  if (problem_.stage != Stage::attention) {
-    item.is_decode = false;
-    set_stage(item, here, local);
-    return item;
-  }
   item.is_decode = is_decoded(problem_, kernels_, here.queries);
-  if (item.is_decode) {
+  if (problem_.stage != Stage::attention) {
+    set_stage(item, here, local);
+  } else if (item.is_decode) {
     set_decode(item, here, local);
-    const int64_t kv_head = local / item.chunks * kv_heads_per_item_;
-    item.state = before.states + kv_head * item.chunks + item.chunk;
+    item.state += before.states;
   } else {
     set_prefill(item, here, local);
   }

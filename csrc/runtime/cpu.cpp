@@ -53,9 +53,6 @@ std::string cpu_name() {
   return "unknown";
 #endif
 }
-bool cpu_has_avx2() { return false; }
-bool cpu_has_avx512() { return false; }
-bool cpu_has_avx512_bf16() { return false; }
 #endif
 
 int usable_cpus() {

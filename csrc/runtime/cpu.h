@@ -1,4 +1,4 @@
-// What this CPU can do. The only file that asks the hardware.
+// What this CPU can do. Only cpu.cpp asks the hardware.
 #pragma once
 
 #include <string>
@@ -8,8 +8,9 @@ namespace numattn {
 // As named by the vendor, or the architecture where that is not known.
 std::string cpu_name();
 
-// Of each level, the instructions that its kernels are compiled for, with the operating system
-// saving the registers.
+// For each ISA level, whether the CPU has the instructions that its kernels are compiled for, and
+// the operating system saves the registers.
+inline bool cpu_has_generic() { return true; }
 bool cpu_has_avx2();         // AVX2, FMA, F16C
 bool cpu_has_avx512();       // F, BW, DQ, VL
 bool cpu_has_avx512_bf16();  // and VNNI, BF16

@@ -6,68 +6,71 @@
 
 namespace numattn {
 
-extern const KernelTable kernels_generic;
-#if NUMATTN_HAVE_X86_KERNELS
-extern const KernelTable kernels_avx2;
-extern const KernelTable kernels_avx512;
-extern const DtypeKernels bfloat16_kernels_avx512_bf16;
+// levels.inc is made from the list of levels: NUMATTN_LEVEL(name) for each one that is built.
+#define NUMATTN_LEVEL(level)                \
+  extern const KernelTable kernels_##level; \
+  extern const Probes probes_##level;
+#include "levels.inc"
+#undef NUMATTN_LEVEL
 
 namespace {
 
-// Pairs of bfloat16 are all that this level adds.
-const KernelTable& avx512_bf16() {
-  static const KernelTable table = [] {
-    KernelTable copy = kernels_avx512;
-    copy.isa = "avx512_bf16";
-    copy.dtypes[static_cast<int>(Dtype::bfloat16)] = bfloat16_kernels_avx512_bf16;
-    return copy;
-  }();
-  return table;
+// Fills in what a level takes from the one before it.
+void inherit(IsaLevel& level, const IsaLevel& before) {
+  for (int dtype = 0; dtype < kDtypes; ++dtype) {
+    if (level.kernels.dtypes[dtype].prefill) continue;
+    level.kernels.dtypes[dtype] = before.kernels.dtypes[dtype];
+    level.probes.multiply_adds[dtype] = before.probes.multiply_adds[dtype];
+  }
+  if (level.probes.exp2_float32) return;
+  level.probes.read_floats = before.probes.read_floats;
+  level.probes.exp2_float32 = before.probes.exp2_float32;
+  level.probes.exp2_float64 = before.probes.exp2_float64;
 }
 
 }  // namespace
-#endif
 
 const std::vector<IsaLevel>& isa_levels() {
-  static const std::vector<IsaLevel> levels = {
-      {&kernels_generic, true},
-#if NUMATTN_HAVE_X86_KERNELS
-      {&kernels_avx2, cpu_has_avx2()},
-      {&kernels_avx512, cpu_has_avx512()},
-      {&avx512_bf16(), cpu_has_avx512_bf16()},
-#endif
-  };
+  static const std::vector<IsaLevel> levels = [] {
+    std::vector<IsaLevel> all = {
+#define NUMATTN_LEVEL(level) {#level, kernels_##level, probes_##level, cpu_has_##level()},
+#include "levels.inc"
+#undef NUMATTN_LEVEL
+    };
+    for (size_t i = 1; i < all.size(); ++i) inherit(all[i], all[i - 1]);
+    return all;
+  }();
   return levels;
 }
 
 namespace {
 
-const KernelTable* best_available() {
-  const KernelTable* best = nullptr;
+const IsaLevel* best_available() {
+  const IsaLevel* best = nullptr;
   for (const IsaLevel& level : isa_levels()) {
-    if (level.available) best = level.kernels;
+    if (level.available) best = &level;
   }
   return best;
 }
 
 // Chosen as the library is loaded, so that no fork finds it half made.
-std::atomic<const KernelTable*> active{best_available()};
+std::atomic<const IsaLevel*> active{best_available()};
 
 }  // namespace
 
-const KernelTable& active_kernels() { return *active.load(std::memory_order_relaxed); }
+const IsaLevel& active_level() { return *active.load(std::memory_order_relaxed); }
 
 std::string set_isa(const std::string& name) {
   std::string built;
   for (const IsaLevel& level : isa_levels()) {
-    if (name == level.kernels->isa) {
+    if (name == level.name) {
       if (!level.available) {
         return "this CPU (" + cpu_name() + ") does not have the instructions of '" + name + "'";
       }
-      active.store(level.kernels, std::memory_order_relaxed);
+      active.store(&level, std::memory_order_relaxed);
       return "";
     }
-    built += std::string(built.empty() ? "" : ", ") + level.kernels->isa;
+    built += std::string(built.empty() ? "" : ", ") + level.name;
   }
   return "'" + name + "' is not among the levels of this build: " + built;
 }

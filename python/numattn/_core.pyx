@@ -40,13 +40,24 @@ cdef extern from "problem.h" namespace "numattn" nogil:
         weights
         received
 
-    cdef struct Array:
+    cdef cppclass View:
         char* data
         int64_t head_stride
         int64_t row_stride
         int64_t column_stride
+
+    cdef cppclass Array(View):
         int64_t page_stride
         int64_t* batch_strides
+
+    cdef cppclass Options:
+        double scale, softcap
+        View bias
+        cbool bias_is_float32
+        const double* alibi_slopes
+        int64_t window_left, window_right
+        View mask
+        const double* sinks
 
     cdef cppclass Problem:
         Problem()
@@ -59,8 +70,10 @@ cdef extern from "problem.h" namespace "numattn" nogil:
         char* maximum
         char* sum
         Dtype dtype
-        Array q, k, v, out, lse, mask, bias
-        cbool bias_is_float32
+        Array q, k, v, out, lse
+        Options options
+        int64_t* mask_batch_strides
+        int64_t* bias_batch_strides
         cbool k_is_int8, v_is_int8
         Array k_scales, v_scales
         const int64_t* query_starts
@@ -69,10 +82,6 @@ cdef extern from "problem.h" namespace "numattn" nogil:
         int64_t pages_per_item, page_size
         const int64_t* q_offset
         const int64_t* kv_lengths
-        int64_t window_left, window_right
-        double scale, softcap
-        const double* alibi_slopes
-        const double* sinks
 
     cdef enum class Status:
         done
@@ -114,25 +123,22 @@ cdef extern from "runtime/cpu.h" namespace "numattn" nogil:
     int cpp_usable_cpus "numattn::usable_cpus"()
 
 
-cdef extern from "kernels/table.h" namespace "numattn" nogil:
-    cdef struct DtypeKernels:
-        double (*multiply_adds)(int64_t) noexcept nogil
-
-    cdef cppclass KernelTable:
-        const char* isa
+cdef extern from "kernels/probes.h" namespace "numattn" nogil:
+    cdef struct Probes:
+        double (**multiply_adds)(int64_t) noexcept nogil
+        float (*read_floats)(const float*, int64_t) noexcept nogil
         void (*exp2_float32)(const float*, float*, int64_t) noexcept nogil
         void (*exp2_float64)(const double*, double*, int64_t) noexcept nogil
-        float (*read_floats)(const float*, int64_t) noexcept nogil
-        const DtypeKernels& of(Dtype)
 
 
 cdef extern from "runtime/dispatch.h" namespace "numattn" nogil:
     cdef struct IsaLevel:
-        const KernelTable* kernels
+        const char* name
+        Probes probes
         cbool available
 
     const vector[IsaLevel]& isa_levels()
-    const KernelTable& active_kernels()
+    const IsaLevel& active_level()
     string cpp_set_isa "numattn::set_isa"(const string&)
 
 
@@ -184,18 +190,26 @@ cdef int _raise_for(Status status) except -1:
     )
 
 
-cdef inline void _fill(Array* to, cnp.ndarray x, int batch_axes, cbool has_columns) noexcept:
+cdef inline void _fill_view(View* to, cnp.ndarray x, int batch_axes, cbool has_columns) noexcept:
     """`x` has the axes (batch..., heads, rows[, columns]); one head may lack its axis."""
     cdef const cnp.npy_intp* strides = cnp.PyArray_STRIDES(x)
     cdef int ndim = cnp.PyArray_NDIM(x)
-    cdef int axis
     cdef int inner = 2 if has_columns else 1
     to.data = <char*>cnp.PyArray_DATA(x)
-    for axis in range(batch_axes):
-        to.batch_strides[axis] = strides[axis]
     to.head_stride = strides[batch_axes] if ndim > batch_axes + inner else 0
     to.row_stride = strides[ndim - inner]
     to.column_stride = strides[ndim - 1] if has_columns else 0
+
+
+cdef inline void _fill_strides(int64_t* to, cnp.ndarray x, int batch_axes) noexcept:
+    cdef int axis
+    for axis in range(batch_axes):
+        to[axis] = cnp.PyArray_STRIDES(x)[axis]
+
+
+cdef inline void _fill(Array* to, cnp.ndarray x, int batch_axes, cbool has_columns) noexcept:
+    _fill_view(to, x, batch_axes, has_columns)
+    _fill_strides(to.batch_strides, x, batch_axes)
 
 
 # NumPy numbers the types of other packages as they are imported.
@@ -279,13 +293,13 @@ def attention_common(object q, object k, object v, object is_causal, object scal
     ):
         return None
     if scale is None:
-        problem.scale = 1.0 / sqrt(<double>problem.head_dim)
+        problem.options.scale = 1.0 / sqrt(<double>problem.head_dim)
     elif PyFloat_CheckExact(scale) and isfinite(<double>scale) and abs(<double>scale) < 1e30:
-        problem.scale = <double>scale
+        problem.options.scale = <double>scale
     else:
         return None
     if is_causal is True:
-        problem.window_right = 0
+        problem.options.window_right = 0
 
     for axis in range(ndim - 1):
         out_shape[axis] = q_shape[axis]
@@ -371,22 +385,24 @@ cdef int _describe(Problem* problem, object arguments) except -1:
         problem.query_starts = <const int64_t*>cnp.PyArray_DATA(<cnp.ndarray>query_starts)
         problem.key_starts = <const int64_t*>cnp.PyArray_DATA(<cnp.ndarray>key_starts)
     if mask is not None:
-        _fill(&problem.mask, <cnp.ndarray>mask, problem.batch_axes, True)
+        _fill_view(&problem.options.mask, <cnp.ndarray>mask, problem.batch_axes, True)
+        _fill_strides(problem.mask_batch_strides, <cnp.ndarray>mask, problem.batch_axes)
     if bias is not None:
-        _fill(&problem.bias, <cnp.ndarray>bias, problem.batch_axes, True)
-        problem.bias_is_float32 = cnp.PyArray_TYPE(<cnp.ndarray>bias) == cnp.NPY_FLOAT32
+        _fill_view(&problem.options.bias, <cnp.ndarray>bias, problem.batch_axes, True)
+        _fill_strides(problem.bias_batch_strides, <cnp.ndarray>bias, problem.batch_axes)
+        problem.options.bias_is_float32 = cnp.PyArray_TYPE(<cnp.ndarray>bias) == cnp.NPY_FLOAT32
     if q_offset is not None:
         problem.q_offset = <const int64_t*>cnp.PyArray_DATA(<cnp.ndarray>q_offset)
     if kv_lengths is not None:
         problem.kv_lengths = <const int64_t*>cnp.PyArray_DATA(<cnp.ndarray>kv_lengths)
     if alibi_slopes is not None:
-        problem.alibi_slopes = <const double*>cnp.PyArray_DATA(<cnp.ndarray>alibi_slopes)
+        problem.options.alibi_slopes = <const double*>cnp.PyArray_DATA(<cnp.ndarray>alibi_slopes)
     if sinks is not None:
-        problem.sinks = <const double*>cnp.PyArray_DATA(<cnp.ndarray>sinks)
-    problem.window_left = arguments.window_left
-    problem.window_right = arguments.window_right
-    problem.scale = arguments.scale
-    problem.softcap = arguments.softcap
+        problem.options.sinks = <const double*>cnp.PyArray_DATA(<cnp.ndarray>sinks)
+    problem.options.window_left = arguments.window_left
+    problem.options.window_right = arguments.window_right
+    problem.options.scale = arguments.scale
+    problem.options.softcap = arguments.softcap
     return 0
 
 
@@ -501,14 +517,14 @@ def isa_names():
     cdef const vector[IsaLevel]* levels = &isa_levels()
     cdef size_t i
     return {
-        levels.at(i).kernels.isa.decode(): bool(levels.at(i).available)
+        levels.at(i).name.decode(): bool(levels.at(i).available)
         for i in range(levels.size())
     }
 
 
 def isa():
     """Return the name of the ISA level in use."""
-    return active_kernels().isa.decode()
+    return active_level().name.decode()
 
 
 def set_isa(str name):
@@ -530,9 +546,9 @@ def exp2(const real[::1] x not None, real[::1] y not None):
     if x.shape[0] == 0:
         return
     if real is float:
-        active_kernels().exp2_float32(&x[0], &y[0], x.shape[0])
+        active_level().probes.exp2_float32(&x[0], &y[0], x.shape[0])
     else:
-        active_kernels().exp2_float64(&x[0], &y[0], x.shape[0])
+        active_level().probes.exp2_float64(&x[0], &y[0], x.shape[0])
 
 
 def multiply_adds(int64_t rounds, str dtype="float32"):
@@ -546,7 +562,7 @@ def multiply_adds(int64_t rounds, str dtype="float32"):
         "bfloat16": Dtype.bfloat16,
     }[dtype]
     with nogil:
-        flops = active_kernels().of(wanted).multiply_adds(rounds)
+        flops = active_level().probes.multiply_adds[<int>wanted](rounds)
     return flops
 
 
@@ -559,5 +575,5 @@ def read_floats(const float[::1] x not None):
     if x.shape[0] == 0:
         return 0.0
     with nogil:
-        total = active_kernels().read_floats(&x[0], x.shape[0])
+        total = active_level().probes.read_floats(&x[0], x.shape[0])
     return total

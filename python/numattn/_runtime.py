@@ -7,7 +7,7 @@ import platform
 import re
 import sys
 import warnings
-from importlib import metadata
+from importlib import metadata, resources
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 __version__ = metadata.version("numattn")
 
 BACKENDS = ("native", "numpy")
-ISA_LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
+# Each level, better than the one before it, and the dtypes that it has its own kernels for. Not all
+# are built for every architecture.
+ISA_LEVELS = {
+    line.split()[0]: line.split()[2:]
+    for line in resources.files("numattn")
+    .joinpath("isa_levels.txt")
+    .read_text("ascii")
+    .splitlines()
+    if not line.startswith("#")
+}
 
 _INSTALL_ADVICE = (
     "install a C++20 compiler (GCC 11 or Clang 14, or later), then run "

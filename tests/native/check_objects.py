@@ -1,6 +1,6 @@
 """The objects of the kernels leave nothing to others, and common objects run on every CPU.
 
-    check_objects.py OBJECT... LIBRARY
+    check_objects.py LIST_OF_LEVELS OBJECT... LIBRARY
 
 A kernel's object may have no weak symbol (an inline function or a template compiled there could be
 the copy that the linker keeps for everybody) and nothing that runs before dispatch. The objects
@@ -14,7 +14,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-LEVELS = ("avx2", "avx512", "avx512_bf16")
 # What came after SSE2. (tzcnt is bsf to CPUs that don't know it; VEX and EVEX encodings begin with
 # a v in the disassembly; of the baseline only verr and verw do, which no compiler makes.)
 LATER = re.compile(
@@ -43,11 +42,11 @@ def level_of(name):
 
 def problems_of_kernels(path):
     words = [line.split() for line in output("nm", path).splitlines()]
-    shared = [(w[-2], w[-1]) for w in words if w[-2] not in "trU"]
-    if [kind for kind, _ in shared] != ["D"] or f"kernels_{level_of(path.name)}" not in shared[0][
-        1
-    ]:
-        yield f"symbols other than its table: {shared}"
+    shared = sorted((w[-2], w[-1]) for w in words if w[-2] not in "trU")
+    level = level_of(path.name)
+    tables = [("D", f"_ZN7numattn{len(x)}{x}E") for x in (f"kernels_{level}", f"probes_{level}")]
+    if shared != tables:
+        yield f"symbols other than its two tables: {shared}"
     sections = output("objdump", "-h", path)
     for section in (".init_array", ".ctors", ".preinit_array"):
         if section in sections:
@@ -106,15 +105,17 @@ def check_that_instructions_are_told_apart():
 
 
 def main():
-    *objects, library = map(Path, sys.argv[1:])
+    list_of_levels, *objects, library = map(Path, sys.argv[1:])
     if not objects or library.suffix != ".a":
-        sys.exit("usage: check_objects.py OBJECT... LIBRARY")
+        sys.exit("usage: check_objects.py LIST_OF_LEVELS OBJECT... LIBRARY")
+    lines = list_of_levels.read_text().splitlines()
+    levels = [x.split()[0] for x in lines if not x.startswith("#")]
     check_that_instructions_are_told_apart()
     problems = [f"{path.name}: {x}" for path in objects for x in problems_of_kernels(path)]
     for path in objects:
         if level_of(path.name) == "avx2":
             problems += [f"{path.name}: {x}" for x in problems_of_instructions(path, "avx2")]
-    members = [x for x in output("ar", "t", library).split() if level_of(x) not in LEVELS]
+    members = [x for x in output("ar", "t", library).split() if level_of(x) not in levels[1:]]
     for member in members:
         alone = library.parent / f"alone-{member}"
         content = subprocess.run(["ar", "p", library, member], capture_output=True, check=True)

@@ -10,12 +10,12 @@
 template <class Test>
 bool on_every_level(const Test& test) {
   for (const numattn::IsaLevel& level : numattn::isa_levels()) {
-    const char* const isa = level.kernels->isa;
+    const char* const isa = level.name;
     if (!level.available) {
       std::printf("%s: not on this CPU\n", isa);
       continue;
     }
-    if (!numattn::set_isa(isa).empty() || &numattn::active_kernels() != level.kernels) {
+    if (!numattn::set_isa(isa).empty() || &numattn::active_level() != &level) {
       std::printf("%s was pinned, but is not what runs\n", isa);
       return false;
     }

@@ -210,12 +210,13 @@ void RandomProblem::draw_options() {
     }
     return numbers.data();
   };
-  problem.scale = sometimes(0.2) ? -0.7 : 1 / std::sqrt(static_cast<double>(problem.head_dim));
-  if (sometimes(0.2)) problem.softcap = 3;
-  if (sometimes(0.2)) problem.alibi_slopes = per_head(slopes_);
-  if (sometimes(0.2) && problem.stage != Stage::logits) problem.sinks = per_head(sinks_);
-  if (sometimes(0.3)) problem.window_right = sometimes(0.7) ? 0 : below(40);
-  if (sometimes(0.2)) problem.window_left = below(100);
+  problem.options.scale =
+      sometimes(0.2) ? -0.7 : 1 / std::sqrt(static_cast<double>(problem.head_dim));
+  if (sometimes(0.2)) problem.options.softcap = 3;
+  if (sometimes(0.2)) problem.options.alibi_slopes = per_head(slopes_);
+  if (sometimes(0.2) && problem.stage != Stage::logits) problem.options.sinks = per_head(sinks_);
+  if (sometimes(0.3)) problem.options.window_right = sometimes(0.7) ? 0 : below(40);
+  if (sometimes(0.2)) problem.options.window_left = below(100);
   for (int64_t b = 0; b < batch_; ++b) {
     kv_lengths_.push_back(below(problem.key_length + 1));
     q_offset_.push_back(below(2 * problem.key_length) - problem.key_length / 2);
@@ -281,14 +282,16 @@ void RandomProblem::draw_arrays() {
   if (has_matrices && sometimes(0.2)) {
     mask_ = make(Kind::byte, batch_, problem.query_heads, lq, lk, Layout::heads_first, 1);
     broadcast(mask_);
-    problem.mask = mask_.array;
+    problem.options.mask = mask_.array;
+    problem.mask_batch_strides[0] = mask_.array.batch_strides[0];
   }
   if (has_matrices && sometimes(0.2)) {
-    problem.bias_is_float32 = sometimes(0.5);
-    bias_ = make(problem.bias_is_float32 ? Kind::float32 : kind_, batch_, problem.query_heads, lq,
-                 lk, Layout::heads_first, 1);
+    problem.options.bias_is_float32 = sometimes(0.5);
+    bias_ = make(problem.options.bias_is_float32 ? Kind::float32 : kind_, batch_,
+                 problem.query_heads, lq, lk, Layout::heads_first, 1);
     broadcast(bias_);
-    problem.bias = bias_.array;
+    problem.options.bias = bias_.array;
+    problem.bias_batch_strides[0] = bias_.array.batch_strides[0];
   }
   if (problem.stage == Stage::attention) {
     const auto make_output = [&](Kind kind, int64_t columns, Layout layout) {
@@ -356,17 +359,19 @@ void RandomProblem::describe() {
   add("value_dim", problem.value_dim);
   add("threads", num_threads);
   add("page_size", page_size_);
-  add("scale", problem.scale);
-  add("softcap", problem.softcap);
-  if (problem.window_left != numattn::kUnbounded) add("window_left", problem.window_left);
-  if (problem.window_right != numattn::kUnbounded) add("window_right", problem.window_right);
-  for (const auto& [name, is_there] : {std::pair{"alibi", problem.alibi_slopes != nullptr},
-                                       {"sinks", problem.sinks != nullptr},
+  add("scale", problem.options.scale);
+  add("softcap", problem.options.softcap);
+  if (problem.options.window_left != numattn::kUnbounded)
+    add("window_left", problem.options.window_left);
+  if (problem.options.window_right != numattn::kUnbounded)
+    add("window_right", problem.options.window_right);
+  for (const auto& [name, is_there] : {std::pair{"alibi", problem.options.alibi_slopes != nullptr},
+                                       {"sinks", problem.options.sinks != nullptr},
                                        {"kv_lengths", problem.kv_lengths != nullptr},
                                        {"ragged", problem.query_starts != nullptr},
                                        {"q_offset", problem.q_offset != nullptr},
-                                       {"mask", problem.mask.data != nullptr},
-                                       {"bias", problem.bias.data != nullptr},
+                                       {"mask", problem.options.mask.data != nullptr},
+                                       {"bias", problem.options.bias.data != nullptr},
                                        {"int8_k", problem.k_is_int8},
                                        {"int8_v", problem.v_is_int8}}) {
     if (is_there) description += std::string(" ") + name;
@@ -407,18 +412,20 @@ std::vector<double> RandomProblem::logits(int64_t b, int64_t h, int64_t i) const
   const int64_t rows = problem.key_starts ? valid : problem.key_length;
   std::vector<double> result(static_cast<size_t>(rows), -kInfinity);
   for (int64_t j = 0; j < valid; ++j) {
-    const bool attends = j >= p - problem.window_left && j <= p + problem.window_right &&
-                         (!problem.mask.data || mask_.value(b, h, i, j) != 0);
+    const bool attends = j >= p - problem.options.window_left &&
+                         j <= p + problem.options.window_right &&
+                         (!problem.options.mask.data || mask_.value(b, h, i, j) != 0);
     if (!attends) continue;
     double s = 0;
     for (int64_t d = 0; d < problem.head_dim; ++d) {
       s += q_.value(b, h, i, d) * k_.value(b, h / group_, j, d);
     }
     if (problem.k_is_int8) s *= k_scales_.value(b, h / group_, j, 0);
-    s *= problem.scale;
-    if (problem.softcap > 0) s = problem.softcap * std::tanh(s / problem.softcap);
-    if (problem.bias.data) s += bias_.value(b, h, i, j);
-    if (problem.alibi_slopes) {
+    s *= problem.options.scale;
+    if (problem.options.softcap > 0)
+      s = problem.options.softcap * std::tanh(s / problem.options.softcap);
+    if (problem.options.bias.data) s += bias_.value(b, h, i, j);
+    if (problem.options.alibi_slopes) {
       s -= slopes_[static_cast<size_t>(h)] * static_cast<double>(std::abs(p - j));
     }
     result[static_cast<size_t>(j)] = s;
@@ -441,7 +448,7 @@ double RandomProblem::error_share() const {
       std::vector<double> received(static_cast<size_t>(problem.key_length), 0);
       for (int64_t i = 0; i < queries(b); ++i) {
         const std::vector<double> s = logits(b, h, i);
-        const double sink = problem.sinks ? sinks_[static_cast<size_t>(h)] : -kInfinity;
+        const double sink = problem.options.sinks ? sinks_[static_cast<size_t>(h)] : -kInfinity;
         const double maximum = std::max(s.empty() ? -kInfinity : largest_of(s), sink);
         const double base = std::isinf(maximum) ? 0 : maximum;
         double sum = std::exp(sink - base);

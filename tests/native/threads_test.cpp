@@ -58,7 +58,7 @@ int main(int count, char** arguments) {
     });
   }
   std::thread pinning([&] {
-    const std::string isa = numattn::active_kernels().isa;
+    const std::string isa = numattn::active_level().name;
     for (int i = 0; i < 1000; ++i) {
       if (!numattn::set_isa(isa).empty()) ++failures;
       std::this_thread::yield();

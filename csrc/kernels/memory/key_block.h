@@ -1,90 +1,82 @@
-// A block of keys as the stages read it: where K and V lie in memory if that can be, or else copied
-// into scratch. Copies are made once for a block and all the tiles that share it; whole arrays are
-// never converted.
+// A block of keys as the products read it: K and V where they lie if possible, or else copied into
+// scratch. A copy is made once for a block and all the tiles that share it; whole arrays are never
+// converted.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/memory/stored_types.h"
 #include "kernels/memory/strided.h"
-#include "kernels/table.h"
+#include "kernels/simd/arithmetic.h"
+#include "kernels/task.h"
 
 namespace numattn {
 namespace {
 
-// `stride` is in Items from row to row. A row is a key; for the values of a level with pairs it is
-// a unit of keys.
-template <class Item>
+// `stride` is in Units from row to row. A row is a key of K, or a unit of keys of V.
+template <class Unit>
 struct KeyBlock {
-  const Item* data;
+  const Unit* data;
   int64_t stride;
 
-  const Item* row(int64_t i) const { return data + i * stride; }
+  const Unit* row(int64_t i) const { return data + i * stride; }
 };
 
-template <class Simd>
-constexpr int64_t units_of(int64_t elements) {
-  return (elements + Simd::kUnitElements - 1) / Simd::kUnitElements;
+inline const char* key_row(const KeyRows& keys, int64_t key) {
+  const View& rows = keys.rows;
+  if (!keys.pages) return rows.data + key * rows.row_stride;
+  return rows.data + keys.pages[key / keys.page_size] * keys.page_stride +
+         key % keys.page_size * rows.row_stride;
 }
-
-inline const char* key_row(const KeyRows& rows, int64_t key) {
-  if (!rows.pages) return rows.data + key * rows.row_stride;
-  return rows.data + rows.pages[key / rows.page_size] * rows.page_stride +
-         key % rows.page_size * rows.row_stride;
-}
-inline float key_scale(const KeyRows& rows, int64_t key) {
-  const char* from = rows.scales;
-  if (rows.pages) {
-    from += rows.pages[key / rows.page_size] * rows.scale_page_stride;
-    key %= rows.page_size;
+inline float key_scale(const KeyRows& keys, int64_t key) {
+  const char* from = keys.scales.data;
+  if (keys.pages) {
+    from += keys.pages[key / keys.page_size] * keys.scale_page_stride;
+    key %= keys.page_size;
   }
   float scale;
-  __builtin_memcpy(&scale, from + key * rows.scale_row_stride, sizeof(scale));
+  __builtin_memcpy(&scale, from + key * keys.scales.row_stride, sizeof(scale));
   return scale;
 }
 
-// Items side by side and aligned, without a copy.
-template <class Item>
-bool is_in_place(const KeyRows& rows, int64_t item_elements) {
-  constexpr auto kSize = static_cast<int64_t>(sizeof(Item));
-  return !rows.pages && rows.column_stride * item_elements == kSize &&
-         rows.row_stride % kSize == 0 && rows.dims % item_elements == 0 &&
-         reinterpret_cast<uintptr_t>(rows.data) % alignof(Item) == 0;
+// Whether units can be read in place: without gaps, aligned, not in pages.
+template <class Unit>
+bool is_in_place(const KeyRows& keys, int64_t unit_elements) {
+  constexpr auto kSize = static_cast<int64_t>(sizeof(Unit));
+  return !keys.pages && keys.rows.column_stride * unit_elements == kSize &&
+         keys.rows.row_stride % kSize == 0 && keys.dims % unit_elements == 0 &&
+         reinterpret_cast<uintptr_t>(keys.rows.data) % alignof(Unit) == 0;
 }
-template <class Item>
-KeyBlock<Item> in_place(const KeyRows& rows, int64_t first) {
-  return {reinterpret_cast<const Item*>(key_row(rows, first)),
-          rows.row_stride / static_cast<int64_t>(sizeof(Item))};
+template <class Unit>
+KeyBlock<Unit> in_place(const KeyRows& keys, int64_t first) {
+  return {reinterpret_cast<const Unit*>(key_row(keys, first)),
+          keys.rows.row_stride / static_cast<int64_t>(sizeof(Unit))};
 }
 
-// K as the first stage reads it, [key][unit of d]; a last unit is filled up with 0. Elements of 8
-// bits are not multiplied by their scale: the logits are.
-template <class Simd, class Element>
-KeyBlock<typename Simd::Unit> key_units(const KeyRows& rows, int64_t first, int64_t keys,
-                                        typename Simd::Unit* copy) {
-  using Unit = typename Simd::Unit;
-  constexpr int kPerUnit = Simd::kUnitElements;
+template <class Units, class Element>
+KeyBlock<typename Units::Unit> k_block_of(const KeyRows& keys, int64_t first, int64_t count,
+                                          typename Units::Unit* copy) {
+  using Vectors = typename Units::Vectors;
+  using Unit = typename Units::Unit;
+  constexpr int kPerUnit = Units::kElements;
   if constexpr (sizeof(Element) * kPerUnit == sizeof(Unit)) {
-    if (is_in_place<Unit>(rows, kPerUnit)) return in_place<Unit>(rows, first);
+    if (is_in_place<Unit>(keys, kPerUnit)) return in_place<Unit>(keys, first);
   }
-  const int64_t units = units_of<Simd>(rows.dims);
-  for (int64_t key = 0; key < keys; ++key) {
-    const char* const from = key_row(rows, first + key);
+  const int64_t stride = keys.rows.column_stride;
+  const int64_t units = units_of<Units>(keys.dims);
+  for (int64_t key = 0; key < count; ++key) {
+    const char* const from = key_row(keys, first + key);
     auto* const to = copy + key * units;
     if constexpr (kPerUnit == 1) {
-      for (int64_t d = 0; d < rows.dims; d += Simd::kLanes) {
-        const int64_t count = rows.dims - d < Simd::kLanes ? rows.dims - d : Simd::kLanes;
-        store_up_to<Simd>(
-            to + d,
-            load_elements<Simd, Element>(from + d * rows.column_stride, rows.column_stride, count),
-            count);
+      for (int64_t d = 0; d < keys.dims; d += Vectors::kLanes) {
+        const int64_t left = keys.dims - d < Vectors::kLanes ? keys.dims - d : Vectors::kLanes;
+        store_up_to<Vectors>(
+            to + d, load_elements<Vectors, Element>(from + d * stride, stride, left), left);
       }
     } else {
       for (int64_t d = 0; d < units * kPerUnit; ++d) {
         Element element{};
-        if (d < rows.dims) {
-          __builtin_memcpy(&element, from + d * rows.column_stride, sizeof(Element));
-        }
+        if (d < keys.dims) __builtin_memcpy(&element, from + d * stride, sizeof(Element));
         set_element(to[d / kPerUnit], static_cast<int>(d % kPerUnit), element);
       }
     }
@@ -92,56 +84,75 @@ KeyBlock<typename Simd::Unit> key_units(const KeyRows& rows, int64_t first, int6
   return {copy, units};
 }
 
-// V as the third stage reads it, [unit of keys][d]; a last unit is filled up with 0. Elements of 8
-// bits are multiplied by their scale, and rounded to what a unit holds.
-template <class Simd, class Element>
-KeyBlock<typename Simd::Unit> value_units(const KeyRows& rows, int64_t first, int64_t keys,
-                                          typename Simd::Unit* copy) {
-  using Single = typename Simd::Single;
-  using Unit = typename Simd::Unit;
-  constexpr int kPerUnit = Simd::kUnitElements;
+// K as QK^T reads it, [key][unit of d]; the last unit is padded with 0. Elements of 8 bits are not
+// multiplied by their scale: the logits are.
+template <class Units, class Element>
+KeyBlock<typename Units::Unit> k_block(const KeyRows& keys, int64_t first, int64_t count,
+                                       typename Units::Unit* copy) {
+  return with_stored_type<Int8, Element>(keys.is_int8, [&]<class Type>(Stored<Type>) {
+    return k_block_of<Units, Type>(keys, first, count, copy);
+  });
+}
+
+template <class Units, class Element>
+KeyBlock<typename Units::Unit> v_block_of(const KeyRows& keys, int64_t first, int64_t count,
+                                          typename Units::Unit* copy) {
+  using Vectors = typename Units::Vectors;
+  using Unit = typename Units::Unit;
+  constexpr int kPerUnit = Units::kElements;
   if constexpr (kPerUnit == 1 && sizeof(Element) == sizeof(Unit)) {
-    if (is_in_place<Unit>(rows, 1)) return in_place<Unit>(rows, first);
+    if (is_in_place<Unit>(keys, 1)) return in_place<Unit>(keys, first);
   }
-  for (int64_t key = 0; key < keys; key += kPerUnit) {
+  const int64_t stride = keys.rows.column_stride;
+  for (int64_t key = 0; key < count; key += kPerUnit) {
     const char* from[kPerUnit];
-    typename Simd::Vec scale[kPerUnit];
+    typename Vectors::Vec scale[kPerUnit];
     for (int i = 0; i < kPerUnit; ++i) {
-      from[i] = key + i < keys ? key_row(rows, first + key + i) : nullptr;
-      scale[i] = Single::set(rows.scales && from[i] ? key_scale(rows, first + key + i) : 1);
+      from[i] = key + i < count ? key_row(keys, first + key + i) : nullptr;
+      scale[i] = Vectors::set(keys.scales.data && from[i] ? key_scale(keys, first + key + i) : 1);
     }
-    auto* const to = copy + key / kPerUnit * rows.dims;
-    for (int64_t d = 0; d < rows.dims; d += Simd::kLanes) {
-      const int64_t count = rows.dims - d < Simd::kLanes ? rows.dims - d : Simd::kLanes;
-      typename Simd::Vec pieces[kPerUnit];
+    auto* const to = copy + key / kPerUnit * keys.dims;
+    for (int64_t d = 0; d < keys.dims; d += Vectors::kLanes) {
+      const int64_t left = keys.dims - d < Vectors::kLanes ? keys.dims - d : Vectors::kLanes;
+      typename Vectors::Vec elements[kPerUnit];  // of each key
       for (int i = 0; i < kPerUnit; ++i) {
-        pieces[i] = from[i] ? load_elements<Simd, Element>(from[i] + d * rows.column_stride,
-                                                           rows.column_stride, count)
-                            : Simd::zero();
+        elements[i] = from[i] ? load_elements<Vectors, Element>(from[i] + d * stride, stride, left)
+                              : Vectors::zero();
       }
-      if (!rows.scales) {
-        store_up_to<Simd>(to + d, Simd::join(pieces), count);
+      if (!keys.scales.data) {
+        store_up_to<Units>(to + d, Units::join(elements), left);
         continue;
       }
-      for (int i = 0; i < kPerUnit; ++i) pieces[i] = Single::mul(pieces[i], scale[i]);
-      store_up_to<Simd>(to + d, Simd::join_rounded(pieces), count);
+      for (int i = 0; i < kPerUnit; ++i) elements[i] = Vectors::mul(elements[i], scale[i]);
+      store_up_to<Units>(to + d, Units::join_rounded(elements), left);
     }
   }
-  return {copy, rows.dims};
+  return {copy, keys.dims};
+}
+
+// V as the value aggregation reads it, [unit of keys][d]; the last unit is padded with 0. Elements
+// of 8 bits are multiplied by their scale, and rounded to what a unit holds.
+template <class Units, class Element>
+KeyBlock<typename Units::Unit> v_block(const KeyRows& keys, int64_t first, int64_t count,
+                                       typename Units::Unit* copy) {
+  return with_stored_type<Int8, Element>(keys.is_int8, [&]<class Type>(Stored<Type>) {
+    return v_block_of<Units, Type>(keys, first, count, copy);
+  });
 }
 
 // Whether no element is NaN or infinite.
-template <class Simd>
-bool is_finite(KeyBlock<typename Simd::Unit> values, int64_t units, int64_t dims) {
+template <class Units>
+bool is_finite(KeyBlock<typename Units::Unit> values, int64_t units, int64_t dims) {
+  using Vectors = typename Units::Vectors;
   for (int64_t unit = 0; unit < units; ++unit) {
-    typename Simd::Vec nan_unless_finite = Simd::zero();
-    for (int64_t d = 0; d < dims; d += Simd::kLanes) {
-      const auto x = load_up_to<Simd>(values.row(unit) + d, dims - d);
-      for (int i = 0; i < Simd::kUnitElements; ++i) {
-        nan_unless_finite = Simd::fma(Simd::element(x, i), Simd::zero(), nan_unless_finite);
+    typename Vectors::Vec nan_unless_finite = Vectors::zero();
+    for (int64_t d = 0; d < dims; d += Vectors::kLanes) {
+      const auto x = load_up_to<Units>(values.row(unit) + d, dims - d);
+      for (int i = 0; i < Units::kElements; ++i) {
+        nan_unless_finite = Vectors::fma(Units::element(x, i), Vectors::zero(), nan_unless_finite);
       }
     }
-    if (Simd::bits_not_equal(nan_unless_finite, Simd::zero()) != 0) return false;
+    if (Vectors::bits_not_equal(nan_unless_finite, Vectors::zero()) != 0) return false;
   }
   return true;
 }

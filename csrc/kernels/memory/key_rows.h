@@ -7,63 +7,64 @@
 
 #include "kernels/block_sizes.h"
 #include "kernels/memory/key_block.h"
-#include "kernels/table.h"
+#include "kernels/memory/stored_types.h"
+#include "kernels/task.h"
 
 namespace numattn {
 namespace {
 
 constexpr int64_t kBytesPerLine = 64;
-// How far ahead rows are fetched. What a CPU fetches by itself loses its way between K and V, and
-// in pages never finds it; 8 KiB ahead, and no more, gives 1.5 to 2.5 times the speed (Zen 5).
+// How far ahead rows are fetched. The hardware prefetcher loses track between K and V, and never
+// finds it in pages; 8 KiB ahead, and no more, gives 1.5 to 2.5 times the speed (Zen 5).
 constexpr int64_t kBytesAhead = 8192;
 
-// Where the rows of a chunk begin: [key - first key of the chunk], and kKeysPerDecodeBlock more for
-// who fetches ahead, which repeat the last one.
-inline void find_rows(const KeyRows& rows, int64_t first, int64_t end, const char** pointers) {
+// Where several heads take turns on the same keys, the keys of a turn: their rows stay in the
+// nearest caches from one head to the next. Turns of 8, 16 and 32 values differ by some percent.
+constexpr int64_t kKeysPerTurn = 8;
+constexpr int64_t kValuesPerTurn = 16;
+
+// The row of each key of a chunk, [key - first key], and kKeysPerDecodeBlock more for fetching
+// ahead, which repeat the last one.
+inline void find_rows(const KeyRows& keys, int64_t first, int64_t end, const char** pointers) {
   const char* row = nullptr;
   int64_t left_in_page = 0;
   for (int64_t key = first; key < end; ++key) {
     if (left_in_page == 0) {
-      row = key_row(rows, key);
-      left_in_page = rows.pages ? rows.page_size - key % rows.page_size : end - first;
+      row = key_row(keys, key);
+      left_in_page = keys.pages ? keys.page_size - key % keys.page_size : end - first;
     }
     *pointers++ = row;
-    row += rows.row_stride;
+    row += keys.rows.row_stride;
     --left_in_page;
   }
   const char* const last = pointers[-1];
   for (int i = 0; i < kKeysPerDecodeBlock; ++i) *pointers++ = last;
 }
 
-// Where several heads go through the same keys, how many at a time: their rows stay in the nearest
-// caches from one head to the next. Parts of 8, 16 and 32 values differ by some percent.
-constexpr int64_t kKeysTogether = 8;
-constexpr int64_t kValuesTogether = 16;
-
 // The bytes of a key that are read one after another: its rows of all heads of a task.
-inline int64_t bytes_of_key(const KeyRows& rows, int64_t kv_heads) {
-  return kv_heads * rows.dims * rows.column_stride;
+inline int64_t bytes_of_key(const KeyRows& keys, int64_t kv_heads) {
+  return kv_heads * keys.dims * keys.rows.column_stride;
 }
 
-// How many keys ahead their rows are fetched; 0 where elements stand apart or in reverse, which
-// are not fetched. Where several heads go through the same keys, it is the next ones.
-inline int64_t keys_ahead(const KeyRows& rows, int64_t kv_heads) {
-  const int64_t bytes = bytes_of_key(rows, kv_heads);
+// How many keys ahead their rows are fetched; 0 where elements have gaps or run backwards, which
+// are not fetched. Where several heads take turns, the keys of the next turn at least.
+inline int64_t keys_ahead(const KeyRows& keys, int64_t kv_heads) {
+  const int64_t bytes = bytes_of_key(keys, kv_heads);
   if (bytes <= 0 || bytes > kBytesAhead) return 0;
   const int64_t ahead = kBytesAhead / bytes;
-  const int64_t least = kv_heads > 1 ? kValuesTogether : 4;
+  const int64_t least = kv_heads > 1 ? kValuesPerTurn : 4;
   return ahead < least ? least : ahead > kKeysPerDecodeBlock ? kKeysPerDecodeBlock : ahead;
 }
 
-// Fetches the rows of `keys` keys evenly spread over `steps` steps.
+// Fetches the rows of `count` keys, evenly spread over `steps` steps.
 class FetchAhead {
  public:
   // `from` are the rows that are read in these steps.
-  FetchAhead(const KeyRows& rows, int64_t kv_heads, const char* const* from, int64_t keys,
+  FetchAhead(const KeyRows& keys, int64_t kv_heads, const char* const* from, int64_t count,
              int64_t steps)
-      : bytes_(bytes_of_key(rows, kv_heads)),
-        next_(from + keys_ahead(rows, kv_heads)),
-        keys_per_step_(keys_ahead(rows, kv_heads) > 0 ? keys * kOne / steps : 0) {}
+      : bytes_(bytes_of_key(keys, kv_heads)),
+        next_(from + keys_ahead(keys, kv_heads)),
+        keys_per_step_(keys_ahead(keys, kv_heads) > 0 ? count * kOne / steps : 0) {}
 
   void next(int steps) {
     due_ += steps * keys_per_step_;
@@ -86,15 +87,31 @@ class FetchAhead {
   int64_t due_ = kOne / 2;
 };
 
-// Rows whose elements do not stand side by side, copied: [row][d] of Elements of `size` bytes.
-inline void gather_rows(const char* const* rows, int64_t count, int64_t dims, int64_t column_stride,
-                        int64_t size, char* copy, const char** copied_rows) {
-  for (int64_t i = 0; i < count; ++i) {
-    copied_rows[i] = copy;
-    for (int64_t d = 0; d < dims; ++d, copy += size) {
-      __builtin_memcpy(copy, rows[i] + d * column_stride, static_cast<size_t>(size));
+// Scratch for rows that cannot be read through the pointers of find_rows.
+struct RowCopies {
+  char* elements;     // of one block of K or V
+  const char** rows;  // [key]
+};
+
+// Calls `use` with the rows of `count` keys of the head that lies `offset` bytes after the first
+// one, and their type in memory. Elements with gaps are copied.
+template <class Element, class Use>
+void with_rows(const KeyRows& keys, const char* const* of_first_head, int64_t offset, int64_t count,
+               const RowCopies& copies, Use use) {
+  with_stored_type<Int8, Element>(keys.is_int8, [&]<class Type>(Stored<Type> type) {
+    constexpr auto kSize = static_cast<int64_t>(sizeof(Type));
+    const int64_t stride = keys.rows.column_stride;
+    if (stride == kSize && offset == 0) return use(of_first_head, type);
+    char* to = copies.elements;
+    for (int64_t i = 0; i < count; ++i) {
+      copies.rows[i] = stride == kSize ? of_first_head[i] + offset : to;
+      for (int64_t d = 0; stride != kSize && d < keys.dims; ++d, to += kSize) {
+        __builtin_memcpy(to, of_first_head[i] + offset + d * stride, static_cast<size_t>(kSize));
+      }
     }
-  }
+    const char* const* const moved = copies.rows;
+    use(moved, type);
+  });
 }
 
 }  // namespace

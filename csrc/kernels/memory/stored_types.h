@@ -1,6 +1,6 @@
-// Elements as they lie in memory that are no scalars of the vectors: the vectors of simd/ load and
-// store 16-bit floats as float32, and load 8-bit integers as floats; only avx512_bf16.h multiplies
-// 16-bit floats as they are.
+// Elements of arrays that are no scalars of the vectors. Vectors load and store 16-bit floats as
+// float32 and load 8-bit integers as floats; avx512_bf16.h also multiplies 16-bit floats as they
+// are.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +22,18 @@ inline bool is_minus_infinity(float x) { return x == -__builtin_inff(); }
 inline bool is_minus_infinity(double x) { return x == -__builtin_inf(); }
 inline bool is_minus_infinity(Float16Bits x) { return x.bits == 0xfc00; }
 inline bool is_minus_infinity(Bfloat16Bits x) { return x.bits == 0xff80; }
+
+template <class Type>
+struct Stored {
+  using type = Type;
+};
+
+// Calls `use` with Stored<Other> or Stored<Element>: the one place that knows which types K, V and
+// a bias may have beside q's.
+template <class Other, class Element, class Use>
+decltype(auto) with_stored_type(bool is_other, Use use) {
+  return is_other ? use(Stored<Other>{}) : use(Stored<Element>{});
+}
 
 }  // namespace
 }  // namespace numattn

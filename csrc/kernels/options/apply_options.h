@@ -1,73 +1,69 @@
-// What the options make of the logits of a tile of queries and a block of keys, and which of them
-// count.
+// What the options do to the logits of a block, in their order. Every driver comes through here; a
+// new option is added here and nowhere else in the kernels.
 #pragma once
 
 #include <cstdint>
 
-#include "kernels/block_sizes.h"
-#include "kernels/options/lane_masks.h"
+#include "kernels/memory/stored_types.h"
+#include "kernels/options/lane_map.h"
 #include "kernels/options/logits.h"
-#include "kernels/table.h"
+#include "kernels/task.h"
 
 namespace numattn {
 namespace {
 
-// Keys side by side in one block, as one tile attends to them.
-struct KeySpan {
-  int64_t first, count;
-  bool within_limits;  // every query attends to all of them, as far as limits decide
-  bool mask_is_full;   // likewise, as far as the dense mask decides
-};
-
-// attended [key]: bit i for query lane i. A Tile has first_row and rows.
-template <class Tile>
-void find_attended(const Task& task, const Tile& tile, const KeySpan& keys, uint64_t* attended) {
-  for (int64_t key = 0; key < keys.count; ++key) attended[key] = lowest_bits(tile.rows);
-  if (!keys.within_limits) {
-    keep_within_window(attended, keys.first, keys.count, task.first_position + tile.first_row,
-                       task.window_left, task.window_right);
+inline bool has_alibi(const Task& task) {
+  for (int64_t head = 0; task.options.alibi_slopes && head < task.heads; ++head) {
+    if (task.options.alibi_slopes[head] != 0) return true;
   }
-  if (!keys.mask_is_full) {
-    keep_unmasked<kKeysPerBlock>(
-        attended, keys.count,
-        task.mask + tile.first_row * task.mask_row_stride + keys.first * task.mask_column_stride,
-        task.mask_row_stride, task.mask_column_stride, tile.rows);
+  return false;
+}
+inline bool has_sink(const Task& task) {
+  for (int64_t head = 0; task.options.sinks && head < task.heads; ++head) {
+    if (task.options.sinks[head] > -__builtin_inf()) return true;
   }
+  return false;
+}
+inline double sink_of(const Task& task, int64_t head) {
+  return task.options.sinks ? task.options.sinks[head] : -__builtin_inf();
 }
 
-inline const char* bias_of(const Task& task, int64_t first_row, const KeySpan& keys) {
-  return task.bias + first_row * task.bias_row_stride + keys.first * task.bias_column_stride;
+// Queries are negated where the scale is negative; all that follows uses its size.
+inline int query_sign(const Task& task) { return task.options.scale < 0 ? -1 : 1; }
+
+// The logits are scaled before the softmax where an option needs them scaled, or where the scale is
+// so small that its product with a logit of -inf would not be -inf. Else the softmax scales.
+inline bool scales_logits(const Task& task) {
+  constexpr double kSmallestScale = 1e-30;
+  const Options& options = task.options;
+  return options.softcap > 0 || options.bias.data || has_alibi(task) || has_sink(task) ||
+         __builtin_fabs(options.scale) < kSmallestScale;
+}
+inline double softmax_scale(const Task& task) {
+  return scales_logits(task) ? 1.0 : __builtin_fabs(task.options.scale);
 }
 
-// logits [key][lane], in place. The scale is applied where scales_logits says so.
-template <class Simd, class Element, int kVectors, class Tile>
-void apply_options(const Task& task, const Tile& tile, const KeySpan& keys,
-                   typename Simd::Scalar* logits) {
-  using Scalar = typename Simd::Scalar;
-  if (task.k.scales) scale_keys<Simd, kVectors>(logits, keys.count, task.k, keys.first);
-  if (scales_logits(task)) {
-    apply_scale<Simd, kVectors>(logits, keys.count,
-                                static_cast<Scalar>(__builtin_fabs(task.scale)));
-  }
-  if (task.softcap > 0) {
-    apply_softcap<Simd, kVectors>(logits, keys.count, static_cast<Scalar>(task.softcap));
-  }
-  if (task.bias) {
-    with_bias_type<Element>(task, [&]<class Bias>(Bias*) {
-      add_bias<Simd, Bias, kVectors>(logits, keys.count, bias_of(task, tile.first_row, keys),
-                                     task.bias_row_stride, task.bias_column_stride, tile.rows);
+// Whether the products of q and k are the logits that the softmax takes, but for masks.
+inline bool has_plain_logits(const Task& task) {
+  return !scales_logits(task) && !task.k.scales.data;
+}
+
+// logits [key][row]; masks are left to apply_mask.
+template <class Element, class Map>
+void apply_options(const Task& task, const Map& map, const KeySpan& keys,
+                   typename Map::Vectors::Scalar* logits) {
+  using Vectors = typename Map::Vectors;
+  const Options& options = task.options;
+  const int64_t count = Map::steps(keys.count) * Map::kLanes;
+  if (task.k.scales.data) scale_keys<Map>(task.k, keys, logits);
+  if (scales_logits(task)) apply_scale<Vectors>(logits, count, __builtin_fabs(options.scale));
+  if (options.softcap > 0) apply_softcap<Vectors>(logits, count, options.softcap);
+  if (options.bias.data) {
+    with_stored_type<float, Element>(options.bias_is_float32, [&]<class Type>(Stored<Type>) {
+      add_bias<Map, Type>(map, options.bias, keys, logits);
     });
   }
-  if (has_alibi(task)) {
-    constexpr int kWidth = kVectors * Simd::kLanes;
-    Scalar slopes[kWidth], distances[kWidth];
-    for (int lane = 0; lane < kWidth; ++lane) {
-      slopes[lane] = static_cast<Scalar>(*task.alibi_slopes);
-      distances[lane] =
-          static_cast<Scalar>(task.first_position + tile.first_row + lane - keys.first);
-    }
-    add_alibi<Simd, kVectors>(logits, keys.count, 1, slopes, distances);
-  }
+  if (has_alibi(task)) add_alibi(map, task, keys, logits);
 }
 
 }  // namespace

@@ -1,9 +1,11 @@
-// Limits and dense masks of a block as bits: attended [key], bit i for query lane i.
+// Who attends to whom, as bits: attended [key], bit r for row r.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/memory/stored_types.h"
+#include "kernels/options/lane_map.h"
+#include "kernels/task.h"
 
 namespace numattn {
 namespace {
@@ -13,8 +15,8 @@ inline uint64_t lowest_bits(int64_t count) {
   return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
 }
 
-// Which queries keep a key under position - left <= key <= position + right, where lane i has
-// position first_position + i: always lanes that stand side by side.
+// Clears the bits of the queries for which a key is outside of position - left ... position +
+// right, where query i has position first_position + i.
 inline void keep_within_window(uint64_t* attended, int64_t first_key, int64_t keys,
                                int64_t first_position, int64_t left, int64_t right) {
   for (int64_t i = 0; i < keys; ++i) {
@@ -23,8 +25,8 @@ inline void keep_within_window(uint64_t* attended, int64_t first_key, int64_t ke
   }
 }
 
-// One bit for each of eight rows of a mask, transposed: lanes [key], bit r for row r. The rows'
-// bytes are taken together by shifting and or-ing, which the compiler turns into vector code.
+// One bit for each of up to eight rows of a mask, transposed: lanes [key], bit r for row r. The
+// bytes of a row are combined by shifts and ors, which the compiler turns into vector code.
 inline void transpose_rows(const char* mask, int64_t row_stride, int64_t column_stride,
                            int64_t rows, int64_t keys, uint8_t* __restrict lanes) {
   for (int64_t i = 0; i < keys; ++i) lanes[i] = 0;
@@ -42,7 +44,7 @@ inline void transpose_rows(const char* mask, int64_t row_stride, int64_t column_
   }
 }
 
-// mask [row][key] in memory: bytes, 0 is masked; strides in bytes. At most kMaxKeys keys.
+// mask [row][key] in memory: bytes, 0 is masked; strides in bytes.
 template <int64_t kMaxKeys>
 void keep_unmasked(uint64_t* attended, int64_t keys, const char* mask, int64_t row_stride,
                    int64_t column_stride, int64_t rows) {
@@ -57,18 +59,50 @@ void keep_unmasked(uint64_t* attended, int64_t keys, const char* mask, int64_t r
   }
 }
 
-// bias [row][key] of Elements in memory: -inf is masked; strides in bytes. Lanes from `first_lane`
-// on are the rows.
-template <class Element>
-void keep_unbiased(uint64_t* attended, int64_t keys, const char* bias, int64_t row_stride,
-                   int64_t column_stride, int64_t rows, int64_t first_lane = 0) {
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t i = 0; i < keys; ++i) {
-      Element x;
-      __builtin_memcpy(&x, bias + row * row_stride + i * column_stride, sizeof(x));
-      if (is_minus_infinity(x)) attended[i] &= ~(uint64_t{1} << (first_lane + row));
-    }
+// The elements of a mask or bias for one row, from the first of some keys on.
+inline const char* pairs_of(const View& pairs, const QueryRows& rows, int64_t row,
+                            int64_t first_key) {
+  return pairs.data + rows.head(row) * pairs.head_stride + rows.query(row) * pairs.row_stride +
+         first_key * pairs.column_stride;
+}
+
+// What limits and the dense mask leave. At most kMaxKeys keys.
+template <int64_t kMaxKeys>
+void find_attended(const Task& task, const QueryRows& rows, const KeySpan& keys,
+                   uint64_t* attended) {
+  const Options& options = task.options;
+  uint64_t of_any_head[kMaxKeys];  // limits are the same for all heads
+  for (int64_t key = 0; key < keys.count; ++key) of_any_head[key] = lowest_bits(rows.queries);
+  if (!keys.within_limits) {
+    keep_within_window(of_any_head, keys.first, keys.count, task.first_position + rows.first_query,
+                       options.window_left, options.window_right);
   }
+  for (int64_t key = 0; key < keys.count; ++key) attended[key] = 0;
+  for (int64_t row = 0; row < rows.count(); row += rows.queries) {
+    uint64_t of_head[kMaxKeys];
+    for (int64_t key = 0; key < keys.count; ++key) of_head[key] = of_any_head[key];
+    if (!keys.mask_is_full) {
+      keep_unmasked<kMaxKeys>(of_head, keys.count, pairs_of(options.mask, rows, row, keys.first),
+                              options.mask.row_stride, options.mask.column_stride, rows.queries);
+    }
+    for (int64_t key = 0; key < keys.count; ++key) attended[key] |= of_head[key] << row;
+  }
+}
+
+// A bias of -inf masks, too. Logits are -inf by then; this is for values that must not be read.
+template <class Element>
+void keep_unbiased(const Options& options, const QueryRows& rows, const KeySpan& keys,
+                   uint64_t* attended) {
+  with_stored_type<float, Element>(options.bias_is_float32, [&]<class Type>(Stored<Type>) {
+    for (int64_t row = 0; row < rows.count(); ++row) {
+      const char* const bias = pairs_of(options.bias, rows, row, keys.first);
+      for (int64_t i = 0; i < keys.count; ++i) {
+        Type x;
+        __builtin_memcpy(&x, bias + i * options.bias.column_stride, sizeof(x));
+        if (is_minus_infinity(x)) attended[i] &= ~(uint64_t{1} << row);
+      }
+    }
+  });
 }
 
 }  // namespace

@@ -1,155 +1,150 @@
-// What the options do to the logits of a block, in their order: scale, softcap, bias, ALiBi,
-// masks; in place, on logits [key][query lane].
+// Single options, applied to the logits of a block in place; apply_options.h has their order.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/memory/key_block.h"
 #include "kernels/memory/strided.h"
+#include "kernels/options/lane_map.h"
+#include "kernels/options/lane_masks.h"
 #include "kernels/softmax/exp.h"
-#include "kernels/table.h"
+#include "kernels/task.h"
 
 namespace numattn {
 namespace {
 
-constexpr double kSmallestScale = 1e-30;
-
-inline bool has_alibi(const Task& task) {
-  for (int64_t head = 0; task.alibi_slopes && head < task.heads; ++head) {
-    if (task.alibi_slopes[head] != 0) return true;
-  }
-  return false;
-}
-inline bool has_sink(const Task& task) {
-  for (int64_t head = 0; task.sinks && head < task.heads; ++head) {
-    if (task.sinks[head] > -__builtin_inf()) return true;
-  }
-  return false;
-}
-
-// The logits are scaled before the softmax where an option wants them so, or where the scale is so
-// small that its product with a logit of -inf would not be -inf. Else the softmax scales.
-inline bool scales_logits(const Task& task) {
-  return task.softcap > 0 || task.bias || has_alibi(task) || has_sink(task) ||
-         __builtin_fabs(task.scale) < kSmallestScale;
-}
-inline double softmax_scale(const Task& task) {
-  return scales_logits(task) ? 1.0 : __builtin_fabs(task.scale);
-}
-
-// Calls `use` with a null pointer of the type of the bias's elements.
-template <class Element, class Use>
-void with_bias_type(const Task& task, Use use) {
-  if (task.bias_is_float32) {
-    use(static_cast<float*>(nullptr));
-  } else {
-    use(static_cast<Element*>(nullptr));
+// Numbers [key][row] of keys of 8 bits, their logits or their weights, times the keys' scales.
+template <class Map>
+void scale_keys(const KeyRows& rows, const KeySpan& keys, typename Map::Vectors::Scalar* numbers) {
+  using Vectors = typename Map::Vectors;
+  for (int64_t key = 0; key < keys.count; ++key) {
+    auto* const at = numbers + key * Map::kWidth;
+    const typename Vectors::Scalar scale = key_scale(rows, keys.first + key);
+    if constexpr (Map::kKeysPerStep == 1) {
+      for (int i = 0; i < Map::kWidth; i += Vectors::kLanes) {
+        Vectors::store(at + i, Vectors::mul(Vectors::load(at + i), Vectors::set(scale)));
+      }
+    } else {
+      for (int row = 0; row < Map::kWidth; ++row) at[row] *= scale;
+    }
   }
 }
 
-template <class Simd, int kVectors>
-void apply_scale(typename Simd::Scalar* logits, int64_t keys, typename Simd::Scalar scale) {
-  const auto factor = Simd::set(scale);
-  const int64_t elements = keys * kVectors * Simd::kLanes;
-  for (int64_t i = 0; i < elements; i += Simd::kLanes) {
-    Simd::store(logits + i, Simd::mul(Simd::load(logits + i), factor));
+template <class Vectors>
+void apply_scale(typename Vectors::Scalar* logits, int64_t count, double scale) {
+  const auto factor = Vectors::set(static_cast<typename Vectors::Scalar>(scale));
+  for (int64_t i = 0; i < count; i += Vectors::kLanes) {
+    Vectors::store(logits + i, Vectors::mul(Vectors::load(logits + i), factor));
   }
 }
 
 // softcap * tanh(logit / softcap)
-template <class Simd, int kVectors>
-void apply_softcap(typename Simd::Scalar* logits, int64_t keys, typename Simd::Scalar softcap) {
-  const auto cap = Simd::set(softcap);
-  const int64_t elements = keys * kVectors * Simd::kLanes;
-  for (int64_t i = 0; i < elements; i += Simd::kLanes) {
-    const auto share = Simd::div(Simd::load(logits + i), cap);
-    Simd::store(logits + i, Simd::mul(tanh<Simd>(share), cap));
+template <class Vectors>
+void apply_softcap(typename Vectors::Scalar* logits, int64_t count, double softcap) {
+  const auto cap = Vectors::set(static_cast<typename Vectors::Scalar>(softcap));
+  for (int64_t i = 0; i < count; i += Vectors::kLanes) {
+    const auto share = Vectors::div(Vectors::load(logits + i), cap);
+    Vectors::store(logits + i, Vectors::mul(tanh<Vectors>(share), cap));
   }
 }
 
-// bias [row][key] of Elements in memory, strides in bytes. A bias of -inf masks, even where the
-// logit is NaN.
-template <class Simd, class Element, int kVectors>
-void add_bias(typename Simd::Scalar* logits, int64_t keys, const char* bias, int64_t row_stride,
-              int64_t column_stride, int64_t rows) {
-  constexpr int kWidth = kVectors * Simd::kLanes;
-  const auto masked = Simd::set(-__builtin_inff());
-  for (int64_t row = 0; row < rows; row += Simd::kLanes) {
-    for (int64_t key = 0; key < keys; key += Simd::kLanes) {
-      const int64_t columns = keys - key < Simd::kLanes ? keys - key : Simd::kLanes;
-      typename Simd::Vec square[Simd::kLanes];
-      load_transposed<Simd, Element>(bias + row * row_stride + key * column_stride, row_stride,
-                                     column_stride, rows - row, columns, square);
-      for (int64_t i = 0; i < columns; ++i) {
-        auto* const at = logits + (key + i) * kWidth + row;
-        const auto sum = Simd::add(Simd::load(at), square[i]);
-        Simd::store(at, Simd::select_equal(square[i], masked, masked, sum));
+// A bias of -inf masks, even where the logit is NaN.
+template <class Vectors>
+typename Vectors::Vec biased(typename Vectors::Vec logit, typename Vectors::Vec bias) {
+  const auto masked = Vectors::set(-__builtin_inff());
+  return Vectors::select_equal(bias, masked, masked, Vectors::add(logit, bias));
+}
+
+// bias [row][key] in memory.
+template <class Map, class Element>
+void add_bias(const Map& map, const View& bias, const KeySpan& keys,
+              typename Map::Vectors::Scalar* logits) {
+  using Vectors = typename Map::Vectors;
+  constexpr int kLanes = Vectors::kLanes;
+  const int64_t stride = bias.column_stride;
+  const int64_t rows = map.rows.count();
+  const auto key_count = [&](int64_t key) {
+    return keys.count - key < kLanes ? keys.count - key : kLanes;
+  };
+  if constexpr (Map::kKeysPerStep == 1) {
+    for (int64_t row = 0; row < rows; row += kLanes) {
+      const char* of_row[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        of_row[i] = row + i < rows ? pairs_of(bias, map.rows, row + i, keys.first) : nullptr;
+      }
+      for (int64_t key = 0; key < keys.count; key += kLanes) {
+        typename Vectors::Vec square[kLanes];  // [row][key], then [key][row]
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          square[i] = of_row[i] ? load_elements<Vectors, Element>(of_row[i] + key * stride, stride,
+                                                                  key_count(key))
+                                : Vectors::zero();
+        }
+        Vectors::transpose(square);
+        for (int64_t i = 0; i < key_count(key); ++i) {
+          auto* const at = logits + (key + i) * Map::kWidth + row;
+          Vectors::store(at, biased<Vectors>(Vectors::load(at), square[i]));
+        }
+      }
+    }
+  } else {
+    for (int64_t row = 0; row < rows; ++row) {
+      const char* const from = pairs_of(bias, map.rows, row, keys.first);
+      for (int64_t key = 0; key < keys.count; key += kLanes) {
+        auto* const at = logits + key * Map::kWidth + row;
+        typename Vectors::Scalar of_keys[kLanes] = {};
+        for (int64_t i = 0; i < key_count(key); ++i) of_keys[i] = at[i * Map::kWidth];
+        const auto added =
+            load_elements<Vectors, Element>(from + key * stride, stride, key_count(key));
+        Vectors::store(of_keys, biased<Vectors>(Vectors::load(of_keys), added));
+        for (int64_t i = 0; i < key_count(key); ++i) at[i * Map::kWidth] = of_keys[i];
       }
     }
   }
 }
 
-// bias [key] of Elements for one row, whose logits are `width` apart; as above.
-template <class Simd, class Element>
-void add_bias_of_row(typename Simd::Scalar* logits, int64_t width, int64_t keys, const char* bias,
-                     int64_t column_stride) {
-  const auto masked = Simd::set(-__builtin_inff());
-  for (int64_t key = 0; key < keys; key += Simd::kLanes) {
-    const int64_t count = keys - key < Simd::kLanes ? keys - key : Simd::kLanes;
-    typename Simd::Scalar lanes[Simd::kLanes] = {};
-    for (int64_t i = 0; i < count; ++i) lanes[i] = logits[(key + i) * width];
-    const auto added =
-        load_elements<Simd, Element>(bias + key * column_stride, column_stride, count);
-    Simd::store(lanes,
-                Simd::select_equal(added, masked, masked, Simd::add(Simd::load(lanes), added)));
-    for (int64_t i = 0; i < count; ++i) logits[(key + i) * width] = lanes[i];
+// -slope * |position of the query - position of the key|
+template <class Map>
+void add_alibi(const Map& map, const Task& task, const KeySpan& keys,
+               typename Map::Vectors::Scalar* logits) {
+  using Vectors = typename Map::Vectors;
+  using Scalar = typename Vectors::Scalar;
+  Scalar slopes[Map::kLanes] = {};
+  Scalar distances[Map::kLanes] = {};  // query position - key position at step 0
+  for (int lane = 0; lane < Map::kLanes; ++lane) {
+    const int64_t row = Map::row(lane);
+    if (row >= map.rows.count()) continue;
+    slopes[lane] = static_cast<Scalar>(task.options.alibi_slopes[map.rows.head(row)]);
+    distances[lane] = static_cast<Scalar>(task.first_position + map.rows.query(row) -
+                                          (keys.first + Map::key(lane)));
   }
-}
-
-// -slope * |position of the query - position of the key|: for each lane its slope, and its
-// position less that of its first key; `step` keys on is the next one.
-template <class Simd, int kVectors>
-void add_alibi(typename Simd::Scalar* logits, int64_t steps, int64_t step,
-               const typename Simd::Scalar* slopes, const typename Simd::Scalar* distances) {
-  using Scalar = typename Simd::Scalar;
-  constexpr int kWidth = kVectors * Simd::kLanes;
-  for (int v = 0; v < kVectors; ++v) {
-    const auto slope = Simd::sub(Simd::zero(), Simd::load(slopes + v * Simd::kLanes));
-    const auto from_first_key = Simd::load(distances + v * Simd::kLanes);
-    for (int64_t i = 0; i < steps; ++i) {
-      auto* const at = logits + i * kWidth + v * Simd::kLanes;
-      const auto moved = Simd::set(static_cast<Scalar>(i * step));
-      const auto gap = Simd::abs(Simd::sub(from_first_key, moved));
-      Simd::store(at, Simd::fma(gap, slope, Simd::load(at)));
+  for (int lane = 0; lane < Map::kLanes; lane += Vectors::kLanes) {
+    const auto slope = Vectors::sub(Vectors::zero(), Vectors::load(slopes + lane));
+    const auto at_step_0 = Vectors::load(distances + lane);
+    for (int64_t step = 0; step < Map::steps(keys.count); ++step) {
+      auto* const at = logits + step * Map::kLanes + lane;
+      const auto moved = Vectors::set(static_cast<Scalar>(step * Map::kKeysPerStep));
+      const auto gap = Vectors::abs(Vectors::sub(at_step_0, moved));
+      Vectors::store(at, Vectors::fma(gap, slope, Vectors::load(at)));
     }
   }
 }
 
-// What belongs to a key of 8 bits, its logits or its weights, times the key's scale.
-template <class Simd, int kVectors>
-void scale_keys(typename Simd::Scalar* numbers, int64_t keys, const KeyRows& rows, int64_t first) {
-  constexpr int kWidth = kVectors * Simd::kLanes;
-  for (int64_t key = 0; key < keys; ++key) {
-    const auto factor = Simd::set(key_scale(rows, first + key));
-    for (int i = 0; i < kWidth; i += Simd::kLanes) {
-      auto* const at = numbers + key * kWidth + i;
-      Simd::store(at, Simd::mul(Simd::load(at), factor));
+// Where a row does not attend to a key the logit becomes -inf, whatever it was.
+template <class Map>
+void apply_mask(const uint64_t* attended, int64_t keys, typename Map::Vectors::Scalar* logits) {
+  using Vectors = typename Map::Vectors;
+  const auto masked = Vectors::set(-__builtin_inff());
+  for (int64_t step = 0; step < Map::steps(keys); ++step) {
+    uint64_t lanes = 0;  // a bit for each lane of the step
+    for (int i = 0; i < Map::kKeysPerStep; ++i) {
+      const int64_t key = step * Map::kKeysPerStep + i;
+      if (Map::kKeysPerStep == 1 || key < keys) lanes |= attended[key] << i * Map::kWidth % 64;
     }
-  }
-}
-
-// attended [key]: bit i is set where query lane i attends to the key; elsewhere the logit
-// becomes -inf, whatever it was.
-template <class Simd, int kVectors>
-void apply_mask(typename Simd::Scalar* logits, int64_t keys, const uint64_t* attended) {
-  constexpr int kWidth = kVectors * Simd::kLanes;
-  const auto masked = Simd::set(-__builtin_inff());
-  for (int64_t key = 0; key < keys; ++key) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      auto* const at = logits + key * kWidth + v * Simd::kLanes;
-      Simd::store(at,
-                  Simd::select_bits(attended[key] >> (v * Simd::kLanes), Simd::load(at), masked));
+    for (int lane = 0; lane < Map::kLanes; lane += Vectors::kLanes) {
+      auto* const at = logits + step * Map::kLanes + lane;
+      Vectors::store(at, Vectors::select_bits(lanes >> lane, Vectors::load(at), masked));
     }
   }
 }

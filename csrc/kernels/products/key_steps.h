@@ -1,6 +1,6 @@
-// Which queries of a tile a block's keys are for. Under a causal limit the keys near the diagonal
-// are for the later queries alone: leaving the other vectors out there saves what a triangle is
-// less than its square, 4 % of the work of 1024 causal tokens.
+// Which query vectors of a tile need which keys of a block. Under a causal limit only the later
+// queries need the keys near the diagonal: skipping the other vectors saves 4 % of the work of 1024
+// causal tokens.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,13 @@
 namespace numattn {
 namespace {
 
-// Keys [0, ends[0]) are for all query vectors, keys [ends[i - 1], ends[i]) for those from
-// vector i on. What the others would get there is masked.
+// Keys [0, ends[0]) are for all query vectors, keys [ends[i - 1], ends[i]) for vectors i and later.
+// For the others these keys are masked.
 template <int kVectors>
 struct KeySteps {
   int64_t ends[kVectors];
 
-  // The same in units of so many keys: a key more for some vectors.
+  // The same in units of so many keys, rounded up.
   KeySteps in_units_of(int keys) const {
     KeySteps units;
     for (int i = 0; i < kVectors; ++i) units.ends[i] = (ends[i] + keys - 1) / keys;
@@ -32,6 +32,13 @@ KeySteps<kVectors> key_steps(int64_t limit, int64_t keys) {
     steps.ends[i] = end < 0 ? 0 : end < keys ? end : keys;
   }
   steps.ends[kVectors - 1] = keys;
+  return steps;
+}
+
+template <int kVectors>
+KeySteps<kVectors> all_steps(int64_t keys) {
+  KeySteps<kVectors> steps;
+  for (int64_t& end : steps.ends) end = keys;
   return steps;
 }
 

@@ -1,11 +1,14 @@
-// The first stage: the logits of a block of keys and a tile of queries,
+// QK^T: the logits of a block of keys and a tile of queries,
 //   logits [key][query lane] = K [key][d] * Qt [d][query lane],
-// where d counts units: single elements, or pairs of 16-bit ones (simd/scalar_units.h).
+// where d counts units (simd/arithmetic.h). It knows nothing of attention: any product of rows,
+// read one scalar at a time, with vectors [d][lane].
 #pragma once
 
 #include <cstdint>
 
+#include "kernels/block_sizes.h"
 #include "kernels/products/key_steps.h"
+#include "kernels/simd/arithmetic.h"
 
 namespace numattn {
 namespace {
@@ -13,27 +16,28 @@ namespace {
 constexpr int64_t kCacheLine = 64;
 
 // What a register tile reads: kKeys rows of K where they lie, and `units` of the queries' units.
-template <class Simd>
+template <class Units>
 struct QkOperands {
-  const typename Simd::Unit* k;  // [key][d]
+  const typename Units::Unit* k;  // [key][d]
   int64_t k_stride;
   int64_t v_distance;  // bytes from a key's row of K to its row of V, to be fetched; or 0
-  const typename Simd::Unit* queries;  // [d][lane]
+  const typename Units::Unit* queries;  // [d][lane]
   int64_t units;
-  bool add;                        // to the logits, instead of replacing them
-  typename Simd::Scalar* highest;  // [lane], raised to the largest logit; or null
+  typename Units::Scalar* highest = nullptr;  // [lane], raised to the largest logit; or null
+  bool add = false;                           // to the logits, instead of replacing them
 };
 
-// One register tile: kKeys keys, with one broadcast per (key, d), against kVectors vectors of
-// queries. kWidth lanes are a row of queries and logits.
+// One register tile: kKeys keys, with one broadcast per (key, d), times kVectors vectors of
+// queries. Queries and logits are kWidth lanes from row to row.
 //
-// The tile leaves the load units half idle, and a head's K and V come from far away once for all
-// of its queries. So it fetches the next tile's keys, and the values that its own keys will need,
-// which is worth 5 % at 2048 causal tokens.
-template <class Simd, int kKeys, int kVectors, int kWidth>
-[[gnu::always_inline]] inline void qk_register_tile(const QkOperands<Simd>& from,
-                                                    typename Simd::Scalar* logits) {
-  using Unit = typename Simd::Unit;
+// The tile leaves the load units half idle, and each K and V row comes from memory once for all
+// queries. So it fetches the next tile's keys and the values of its own keys: worth 5 % at 2048
+// causal tokens.
+template <class Units, int kKeys, int kVectors, int kWidth>
+[[gnu::always_inline]] inline void qk_register_tile(const QkOperands<Units>& from,
+                                                    typename Units::Scalar* logits) {
+  using Vectors = typename Units::Vectors;
+  using Unit = typename Units::Unit;
   constexpr int64_t kUnitsPerLine = kCacheLine / static_cast<int64_t>(sizeof(Unit));
   const Unit* const k = from.k;
   const int64_t k_stride = from.k_stride;
@@ -42,11 +46,11 @@ template <class Simd, int kKeys, int kVectors, int kWidth>
   const int64_t units = from.units;
   const bool add = from.add;
   const Unit* const queries = from.queries;
-  typename Simd::Vec sums[kKeys][kVectors];
+  typename Vectors::Vec sums[kKeys][kVectors];
 #pragma GCC unroll 12
   for (int key = 0; key < kKeys; ++key) {
 #pragma GCC unroll 12
-    for (int i = 0; i < kVectors; ++i) sums[key][i] = Simd::zero();
+    for (int i = 0; i < kVectors; ++i) sums[key][i] = Vectors::zero();
   }
   for (int64_t line = 0; line < units; line += kUnitsPerLine) {
 #pragma GCC unroll 12
@@ -57,17 +61,17 @@ template <class Simd, int kKeys, int kVectors, int kWidth>
     }
     const int64_t end = line + kUnitsPerLine < units ? line + kUnitsPerLine : units;
     for (int64_t d = line; d < end; ++d) {
-      typename Simd::Units query[kVectors];
+      typename Units::Units query[kVectors];
 #pragma GCC unroll 12
       for (int i = 0; i < kVectors; ++i) {
-        query[i] = Simd::load(queries + d * kWidth + i * Simd::kLanes);
+        query[i] = Units::load(queries + d * kWidth + i * Vectors::kLanes);
       }
 #pragma GCC unroll 12
       for (int key = 0; key < kKeys; ++key) {
-        const auto unit = Simd::set(k[key * k_stride + d]);
+        const auto unit = Units::set(k[key * k_stride + d]);
 #pragma GCC unroll 12
         for (int i = 0; i < kVectors; ++i) {
-          sums[key][i] = Simd::multiply_add(unit, query[i], sums[key][i]);
+          sums[key][i] = Units::multiply_add(unit, query[i], sums[key][i]);
         }
       }
     }
@@ -76,77 +80,85 @@ template <class Simd, int kKeys, int kVectors, int kWidth>
   for (int key = 0; key < kKeys; ++key) {
 #pragma GCC unroll 12
     for (int i = 0; i < kVectors; ++i) {
-      auto* const to = logits + key * kWidth + i * Simd::kLanes;
-      if (add) sums[key][i] = Simd::add(Simd::load(to), sums[key][i]);
-      Simd::store(to, sums[key][i]);
+      auto* const to = logits + key * kWidth + i * Vectors::kLanes;
+      if (add) sums[key][i] = Vectors::add(Vectors::load(to), sums[key][i]);
+      Vectors::store(to, sums[key][i]);
     }
   }
   if (!from.highest) return;
 #pragma GCC unroll 12
   for (int i = 0; i < kVectors; ++i) {
-    auto highest = Simd::load(from.highest + i * Simd::kLanes);
+    auto highest = Vectors::load(from.highest + i * Vectors::kLanes);
 #pragma GCC unroll 12
-    for (int key = 0; key < kKeys; ++key) highest = Simd::max(highest, sums[key][i]);
-    Simd::store(from.highest + i * Simd::kLanes, highest);
+    for (int key = 0; key < kKeys; ++key) highest = Vectors::max(highest, sums[key][i]);
+    Vectors::store(from.highest + i * Vectors::kLanes, highest);
   }
 }
 
-template <class Simd, int kKeys, int kVectors, int kWidth>
-void qk_last_keys(const QkOperands<Simd>& from, int64_t keys, typename Simd::Scalar* logits) {
+template <class Units, int kKeys, int kVectors, int kWidth>
+void qk_last_keys(const QkOperands<Units>& from, int64_t keys, typename Units::Scalar* logits) {
   if constexpr (kKeys > 0) {
     if (keys == kKeys) {
-      qk_register_tile<Simd, kKeys, kVectors, kWidth>(from, logits);
+      qk_register_tile<Units, kKeys, kVectors, kWidth>(from, logits);
     } else {
-      qk_last_keys<Simd, kKeys - 1, kVectors, kWidth>(from, keys, logits);
+      qk_last_keys<Units, kKeys - 1, kVectors, kWidth>(from, keys, logits);
     }
   }
 }
 
 // The keys of one step, for kVectors vectors.
-template <class Simd, int kVectors, int kWidth>
-void qk_step(QkOperands<Simd> from, int64_t keys, typename Simd::Scalar* logits) {
-  constexpr int kKeys = Simd::broadcast_rows(kVectors);
+template <class Units, int kVectors, int kWidth>
+void qk_step(QkOperands<Units> from, int64_t keys, typename Units::Scalar* logits) {
+  constexpr int kKeys = RegisterTile<typename Units::Vectors>::scalars(kVectors);
   for (; keys >= kKeys; keys -= kKeys) {
-    qk_register_tile<Simd, kKeys, kVectors, kWidth>(from, logits);
+    qk_register_tile<Units, kKeys, kVectors, kWidth>(from, logits);
     from.k += kKeys * from.k_stride;
     logits += kKeys * kWidth;
   }
-  qk_last_keys<Simd, kKeys - 1, kVectors, kWidth>(from, keys, logits);
+  qk_last_keys<Units, kKeys - 1, kVectors, kWidth>(from, keys, logits);
 }
 
-template <class Simd, int kFirst, int kVectors>
-void qk_steps(QkOperands<Simd> from, const KeySteps<kVectors>& steps,
-              typename Simd::Scalar* logits) {
-  constexpr int kWidth = kVectors * Simd::kLanes;
+template <class Units, int kFirst, int kVectors>
+void qk_steps(QkOperands<Units> from, const KeySteps<kVectors>& steps,
+              typename Units::Scalar* logits) {
+  using Vectors = typename Units::Vectors;
+  constexpr int kWidth = kVectors * Vectors::kLanes;
   const int64_t begin = kFirst == 0 ? 0 : steps.ends[kFirst > 0 ? kFirst - 1 : 0];
   const int64_t keys = steps.ends[kFirst] - begin;
   if (keys > 0) {
-    qk_step<Simd, kVectors - kFirst, kWidth>(from, keys, logits);
+    qk_step<Units, kVectors - kFirst, kWidth>(from, keys, logits);
     from.k += keys * from.k_stride;
   }
   if constexpr (kFirst + 1 < kVectors) {
-    from.queries += Simd::kLanes;
-    if (from.highest) from.highest += Simd::kLanes;
-    qk_steps<Simd, kFirst + 1>(from, steps, logits + keys * kWidth + Simd::kLanes);
+    from.queries += Vectors::kLanes;
+    if (from.highest) from.highest += Vectors::kLanes;
+    qk_steps<Units, kFirst + 1>(from, steps, logits + keys * kWidth + Vectors::kLanes);
   }
 }
 
 // logits [key][lane], not yet scaled; those that the steps leave out are undefined.
-template <class Simd, int kVectors>
-void qk_matmul(QkOperands<Simd> from, const KeySteps<kVectors>& steps,
-               typename Simd::Scalar* logits) {
-  constexpr int kWidth = kVectors * Simd::kLanes;
-  // Long vectors are summed in pieces, so that the rounding error doesn't grow with all of them.
-  constexpr int64_t kUnitsPerSum = Simd::kFusedMultiplyAdd ? 192 : 32;
+template <class Units, int kVectors>
+void qk_matmul(QkOperands<Units> from, const KeySteps<kVectors>& steps,
+               typename Units::Scalar* logits) {
+  using Vectors = typename Units::Vectors;
+  constexpr int kWidth = kVectors * Vectors::kLanes;
+  // Long vectors are summed in pieces, so that the rounding error does not grow with their length.
+  constexpr int64_t kUnitsPerSum = Vectors::kFusedMultiplyAdd ? 192 : 32;
   auto* const highest = from.highest;
   for (int64_t left = from.units; left > 0; left -= kUnitsPerSum) {
     from.units = left < kUnitsPerSum ? left : kUnitsPerSum;
     from.highest = left <= kUnitsPerSum ? highest : nullptr;
-    qk_steps<Simd, 0>(from, steps, logits);
+    qk_steps<Units, 0>(from, steps, logits);
     from.k += kUnitsPerSum;
     from.queries += kUnitsPerSum * kWidth;
     from.add = true;
   }
+}
+
+// The same where all keys are for all vectors.
+template <class Units, int kVectors>
+void qk_matmul(QkOperands<Units> from, int64_t keys, typename Units::Scalar* logits) {
+  qk_matmul<Units>(from, all_steps<kVectors>(keys), logits);
 }
 
 }  // namespace

@@ -6,25 +6,17 @@
 #include <cstdint>
 
 #include "kernels/memory/stored_types.h"
-#include "kernels/simd/scalar_units.h"
 
 namespace numattn {
 namespace {
 
-struct Float32Lanes {
+struct Float32 {
   using Scalar = float;
   using Vec = __m256;
-};
-
-struct Float32 : ScalarUnits<Float32Lanes> {
-  using Single = Float32;
 
   static constexpr bool kFusedMultiplyAdd = true;
   static constexpr int kLanes = 8;
-  // Two query vectors by six keys: 12 accumulators, two operands and a broadcast in 16 registers.
-  static constexpr int kTileVectors = 2;
-  static constexpr int kTilesPerBlock = 8;
-  static constexpr int broadcast_rows(int vectors) { return vectors == 2 ? 6 : 8; }
+  static constexpr int kRegisters = 16;
 
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec set(float x) { return _mm256_set1_ps(x); }
@@ -74,7 +66,6 @@ struct Float32 : ScalarUnits<Float32Lanes> {
   static Vec abs(Vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
   // a * b + c
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-  static Vec multiply_add(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
 
   // All lanes added up.
   static float sum(Vec x) {

@@ -6,24 +6,17 @@
 #include <cstdint>
 
 #include "kernels/memory/stored_types.h"
-#include "kernels/simd/scalar_units.h"
 
 namespace numattn {
 namespace {
 
-struct Float64Lanes {
+struct Float64 {
   using Scalar = double;
   using Vec = __m256d;
-};
-
-struct Float64 : ScalarUnits<Float64Lanes> {
-  using Single = Float64;
 
   static constexpr bool kFusedMultiplyAdd = true;
   static constexpr int kLanes = 4;
-  static constexpr int kTileVectors = 2;
-  static constexpr int kTilesPerBlock = 16;
-  static constexpr int broadcast_rows(int vectors) { return vectors == 2 ? 6 : 8; }
+  static constexpr int kRegisters = 16;
 
   static Vec zero() { return _mm256_setzero_pd(); }
   static Vec set(double x) { return _mm256_set1_pd(x); }
@@ -56,7 +49,6 @@ struct Float64 : ScalarUnits<Float64Lanes> {
   static Vec max(Vec a, Vec b) { return _mm256_max_pd(a, b); }
   static Vec abs(Vec x) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), x); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_pd(a, b, c); }
-  static Vec multiply_add(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
 
   static double sum(Vec x) {
     const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));

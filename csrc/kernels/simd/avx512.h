@@ -6,28 +6,17 @@
 #include <cstdint>
 
 #include "kernels/memory/stored_types.h"
-#include "kernels/simd/scalar_units.h"
 
 namespace numattn {
 namespace {
 
-struct Float32Lanes {
+struct Float32 {
   using Scalar = float;
   using Vec = __m512;
-};
-
-struct Float32 : ScalarUnits<Float32Lanes> {
-  using Single = Float32;
 
   static constexpr bool kFusedMultiplyAdd = true;
   static constexpr int kLanes = 16;
-  // Four query vectors by six keys are 24 accumulators; with four operands and a broadcast they
-  // fill 29 of the 32 registers and need 10 loads for 24 multiply-adds.
-  static constexpr int kTileVectors = 4;
-  static constexpr int kTilesPerBlock = 4;
-  static constexpr int broadcast_rows(int vectors) {
-    return vectors == 4 ? 6 : vectors == 1 ? 12 : 8;
-  }
+  static constexpr int kRegisters = 32;
 
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec set(float x) { return _mm512_set1_ps(x); }
@@ -81,7 +70,6 @@ struct Float32 : ScalarUnits<Float32Lanes> {
   static Vec abs(Vec x) { return _mm512_abs_ps(x); }
   // a * b + c
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-  static Vec multiply_add(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
 
   // All lanes added up.
   static float sum(Vec x) { return _mm512_reduce_add_ps(x); }

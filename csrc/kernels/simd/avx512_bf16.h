@@ -14,13 +14,13 @@ namespace numattn {
 namespace {
 
 struct Bfloat16Pairs : Float32 {
-  using Single = Float32;
+  using Vectors = Float32;
   struct Unit {
     Bfloat16Bits elements[2];
   };
   using Units = __m512i;
-  using UnitElement = Bfloat16Bits;
-  static constexpr int kUnitElements = 2;
+  using Element = Bfloat16Bits;
+  static constexpr int kElements = 2;
 
   using Float32::load;
   using Float32::load_first;
@@ -53,9 +53,9 @@ struct Bfloat16Pairs : Float32 {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
 
-  // `count` elements of one row, up to 32; further ones are 0.
+  // Of a row's elements up to 32; from `count` on they are 0.
   static Units load_units(const Bfloat16Bits* from, int64_t count) {
-    return count == 32 ? _mm512_loadu_si512(from)
+    return count >= 32 ? _mm512_loadu_si512(from)
                        : _mm512_maskz_loadu_epi16(first_elements(count), from);
   }
   static Units load_units(const Int8* from, int64_t count) {
@@ -63,7 +63,7 @@ struct Bfloat16Pairs : Float32 {
     const Vec high = count > kLanes ? load_up_to_lanes(from + kLanes, count - kLanes) : zero();
     return reinterpret_cast<Units>(_mm512_cvtne2ps_pbh(high, low));
   }
-  // Units of two rows, of up to 32 elements each; further ones are 0.
+  // Pairs of the elements of two rows, up to 32 of each; from its count on a row is 0.
   static void load_rows(const Bfloat16Bits* first_row, int64_t first_count,
                         const Bfloat16Bits* second_row, int64_t second_count, Units (&units)[2]) {
     const Units a = load_units(first_row, first_count);
@@ -123,7 +123,7 @@ struct Bfloat16Pairs : Float32 {
     return x;
   }
   static Unit finite(Unit unit) {
-    for (int i = 0; i < kUnitElements; ++i) {
+    for (int i = 0; i < kElements; ++i) {
       if (element(unit, i) - element(unit, i) != 0) unit.elements[i].bits = 0;
     }
     return unit;

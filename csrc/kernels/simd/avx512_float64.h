@@ -6,24 +6,17 @@
 #include <cstdint>
 
 #include "kernels/memory/stored_types.h"
-#include "kernels/simd/scalar_units.h"
 
 namespace numattn {
 namespace {
 
-struct Float64Lanes {
+struct Float64 {
   using Scalar = double;
   using Vec = __m512d;
-};
-
-struct Float64 : ScalarUnits<Float64Lanes> {
-  using Single = Float64;
 
   static constexpr bool kFusedMultiplyAdd = true;
   static constexpr int kLanes = 8;
-  static constexpr int kTileVectors = 4;
-  static constexpr int kTilesPerBlock = 8;
-  static constexpr int broadcast_rows(int vectors) { return vectors == 4 ? 6 : 8; }
+  static constexpr int kRegisters = 32;
 
   static Vec zero() { return _mm512_setzero_pd(); }
   static Vec set(double x) { return _mm512_set1_pd(x); }
@@ -53,7 +46,6 @@ struct Float64 : ScalarUnits<Float64Lanes> {
   static Vec max(Vec a, Vec b) { return _mm512_max_pd(a, b); }
   static Vec abs(Vec x) { return _mm512_abs_pd(x); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_pd(a, b, c); }
-  static Vec multiply_add(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
 
   static double sum(Vec x) { return _mm512_reduce_add_pd(x); }
 

@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "kernels/memory/stored_types.h"
-#include "kernels/simd/scalar_units.h"
 
 namespace numattn {
 namespace {
@@ -39,10 +38,9 @@ struct Format<double> {
 };
 
 template <class ScalarType>
-struct Generic : ScalarUnits<Format<ScalarType>> {
+struct Generic {
   using Scalar = ScalarType;
   using Vec = typename Format<Scalar>::Vec;
-  using Single = Generic;
 
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   static constexpr bool kFusedMultiplyAdd = true;
@@ -50,11 +48,7 @@ struct Generic : ScalarUnits<Format<ScalarType>> {
   static constexpr bool kFusedMultiplyAdd = false;
 #endif
   static constexpr int kLanes = 16 / sizeof(Scalar);
-  // Two query vectors by four keys leave room among 16 registers for the products that a CPU
-  // without fused multiply-add needs.
-  static constexpr int kTileVectors = 2;
-  static constexpr int kTilesPerBlock = 64 / (kTileVectors * kLanes);
-  static constexpr int broadcast_rows(int) { return 4; }
+  static constexpr int kRegisters = 16;  // at least
 
   static Vec zero() { return Vec{}; }
   static Vec set(Scalar x) { return x - Vec{}; }
@@ -109,7 +103,6 @@ struct Generic : ScalarUnits<Format<ScalarType>> {
   static Vec abs(Vec x) { return (Vec)((Bits)x & magnitude()); }
   // a * b + c, which the build's -ffp-contract=fast fuses where the CPU can
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-  static Vec multiply_add(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
 
   // All lanes added up.
   static Scalar sum(Vec x) {

@@ -44,17 +44,17 @@ struct TanhSeries<double> {
 // result[i] is the series in x[i]. Several vectors go through each step together: one after the
 // other, their chains of dependent operations would fill the CPU's scheduler and wait there (1 %
 // of a whole attention on Zen 5).
-template <class Simd, int kTerms, int kCount>
-[[gnu::always_inline]] inline void sum_series(const typename Simd::Scalar (&terms)[kTerms],
-                                              const typename Simd::Vec (&x)[kCount],
-                                              typename Simd::Vec (&result)[kCount]) {
+template <class Vectors, int kTerms, int kCount>
+[[gnu::always_inline]] inline void sum_series(const typename Vectors::Scalar (&terms)[kTerms],
+                                              const typename Vectors::Vec (&x)[kCount],
+                                              typename Vectors::Vec (&result)[kCount]) {
 #pragma GCC unroll 8
-  for (int i = 0; i < kCount; ++i) result[i] = Simd::set(terms[0]);
+  for (int i = 0; i < kCount; ++i) result[i] = Vectors::set(terms[0]);
 #pragma GCC unroll 16
   for (int term = 1; term < kTerms; ++term) {
-    const auto next = Simd::set(terms[term]);
+    const auto next = Vectors::set(terms[term]);
 #pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) result[i] = Simd::fma(result[i], x[i], next);
+    for (int i = 0; i < kCount; ++i) result[i] = Vectors::fma(result[i], x[i], next);
   }
 }
 
@@ -66,43 +66,44 @@ template <class Simd, int kTerms, int kCount>
 // rounding included (1.83 on AVX-512, every float tried). Without fused multiply-add its rounding
 // errors alone come near 2, and it takes a longer one, whose own error is nothing beside them, as
 // float64 does everywhere.
-template <class Simd, int kCount>
-[[gnu::always_inline]] inline void exp2(typename Simd::Vec (&x)[kCount]) {
-  using Series = Exp2Series<typename Simd::Scalar, Simd::kFusedMultiplyAdd>;
-  typename Simd::Vec whole[kCount], fraction[kCount], power[kCount];
+template <class Vectors, int kCount>
+[[gnu::always_inline]] inline void exp2(typename Vectors::Vec (&x)[kCount]) {
+  using Series = Exp2Series<typename Vectors::Scalar, Vectors::kFusedMultiplyAdd>;
+  typename Vectors::Vec whole[kCount], fraction[kCount], power[kCount];
 #pragma GCC unroll 8
-  for (int i = 0; i < kCount; ++i) Simd::split(x[i], whole[i], fraction[i]);
-  sum_series<Simd>(Series::kTerms, fraction, power);
+  for (int i = 0; i < kCount; ++i) Vectors::split(x[i], whole[i], fraction[i]);
+  sum_series<Vectors>(Series::kTerms, fraction, power);
 #pragma GCC unroll 8
-  for (int i = 0; i < kCount; ++i) x[i] = Simd::scale_by_power_of_two(power[i], whole[i]);
+  for (int i = 0; i < kCount; ++i) x[i] = Vectors::scale_by_power_of_two(power[i], whole[i]);
 }
 
-template <class Simd>
-typename Simd::Vec exp2(typename Simd::Vec x) {
-  typename Simd::Vec all[1] = {x};
-  exp2<Simd>(all);
+template <class Vectors>
+typename Vectors::Vec exp2(typename Vectors::Vec x) {
+  typename Vectors::Vec all[1] = {x};
+  exp2<Vectors>(all);
   return all[0];
 }
 
 // tanh(x) within a few units in the last place. From 5/8 on it is 1 - 2 / (e^2|x| + 1); below,
 // where that would cancel, an odd polynomial.
-template <class Simd>
-typename Simd::Vec tanh(typename Simd::Vec x) {
-  using Scalar = typename Simd::Scalar;
+template <class Vectors>
+typename Vectors::Vec tanh(typename Vectors::Vec x) {
+  using Scalar = typename Vectors::Scalar;
   constexpr Scalar kTwoLog2E = static_cast<Scalar>(2.8853900817779268);
-  const auto one = Simd::set(1);
-  const auto size = Simd::abs(x);
+  const auto one = Vectors::set(1);
+  const auto size = Vectors::abs(x);
 
-  const auto exponential = exp2<Simd>(Simd::mul(size, Simd::set(kTwoLog2E)));
-  const auto large = Simd::sub(one, Simd::div(Simd::set(2), Simd::add(exponential, one)));
+  const auto exponential = exp2<Vectors>(Vectors::mul(size, Vectors::set(kTwoLog2E)));
+  const auto large =
+      Vectors::sub(one, Vectors::div(Vectors::set(2), Vectors::add(exponential, one)));
 
-  const typename Simd::Vec square[1] = {Simd::mul(size, size)};
-  typename Simd::Vec series[1];
-  sum_series<Simd>(TanhSeries<Scalar>::kTerms, square, series);
-  const auto small = Simd::fma(Simd::mul(series[0], square[0]), size, size);
+  const typename Vectors::Vec square[1] = {Vectors::mul(size, size)};
+  typename Vectors::Vec series[1];
+  sum_series<Vectors>(TanhSeries<Scalar>::kTerms, square, series);
+  const auto small = Vectors::fma(Vectors::mul(series[0], square[0]), size, size);
 
-  return Simd::copy_sign(
-      Simd::select_less(size, Simd::set(static_cast<Scalar>(0.625)), small, large), x);
+  return Vectors::copy_sign(
+      Vectors::select_less(size, Vectors::set(static_cast<Scalar>(0.625)), small, large), x);
 }
 
 }  // namespace

@@ -1,95 +1,168 @@
-// The second stage: the logits of a block become weights, by the online softmax of Milakov and
-// Gimelshein (2018). Every lane is a query, so that its maximum and sum are plain vector
-// operations down the keys.
+// The softmax, online: logits become weights block by block, by the method of Milakov and
+// Gimelshein (2018). A running maximum and a running sum are kept for each lane; a new maximum
+// shrinks what was summed under the old one.
+//
+// In all of this a weight is exp2(scale * (logit - base)), where `scale` > 0 holds log2(e), and the
+// scale of the logits if no option needed it before. Scaling the difference, and not the queries or
+// the logits, keeps the error below that of the plain computation: the difference of near logits is
+// exact, and so is the maximum.
 #pragma once
 
 #include <cstdint>
 
+#include "kernels/memory/stored_types.h"
 #include "kernels/softmax/exp.h"
 
 namespace numattn {
 namespace {
 
+constexpr double kLog2E = 1.4426950408889634;
+
+// ---- one lane, or a vector of them -------------------------------------------------------------
+
+// What is subtracted from logits: the maximum, or 0 where nothing was attended to yet, because
+// -inf - -inf would be NaN.
+template <class Vectors>
+typename Vectors::Vec softmax_base(typename Vectors::Vec maximum) {
+  const auto nothing = Vectors::set(-__builtin_inff());
+  return Vectors::select_equal(maximum, nothing, Vectors::zero(), maximum);
+}
+template <class Vectors>
+typename Vectors::Vec softmax_base_of(typename Vectors::Scalar maximum) {
+  return Vectors::set(is_minus_infinity(maximum) ? typename Vectors::Scalar{0} : maximum);
+}
+
+// Also the factor by which sums under the maximum `logit` shrink under another one.
+template <class Vectors>
+typename Vectors::Vec softmax_weight(typename Vectors::Vec logit, typename Vectors::Vec base,
+                                     typename Vectors::Vec scale) {
+  return exp2<Vectors>(Vectors::mul(Vectors::sub(logit, base), scale));
+}
+
+// 1 / sum, by which weights and outputs are multiplied in the end; 0 where nothing was attended to.
+template <class Scalar>
+Scalar softmax_share(Scalar sum) {
+  return sum == 0 ? Scalar{0} : Scalar{1} / sum;
+}
+
+// The natural logarithm of the sum of the exponentials of the scaled logits. The product is rounded
+// before it is added, whatever the compiler would choose: a result is to keep its bits.
+template <class Scalar>
+Scalar log_sum_exp(Scalar maximum, Scalar sum, double softmax_scale) {
+  const volatile double scaled = maximum * softmax_scale;
+  return static_cast<Scalar>(scaled + __builtin_log(static_cast<double>(sum)));
+}
+
+// ---- the state of some lanes --------------------------------------------------------------------
+
+template <class Scalar>
+struct SoftmaxState {
+  Scalar* maximum;  // [lane], running, of the logits before they are scaled for the softmax
+  Scalar* sum;      // [lane], of the weights under that maximum
+
+  // A sink is a key without a value; -inf for none.
+  void begin(int64_t lanes, double sink) const {
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      maximum[lane] = static_cast<Scalar>(sink);
+      sum[lane] = sink > -__builtin_inf() ? Scalar{1} : Scalar{0};
+    }
+  }
+};
+
 // highest [lane] is raised to the largest logit [key][lane] of a block.
-template <class Simd, int kVectors>
-void find_highest(const typename Simd::Scalar* logits, int64_t keys,
-                  typename Simd::Scalar* highest) {
-  constexpr int kWidth = kVectors * Simd::kLanes;
-  typename Simd::Vec so_far[kVectors];
+template <class Vectors, int kVectors>
+void find_highest(const typename Vectors::Scalar* logits, int64_t keys,
+                  typename Vectors::Scalar* highest) {
+  constexpr int kWidth = kVectors * Vectors::kLanes;
+  typename Vectors::Vec so_far[kVectors];
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) so_far[v] = Simd::load(highest + v * Simd::kLanes);
+  for (int v = 0; v < kVectors; ++v) so_far[v] = Vectors::load(highest + v * Vectors::kLanes);
   for (int64_t key = 0; key < keys; ++key) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      so_far[v] = Simd::max(so_far[v], Simd::load(logits + key * kWidth + v * Simd::kLanes));
+      const auto logit = Vectors::load(logits + key * kWidth + v * Vectors::kLanes);
+      so_far[v] = Vectors::max(so_far[v], logit);
     }
   }
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) Simd::store(highest + v * Simd::kLanes, so_far[v]);
+  for (int v = 0; v < kVectors; ++v) Vectors::store(highest + v * Vectors::kLanes, so_far[v]);
 }
 
-// In place, logits [key][lane], where a masked one is -inf, become the weights
-//   exp2(factor * (logit - maximum)) [unit of keys][lane],
-// which are exactly 0 where masked; factor > 0 has the scale in it. Scaling the difference, and
-// not the queries or the logits, is what keeps the error below that of the plain computation: the
-// difference of near logits is exact, and so is the maximum.
-// highest [lane] is the largest logit so far, this block included. maximum [lane], the same before
-// this block, and sum [lane] run over all blocks of a tile; rescale [lane] is the factor by which
-// what was summed under the former maximum has to shrink. The sum is that of the weights before
-// they are rounded to what a unit holds.
-template <class Simd, int kVectors>
-void masked_softmax(typename Simd::Scalar* logits, int64_t keys, typename Simd::Scalar factor,
-                    const typename Simd::Scalar* highest, typename Simd::Scalar* maximum,
-                    typename Simd::Scalar* sum, typename Simd::Scalar* rescale) {
-  constexpr int kWidth = kVectors * Simd::kLanes;
-  const auto masked = Simd::set(-__builtin_inff());
-  const auto scale = Simd::set(factor);
-  typename Simd::Vec base[kVectors];
-  typename Simd::Vec block_sum[kVectors];
+// Adds a block. In place, logits [key][lane], where a masked one is -inf, become weights
+// [unit of keys][lane], which are exactly 0 where masked. highest [lane] is the largest logit so
+// far, this block included. rescale [lane] becomes the factor by which outputs under the former
+// maximum have to shrink. The sum is taken before weights are rounded to what a unit holds.
+template <class Units, int kVectors>
+void add_block(typename Units::Scalar* logits, int64_t keys, double softmax_scale,
+               const typename Units::Scalar* highest,
+               const SoftmaxState<typename Units::Scalar>& state, typename Units::Scalar* rescale) {
+  using Vectors = typename Units::Vectors;
+  constexpr int kPerUnit = Units::kElements;
+  constexpr int kWidth = kVectors * Vectors::kLanes;
+  const auto scale = Vectors::set(static_cast<typename Units::Scalar>(softmax_scale * kLog2E));
+  typename Vectors::Vec base[kVectors];
+  typename Vectors::Vec block_sum[kVectors];
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) {
-    const int lane = v * Simd::kLanes;
-    // A lane that has attended to nothing yet subtracts 0: -inf - -inf would be NaN.
-    const auto now = Simd::load(highest + lane);
-    base[v] = Simd::select_equal(now, masked, Simd::zero(), now);
-    block_sum[v] = Simd::zero();
-    const auto difference = Simd::sub(Simd::load(maximum + lane), base[v]);
-    Simd::store(rescale + lane, exp2<Simd>(Simd::mul(difference, scale)));
-    Simd::store(maximum + lane, now);
+    const int lane = v * Vectors::kLanes;
+    const auto now = Vectors::load(highest + lane);
+    base[v] = softmax_base<Vectors>(now);
+    block_sum[v] = Vectors::zero();
+    const auto before = Vectors::load(state.maximum + lane);
+    Vectors::store(rescale + lane, softmax_weight<Vectors>(before, base[v], scale));
+    Vectors::store(state.maximum + lane, now);
   }
-  constexpr int kPerUnit = Simd::kUnitElements;
-  // What the last unit lacks attends to nothing.
-  for (int64_t i = keys * kWidth; i % (kPerUnit * kWidth) != 0; i += Simd::kLanes) {
-    Simd::store(logits + i, masked);
+  // Pad the last unit with masked keys.
+  for (int64_t i = keys * kWidth; i % (kPerUnit * kWidth) != 0; i += Vectors::kLanes) {
+    Vectors::store(logits + i, Vectors::set(-__builtin_inff()));
   }
-  auto* const weights = reinterpret_cast<typename Simd::Unit*>(logits);
+  auto* const weights = reinterpret_cast<typename Units::Unit*>(logits);
   for (int64_t key = 0; key < keys; key += kPerUnit) {
-    typename Simd::Vec weight[kPerUnit][kVectors];
+    typename Vectors::Vec weight[kPerUnit][kVectors];
 #pragma GCC unroll 2
     for (int i = 0; i < kPerUnit; ++i) {
       const auto* const at = logits + (key + i) * kWidth;
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        weight[i][v] = Simd::mul(Simd::sub(Simd::load(at + v * Simd::kLanes), base[v]), scale);
+        const auto logit = Vectors::load(at + v * Vectors::kLanes);
+        weight[i][v] = Vectors::mul(Vectors::sub(logit, base[v]), scale);
       }
-      exp2<Simd>(weight[i]);
+      exp2<Vectors>(weight[i]);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) block_sum[v] = Simd::add(block_sum[v], weight[i][v]);
+      for (int v = 0; v < kVectors; ++v) block_sum[v] = Vectors::add(block_sum[v], weight[i][v]);
     }
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      typename Simd::Vec unit[kPerUnit];
+      typename Vectors::Vec unit[kPerUnit];
 #pragma GCC unroll 2
       for (int i = 0; i < kPerUnit; ++i) unit[i] = weight[i][v];
-      Simd::store(weights + key / kPerUnit * kWidth + v * Simd::kLanes, Simd::join_rounded(unit));
+      Units::store(weights + key / kPerUnit * kWidth + v * Vectors::kLanes,
+                   Units::join_rounded(unit));
     }
   }
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) {
-    const int lane = v * Simd::kLanes;
-    Simd::store(sum + lane,
-                Simd::fma(Simd::load(sum + lane), Simd::load(rescale + lane), block_sum[v]));
+    const int lane = v * Vectors::kLanes;
+    const auto before = Vectors::load(state.sum + lane);
+    const auto shrink = Vectors::load(rescale + lane);
+    Vectors::store(state.sum + lane, Vectors::fma(before, shrink, block_sum[v]));
   }
+}
+
+// Adds a chunk to the total of the chunks before it, whose maximum is not larger, for one vector of
+// lanes; a first chunk finds an empty total. Returns the factor by which the total's outputs
+// shrink.
+template <class Vectors>
+typename Vectors::Vec merge_chunk(const SoftmaxState<typename Vectors::Scalar>& total,
+                                  const SoftmaxState<typename Vectors::Scalar>& chunk, int lane,
+                                  bool is_first, typename Vectors::Vec scale) {
+  const auto now = Vectors::load(chunk.maximum + lane);
+  const auto before = is_first ? now : Vectors::load(total.maximum + lane);
+  const auto shrink = softmax_weight<Vectors>(before, softmax_base<Vectors>(now), scale);
+  const auto sum = is_first ? Vectors::zero() : Vectors::load(total.sum + lane);
+  Vectors::store(total.sum + lane, Vectors::fma(sum, shrink, Vectors::load(chunk.sum + lane)));
+  Vectors::store(total.maximum + lane, now);
+  return shrink;
 }
 
 }  // namespace

@@ -1,0 +1,33 @@
+// Run-time numbers as compile-time constants: one instance of a template for each.
+#pragma once
+
+#include <cstdint>
+
+namespace numattn {
+namespace {
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// Calls `step` with a number from 1 to kMost, or kMost if it is larger.
+template <int kMost, class Step>
+void with_constant(int64_t number, Step step) {
+  if constexpr (kMost > 1) {
+    if (number < kMost) return with_constant<kMost - 1>(number, step);
+  }
+  step(Constant<kMost>{});
+}
+
+// Calls `step` with a power of two up to kMost.
+template <int kMost, class Step>
+void with_power_of_two(int64_t number, Step step) {
+  if constexpr (kMost > 1) {
+    if (number < kMost) return with_power_of_two<kMost / 2>(number, step);
+  }
+  step(Constant<kMost>{});
+}
+
+}  // namespace
+}  // namespace numattn

@@ -1,0 +1,83 @@
+// The task that a kernel takes: some queries of one KV head, or of adjacent ones, with some keys.
+//
+// Strides are in bytes; arrays may have any alignment and any strides, also 0 for what is
+// broadcast; outputs overlap nothing. Whoever plans the task owns all memory that it points at.
+#pragma once
+
+#include <cstdint>
+
+#include "problem.h"
+
+namespace numattn {
+
+// What a mask leaves of a query tile in a key block.
+enum class BlockKind : uint8_t { empty, full, mixed };
+
+// The keys of a query tile: some query attends within [begin, end), every query attends to all
+// of [full_begin, full_end), as far as limits (causal, window, lengths) decide.
+struct TileKeys {
+  int64_t begin, end;
+  int64_t full_begin, full_end;
+};
+
+constexpr int kMaxTilesPerBlock = 16;
+
+// K or V of one head: [key][d]. In pages, key j is row j % page_size of page pages[j / page_size].
+struct KeyRows {
+  View rows;  // from key 0, or page 0, on
+  int64_t dims;
+  // Rows of int8, each to be multiplied by a float of its own: strided and paged like the rows.
+  bool is_int8;
+  View scales;
+  const int64_t* pages;  // or null
+  int64_t page_size, page_stride, scale_page_stride;
+};
+
+// Consecutive queries of one head, or of all heads that share a KV head, against keys. For decode
+// there may be several adjacent KV heads: all pointers are then for the first of them.
+struct Task {
+  int64_t kv_heads;  // 1, or for decode KV heads whose rows are adjacent in memory
+  int64_t heads;     // 1 for prefill; for decode the query heads that share a KV head
+  int64_t queries;   // of each head
+  int64_t head_dim, value_dim;
+
+  // From the first query of the first head on.
+  View q;  // [head][query][d]
+  KeyRows k, v;
+  View out;         // [head][query][d]
+  View lse;         // [head][query]; data null: not wanted
+  Options options;  // mask and bias [head][query][key], from key 0 on; slopes and sinks [head]
+
+  int64_t first_position;                 // of the first query, among the keys
+  const BlockKind* block_kinds;           // [tile][key block], for prefill with a mask
+  int64_t block_kinds_stride;             // elements from tile to tile
+  TileKeys tile_keys[kMaxTilesPerBlock];  // of each tile; for decode the first, of all queries
+
+  // For stages by themselves: out is [query][key] of scalars, where keys are columns, or [key] for
+  // Stage::received, where keys are rows.
+  Stage stage;
+  int64_t keys_begin, keys_end;  // the keys of this task, valid or not
+  int64_t valid_keys;
+  void* maximum;  // [query] scalars, in the terms of the softmax: written by Stage::statistics
+  void* sum;
+
+  void* state;                // for decode: DtypeKernels::decode_state_bytes, aligned to 64 bytes
+  int64_t state_head_stride;  // bytes from KV head to KV head
+  void* scratch;              // of the kernel's scratch_bytes, aligned to 64 bytes
+
+  // Asked once per key block. True abandons the task: `out` and `lse` are then undefined.
+  bool (*should_stop)(void* context);
+  void* stop_context;
+};
+
+// Rows of one head whose pairs of elements are to be rotated; out may be x. cos and sin are scalars
+// [row][pair], without gaps between pairs.
+struct RowRotation {
+  View x, out;  // head_stride is not used
+  const char *cos, *sin;
+  int64_t angle_stride;  // bytes from row to row
+  int64_t rows, dim, rotary_dim;
+  bool interleaved;
+};
+
+}  // namespace numattn

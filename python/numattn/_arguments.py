@@ -8,13 +8,27 @@ which differ in where the rows are, are checked in `_sequence_arguments`.
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
-from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.ma import MaskedArray, isMaskedArray  # here: NumPy would do it in a first call
+
+from ._checks import (
+    ACCEPTED_DTYPES,
+    as_array,
+    check_layout,
+    check_out,
+    check_overlap,
+    dtype_name,
+    flag,
+    heads_first,
+    integer,
+    real,
+    refuse,
+    refuse_kind,
+    snapshot,
+    thread_count,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,10 +36,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     Array = NDArray[Any]
-
-ACCEPTED_DTYPES = ("float16", "bfloat16", "float32", "float64")
-LAYOUTS = ("bhld", "blhd")
-MAX_THREADS = 1024
 
 # The side of a window that excludes nothing, and the largest position a query may have: sums of
 # the two and an array's length fit into 64 bits.
@@ -82,12 +92,12 @@ def check_options(
 ) -> dict[str, Any]:
     """Check what all entry points understand alike; return it by the names of `Arguments`."""
     window_left, window_right = _window(window)
-    if _flag("is_causal", is_causal):
+    if flag("is_causal", is_causal):
         window_right = 0
-    softcap_ = 0.0 if softcap is None else _real("softcap", softcap)
+    softcap_ = 0.0 if softcap is None else real("softcap", softcap)
     if softcap is not None and not softcap_ > 0:
-        _refuse("softcap", repr(softcap), "a positive number, or None for no cap")
-    scale_ = 1 / math.sqrt(head_dim) if scale is None else _real("scale", scale)
+        refuse("softcap", repr(softcap), "a positive number, or None for no cap")
+    scale_ = 1 / math.sqrt(head_dim) if scale is None else real("scale", scale)
     _check_scale_fits(scale_, softcap_, dtype)
     largest = float(np.finfo(np.float64 if dtype.itemsize == 8 else np.float32).max)
     return {
@@ -124,29 +134,29 @@ def check(
 ) -> Arguments:
     """Check the arguments of `attention`; TypeError for kinds, ValueError for values."""
     check_layout(layout)
-    arrays = {name: _array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
-    dtype = _common_dtype(arrays)
+    arrays = {name: as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
+    dtype = common_dtype(arrays)
     scales = {
-        "k": _key_scales("k", arrays["k"], k_scale),
-        "v": _key_scales("v", arrays["v"], v_scale),
+        "k": key_scales("k", arrays["k"], k_scale),
+        "v": key_scales("v", arrays["v"], v_scale),
     }
     for name, x in arrays.items():
         if x.ndim < 2:
             axes = "(..., heads, length, dim)" if layout == "bhld" else "(..., length, heads, dim)"
-            _refuse(name, f"shape {x.shape}", f"{axes}, or two axes for one head")
+            refuse(name, f"shape {x.shape}", f"{axes}, or two axes for one head")
     one_head = all(x.ndim == 2 for x in arrays.values())
-    q_, k_, v_ = (_heads_first(x, layout) for x in arrays.values())
-    _check_shapes(q_, k_, v_, arrays)
+    q_, k_, v_ = (heads_first(x, layout) for x in arrays.values())
+    check_shapes(q_, k_, v_, arrays)
 
     batch = _batch_shape(arrays, (q_, k_, v_))
     query_heads, query_length, head_dim = q_.shape[-3:]
     key_length = k_.shape[-2]
     pairs = (*batch, query_heads, query_length, key_length)
 
-    mask_ = None if mask is None else _array("mask", mask)
+    mask_ = None if mask is None else as_array("mask", mask)
     if mask_ is not None and mask_.dtype != np.bool_:
-        _refuse_kind("mask", _dtype_of(mask_), "bool, True = attend (logits are added by `bias`)")
-    bias_ = None if bias is None else _array("bias", bias)
+        refuse_kind("mask", dtype_name(mask_), "bool, True = attend (logits are added by `bias`)")
+    bias_ = None if bias is None else as_array("bias", bias)
     if bias_ is not None:
         _check_bias_dtype(bias_, dtype)
 
@@ -154,20 +164,20 @@ def check(
         dtype, query_heads, head_dim, is_causal, window, scale, softcap, alibi_slopes, sinks,
         num_threads,
     )  # fmt: skip
-    result, result_lse = _outputs(
-        out, _flag("return_lse", return_lse), one_head, layout, dtype,
+    result, result_lse = outputs(
+        out, flag("return_lse", return_lse), one_head, layout, dtype,
         (*batch, query_heads, query_length, v_.shape[-1]),
     )  # fmt: skip
-    kv_lengths_ = _ints_per_batch("kv_lengths", kv_lengths, batch, 0, key_length)
+    kv_lengths_ = ints_per_batch("kv_lengths", kv_lengths, batch, 0, key_length)
     arguments = Arguments(
         q=_broadcast(q_, (*batch, *q_.shape[-3:])),
         k=_broadcast(k_, (*batch, *k_.shape[-3:])),
         v=_broadcast(v_, (*batch, *v_.shape[-3:])),
-        out=_heads_first(result, layout),
-        lse=None if result_lse is None else _lse_heads_first(result_lse, one_head, layout),
+        out=heads_first(result, layout),
+        lse=None if result_lse is None else lse_heads_first(result_lse, one_head, layout),
         mask=None if mask_ is None else _broadcast_pairs("mask", mask_, pairs, one_head),
         bias=None if bias_ is None else _broadcast_pairs("bias", bias_, pairs, one_head),
-        q_offset=_ints_per_batch("q_offset", q_offset, batch, -MAX_POSITION, MAX_POSITION),
+        q_offset=ints_per_batch("q_offset", q_offset, batch, -MAX_POSITION, MAX_POSITION),
         kv_lengths=kv_lengths_,
         **options,
         result=result if out is None else out,
@@ -176,108 +186,55 @@ def check(
         v_scale=_broadcast_scales(scales["v"], one_head, layout, (*batch, *v_.shape[-3:-1])),
     )
     for name, of_keys in (("k", arguments.k_scale), ("v", arguments.v_scale)):
-        _check_scales(name, of_keys, lambda: _valid_keys(kv_lengths_, key_length))
+        check_scales(name, of_keys, lambda: _valid_keys(kv_lengths_, key_length))
     if out is not None:
         inputs = dict(arrays, mask=mask_, bias=bias_, alibi_slopes=alibi_slopes, sinks=sinks)
-        _check_overlap(out, inputs | {"k_scale": k_scale, "v_scale": v_scale})
+        check_overlap(out, inputs | {"k_scale": k_scale, "v_scale": v_scale})
     return arguments
-
-
-def check_layout(layout: str) -> None:
-    if not isinstance(layout, str):
-        _refuse_kind("layout", f"{type(layout).__name__}", "a str")
-    if layout not in LAYOUTS:
-        _refuse("layout", repr(layout), "one of " + ", ".join(map(repr, LAYOUTS)))
-
-
-def thread_count(name: str, value: object) -> int:
-    """Check a number of threads; `name` is where it came from."""
-    number = _integer(name, value)
-    if not 1 <= number <= MAX_THREADS:
-        _refuse(name, str(number), f"a number of threads from 1 to {MAX_THREADS}")
-    return number
-
-
-# ---- errors ------------------------------------------------------------------------------------
-
-
-def _refuse(name: str, seen: str, expected: str) -> NoReturn:
-    raise ValueError(f"{name}: got {seen}, expected {expected}")
-
-
-def _refuse_kind(name: str, seen: str, expected: str) -> NoReturn:
-    raise TypeError(f"{name}: got {seen}, expected {expected}")
 
 
 # ---- arrays ------------------------------------------------------------------------------------
 
 
-def _array(name: str, x: ArrayLike) -> Array:
-    """Return an array over the same memory, whose shape and strides nobody else can change."""
-    masked = isinstance(x, MaskedArray)
-    if masked or (isinstance(x, list | tuple) and any(map(isMaskedArray, x))):
-        what = "a masked array" if masked else f"a {type(x).__name__} of masked arrays"
-        _refuse_kind(name, what, "a plain array (pass what is masked as `mask`)")
-    try:
-        array = np.asarray(x)
-    except ValueError as error:  # NumPy does not say which argument it was
-        _refuse(name, f"what NumPy makes no array of ({error})", "an array")
-    if array.dtype == object and not isinstance(x, np.ndarray | int | list | tuple):
-        _refuse_kind(name, type(x).__name__, "an array")
-    return array.view()
-
-
-def _snapshot(name: str, x: ArrayLike) -> Array:
-    """Return a copy, for numbers that say what is read.
-
-    It is what is checked and what is used, whatever the caller's threads write meanwhile.
-    """
-    return np.array(_array(name, x))
-
-
-def _dtype_of(x: Array) -> str:
-    return f"dtype {x.dtype.name}" + ("" if x.dtype.isnative else " of foreign byte order")
-
-
-def _common_dtype(arrays: dict[str, Array]) -> np.dtype[Any]:
+def common_dtype(arrays: dict[str, Array]) -> np.dtype[Any]:
     """Return q's dtype, which k and v have too, unless they are int8."""
     arrays = {name: x for name, x in arrays.items() if name == "q" or x.dtype != np.int8}
     for name, x in arrays.items():
         if x.dtype.name not in ACCEPTED_DTYPES or not x.dtype.isnative:
-            _refuse_kind(name, _dtype_of(x), "one of " + ", ".join(ACCEPTED_DTYPES))
+            refuse_kind(name, dtype_name(x), "one of " + ", ".join(ACCEPTED_DTYPES))
     dtypes = {name: x.dtype.name for name, x in arrays.items()}
     if len(set(dtypes.values())) > 1:
         seen = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        _refuse_kind("q, k, v", seen, "one dtype for all three: " + ", ".join(ACCEPTED_DTYPES))
+        refuse_kind("q, k, v", seen, "one dtype for all three: " + ", ".join(ACCEPTED_DTYPES))
     return arrays["q"].dtype
 
 
-def _key_scales(name: str, x: Array, scale: ArrayLike | None) -> Array | None:
+def key_scales(name: str, x: Array, scale: ArrayLike | None) -> Array | None:
     """Check the scales of an array of int8, one float for each key: of x's shape less an axis."""
     argument = f"{name}_scale"
     if x.dtype != np.int8:
         if scale is not None:
-            _refuse_kind(argument, f"scales for {name} of {_dtype_of(x)}", f"{name} of int8")
+            refuse_kind(argument, f"scales for {name} of {dtype_name(x)}", f"{name} of int8")
         return None
     if scale is None:
-        _refuse_kind(name, "dtype int8", f"`{argument}` beside it, as `quantize_kv` gives both")
-    scales = _array(argument, scale)
+        refuse_kind(name, "dtype int8", f"`{argument}` beside it, as `quantize_kv` gives both")
+    scales = as_array(argument, scale)
     if scales.dtype.kind != "f" or not scales.dtype.isnative:
-        _refuse_kind(argument, _dtype_of(scales), "float32")
+        refuse_kind(argument, dtype_name(scales), "float32")
     if scales.shape != x.shape[:-1]:
-        _refuse(argument, f"shape {scales.shape}", f"{x.shape[:-1]}, a scale for each key")
+        refuse(argument, f"shape {scales.shape}", f"{x.shape[:-1]}, a scale for each key")
     with np.errstate(over="ignore"):  # an infinite one is refused if it is read
         return scales.astype(np.float32, copy=False)
 
 
-def _check_scales(name: str, scales: Array | None, is_read: Callable[[], Array]) -> None:
+def check_scales(name: str, scales: Array | None, is_read: Callable[[], Array]) -> None:
     """Refuse scales that are not finite where `is_read`, which broadcasts to them."""
     if scales is None or np.isfinite(scales).all():
         return
     wrong = ~np.isfinite(scales) & is_read()
     if wrong.any():
         where = tuple(map(int, np.argwhere(wrong)[0]))
-        _refuse(f"{name}_scale", f"{scales[where]} at {where}", "finite numbers")
+        refuse(f"{name}_scale", f"{scales[where]} at {where}", "finite numbers")
 
 
 def _valid_keys(kv_lengths: NDArray[np.int64] | None, key_length: int) -> Array:
@@ -301,41 +258,34 @@ def _check_bias_dtype(bias: Array, dtype: np.dtype[Any]) -> None:
     accepted = tuple(dict.fromkeys((dtype.name, "float32")))
     if bias.dtype.name not in accepted or not bias.dtype.isnative:
         hint = " (a bool mask is `mask`)" if bias.dtype == np.bool_ else ""
-        _refuse_kind(
-            "bias", _dtype_of(bias), " or ".join(accepted) + f" with q of {dtype.name}{hint}"
+        refuse_kind(
+            "bias", dtype_name(bias), " or ".join(accepted) + f" with q of {dtype.name}{hint}"
         )
 
 
-def _heads_first(x: Array, layout: str) -> Array:
-    """View ``(..., heads, length, dim)`` of an array in the given layout."""
-    if x.ndim == 2:
-        return x[np.newaxis]
-    return x if layout == "bhld" else x.swapaxes(-3, -2)
-
-
-def _lse_heads_first(lse: Array, one_head: bool, layout: str) -> Array:
+def lse_heads_first(lse: Array, one_head: bool, layout: str) -> Array:
     if one_head:
         return lse[np.newaxis]
     return lse if layout == "bhld" else lse.swapaxes(-2, -1)
 
 
-def _check_shapes(q: Array, k: Array, v: Array, given: dict[str, Array]) -> None:
+def check_shapes(q: Array, k: Array, v: Array, given: dict[str, Array]) -> None:
     shapes = ", ".join(f"{name} {x.shape}" for name, x in given.items())
     if q.shape[-1] != k.shape[-1]:
-        _refuse("k", f"head_dim {k.shape[-1]}", f"{q.shape[-1]} as in q ({shapes})")
+        refuse("k", f"head_dim {k.shape[-1]}", f"{q.shape[-1]} as in q ({shapes})")
     if q.shape[-1] < 1 or v.shape[-1] < 1:
         name = "q" if q.shape[-1] < 1 else "v"
-        _refuse(name, f"shape {given[name].shape}", "at least one element in the last axis")
+        refuse(name, f"shape {given[name].shape}", "at least one element in the last axis")
     if q.shape[-1] > MAX_DIM or v.shape[-1] > MAX_DIM:
         name = "q" if q.shape[-1] > MAX_DIM else "v"
-        _refuse(name, f"shape {given[name].shape}", f"at most {MAX_DIM} elements in the last axis")
+        refuse(name, f"shape {given[name].shape}", f"at most {MAX_DIM} elements in the last axis")
     if k.shape[-2] != v.shape[-2]:
-        _refuse("v", f"{v.shape[-2]} keys", f"{k.shape[-2]} as in k ({shapes})")
+        refuse("v", f"{v.shape[-2]} keys", f"{k.shape[-2]} as in k ({shapes})")
     if k.shape[-3] != v.shape[-3]:
-        _refuse("v", f"{v.shape[-3]} heads", f"{k.shape[-3]} as in k ({shapes})")
+        refuse("v", f"{v.shape[-3]} heads", f"{k.shape[-3]} as in k ({shapes})")
     query_heads, kv_heads = q.shape[-3], k.shape[-3]
     if (query_heads % kv_heads != 0) if kv_heads else query_heads > 0:
-        _refuse("q", f"{query_heads} heads", f"a multiple of the {kv_heads} of k and v ({shapes})")
+        refuse("q", f"{query_heads} heads", f"a multiple of the {kv_heads} of k and v ({shapes})")
 
 
 def _batch_shape(given: dict[str, Array], arrays: Sequence[Array]) -> tuple[int, ...]:
@@ -343,7 +293,7 @@ def _batch_shape(given: dict[str, Array], arrays: Sequence[Array]) -> tuple[int,
         return np.broadcast_shapes(*(x.shape[:-3] for x in arrays))
     except ValueError:
         shapes = ", ".join(f"{name} {x.shape}" for name, x in given.items())
-        _refuse("q, k, v", shapes, "leading axes that broadcast")
+        refuse("q, k, v", shapes, "leading axes that broadcast")
 
 
 def _broadcast(x: Array, shape: tuple[int, ...]) -> Array:
@@ -356,10 +306,10 @@ def _broadcast_pairs(name: str, x: Array, pairs: tuple[int, ...], one_head: bool
         return _broadcast(_broadcast(x, wanted), pairs)
     except ValueError:
         axes = "(Lq, Lk)" if one_head else "(..., Hq, Lq, Lk)"
-        _refuse(name, f"shape {x.shape}", f"one that broadcasts to {axes} = {wanted}")
+        refuse(name, f"shape {x.shape}", f"one that broadcasts to {axes} = {wanted}")
 
 
-def _outputs(
+def outputs(
     out: Array | None,
     return_lse: bool,
     one_head: bool,
@@ -382,69 +332,7 @@ def _outputs(
     return out, np.empty(shape[:-1], np.float64 if dtype.itemsize == 8 else np.float32)
 
 
-def check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """Refuse an `out` that is not what the result needs."""
-    if not isinstance(out, np.ndarray) or isinstance(out, MaskedArray):
-        _refuse_kind("out", type(out).__name__, "a numpy.ndarray")
-    if out.dtype != dtype:
-        _refuse_kind("out", _dtype_of(out), f"{dtype.name} as in the input")
-    if out.shape != shape:
-        _refuse("out", f"shape {out.shape}", str(shape))
-    if not out.flags.writeable:
-        _refuse("out", "a read-only array", "a writable one")
-
-
-def _check_overlap(out: Array, inputs: dict[str, Any]) -> None:
-    # Every view that slicing and transposing can make passes: from the smallest stride to the
-    # largest, a step goes beyond all that the steps before it can reach.
-    reach = out.itemsize
-    for stride, length in sorted((abs(s), n) for s, n in zip(out.strides, out.shape, strict=True)):
-        if length > 1:
-            if stride < reach and out.size > 0:
-                _refuse("out", f"strides {out.strides} that overlap", "elements of its own memory")
-            reach += stride * (length - 1)
-    for name, x in inputs.items():
-        if isinstance(x, np.ndarray) and _shares_memory(out, x):
-            _refuse("out", f"memory that it shares with {name}", "memory of its own")
-
-
-def _shares_memory(a: Array, b: Array) -> bool:
-    try:
-        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True
-
-
 # ---- numbers -----------------------------------------------------------------------------------
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        _refuse_kind(name, f"{value!r} ({type(value).__name__})", "True or False")
-    return bool(value)
-
-
-def _integer(name: str, value: object) -> int:
-    if isinstance(value, (bool, np.bool_)):
-        _refuse_kind(name, repr(value), "an int")
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        _refuse_kind(name, f"{value!r} ({type(value).__name__})", "an int")
-
-
-def _real(name: str, value: object) -> float:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (Real, np.number)):
-        _refuse_kind(name, f"{value!r} ({type(value).__name__})", "a real number")
-    if isinstance(value, np.complexfloating):
-        _refuse_kind(name, f"{value!r}", "a real number")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        _refuse(name, repr(value), "a finite number")
-    return number
 
 
 def _check_scale_fits(scale: float, softcap: float, dtype: np.dtype[Any]) -> None:
@@ -453,7 +341,7 @@ def _check_scale_fits(scale: float, softcap: float, dtype: np.dtype[Any]) -> Non
     factor = abs(scale) / softcap if softcap else abs(scale) * _LOG2_E
     if factor > _FLOAT32_MAX or softcap * _LOG2_E > _FLOAT32_MAX:
         name, seen = ("softcap", softcap) if softcap else ("scale", scale)
-        _refuse(
+        refuse(
             name, repr(seen), f"a number with which float32 does not overflow (scale {scale:.3g})"
         )
 
@@ -462,38 +350,38 @@ def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     if window is None:
         return UNBOUNDED, UNBOUNDED
     if not isinstance(window, (tuple, list)):
-        _refuse_kind(
+        refuse_kind(
             "window",
             f"{window!r} ({type(window).__name__})",
             "(left, right): keys before and after the query, None for no limit",
         )
     if len(window) != 2:
-        _refuse("window", repr(window), "two sides, (left, right)")
-    sides = [UNBOUNDED if side is None else _integer("window", side) for side in window]
+        refuse("window", repr(window), "two sides, (left, right)")
+    sides = [UNBOUNDED if side is None else integer("window", side) for side in window]
     if min(sides) < 0:
-        _refuse("window", repr(window), "sides that are not negative (None for no limit)")
+        refuse("window", repr(window), "sides that are not negative (None for no limit)")
     return min(sides[0], UNBOUNDED), min(sides[1], UNBOUNDED)
 
 
-def _ints_per_batch(
+def ints_per_batch(
     name: str, values: int | ArrayLike | None, batch: tuple[int, ...], low: int, high: int
 ) -> NDArray[np.int64] | None:
     if values is None:
         return None
-    array = _snapshot(name, values)
+    array = snapshot(name, values)
     if array.dtype == object:  # Python ints beyond 64 bits
-        array = np.asarray([_integer(name, x) for x in array.ravel()], object).reshape(array.shape)
+        array = np.asarray([integer(name, x) for x in array.ravel()], object).reshape(array.shape)
     elif array.dtype.kind not in "iu" and array.size > 0:
-        _refuse_kind(name, f"dtype {array.dtype}", "ints")
+        refuse_kind(name, f"dtype {array.dtype}", "ints")
     outside = (array < low) | (array > high)
     if np.any(outside):
         where = tuple(map(int, np.argwhere(outside)[0]))
         at = f" at {where}" if array.ndim else ""
-        _refuse(name, f"{array[where]}{at}", f"{low} to {high}")
+        refuse(name, f"{array[where]}{at}", f"{low} to {high}")
     try:
         broadcast = np.broadcast_to(array, batch)
     except ValueError:
-        _refuse(name, f"shape {array.shape}", f"one that broadcasts to the batch shape {batch}")
+        refuse(name, f"shape {array.shape}", f"one that broadcasts to the batch shape {batch}")
     return np.array(broadcast, np.int64, order="C")
 
 
@@ -505,16 +393,16 @@ def _floats_per_head(
 ) -> NDArray[np.float64] | None:
     if values is None:
         return None
-    array = _snapshot(name, values)
+    array = snapshot(name, values)
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
-        _refuse_kind(name, f"dtype {array.dtype}", "real numbers")
+        refuse_kind(name, f"dtype {array.dtype}", "real numbers")
     if array.shape != (query_heads,):
-        _refuse(name, f"shape {array.shape}", f"one number per query head, ({query_heads},)")
+        refuse(name, f"shape {array.shape}", f"one number per query head, ({query_heads},)")
     numbers = np.asarray(array, np.float64, order="C")
     bad = ~(np.abs(numbers) <= largest)
     if name == "sinks":
         bad &= numbers != -np.inf  # no sink
     if bad.any():
         head = int(np.argmax(bad))
-        _refuse(name, f"{numbers[head]} for head {head}", f"numbers up to {largest:.2g} in size")
+        refuse(name, f"{numbers[head]} for head {head}", f"numbers up to {largest:.2g} in size")
     return numbers

@@ -6,21 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._arguments import (
+from ._arguments import MAX_POSITION, ints_per_batch
+from ._attention import attention
+from ._checks import (
     ACCEPTED_DTYPES,
-    MAX_POSITION,
-    _array,
-    _check_overlap,
-    _flag,
-    _integer,
-    _ints_per_batch,
-    _refuse,
-    _refuse_kind,
-    _snapshot,
+    as_array,
+    at_least,
     check_layout,
     check_out,
+    check_overlap,
+    flag,
+    refuse,
+    refuse_kind,
+    snapshot,
 )
-from ._attention import attention
 from ._states import merge_states, quantize_named
 
 if TYPE_CHECKING:
@@ -112,31 +111,31 @@ class KVCache:
         window: int | None = None,
         keep_first: int = 0,
     ) -> None:
-        self._batch = _at_least("batch", batch, 0)
-        self._heads = _at_least("kv_heads", kv_heads, 1)
+        self._batch = at_least("batch", batch, 0)
+        self._heads = at_least("kv_heads", kv_heads, 1)
         dims = (
-            _at_least("head_dim", head_dim, 1),
-            _at_least("value_dim", head_dim if value_dim is None else value_dim, 1),
+            at_least("head_dim", head_dim, 1),
+            at_least("value_dim", head_dim if value_dim is None else value_dim, 1),
         )
         try:
             self._dtype = np.dtype(dtype)
         except TypeError:
-            _refuse_kind("dtype", repr(dtype), "one of " + ", ".join(ACCEPTED_DTYPES))
+            refuse_kind("dtype", repr(dtype), "one of " + ", ".join(ACCEPTED_DTYPES))
         if self._dtype.name not in ACCEPTED_DTYPES or not self._dtype.isnative:
-            _refuse_kind("dtype", str(self._dtype), "one of " + ", ".join(ACCEPTED_DTYPES))
+            refuse_kind("dtype", str(self._dtype), "one of " + ", ".join(ACCEPTED_DTYPES))
         if not isinstance(quantize, bool):
-            _refuse_kind("quantize", repr(quantize), "True or False")
+            refuse_kind("quantize", repr(quantize), "True or False")
         self._quantize = quantize
-        self._window = None if window is None else _at_least("window", window, 1)
-        self._keep_first = _at_least("keep_first", keep_first, 0)
+        self._window = None if window is None else at_least("window", window, 1)
+        self._keep_first = at_least("keep_first", keep_first, 0)
         if self._keep_first and self._window is None:
-            _refuse("keep_first", str(keep_first), "0 where there is no window")
+            refuse("keep_first", str(keep_first), "0 where there is no window")
         self._lengths = np.zeros(self._batch, np.int64)
         # Tokens have positions in the text and places in the arrays: the first keep_first, then
         # those from position begins[sequence] on.
         self._begins = np.full(self._batch, self._keep_first, np.int64)
         stored = np.dtype(np.int8) if quantize else self._dtype
-        rows = _at_least("capacity", capacity, 0)
+        rows = at_least("capacity", capacity, 0)
         # [batch][head][place][element], and the scales without the last axis. Scales are 0 where
         # nothing is: they are looked at in one piece.
         self._arrays = [np.empty((self._batch, self._heads, rows, d), stored) for d in dims]
@@ -195,9 +194,9 @@ class KVCache:
         new = [self._checked("k", k), self._checked("v", v)]
         tokens = new[0].shape[2]
         if new[1].shape[2] != tokens:
-            _refuse("v", f"{new[1].shape[2]} tokens", f"{tokens} as in k")
+            refuse("v", f"{new[1].shape[2]} tokens", f"{tokens} as in k")
         if self._window is not None and tokens > self._window:
-            _refuse("k", f"{tokens} tokens", f"at most the window's {self._window} at once")
+            refuse("k", f"{tokens} tokens", f"at most the window's {self._window} at once")
         counts = self._counts(lengths, tokens)
         if self._quantize:
             if lengths is not None:  # what is not appended may be anything
@@ -245,16 +244,16 @@ class KVCache:
         """
         for name in ("mask", "bias", "kv_lengths", "k_scale", "v_scale"):
             if options.get(name) is not None:
-                _refuse_kind(name, "an array", "none: the cache knows its keys")
+                refuse_kind(name, "an array", "none: the cache knows its keys")
         options = {"is_causal": True} | options
-        queries = _array("q", q)
+        queries = as_array("q", q)
         layout = options.get("layout", "bhld")
         check_layout(layout)
         if queries.ndim != 4 or queries.shape[0] != self._batch:
             axes = "heads, length" if layout == "bhld" else "length, heads"
-            _refuse("q", f"shape {queries.shape}", f"({self._batch}, {axes}, {self.k.shape[3]})")
+            refuse("q", f"shape {queries.shape}", f"({self._batch}, {axes}, {self.k.shape[3]})")
         rows = queries.shape[2 if layout == "bhld" else 1]
-        offset = _ints_per_batch(
+        offset = ints_per_batch(
             "q_offset", options.get("q_offset"), (self._batch,), -MAX_POSITION, MAX_POSITION
         )
         first = self._lengths - rows if offset is None else offset
@@ -262,7 +261,7 @@ class KVCache:
             everything = slice(None, int(self._used().max(initial=0)))
             return self._attend_to(queries, everything, np.int64(0), first, options)
         if options.get("window") is not None:
-            _refuse("window", repr(options["window"]), "none: the cache has one")
+            refuse("window", repr(options["window"]), "none: the cache has one")
         if rows > 0:
             self._check_window("q", f"{rows} queries from position {{}} on", first)
         recent = slice(self._keep_first, int(self._used().max(initial=0)))
@@ -270,14 +269,14 @@ class KVCache:
         if self._keep_first == 0:
             return self._attend_to(queries, recent, self._begins, first, windowed)
         # Two sets of keys with positions of their own; the sinks belong to one of them.
-        return_lse = _flag("return_lse", options.get("return_lse", False))
+        return_lse = flag("return_lse", options.get("return_lse", False))
         with_lse = {"return_lse": True, "out": None}
         out = options.get("out")
         if out is not None:
             value_dim = self._arrays[1].shape[3]
             check_out(out, (*queries.shape[:3], value_dim), queries.dtype)
             stored = dict(zip(("k", "v"), self._arrays, strict=False))
-            _check_overlap(out, {"q": queries} | stored)
+            check_overlap(out, {"q": queries} | stored)
         old = self._attend_to(
             queries, slice(0, self._keep_first), np.int64(0), first,
             options | with_lse | {"sinks": None},
@@ -294,7 +293,7 @@ class KVCache:
         TypeError, ValueError
             If `n` is no int, negative, or so small that a window's tokens would be missing.
         """
-        n = _at_least("n", n, 0)
+        n = at_least("n", n, 0)
         lengths = np.minimum(self._lengths, n)
         if self._window is not None:
             shorter = lengths < self._lengths
@@ -331,14 +330,14 @@ class KVCache:
         TypeError, ValueError
             If `indices` is no list of ints, or one of them is no sequence.
         """
-        chosen = _snapshot("indices", indices)
+        chosen = snapshot("indices", indices)
         if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
             seen = f"dtype {chosen.dtype}, shape {chosen.shape}"
-            _refuse_kind("indices", seen, "a list of ints")
+            refuse_kind("indices", seen, "a list of ints")
         outside = (chosen < -self._batch) | (chosen >= self._batch)
         if outside.any():
             at = int(np.argmax(outside))
-            _refuse("indices", f"{chosen[at]} at {at}", f"numbers of {self._batch} sequences")
+            refuse("indices", f"{chosen[at]} at {at}", f"numbers of {self._batch} sequences")
         chosen = chosen.astype(np.int64)
         other = object.__new__(KVCache)
         other.__dict__.update(self.__dict__)
@@ -371,7 +370,7 @@ class KVCache:
             needed = (
                 f"tokens from {oldest[at]} on, but the cache has those from {self._begins[at]} on"
             )
-            _refuse(name, seen.format(positions[at]) + f", which see {needed}", "later positions")
+            refuse(name, seen.format(positions[at]) + f", which see {needed}", "later positions")
 
     def _places(self, lengths: NDArray[np.int64], begins: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how many places the tokens take: the first ones, then those from `begins` on."""
@@ -412,7 +411,7 @@ class KVCache:
         return to
 
     def _checked(self, name: str, x: ArrayLike) -> Array:
-        array = _array(name, x)
+        array = as_array(name, x)
         stored = self._arrays[0 if name == "k" else 1]
         wanted = (
             self._batch,
@@ -421,24 +420,24 @@ class KVCache:
             stored.shape[3],
         )
         if array.dtype != self._dtype:
-            _refuse_kind(name, f"dtype {array.dtype.name}", f"{self._dtype.name} as the cache")
+            refuse_kind(name, f"dtype {array.dtype.name}", f"{self._dtype.name} as the cache")
         if array.shape != wanted:
             axes = f"({self._batch}, {self._heads}, tokens, {stored.shape[3]})"
-            _refuse(name, f"shape {array.shape}", axes)
+            refuse(name, f"shape {array.shape}", axes)
         return array
 
     def _counts(self, lengths: ArrayLike | None, tokens: int) -> NDArray[np.int64]:
         if lengths is None:
             return np.full(self._batch, tokens, np.int64)
-        counts = _snapshot("lengths", lengths)
+        counts = snapshot("lengths", lengths)
         if counts.dtype.kind not in "iu" and counts.size:
-            _refuse_kind("lengths", f"dtype {counts.dtype}", "ints")
+            refuse_kind("lengths", f"dtype {counts.dtype}", "ints")
         if counts.shape != (self._batch,):
-            _refuse("lengths", f"shape {counts.shape}", f"({self._batch},)")
+            refuse("lengths", f"shape {counts.shape}", f"({self._batch},)")
         outside = (counts < 0) | (counts > tokens)
         if outside.any():
             at = int(np.argmax(outside))
-            _refuse("lengths", f"{counts[at]} at {at}", f"0 to {tokens}, the tokens given")
+            refuse("lengths", f"{counts[at]} at {at}", f"0 to {tokens}, the tokens given")
         return counts.astype(np.int64)
 
     def _attend_to(
@@ -460,10 +459,3 @@ class KVCache:
             scales = {name: x.swapaxes(1, 2) for name, x in scales.items()}
         positions = {"kv_lengths": lengths, "q_offset": first - begins}
         return attention(q, k, v, **(options | scales | positions))
-
-
-def _at_least(name: str, value: object, least: int) -> int:
-    number = _integer(name, value)
-    if number < least:
-        _refuse(name, str(number), f"at least {least}")
-    return number

@@ -8,15 +8,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import numpy as np
 
-from ._arguments import (
-    ACCEPTED_DTYPES,
-    _array,
-    _integer,
-    _refuse,
-    _refuse_kind,
-    check_options,
-)
+from ._arguments import check_options
 from ._attention import attention
+from ._checks import ACCEPTED_DTYPES, as_array, at_least, refuse, refuse_kind
 from ._kv_cache import KVCache
 from ._rotary import rotary_embedding
 from ._stages import attention_weights
@@ -117,27 +111,27 @@ class MultiHeadAttention:
         dtype: DTypeLike = np.float32,
         rng: np.random.Generator | int | None = None,
     ) -> None:
-        self._embed_dim = _positive("embed_dim", embed_dim)
-        self._heads = _positive("num_heads", num_heads)
-        self._kv_heads = self._heads if kv_heads is None else _positive("kv_heads", kv_heads)
+        self._embed_dim = at_least("embed_dim", embed_dim, 1)
+        self._heads = at_least("num_heads", num_heads, 1)
+        self._kv_heads = self._heads if kv_heads is None else at_least("kv_heads", kv_heads, 1)
         if self._heads % self._kv_heads:
-            _refuse("kv_heads", str(kv_heads), f"a divisor of num_heads, which is {num_heads}")
+            refuse("kv_heads", str(kv_heads), f"a divisor of num_heads, which is {num_heads}")
         if head_dim is None and embed_dim % num_heads:
-            _refuse(
-                "embed_dim", str(embed_dim), f"a multiple of num_heads {num_heads}, or head_dim"
-            )
-        self._head_dim = _positive(
-            "head_dim", embed_dim // num_heads if head_dim is None else head_dim
+            refuse("embed_dim", str(embed_dim), f"a multiple of num_heads {num_heads}, or head_dim")
+        self._head_dim = at_least(
+            "head_dim", embed_dim // num_heads if head_dim is None else head_dim, 1
         )
-        self._value_dim = _positive("value_dim", self._head_dim if value_dim is None else value_dim)
+        self._value_dim = at_least(
+            "value_dim", self._head_dim if value_dim is None else value_dim, 1
+        )
         self._context_dims = _context_dims(self._embed_dim if context_dim is None else context_dim)
         for name, flag in (("bias", bias), ("qk_norm", qk_norm)):
             if not isinstance(flag, bool):
-                _refuse_kind(name, repr(flag), "True or False")
+                refuse_kind(name, repr(flag), "True or False")
         self._rotary = _rotary_options(rotary, self._head_dim)
         self._dtype = np.dtype(dtype)
         if self._dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
-            _refuse_kind("dtype", str(self._dtype), "float32 or float64")
+            refuse_kind("dtype", str(self._dtype), "float32 or float64")
         generator = np.random.default_rng(rng)
         self._parameters = {
             name: self._initial(name, shape, generator)
@@ -232,9 +226,9 @@ class MultiHeadAttention:
                 metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except package.SafetensorError as error:
-            _refuse("path", f"{path} ({error})", "a file of safetensors")
+            refuse("path", f"{path} ({error})", "a file of safetensors")
         if "numattn.MultiHeadAttention" not in metadata:
-            _refuse("path", f"{path} without a layer's sizes", "a file that `save` wrote")
+            refuse("path", f"{path} without a layer's sizes", "a file that `save` wrote")
         description = json.loads(metadata["numattn.MultiHeadAttention"])
         description["context_dim"] = tuple(description["context_dim"])
         layer = cls(**description)
@@ -295,23 +289,23 @@ class MultiHeadAttention:
                 ("o_weight", o_weight),
             )
         }
-        heads = _positive("num_heads", num_heads)
+        heads = at_least("num_heads", num_heads, 1)
         shapes = {name: x.shape for name, x in weights.items()}
         if shapes["q_weight"][0] % heads:
-            _refuse("q_weight", f"shape {shapes['q_weight']}", f"rows for {heads} heads")
+            refuse("q_weight", f"shape {shapes['q_weight']}", f"rows for {heads} heads")
         head_dim = shapes["q_weight"][0] // heads
         if kv_heads is None:
             kv_heads = shapes["k_weight"][0] // max(head_dim, 1)
-        groups = _positive("kv_heads", kv_heads)
+        groups = at_least("kv_heads", kv_heads, 1)
         if shapes["k_weight"][0] != groups * head_dim:
             expected = f"{groups * head_dim} rows: {groups} heads of {head_dim}"
-            _refuse("k_weight", f"shape {shapes['k_weight']}", expected)
+            refuse("k_weight", f"shape {shapes['k_weight']}", expected)
         if shapes["v_weight"][0] % groups:
-            _refuse("v_weight", f"shape {shapes['v_weight']}", f"rows for {groups} heads")
+            refuse("v_weight", f"shape {shapes['v_weight']}", f"rows for {groups} heads")
         biases = {"q_bias": q_bias, "k_bias": k_bias, "v_bias": v_bias, "o_bias": o_bias}
         norms = {"q_norm": q_norm, "k_norm": k_norm}
         if (q_norm is None) != (k_norm is None):
-            _refuse("q_norm, k_norm", "one of them", "both or none")
+            refuse("q_norm, k_norm", "one of them", "both or none")
         if dtype is None:
             is_double = weights["q_weight"].dtype == np.float64
             dtype = np.float64 if is_double else np.float32
@@ -362,26 +356,26 @@ class MultiHeadAttention:
         ``key_padding_mask``, and a mask is True where PyTorch's is False.
         """
         if getattr(module, "add_zero_attn", False):
-            _refuse("module", "add_zero_attn=True", "a module without it")
+            refuse("module", "add_zero_attn=True", "a module without it")
         if not hasattr(module, "keys") and not hasattr(module, "state_dict"):
             seen = type(module).__name__
-            _refuse_kind("module", seen, "a torch.nn.MultiheadAttention or its state_dict")
+            refuse_kind("module", seen, "a torch.nn.MultiheadAttention or its state_dict")
         state = module if hasattr(module, "keys") else module.state_dict()
         if num_heads is None:
             num_heads = getattr(module, "num_heads", None)
             if num_heads is None:
-                _refuse_kind("num_heads", "None", "the number of heads beside a state_dict")
+                refuse_kind("num_heads", "None", "the number of heads beside a state_dict")
         arrays = {name: _from_tensor(x) for name, x in state.items()}
         for name in ("bias_k", "bias_v"):
             if arrays.get(name) is not None:
-                _refuse("module", f"{name} (add_bias_kv=True)", "a module without it")
+                refuse("module", f"{name} (add_bias_kv=True)", "a module without it")
         for name in arrays:
             if name not in _TORCH_NAMES:
-                _refuse("module", repr(name), "only " + ", ".join(_TORCH_NAMES))
+                refuse("module", repr(name), "only " + ", ".join(_TORCH_NAMES))
         if "in_proj_weight" in arrays:
             packed = arrays["in_proj_weight"]
             if packed.ndim != 2 or packed.shape[0] != 3 * packed.shape[1]:
-                _refuse("in_proj_weight", f"shape {packed.shape}", "(3 * embed_dim, embed_dim)")
+                refuse("in_proj_weight", f"shape {packed.shape}", "(3 * embed_dim, embed_dim)")
             weights = dict(zip("qkv", np.split(packed, 3), strict=True))
         else:
             weights = {name: _present(arrays, f"{name}_proj_weight") for name in "qkv"}
@@ -389,7 +383,7 @@ class MultiHeadAttention:
         if "in_proj_bias" in arrays:
             packed = arrays["in_proj_bias"]
             if packed.shape != (3 * weights["q"].shape[0],):
-                _refuse("in_proj_bias", f"shape {packed.shape}", f"({3 * weights['q'].shape[0]},)")
+                refuse("in_proj_bias", f"shape {packed.shape}", f"({3 * weights['q'].shape[0]},)")
             biases = dict(zip("qkv", np.split(packed, 3), strict=True))
         return cls.from_weights(
             weights["q"],
@@ -413,11 +407,11 @@ class MultiHeadAttention:
             x = _present(arrays, name)
             if x.shape != to.shape:
                 flip = -1 if shapes and name in shapes else 1
-                _refuse(name, f"shape {x.shape[::flip]}", str(to.shape[::flip]))
+                refuse(name, f"shape {x.shape[::flip]}", str(to.shape[::flip]))
             to[...] = x
         for name in arrays:
             if name not in self._parameters:
-                _refuse("arrays", repr(name), "only " + ", ".join(self._parameters))
+                refuse("arrays", repr(name), "only " + ", ".join(self._parameters))
 
     # ---- the layer ------------------------------------------------------------------------------
 
@@ -467,24 +461,24 @@ class MultiHeadAttention:
         """
         x = self._checked("x", x, self._embed_dim)
         if not isinstance(return_weights, bool):
-            _refuse_kind("return_weights", repr(return_weights), "True or False")
+            refuse_kind("return_weights", repr(return_weights), "True or False")
         if cache is not None:
             for name, value in (("context", context), ("mask", mask)):
                 if value is not None:
-                    _refuse_kind(name, "an array", "None beside a cache")
+                    refuse_kind(name, "an array", "None beside a cache")
             if return_weights:
-                _refuse("return_weights", "True", "False beside a cache")
+                refuse("return_weights", "True", "False beside a cache")
             return self._with_cache(x, lengths, window, softcap, cache)
         if context is None:
             sources = (x, x)
             if self._context_dims != (self._embed_dim, self._embed_dim):
-                _refuse_kind("context", "None", f"embeddings of {self._context_dims[0]} elements")
+                refuse_kind("context", "None", f"embeddings of {self._context_dims[0]} elements")
         else:
             if self._rotary is not None:
-                _refuse("context", "an array", "None: rotary positions are those of one text")
+                refuse("context", "an array", "None: rotary positions are those of one text")
             pair = context if isinstance(context, tuple) else (context, context)
             if len(pair) != 2:
-                _refuse("context", f"{len(pair)} arrays", "one, or two: for keys and for values")
+                refuse("context", f"{len(pair)} arrays", "one, or two: for keys and for values")
             dims = self._context_dims
             sources = (
                 self._checked("context", pair[0], dims[0]),
@@ -508,13 +502,13 @@ class MultiHeadAttention:
         self, x: Array, lengths: Any, window: Any, softcap: Any, cache: KVCache
     ) -> Array:
         if not isinstance(cache, KVCache):
-            _refuse_kind("cache", type(cache).__name__, "a KVCache")
+            refuse_kind("cache", type(cache).__name__, "a KVCache")
         if x.ndim != 3 or x.shape[0] != len(cache.lengths):
             expected = f"({len(cache.lengths)}, length, {self._embed_dim}) as the cache's batch"
-            _refuse("x", f"shape {x.shape}", expected)
+            refuse("x", f"shape {x.shape}", expected)
         # What `attend` would refuse is refused while the cache is as it was.
         if window is not None and cache._window is not None:
-            _refuse("window", repr(window), "none: the cache has one")
+            refuse("window", repr(window), "none: the cache has one")
         check_options(
             self._dtype, self._heads, self._head_dim, True, window, None, softcap, None, None, None
         )
@@ -559,25 +553,18 @@ class MultiHeadAttention:
         return self._product("o", rows, (self._embed_dim,))
 
     def _checked(self, name: str, x: ArrayLike, dim: int) -> Array:
-        array = _array(name, x)
+        array = as_array(name, x)
         if array.dtype != self._dtype:
-            _refuse_kind(name, f"dtype {array.dtype.name}", f"{self._dtype.name} as the layer")
+            refuse_kind(name, f"dtype {array.dtype.name}", f"{self._dtype.name} as the layer")
         if array.ndim < 2 or array.shape[-1] != dim:
-            _refuse(name, f"shape {array.shape}", f"(..., length, {dim})")
+            refuse(name, f"shape {array.shape}", f"(..., length, {dim})")
         return array
-
-
-def _positive(name: str, value: object) -> int:
-    number = _integer(name, value)
-    if number < 1:
-        _refuse(name, str(number), "at least 1")
-    return number
 
 
 def _context_dims(value: object) -> tuple[int, int]:
     if isinstance(value, tuple) and len(value) == 2:
-        return _positive("context_dim", value[0]), _positive("context_dim", value[1])
-    return (_positive("context_dim", value),) * 2
+        return at_least("context_dim", value[0], 1), at_least("context_dim", value[1], 1)
+    return (at_least("context_dim", value, 1),) * 2
 
 
 def _rotary_options(rotary: object, head_dim: int) -> dict[str, Any] | None:
@@ -587,10 +574,10 @@ def _rotary_options(rotary: object, head_dim: int) -> dict[str, Any] | None:
     try:
         options = {} if rotary is True else dict(rotary)  # type: ignore[call-overload]
     except (TypeError, ValueError):
-        _refuse_kind("rotary", type(rotary).__name__, "True or a mapping of options")
+        refuse_kind("rotary", type(rotary).__name__, "True or a mapping of options")
     for name in options:
         if name not in ("base", "rotary_dim", "interleaved", "scaling"):
-            _refuse("rotary", repr(name), "only base, rotary_dim, interleaved and scaling")
+            refuse("rotary", repr(name), "only base, rotary_dim, interleaved and scaling")
     rotary_embedding(np.zeros((0, head_dim), np.float32), **options)
     return options
 
@@ -598,14 +585,14 @@ def _rotary_options(rotary: object, head_dim: int) -> dict[str, Any] | None:
 def _numbers(name: str, x: ArrayLike) -> Array:
     array = _from_tensor(x)
     if array.dtype.name not in ACCEPTED_DTYPES and array.dtype.kind not in "iu":
-        _refuse_kind(name, f"dtype {array.dtype.name}", "real numbers")
+        refuse_kind(name, f"dtype {array.dtype.name}", "real numbers")
     return array
 
 
 def _float_matrix(name: str, x: ArrayLike) -> Array:
     array = _numbers(name, x)
     if array.ndim != 2:
-        _refuse(name, f"shape {array.shape}", "two axes")
+        refuse(name, f"shape {array.shape}", "two axes")
     return array
 
 
@@ -624,7 +611,7 @@ def _from_tensor(x: Any) -> Array:
 def _present(arrays: Mapping[str, Array], name: str) -> Array:
     if arrays.get(name) is None:
         there = ", ".join(f"{n} {x.shape}" for n, x in arrays.items())
-        _refuse(name, f"nothing among {there or 'no arrays'}", "an array of that name")
+        refuse(name, f"nothing among {there or 'no arrays'}", "an array of that name")
     return arrays[name]
 
 

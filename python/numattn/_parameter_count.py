@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ._arguments import _refuse
-from ._layer import _positive
+from ._checks import at_least, refuse
 
 
 class ParameterCount(NamedTuple):
@@ -86,20 +85,20 @@ def parameter_count(
     one block                              603,979,776
     all blocks                          57,982,058,496
     """
-    embed_dim = _positive("embed_dim", embed_dim)
-    heads = _positive("num_heads", num_heads)
-    shared = heads if kv_heads is None else _positive("kv_heads", kv_heads)
+    embed_dim = at_least("embed_dim", embed_dim, 1)
+    heads = at_least("num_heads", num_heads, 1)
+    shared = heads if kv_heads is None else at_least("kv_heads", kv_heads, 1)
     if heads % shared:
-        _refuse("kv_heads", str(shared), f"a divisor of num_heads, which is {heads}")
+        refuse("kv_heads", str(shared), f"a divisor of num_heads, which is {heads}")
     if head_dim is None and embed_dim % heads:
-        _refuse("embed_dim", str(embed_dim), f"a multiple of num_heads {heads}, or head_dim")
-    size = embed_dim // heads if head_dim is None else _positive("head_dim", head_dim)
-    of_values = size if value_dim is None else _positive("value_dim", value_dim)
-    context = embed_dim if context_dim is None else _positive("context_dim", context_dim)
+        refuse("embed_dim", str(embed_dim), f"a multiple of num_heads {heads}, or head_dim")
+    size = embed_dim // heads if head_dim is None else at_least("head_dim", head_dim, 1)
+    of_values = size if value_dim is None else at_least("value_dim", value_dim, 1)
+    context = embed_dim if context_dim is None else at_least("context_dim", context_dim, 1)
     query, key = embed_dim * size, context * size
     value, output = context * of_values, of_values * embed_dim
     block = heads * (query + output) + shared * (key + value)
     return ParameterCount(
         query, key, value, output, query + key + value + output, block,
-        block * _positive("blocks", blocks),
+        block * at_least("blocks", blocks, 1),
     )  # fmt: skip

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from . import _runtime
-from ._arguments import (
-    _array,
-    _check_overlap,
-    _integer,
-    _real,
-    _refuse,
-    _refuse_kind,
+from ._checks import (
+    as_array,
     check_layout,
     check_out,
+    check_overlap,
+    float_array,
+    heads_first,
+    integer,
+    real,
+    refuse,
+    refuse_kind,
+    same_elements,
 )
-from ._stages import _float_array, _same_elements
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -108,62 +110,56 @@ def rotary_embedding(
     array([[[ 1.   ,  1.   ,  1.   ,  1.   ],
             [-0.301,  0.99 ,  1.382,  1.01 ]]], dtype=float32)
     """
-    array = _float_array("x", x)
+    array = float_array("x", x)
     check_layout(layout)
     if array.ndim < 2:
-        _refuse("x", f"shape {array.shape}", "(..., heads, length, dim), or two axes for one head")
-    heads_first = _heads_first(array, layout)
-    length, dim = heads_first.shape[-2:]
-    rotated = dim if rotary_dim is None else _integer("rotary_dim", rotary_dim)
+        refuse("x", f"shape {array.shape}", "(..., heads, length, dim), or two axes for one head")
+    vectors = heads_first(array, layout)
+    length, dim = vectors.shape[-2:]
+    rotated = dim if rotary_dim is None else integer("rotary_dim", rotary_dim)
     if not 2 <= rotated <= dim or rotated % 2:
-        _refuse("rotary_dim", str(rotated), f"an even number from 2 to {dim}, the size of a vector")
-    base = _real("base", base)
+        refuse("rotary_dim", str(rotated), f"an even number from 2 to {dim}, the size of a vector")
+    base = real("base", base)
     if base <= 0:
-        _refuse("base", str(base), "a positive number")
+        refuse("base", str(base), "a positive number")
     if not isinstance(interleaved, bool):
-        _refuse_kind("interleaved", repr(interleaved), "True or False")
+        refuse_kind("interleaved", repr(interleaved), "True or False")
     kind, parameters = _scaling(scaling)
     precision = np.float64 if array.dtype == np.float64 else np.float32
 
     if positions is None:
         cos, sin = _cached_angles(length, rotated, base, kind, parameters, precision)
     else:
-        p = _positions(positions, heads_first.shape[:-3], length)
+        p = _positions(positions, vectors.shape[:-3], length)
         cos, sin = _angles(p, rotated, base, kind, parameters, precision)
     if out is None:
         out = np.empty(array.shape, array.dtype)
     else:
         check_out(out, array.shape, array.dtype)
-        if not _same_elements(out, array):
-            _check_overlap(out, {"x": array})
+        if not same_elements(out, array):
+            check_overlap(out, {"x": array})
     angles = [
-        np.broadcast_to(a[..., np.newaxis, :, :], (*heads_first.shape[:-1], rotated // 2))
+        np.broadcast_to(a[..., np.newaxis, :, :], (*vectors.shape[:-1], rotated // 2))
         for a in (cos, sin)
     ]
-    _runtime.computations.rotate(heads_first, *angles, _heads_first(out, layout), interleaved)
+    _runtime.computations.rotate(vectors, *angles, heads_first(out, layout), interleaved)
     return out
 
 
-def _heads_first(x: Array, layout: str) -> Array:
-    if x.ndim == 2:
-        return x[np.newaxis]
-    return x if layout == "bhld" else x.swapaxes(-2, -3)
-
-
 def _positions(positions: ArrayLike, batch: tuple[int, ...], length: int) -> NDArray[np.float64]:
-    p = _array("positions", positions)
+    p = as_array("positions", positions)
     if p.size and p.dtype.kind not in "iuf":
-        _refuse_kind("positions", f"dtype {p.dtype.name}", "integers or floats")
+        refuse_kind("positions", f"dtype {p.dtype.name}", "integers or floats")
     p = p.astype(np.float64)
     if not np.isfinite(p).all():
-        _refuse("positions", "a number that is not finite", "finite numbers")
+        refuse("positions", "a number that is not finite", "finite numbers")
     expected = (*batch, length)
     if p.ndim == 0 or p.shape[-1] != length or p.ndim > len(expected):
-        _refuse("positions", f"shape {p.shape}", f"what broadcasts to {expected}, length {length}")
+        refuse("positions", f"shape {p.shape}", f"what broadcasts to {expected}, length {length}")
     try:
         np.broadcast_to(p, expected)
     except ValueError:
-        _refuse("positions", f"shape {p.shape}", f"what broadcasts to {expected}")
+        refuse("positions", f"shape {p.shape}", f"what broadcasts to {expected}")
     return p
 
 
@@ -173,27 +169,27 @@ def _scaling(scaling: Mapping[str, Any] | None) -> tuple[str, tuple[float, ...]]
     try:
         given = dict(scaling)
     except (TypeError, ValueError):
-        _refuse_kind("scaling", type(scaling).__name__, "a mapping such as {'type': 'linear', ...}")
+        refuse_kind("scaling", type(scaling).__name__, "a mapping such as {'type': 'linear', ...}")
     kind = given.pop("type", None) or given.pop("rope_type", None)
     given.pop("rope_type", None)
     known: dict[Any, dict[str, float | None]] = {"linear": {"factor": None}, "llama3": _LLAMA3}
     if kind not in known:
-        _refuse("scaling", f"type {kind!r}", "'linear' or 'llama3'")
+        refuse("scaling", f"type {kind!r}", "'linear' or 'llama3'")
     for name in given:
         if name not in known[kind]:
-            _refuse("scaling", f"{name!r}", "only " + ", ".join(known[kind]))
+            refuse("scaling", f"{name!r}", "only " + ", ".join(known[kind]))
     values = []
     for name, default in known[kind].items():
         value = given.get(name, default)
         if value is None:
-            _refuse("scaling", f"no {name!r}", f"it, for type {kind!r}")
-        value = _real(f"scaling[{name!r}]", value)
+            refuse("scaling", f"no {name!r}", f"it, for type {kind!r}")
+        value = real(f"scaling[{name!r}]", value)
         if not value > 0:
-            _refuse(f"scaling[{name!r}]", str(value), "a positive number")
+            refuse(f"scaling[{name!r}]", str(value), "a positive number")
         values.append(value)
     if kind == "llama3" and not values[1] < values[2]:
         seen = f"low_freq_factor {values[1]} and high_freq_factor {values[2]}"
-        _refuse("scaling", seen, "the former to be less")
+        refuse("scaling", seen, "the former to be less")
     return kind, tuple(values)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _arguments, _numpy_backend
+from . import _checks, _numpy_backend
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -81,10 +81,10 @@ def _initial_num_threads() -> tuple[int, str]:
     if wanted:
         number: object = int(wanted) if re.fullmatch("-?[0-9]{1,18}", wanted) else wanted
         try:
-            return _arguments.thread_count("NUMATTN_NUM_THREADS", number), "NUMATTN_NUM_THREADS"
+            return _checks.thread_count("NUMATTN_NUM_THREADS", number), "NUMATTN_NUM_THREADS"
         except TypeError as error:
             raise ValueError(str(error)) from None
-    return min(_usable_cpus(), _arguments.MAX_THREADS), "the CPUs that this process may use"
+    return min(_usable_cpus(), _checks.MAX_THREADS), "the CPUs that this process may use"
 
 
 def _usable_cpus() -> int:
@@ -127,7 +127,7 @@ def set_num_threads(num_threads: int) -> None:
     1
     >>> na.set_num_threads(before)
     """
-    _use_num_threads(_arguments.thread_count("num_threads", num_threads), "set_num_threads")
+    _use_num_threads(_checks.thread_count("num_threads", num_threads), "set_num_threads")
 
 
 def get_num_threads() -> int:
@@ -185,7 +185,7 @@ def runtime_info() -> dict[str, Any]:
             "chosen": None if native is None else native.isa(),
             "reason": isa_reason,
         },
-        "dtypes": list(_arguments.ACCEPTED_DTYPES),
+        "dtypes": list(_checks.ACCEPTED_DTYPES),
         "cpu": (platform.processor() or platform.machine())
         if native is None
         else native.cpu_name(),

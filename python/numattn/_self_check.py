@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _arguments, _numpy_backend, _reference, _runtime, _terminal
+from . import _arguments, _checks, _numpy_backend, _reference, _runtime, _terminal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,7 @@ def self_check() -> bool:
         precision, plus one unit in the last place).
     """
     levels = [] if _runtime.native is None else list(_runtime.native.isa_names().items())
-    dtypes = {name: _dtype(name) for name in _arguments.ACCEPTED_DTYPES}
+    dtypes = {name: _dtype(name) for name in _checks.ACCEPTED_DTYPES}
     print("\nerrors, as shares of what is allowed:", flush=True)
     print(f"{'':14}" + "".join(f"{name:>10}" for name in dtypes))
     all_good = True

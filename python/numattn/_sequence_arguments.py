@@ -6,23 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _arguments
 from ._arguments import (
+    MAX_POSITION,
     Arguments,
-    _array,
-    _check_overlap,
-    _check_scales,
-    _check_shapes,
-    _common_dtype,
-    _flag,
-    _heads_first,
-    _ints_per_batch,
-    _key_scales,
-    _lse_heads_first,
-    _outputs,
-    _refuse,
-    _refuse_kind,
-    _snapshot,
+    check_options,
+    check_scales,
+    check_shapes,
+    common_dtype,
+    ints_per_batch,
+    key_scales,
+    lse_heads_first,
+    outputs,
+)
+from ._checks import (
+    as_array,
+    check_layout,
+    check_overlap,
+    flag,
+    heads_first,
+    refuse,
+    refuse_kind,
+    snapshot,
 )
 
 if TYPE_CHECKING:
@@ -45,29 +49,28 @@ def check_varlen(
     **options: Any,
 ) -> Arguments:
     """Check the arguments of `attention_varlen`."""
-    arrays = {name: _array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
-    dtype = _common_dtype(arrays)
-    scales = [_key_scales(name, arrays[name], x) for name, x in (("k", k_scale), ("v", v_scale))]
+    arrays = {name: as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
+    dtype = common_dtype(arrays)
+    scales = [key_scales(name, arrays[name], x) for name, x in (("k", k_scale), ("v", v_scale))]
     for name, x in arrays.items():
         if x.ndim != 3:
-            _refuse(name, f"shape {x.shape}", "(total length, heads, dim)")
+            refuse(name, f"shape {x.shape}", "(total length, heads, dim)")
     q_, k_, v_ = (x.swapaxes(0, 1) for x in arrays.values())
-    _check_shapes(q_, k_, v_, arrays)
+    check_shapes(q_, k_, v_, arrays)
     query_starts = _starts("cu_seqlens_q", cu_seqlens_q, q_.shape[1], "q")
     key_starts = _starts("cu_seqlens_k", cu_seqlens_k, k_.shape[1], "k")
     if len(query_starts) != len(key_starts):
         seen = f"{len(key_starts)} numbers"
-        _refuse("cu_seqlens_k", seen, f"{len(query_starts)} as in cu_seqlens_q")
+        refuse("cu_seqlens_k", seen, f"{len(query_starts)} as in cu_seqlens_q")
     batch = (len(query_starts) - 1,)
-    checked = _arguments.check_options(dtype, q_.shape[0], q_.shape[-1], **options)
-    result, result_lse = _outputs(
-        out, _flag("return_lse", return_lse), False, "blhd", dtype, (*q_.shape[:2], v_.shape[-1])
+    checked = check_options(dtype, q_.shape[0], q_.shape[-1], **options)
+    result, result_lse = outputs(
+        out, flag("return_lse", return_lse), False, "blhd", dtype, (*q_.shape[:2], v_.shape[-1])
     )
     if out is not None:
-        _check_overlap(out, dict(arrays, k_scale=k_scale, v_scale=v_scale))
+        check_overlap(out, dict(arrays, k_scale=k_scale, v_scale=v_scale))
     for name, scale in zip(("k", "v"), scales, strict=True):
-        _check_scales(name, scale, lambda: np.ones((), np.bool_))
-    limit = _arguments.MAX_POSITION
+        check_scales(name, scale, lambda: np.ones((), np.bool_))
     return Arguments(
         q=q_,
         k=k_,
@@ -76,7 +79,7 @@ def check_varlen(
         lse=None if result_lse is None else result_lse.swapaxes(0, 1),
         mask=None,
         bias=None,
-        q_offset=_ints_per_batch("q_offset", q_offset, batch, -limit, limit),
+        q_offset=ints_per_batch("q_offset", q_offset, batch, -MAX_POSITION, MAX_POSITION),
         kv_lengths=None,
         **checked,
         result=result if out is None else out,
@@ -89,25 +92,25 @@ def check_varlen(
 
 
 def _starts(name: str, starts: ArrayLike, total: int, what: str) -> NDArray[np.int64]:
-    array = _snapshot(name, starts)
+    array = snapshot(name, starts)
     if array.dtype.kind not in "iu":
-        _refuse_kind(name, f"dtype {array.dtype}", "ints")
+        refuse_kind(name, f"dtype {array.dtype}", "ints")
     if array.ndim != 1 or array.size < 1:
-        _refuse(name, f"shape {array.shape}", "(sequences + 1,)")
+        refuse(name, f"shape {array.shape}", "(sequences + 1,)")
     outside = (array < 0) | (array > total)
     if outside.any():
         at = int(np.argmax(outside))
-        _refuse(name, f"{array[at]} at {at}", f"0 to {total}, the rows of {what}")
+        refuse(name, f"{array[at]} at {at}", f"0 to {total}, the rows of {what}")
     numbers = array.astype(np.int64)
     decreasing = np.diff(numbers) < 0
     if decreasing.any():
         at = int(np.argmax(decreasing))
         seen = f"{numbers[at]} and then {numbers[at + 1]} at {at + 1}"
-        _refuse(name, seen, "numbers that do not decrease")
+        refuse(name, seen, "numbers that do not decrease")
     for at, wanted in ((0, 0), (-1, total)):
         if numbers[at] != wanted:
             where = "first" if at == 0 else "last"
-            _refuse(name, f"{numbers[at]} as the {where}", f"{wanted} ({what} has {total} rows)")
+            refuse(name, f"{numbers[at]} as the {where}", f"{wanted} ({what} has {total} rows)")
     return numbers
 
 
@@ -126,49 +129,53 @@ def check_paged(
     **options: Any,
 ) -> Arguments:
     """Check the arguments of `attention_paged`."""
-    _arguments.check_layout(layout)
-    given = {"q": _array("q", q), "k": _array("k_pages", k_pages), "v": _array("v_pages", v_pages)}
+    check_layout(layout)
+    given = {
+        "q": as_array("q", q),
+        "k": as_array("k_pages", k_pages),
+        "v": as_array("v_pages", v_pages),
+    }
     named = {"q": given["q"], "k_pages": given["k"], "v_pages": given["v"]}
-    dtype = _common_dtype(given)
-    scales = [_key_scales(name, given[name], x) for name, x in (("k", k_scale), ("v", v_scale))]
+    dtype = common_dtype(given)
+    scales = [key_scales(name, given[name], x) for name, x in (("k", k_scale), ("v", v_scale))]
     axes = "(B, heads, length, dim)" if layout == "bhld" else "(B, length, heads, dim)"
     for name, x in given.items():
         if x.ndim != 4:
             wanted = axes if name == "q" else "(pages, page_size, heads, dim)"
-            _refuse(name if name == "q" else f"{name}_pages", f"shape {x.shape}", wanted)
-    q_ = _heads_first(given["q"], layout)
+            refuse(name if name == "q" else f"{name}_pages", f"shape {x.shape}", wanted)
+    q_ = heads_first(given["q"], layout)
     k_, v_ = (given[name].swapaxes(1, 2) for name in ("k", "v"))
     pages, page_size = given["k"].shape[:2]
     if page_size == 0:
-        _refuse("k_pages", f"shape {given['k'].shape}", "pages of one key at least")
+        refuse("k_pages", f"shape {given['k'].shape}", "pages of one key at least")
     if given["v"].shape[:2] != (pages, page_size):
         seen = "{} pages of {} keys".format(*given["v"].shape[:2])
-        _refuse("v_pages", seen, f"{pages} of {page_size} as in k_pages")
-    _check_shapes(q_, k_, v_, named)
+        refuse("v_pages", seen, f"{pages} of {page_size} as in k_pages")
+    check_shapes(q_, k_, v_, named)
     batch = q_.shape[:1]
 
-    table = _snapshot("block_table", block_table)
+    table = snapshot("block_table", block_table)
     if table.dtype.kind not in "iu":
-        _refuse_kind("block_table", f"dtype {table.dtype}", "ints")
+        refuse_kind("block_table", f"dtype {table.dtype}", "ints")
     if table.ndim != 2 or table.shape[0] != batch[0]:
-        _refuse("block_table", f"shape {table.shape}", f"({batch[0]}, pages of a sequence)")
-    lengths = _ints_per_batch("kv_lengths", kv_lengths, batch, 0, table.shape[1] * page_size)
+        refuse("block_table", f"shape {table.shape}", f"({batch[0]}, pages of a sequence)")
+    lengths = ints_per_batch("kv_lengths", kv_lengths, batch, 0, table.shape[1] * page_size)
     if lengths is None:
-        _refuse_kind("kv_lengths", "None", "the number of valid keys of each batch item")
+        refuse_kind("kv_lengths", "None", "the number of valid keys of each batch item")
     numbers = np.array(table, np.int64, order="C")
     # Only pages with valid keys are read, and only they have to be there.
     is_read = np.arange(table.shape[1]) * page_size < lengths[:, np.newaxis]
     outside = is_read & ((table < 0) | (table >= pages))
     if outside.any():
         where = tuple(map(int, np.argwhere(outside)[0]))
-        _refuse("block_table", f"{table[where]} at {where}", f"0 to {pages - 1}")
+        refuse("block_table", f"{table[where]} at {where}", f"0 to {pages - 1}")
 
-    checked = _arguments.check_options(dtype, q_.shape[1], q_.shape[-1], **options)
-    result, result_lse = _outputs(
-        out, _flag("return_lse", return_lse), False, layout, dtype, (*q_.shape[:3], v_.shape[-1])
+    checked = check_options(dtype, q_.shape[1], q_.shape[-1], **options)
+    result, result_lse = outputs(
+        out, flag("return_lse", return_lse), False, layout, dtype, (*q_.shape[:3], v_.shape[-1])
     )
     if out is not None:
-        _check_overlap(out, named | {"k_scale": k_scale, "v_scale": v_scale})
+        check_overlap(out, named | {"k_scale": k_scale, "v_scale": v_scale})
 
     def pages_read() -> Array:
         read = np.zeros((pages, page_size, 1), np.bool_)
@@ -180,17 +187,16 @@ def check_paged(
         return read
 
     for name, scale in zip(("k", "v"), scales, strict=True):
-        _check_scales(name, scale, pages_read)
-    limit = _arguments.MAX_POSITION
+        check_scales(name, scale, pages_read)
     return Arguments(
         q=q_,
         k=k_,
         v=v_,
-        out=_heads_first(result, layout),
-        lse=None if result_lse is None else _lse_heads_first(result_lse, False, layout),
+        out=heads_first(result, layout),
+        lse=None if result_lse is None else lse_heads_first(result_lse, False, layout),
         mask=None,
         bias=None,
-        q_offset=_ints_per_batch("q_offset", q_offset, batch, -limit, limit),
+        q_offset=ints_per_batch("q_offset", q_offset, batch, -MAX_POSITION, MAX_POSITION),
         kv_lengths=lengths,
         **checked,
         result=result if out is None else out,

@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from . import _arguments, _numpy_backend, _runtime
-from ._arguments import (
+from ._checks import (
     ACCEPTED_DTYPES,
-    Arguments,
-    _array,
-    _check_overlap,
-    _refuse,
-    _refuse_kind,
-    _snapshot,
+    as_array,
+    check_layout,
+    check_out,
+    check_overlap,
+    float_array,
+    heads_first,
+    integer,
+    refuse,
+    refuse_kind,
+    same_elements,
+    snapshot,
 )
 
 if TYPE_CHECKING:
@@ -131,29 +136,29 @@ def masked_softmax(
     array([[0.5, 0.5, 0. ],
            [0.5, 0.5, 0. ]])
     """
-    x = _float_array("scores", scores)
+    x = float_array("scores", scores)
     if x.ndim == 0:
-        _refuse("scores", "no axes", "one at least")
-    axis = _arguments._integer("axis", axis)
+        refuse("scores", "no axes", "one at least")
+    axis = integer("axis", axis)
     if not -x.ndim <= axis < x.ndim:
-        _refuse("axis", str(axis), f"an axis of scores, whose shape is {x.shape}")
+        refuse("axis", str(axis), f"an axis of scores, whose shape is {x.shape}")
     if out is None:
         out = np.empty(x.shape, x.dtype)
     else:
-        _arguments.check_out(out, x.shape, x.dtype)
-        if out is not x and not _same_elements(out, x):
-            _check_overlap(out, {"scores": x, "mask": mask})
+        check_out(out, x.shape, x.dtype)
+        if out is not x and not same_elements(out, x):
+            check_overlap(out, {"scores": x, "mask": mask})
     # The kernel takes rows side by side.
     rows = np.ascontiguousarray(np.moveaxis(x, axis, -1))
     kept = None
     if mask is not None:
-        m = _array("mask", mask)
+        m = as_array("mask", mask)
         if m.dtype != np.bool_:
-            _refuse_kind("mask", m.dtype.name, "bool, True = counts")
+            refuse_kind("mask", m.dtype.name, "bool, True = counts")
         try:
             m = np.broadcast_to(m, x.shape)
         except ValueError:
-            _refuse("mask", f"shape {m.shape}", f"what broadcasts to scores' shape {x.shape}")
+            refuse("mask", f"shape {m.shape}", f"what broadcasts to scores' shape {x.shape}")
         kept = np.ascontiguousarray(np.moveaxis(m, axis, -1))
     to = np.moveaxis(out, axis, -1)
     in_place = to.flags.c_contiguous and to.flags.aligned and to.dtype.isnative
@@ -215,22 +220,22 @@ def aggregate_values(
     >>> bool(np.allclose(out, na.attention(q, k, v), atol=1e-6))
     True
     """
-    w = _float_array("weights", weights)
-    values = _array("v", v)
-    _arguments.check_layout(layout)
-    scale = _arguments._key_scales("v", values, v_scale)
+    w = float_array("weights", weights)
+    values = as_array("v", v)
+    check_layout(layout)
+    scale = _arguments.key_scales("v", values, v_scale)
     if scale is None and values.dtype.name not in ACCEPTED_DTYPES:
-        _refuse_kind("v", values.dtype.name, "one of " + ", ".join(ACCEPTED_DTYPES))
+        refuse_kind("v", values.dtype.name, "one of " + ", ".join(ACCEPTED_DTYPES))
     if w.ndim < 2 or values.ndim < 2:
         shapes = f"shapes {w.shape} and {values.shape}"
-        _refuse("weights and v", shapes, "(..., heads, Lq, Lk) and (..., heads, Lk, Dv)")
+        refuse("weights and v", shapes, "(..., heads, Lq, Lk) and (..., heads, Lk, Dv)")
     one_head = w.ndim == values.ndim == 2
     w3 = w[np.newaxis] if w.ndim == 2 else w
-    v3 = _arguments._heads_first(values, layout)
+    v3 = heads_first(values, layout)
     heads, kv_heads = w3.shape[-3], v3.shape[-3]
     if kv_heads == 0 or heads % kv_heads or w3.shape[-1] != v3.shape[-2]:
         expected = "as many keys, and heads that are a multiple of v's"
-        _refuse("weights", f"shape {w.shape} with v of shape {values.shape}", expected)
+        refuse("weights", f"shape {w.shape} with v of shape {values.shape}", expected)
     precision = np.float64 if values.dtype == np.float64 or w.dtype == np.float64 else np.float32
     v3 = v3.astype(precision, copy=False)
     if scale is not None:
@@ -244,7 +249,7 @@ def aggregate_values(
             out = _numpy_backend.aggregate(grouped, v3[..., np.newaxis, :, :], grouped != 0)
         except ValueError:
             shapes = f"leading axes of shapes {w.shape} and {values.shape}"
-            _refuse("weights and v", shapes, "leading axes that broadcast")
+            refuse("weights and v", shapes, "leading axes that broadcast")
         out = out.reshape(*out.shape[:-4], heads, *out.shape[-2:])
         result: Array = out.astype(w.dtype if scale is not None else values.dtype, copy=False)
     if one_head:
@@ -395,9 +400,9 @@ def _check(
     q: ArrayLike, k: ArrayLike, mask: Any, bias: Any, is_causal: Any, q_offset: Any, window: Any,
     scale: Any, softcap: Any, alibi_slopes: Any, sinks: Any, kv_lengths: Any, layout: Any,
     num_threads: Any, k_scale: Any,
-) -> tuple[Arguments, bool]:  # fmt: skip
+) -> tuple[_arguments.Arguments, bool]:  # fmt: skip
     """Return the arguments as of a call with values of one element, and whether it is one head."""
-    q_, k_ = _array("q", q), _array("k", k)
+    q_, k_ = as_array("q", q), as_array("k", k)
     v = np.broadcast_to(np.zeros((), q_.dtype), (*k_.shape[:-1], 1))
     arguments = _arguments.check(
         q_, k_, v, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
@@ -406,7 +411,7 @@ def _check(
     return arguments, q_.ndim == k_.ndim == 2
 
 
-def _pairs(arguments: Arguments) -> tuple[int, ...]:
+def _pairs(arguments: _arguments.Arguments) -> tuple[int, ...]:
     return (*arguments.q.shape[:-1], arguments.k.shape[-2])
 
 
@@ -415,14 +420,14 @@ def _precision(q: Array) -> type[np.float64 | np.float32]:
 
 
 def _rows(rows: int | ArrayLike, length: int) -> NDArray[np.int64]:
-    wanted = np.atleast_1d(_snapshot("rows", rows))
+    wanted = np.atleast_1d(snapshot("rows", rows))
     if wanted.size and not np.issubdtype(wanted.dtype, np.integer):
-        _refuse_kind("rows", f"dtype {wanted.dtype.name}", "integers")
+        refuse_kind("rows", f"dtype {wanted.dtype.name}", "integers")
     if wanted.ndim != 1:
-        _refuse("rows", f"shape {wanted.shape}", "one axis")
+        refuse("rows", f"shape {wanted.shape}", "one axis")
     outside = (wanted >= length) | (wanted < -length if wanted.dtype.kind == "i" else False)
     if outside.any():
-        _refuse("rows", str(wanted[outside][0]), f"the index of one of {length} queries")
+        refuse("rows", str(wanted[outside][0]), f"the index of one of {length} queries")
     wanted = wanted.astype(np.int64)
     return np.where(wanted < 0, wanted + length, wanted)
 
@@ -435,14 +440,14 @@ def _runs(rows: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
             yield begin, int(rows[begin]), end - begin
 
 
-def _knows_positions(a: Arguments) -> bool:
+def _knows_positions(a: _arguments.Arguments) -> bool:
     """Whether it matters where a query stands."""
     no_limit = _arguments.UNBOUNDED
     limited = a.window_left != no_limit or a.window_right != no_limit
     return limited or a.alibi_slopes is not None
 
 
-def _with_rows(a: Arguments, rows: slice | NDArray[np.int64]) -> Arguments:
+def _with_rows(a: _arguments.Arguments, rows: slice | NDArray[np.int64]) -> _arguments.Arguments:
     return replace(
         a,
         q=a.q[..., rows, :],
@@ -452,7 +457,7 @@ def _with_rows(a: Arguments, rows: slice | NDArray[np.int64]) -> Arguments:
     )
 
 
-def _some_rows(a: Arguments, first: int, count: int) -> Arguments:
+def _some_rows(a: _arguments.Arguments, first: int, count: int) -> _arguments.Arguments:
     query_length, key_length = a.q.shape[-2], a.k.shape[-2]
     if count == query_length:
         return a
@@ -464,20 +469,4 @@ def _some_rows(a: Arguments, first: int, count: int) -> Arguments:
     return replace(
         _with_rows(a, rows),
         q_offset=np.asarray(offset + first, np.int64, order="C"),  # also without axes
-    )
-
-
-def _float_array(name: str, x: ArrayLike) -> Array:
-    array = _array(name, x)
-    if array.dtype.name not in ACCEPTED_DTYPES or not array.dtype.isnative:
-        _refuse_kind(name, _arguments._dtype_of(array), "one of " + ", ".join(ACCEPTED_DTYPES))
-    return array
-
-
-def _same_elements(a: Array, b: Array) -> bool:
-    """Whether both are one array, element by element."""
-    return (
-        a.shape == b.shape
-        and a.strides == b.strides
-        and a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
     )

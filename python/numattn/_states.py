@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._arguments import (
+from ._checks import (
     ACCEPTED_DTYPES,
-    _array,
-    _check_overlap,
-    _dtype_of,
-    _integer,
-    _refuse,
-    _refuse_kind,
+    as_array,
     check_out,
+    check_overlap,
+    dtype_name,
+    integer,
+    refuse,
+    refuse_kind,
 )
 
 if TYPE_CHECKING:
@@ -82,31 +82,31 @@ def merge_states(
     >>> bool(np.allclose(out, na.attention(q, k, v), atol=1e-6))
     True
     """
-    results, logs = _array("out_a", out_a), _array("lse_a", lse_a)
+    results, logs = as_array("out_a", out_a), as_array("lse_a", lse_a)
     if results.dtype.name not in ACCEPTED_DTYPES or not results.dtype.isnative:
-        _refuse_kind("out_a", _dtype_of(results), "one of " + ", ".join(ACCEPTED_DTYPES))
+        refuse_kind("out_a", dtype_name(results), "one of " + ", ".join(ACCEPTED_DTYPES))
     if axis is None:
         if out_b is None or lse_b is None:
-            _refuse_kind("out_b, lse_b", "None", "the other state, or `axis` for stacked ones")
-        other, other_logs = _array("out_b", out_b), _array("lse_b", lse_b)
+            refuse_kind("out_b, lse_b", "None", "the other state, or `axis` for stacked ones")
+        other, other_logs = as_array("out_b", out_b), as_array("lse_b", lse_b)
         if other.dtype != results.dtype:
-            _refuse_kind("out_b", _dtype_of(other), f"{results.dtype.name} as in out_a")
+            refuse_kind("out_b", dtype_name(other), f"{results.dtype.name} as in out_a")
         if other.shape != results.shape:
-            _refuse("out_b", f"shape {other.shape}", f"{results.shape} as in out_a")
+            refuse("out_b", f"shape {other.shape}", f"{results.shape} as in out_a")
         _check_lse("lse_a", logs, results)
         _check_lse("lse_b", other_logs, results)
         parts = [(results, logs), (other, other_logs)]
     else:
         if out_b is not None or lse_b is not None:
-            _refuse_kind("out_b, lse_b", "arrays", "None beside `axis`")
+            refuse_kind("out_b, lse_b", "arrays", "None beside `axis`")
         _check_lse("lse_a", logs, results)
-        axis = _integer("axis", axis)
+        axis = integer("axis", axis)
         if not -logs.ndim <= axis < logs.ndim:
-            _refuse("axis", repr(axis), f"an axis of lse_a, whose shape is {logs.shape}")
+            refuse("axis", repr(axis), f"an axis of lse_a, whose shape is {logs.shape}")
         first = axis % logs.ndim
         parts = list(zip(np.moveaxis(results, first, 0), np.moveaxis(logs, first, 0), strict=True))
         if not parts:
-            _refuse("out_a", f"shape {results.shape}", "at least one state along `axis`")
+            refuse("out_a", f"shape {results.shape}", "at least one state along `axis`")
 
     precision = np.float64 if results.dtype == np.float64 else np.float32
     with np.errstate(all="ignore"):
@@ -125,16 +125,16 @@ def merge_states(
         if out is None:
             return merged.astype(results.dtype), lse
         check_out(out, merged.shape, results.dtype)
-        _check_overlap(out, {})
+        check_overlap(out, {})
         out[...] = merged.astype(results.dtype)
     return out, lse
 
 
 def _check_lse(name: str, lse: NDArray[Any], out: NDArray[Any]) -> None:
     if lse.dtype.kind != "f":
-        _refuse_kind(name, f"dtype {lse.dtype}", "floats")
+        refuse_kind(name, f"dtype {lse.dtype}", "floats")
     if out.ndim < 1 or lse.shape != out.shape[:-1]:
-        _refuse(name, f"shape {lse.shape}", f"{out.shape[:-1]}, that of its out without an axis")
+        refuse(name, f"shape {lse.shape}", f"{out.shape[:-1]}, that of its out without an axis")
 
 
 def quantize_kv(x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -183,15 +183,15 @@ def quantize_kv(x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
 
 def quantize_named(name: str, x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Do what `quantize_kv` does for an argument of another name."""
-    array = _array(name, x)
+    array = as_array(name, x)
     if array.dtype.name not in ACCEPTED_DTYPES or not array.dtype.isnative or array.ndim < 1:
-        seen = f"{_dtype_of(array)}, shape {array.shape}"
-        _refuse_kind(name, seen, "vectors of " + ", ".join(ACCEPTED_DTYPES))
+        seen = f"{dtype_name(array)}, shape {array.shape}"
+        refuse_kind(name, seen, "vectors of " + ", ".join(ACCEPTED_DTYPES))
     wide = array.astype(np.float64 if array.dtype == np.float64 else np.float32, copy=False)
     largest = np.abs(wide).max(axis=-1, initial=0)
     if not np.all(largest <= np.finfo(np.float32).max):
         where = tuple(map(int, np.argwhere(~(largest <= np.finfo(np.float32).max))[0]))
-        _refuse(name, f"{largest[where]} in the vector at {where}", "finite numbers of float32")
+        refuse(name, f"{largest[where]} in the vector at {where}", "finite numbers of float32")
     scale = (largest / 127).astype(np.float32)
     divisor = np.where(scale == 0, np.float32(1), scale)[..., np.newaxis]
     numbers = np.clip(np.rint(wide / divisor), -127, 127).astype(np.int8)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _runtime
-from ._arguments import MAX_THREADS
+from ._checks import MAX_THREADS
 
 
 def register() -> bool:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ._arguments import ACCEPTED_DTYPES, _array, _dtype_of, _real, _refuse, _refuse_kind
+from ._checks import ACCEPTED_DTYPES, as_array, dtype_name, real, refuse, refuse_kind
 
 if TYPE_CHECKING:
     import os
@@ -214,10 +214,10 @@ def plot_heads(
         titles = _strings("titles", titles)
         if len(titles) != heads:
             expected = f"{heads}, one for each head of weights of shape {patterns.shape}"
-            _refuse("titles", f"{len(titles)} titles", expected)
+            refuse("titles", f"{len(titles)} titles", expected)
     if layers:
         if columns is not None:
-            _refuse("columns", repr(columns), "None for weights with layers, which are the rows")
+            refuse("columns", repr(columns), "None for weights with layers, which are the rows")
         columns = heads
     else:
         columns = _columns(columns, heads)
@@ -326,10 +326,10 @@ def plot_lines(
     """
     pattern = _weights(weights, {2: "(Lq, Lk)"})
     if tokens is None:
-        _refuse_kind("tokens", "None", "a sequence of str")
+        refuse_kind("tokens", "None", "a sequence of str")
     queries, keys = _tokens(tokens, key_tokens, pattern.shape)
-    if _real("threshold", threshold) < 0:
-        _refuse("threshold", repr(threshold), "a number that is not negative")
+    if real("threshold", threshold) < 0:
+        refuse("threshold", repr(threshold), "a number that is not negative")
     plt = _pyplot()
     from matplotlib.collections import LineCollection
     from matplotlib.colors import to_rgb
@@ -431,10 +431,10 @@ def html_page(
     """
     patterns = _weights(weights, {3: "(H, Lq, Lk)", 4: "(layers, H, Lq, Lk)"})
     if tokens is None:
-        _refuse_kind("tokens", "None", "a sequence of str")
+        refuse_kind("tokens", "None", "a sequence of str")
     queries, keys = _tokens(tokens, key_tokens, patterns.shape)
     if not isinstance(title, str):
-        _refuse_kind("title", type(title).__name__, "a str")
+        refuse_kind("title", type(title).__name__, "a str")
     steps = np.rint(patterns.astype(np.float64) * _HTML_STEPS)
     data = {
         "queries": queries,
@@ -457,12 +457,12 @@ def html_page(
 
 def _weights(x: ArrayLike, axes: dict[int, str]) -> Array:
     """Return the weights, of one of the numbers of axes that `axes` describes."""
-    array = _array("weights", x)
+    array = as_array("weights", x)
     if array.dtype.kind not in "fiu" and array.dtype.name not in ACCEPTED_DTYPES:
-        _refuse_kind("weights", _dtype_of(array), "real numbers")
+        refuse_kind("weights", dtype_name(array), "real numbers")
     if array.ndim not in axes or 0 in array.shape:
         expected = " or ".join(axes.values()) + ", no axis of length 0"
-        _refuse("weights", f"shape {array.shape}", expected)
+        refuse("weights", f"shape {array.shape}", expected)
     # Matplotlib draws no bfloat16, and sums of float16 overflow early.
     array = array.astype(np.float32 if array.dtype.itemsize <= 2 else np.float64, copy=False)
     for wrong, expected in (
@@ -471,18 +471,18 @@ def _weights(x: ArrayLike, axes: dict[int, str]) -> Array:
     ):
         if wrong.any():
             where = tuple(map(int, np.argwhere(wrong)[0]))
-            _refuse("weights", f"{array[where]} at {where}", expected)
+            refuse("weights", f"{array[where]} at {where}", expected)
     return array
 
 
 def _masked(mask: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    array = _array("mask", mask)
+    array = as_array("mask", mask)
     if array.dtype != np.bool_:
-        _refuse_kind("mask", _dtype_of(array), "bool, True = attend")
+        refuse_kind("mask", dtype_name(array), "bool, True = attend")
     try:
         attended = np.broadcast_to(array, shape)
     except ValueError:
-        _refuse("mask", f"shape {array.shape}", f"one that broadcasts to {shape} as of weights")
+        refuse("mask", f"shape {array.shape}", f"one that broadcasts to {shape} as of weights")
     return ~attended
 
 
@@ -497,7 +497,7 @@ def _tokens(
         if key_tokens is None:
             if shape[-1] != len(queries):
                 expected = f"key_tokens besides, for the {shape[-1]} keys of weights of shape "
-                _refuse("tokens", f"{len(queries)} tokens", expected + str(shape))
+                refuse("tokens", f"{len(queries)} tokens", expected + str(shape))
             keys = queries
     if key_tokens is not None:
         keys = _strings("key_tokens", key_tokens)
@@ -510,7 +510,7 @@ def _tokens(
 
 def _check_count(name: str, count: int, shape: tuple[int, ...], expected: int, axis: str) -> None:
     if count != expected:
-        _refuse(
+        refuse(
             name, f"{count} tokens", f"{expected}, the {axis} of weights of shape {tuple(shape)}"
         )
 
@@ -518,14 +518,14 @@ def _check_count(name: str, count: int, shape: tuple[int, ...], expected: int, a
 def _strings(name: str, strings: Sequence[str]) -> list[str]:
     # A str is a sequence of str, but never what was meant.
     if isinstance(strings, (str, bytes)):
-        _refuse_kind(name, f"a {type(strings).__name__}", "a sequence of str")
+        refuse_kind(name, f"a {type(strings).__name__}", "a sequence of str")
     try:
         result = list(strings)
     except TypeError:
-        _refuse_kind(name, type(strings).__name__, "a sequence of str")
+        refuse_kind(name, type(strings).__name__, "a sequence of str")
     for index, text in enumerate(result):
         if not isinstance(text, str):
-            _refuse_kind(name, f"{text!r} ({type(text).__name__}) at {index}", "a sequence of str")
+            refuse_kind(name, f"{text!r} ({type(text).__name__}) at {index}", "a sequence of str")
     return result
 
 
@@ -536,9 +536,9 @@ def _columns(columns: int | None, heads: int) -> int:
     try:
         count = operator.index(columns)
     except TypeError:
-        _refuse_kind("columns", f"{columns!r} ({type(columns).__name__})", "an int")
+        refuse_kind("columns", f"{columns!r} ({type(columns).__name__})", "an int")
     if count < 1:
-        _refuse("columns", str(count), "at least 1")
+        refuse("columns", str(count), "at least 1")
     return min(count, heads)
 
 

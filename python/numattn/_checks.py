@@ -1,0 +1,180 @@
+"""What all entry points check alike: arrays, layouts, `out` and numbers; and how they refuse."""
+
+from __future__ import annotations
+
+import math
+import operator
+from numbers import Real
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from numpy.ma import MaskedArray, isMaskedArray  # here: NumPy would do it in a first call
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    Array = NDArray[Any]
+
+ACCEPTED_DTYPES = ("float16", "bfloat16", "float32", "float64")
+LAYOUTS = ("bhld", "blhd")
+MAX_THREADS = 1024
+
+# ---- errors ------------------------------------------------------------------------------------
+
+
+def refuse(name: str, seen: str, expected: str) -> NoReturn:
+    raise ValueError(f"{name}: got {seen}, expected {expected}")
+
+
+def refuse_kind(name: str, seen: str, expected: str) -> NoReturn:
+    raise TypeError(f"{name}: got {seen}, expected {expected}")
+
+
+# ---- arrays ------------------------------------------------------------------------------------
+
+
+def as_array(name: str, x: ArrayLike) -> Array:
+    """Return an array over the same memory, whose shape and strides nobody else can change."""
+    masked = isinstance(x, MaskedArray)
+    if masked or (isinstance(x, list | tuple) and any(map(isMaskedArray, x))):
+        what = "a masked array" if masked else f"a {type(x).__name__} of masked arrays"
+        refuse_kind(name, what, "a plain array (pass what is masked as `mask`)")
+    try:
+        array = np.asarray(x)
+    except ValueError as error:  # NumPy does not say which argument it was
+        refuse(name, f"what NumPy makes no array of ({error})", "an array")
+    if array.dtype == object and not isinstance(x, np.ndarray | int | list | tuple):
+        refuse_kind(name, type(x).__name__, "an array")
+    return array.view()
+
+
+def snapshot(name: str, x: ArrayLike) -> Array:
+    """Return a copy, for numbers that say what is read.
+
+    It is what is checked and what is used, whatever the caller's threads write meanwhile.
+    """
+    return np.array(as_array(name, x))
+
+
+def float_array(name: str, x: ArrayLike) -> Array:
+    """Return an array of one of the accepted dtypes."""
+    array = as_array(name, x)
+    if array.dtype.name not in ACCEPTED_DTYPES or not array.dtype.isnative:
+        refuse_kind(name, dtype_name(array), "one of " + ", ".join(ACCEPTED_DTYPES))
+    return array
+
+
+def dtype_name(x: Array) -> str:
+    return f"dtype {x.dtype.name}" + ("" if x.dtype.isnative else " of foreign byte order")
+
+
+def same_elements(a: Array, b: Array) -> bool:
+    """Whether both are one array, element by element."""
+    return (
+        a.shape == b.shape
+        and a.strides == b.strides
+        and a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+    )
+
+
+# ---- layouts -----------------------------------------------------------------------------------
+
+
+def check_layout(layout: str) -> None:
+    if not isinstance(layout, str):
+        refuse_kind("layout", f"{type(layout).__name__}", "a str")
+    if layout not in LAYOUTS:
+        refuse("layout", repr(layout), "one of " + ", ".join(map(repr, LAYOUTS)))
+
+
+def heads_first(x: Array, layout: str) -> Array:
+    """View ``(..., heads, length, dim)`` of an array in the given layout."""
+    if x.ndim == 2:
+        return x[np.newaxis]
+    return x if layout == "bhld" else x.swapaxes(-3, -2)
+
+
+# ---- out ---------------------------------------------------------------------------------------
+
+
+def check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Refuse an `out` that is not what the result needs."""
+    if not isinstance(out, np.ndarray) or isinstance(out, MaskedArray):
+        refuse_kind("out", type(out).__name__, "a numpy.ndarray")
+    if out.dtype != dtype:
+        refuse_kind("out", dtype_name(out), f"{dtype.name} as in the input")
+    if out.shape != shape:
+        refuse("out", f"shape {out.shape}", str(shape))
+    if not out.flags.writeable:
+        refuse("out", "a read-only array", "a writable one")
+
+
+def check_overlap(out: Array, inputs: dict[str, Any]) -> None:
+    """Refuse an `out` that shares memory with itself or an input."""
+    # Every view that slicing and transposing can make passes: from the smallest stride to the
+    # largest, a step goes beyond all that the steps before it can reach.
+    reach = out.itemsize
+    for stride, length in sorted((abs(s), n) for s, n in zip(out.strides, out.shape, strict=True)):
+        if length > 1:
+            if stride < reach and out.size > 0:
+                refuse("out", f"strides {out.strides} that overlap", "elements of its own memory")
+            reach += stride * (length - 1)
+    for name, x in inputs.items():
+        if isinstance(x, np.ndarray) and _shares_memory(out, x):
+            refuse("out", f"memory that it shares with {name}", "memory of its own")
+
+
+def _shares_memory(a: Array, b: Array) -> bool:
+    try:
+        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+# ---- numbers -----------------------------------------------------------------------------------
+
+
+def flag(name: str, value: object) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        refuse_kind(name, f"{value!r} ({type(value).__name__})", "True or False")
+    return bool(value)
+
+
+def integer(name: str, value: object) -> int:
+    """Return an int of Python; a bool is none."""
+    if isinstance(value, (bool, np.bool_)):
+        refuse_kind(name, repr(value), "an int")
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        refuse_kind(name, f"{value!r} ({type(value).__name__})", "an int")
+
+
+def at_least(name: str, value: object, least: int) -> int:
+    number = integer(name, value)
+    if number < least:
+        refuse(name, str(number), f"at least {least}")
+    return number
+
+
+def thread_count(name: str, value: object) -> int:
+    """Check a number of threads; `name` is where it came from."""
+    number = integer(name, value)
+    if not 1 <= number <= MAX_THREADS:
+        refuse(name, str(number), f"a number of threads from 1 to {MAX_THREADS}")
+    return number
+
+
+def real(name: str, value: object) -> float:
+    """Return a finite float."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (Real, np.number)):
+        refuse_kind(name, f"{value!r} ({type(value).__name__})", "a real number")
+    if isinstance(value, np.complexfloating):
+        refuse_kind(name, f"{value!r}", "a real number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        refuse(name, repr(value), "a finite number")
+    return number

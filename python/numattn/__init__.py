@@ -18,13 +18,8 @@ from ._parameter_count import parameter_count
 from ._rotary import rotary_embedding
 from ._runtime import __version__, get_num_threads, runtime_info, set_num_threads, show_runtime
 from ._sequences import attention_paged, attention_varlen
-from ._stages import (
-    aggregate_values,
-    attention_received,
-    attention_weights,
-    masked_softmax,
-    qk_scores,
-)
+from ._softmax import masked_softmax
+from ._stages import aggregate_values, attention_received, attention_weights, qk_scores
 from ._states import merge_states, quantize_kv
 
 __all__ = [

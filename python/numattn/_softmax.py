@@ -1,0 +1,100 @@
+"""The softmax of what a mask leaves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _runtime
+from ._checks import (
+    as_array,
+    check_out,
+    check_overlap,
+    float_array,
+    integer,
+    refuse,
+    refuse_kind,
+    same_elements,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    Array = NDArray[Any]
+
+
+def masked_softmax(
+    scores: ArrayLike,
+    mask: ArrayLike | None = None,
+    axis: int = -1,
+    out: Array | None = None,
+) -> Array:
+    """Compute the softmax over one axis, of what a mask leaves.
+
+    Parameters
+    ----------
+    scores : array_like of float
+        Natural logarithms; -inf has no weight.
+    mask : array_like of bool, optional
+        True where a score counts; broadcasts to the scores' shape.
+    axis : int, default -1
+        The axis whose weights add up to 1.
+    out : ndarray, optional
+        Where to write the result, of the scores' shape and dtype; may be `scores`.
+
+    Returns
+    -------
+    ndarray
+        Weights, of the shape and dtype of `scores`; all 0 where nothing is left.
+
+    Raises
+    ------
+    TypeError
+        If scores are no floats, or a mask is not bool.
+    ValueError
+        If the mask does not broadcast, the axis is not there or `out` does not fit.
+
+    See Also
+    --------
+    qk_scores, aggregate_values
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numattn as na
+    >>> na.masked_softmax(np.zeros((2, 3)), mask=[True, True, False])
+    array([[0.5, 0.5, 0. ],
+           [0.5, 0.5, 0. ]])
+    """
+    x = float_array("scores", scores)
+    if x.ndim == 0:
+        refuse("scores", "no axes", "one at least")
+    axis = integer("axis", axis)
+    if not -x.ndim <= axis < x.ndim:
+        refuse("axis", str(axis), f"an axis of scores, whose shape is {x.shape}")
+    if out is None:
+        out = np.empty(x.shape, x.dtype)
+    else:
+        check_out(out, x.shape, x.dtype)
+        if out is not x and not same_elements(out, x):
+            check_overlap(out, {"scores": x, "mask": mask})
+    # The kernel takes rows side by side.
+    rows = np.ascontiguousarray(np.moveaxis(x, axis, -1))
+    kept = None
+    if mask is not None:
+        m = as_array("mask", mask)
+        if m.dtype != np.bool_:
+            refuse_kind("mask", m.dtype.name, "bool, True = counts")
+        try:
+            m = np.broadcast_to(m, x.shape)
+        except ValueError:
+            refuse("mask", f"shape {m.shape}", f"what broadcasts to scores' shape {x.shape}")
+        kept = np.ascontiguousarray(np.moveaxis(m, axis, -1))
+    to = np.moveaxis(out, axis, -1)
+    in_place = to.flags.c_contiguous and to.flags.aligned and to.dtype.isnative
+    result = to if in_place else np.empty(to.shape, x.dtype)
+    _runtime.computations.softmax(rows, kept, result)
+    if not in_place:
+        to[...] = result
+    return out

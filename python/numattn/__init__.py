@@ -14,13 +14,14 @@ from . import _threadpoolctl
 from ._attention import attention
 from ._kv_cache import KVCache
 from ._layer import MultiHeadAttention
+from ._merge_states import merge_states
 from ._parameter_count import parameter_count
+from ._quantize import quantize_kv
 from ._rotary import rotary_embedding
 from ._runtime import __version__, get_num_threads, runtime_info, set_num_threads, show_runtime
 from ._sequences import attention_paged, attention_varlen
 from ._softmax import masked_softmax
 from ._stages import aggregate_values, attention_received, attention_weights, qk_scores
-from ._states import merge_states, quantize_kv
 
 __all__ = [
     "KVCache",

@@ -20,7 +20,8 @@ from ._checks import (
     refuse_kind,
     snapshot,
 )
-from ._states import merge_states, quantize_named
+from ._merge_states import merge_states
+from ._quantize import quantize_named
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from . import _layer_weights
 from ._arguments import check_options
 from ._attention import attention
-from ._checks import ACCEPTED_DTYPES, as_array, at_least, refuse, refuse_kind
+from ._checks import as_array, at_least, refuse, refuse_kind
 from ._kv_cache import KVCache
 from ._rotary import rotary_embedding
 from ._stages import attention_weights
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 _NORM_EPSILON = 1e-6
-_TORCH_NAMES = (
-    "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias",
-    "out_proj.weight", "out_proj.bias", "bias_k", "bias_v",
-)  # fmt: skip
 
 
 class MultiHeadAttention:
@@ -202,10 +198,7 @@ class MultiHeadAttention:
             "qk_norm": "q_norm" in self._parameters,
             "dtype": self._dtype.name,
         }
-        arrays = {name: np.ascontiguousarray(x) for name, x in self._parameters.items()}
-        _safetensors().numpy.save_file(
-            arrays, path, metadata={"numattn.MultiHeadAttention": json.dumps(description)}
-        )
+        _layer_weights.save(path, description, self._parameters)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -220,19 +213,9 @@ class MultiHeadAttention:
         ValueError
             If it is no such file, or an array is missing or misshapen.
         """
-        package = _safetensors()
-        try:
-            with package.safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except package.SafetensorError as error:
-            refuse("path", f"{path} ({error})", "a file of safetensors")
-        if "numattn.MultiHeadAttention" not in metadata:
-            refuse("path", f"{path} without a layer's sizes", "a file that `save` wrote")
-        description = json.loads(metadata["numattn.MultiHeadAttention"])
-        description["context_dim"] = tuple(description["context_dim"])
+        description, arrays = _layer_weights.load(path)
         layer = cls(**description)
-        layer._take(arrays)
+        _layer_weights.copy(arrays, layer._parameters)
         return layer
 
     @classmethod
@@ -280,53 +263,33 @@ class MultiHeadAttention:
         TypeError, ValueError
             If shapes do not fit, by name.
         """
-        weights = {
-            name: _float_matrix(name, x)
-            for name, x in (
-                ("q_weight", q_weight),
-                ("k_weight", k_weight),
-                ("v_weight", v_weight),
-                ("o_weight", o_weight),
-            )
-        }
-        heads = at_least("num_heads", num_heads, 1)
-        shapes = {name: x.shape for name, x in weights.items()}
-        if shapes["q_weight"][0] % heads:
-            refuse("q_weight", f"shape {shapes['q_weight']}", f"rows for {heads} heads")
-        head_dim = shapes["q_weight"][0] // heads
-        if kv_heads is None:
-            kv_heads = shapes["k_weight"][0] // max(head_dim, 1)
-        groups = at_least("kv_heads", kv_heads, 1)
-        if shapes["k_weight"][0] != groups * head_dim:
-            expected = f"{groups * head_dim} rows: {groups} heads of {head_dim}"
-            refuse("k_weight", f"shape {shapes['k_weight']}", expected)
-        if shapes["v_weight"][0] % groups:
-            refuse("v_weight", f"shape {shapes['v_weight']}", f"rows for {groups} heads")
+        matrices = _layer_weights.float_matrices(
+            q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, o_weight=o_weight
+        )
         biases = {"q_bias": q_bias, "k_bias": k_bias, "v_bias": v_bias, "o_bias": o_bias}
         norms = {"q_norm": q_norm, "k_norm": k_norm}
+        embed_dim, heads, options = _layer_weights.sizes(matrices, num_heads, kv_heads)
         if (q_norm is None) != (k_norm is None):
             refuse("q_norm, k_norm", "one of them", "both or none")
         if dtype is None:
-            is_double = weights["q_weight"].dtype == np.float64
+            is_double = matrices["q_weight"].dtype == np.float64
             dtype = np.float64 if is_double else np.float32
         layer = cls(
-            shapes["q_weight"][1],
+            embed_dim,
             heads,
-            kv_heads=groups,
-            head_dim=head_dim,
-            value_dim=shapes["v_weight"][0] // groups,
-            context_dim=(shapes["k_weight"][1], shapes["v_weight"][1]),
+            **options,
             bias=any(x is not None for x in biases.values()),
             rotary=rotary,
             qk_norm=q_norm is not None,
             dtype=dtype,
             rng=0,
         )
-        arrays = {name: x.T for name, x in weights.items()}
+        arrays = {name: x.T for name, x in matrices.items()}
         for name, x in (biases | norms).items():
             if name in layer._parameters:
-                arrays[name] = layer._parameters[name] if x is None else _numbers(name, x)
-        layer._take(arrays, {name: x.T.shape for name, x in arrays.items() if x.ndim == 2})
+                default = layer._parameters[name]
+                arrays[name] = default if x is None else _layer_weights.numbers(name, x)
+        _layer_weights.copy(arrays, layer._parameters, are_transposed=True)
         return layer
 
     @classmethod
@@ -355,63 +318,7 @@ class MultiHeadAttention:
         no dropout, and gives weights per head. Its ``lengths`` stand for PyTorch's
         ``key_padding_mask``, and a mask is True where PyTorch's is False.
         """
-        if getattr(module, "add_zero_attn", False):
-            refuse("module", "add_zero_attn=True", "a module without it")
-        if not hasattr(module, "keys") and not hasattr(module, "state_dict"):
-            seen = type(module).__name__
-            refuse_kind("module", seen, "a torch.nn.MultiheadAttention or its state_dict")
-        state = module if hasattr(module, "keys") else module.state_dict()
-        if num_heads is None:
-            num_heads = getattr(module, "num_heads", None)
-            if num_heads is None:
-                refuse_kind("num_heads", "None", "the number of heads beside a state_dict")
-        arrays = {name: _from_tensor(x) for name, x in state.items()}
-        for name in ("bias_k", "bias_v"):
-            if arrays.get(name) is not None:
-                refuse("module", f"{name} (add_bias_kv=True)", "a module without it")
-        for name in arrays:
-            if name not in _TORCH_NAMES:
-                refuse("module", repr(name), "only " + ", ".join(_TORCH_NAMES))
-        if "in_proj_weight" in arrays:
-            packed = arrays["in_proj_weight"]
-            if packed.ndim != 2 or packed.shape[0] != 3 * packed.shape[1]:
-                refuse("in_proj_weight", f"shape {packed.shape}", "(3 * embed_dim, embed_dim)")
-            weights = dict(zip("qkv", np.split(packed, 3), strict=True))
-        else:
-            weights = {name: _present(arrays, f"{name}_proj_weight") for name in "qkv"}
-        biases: dict[str, Array | None] = dict.fromkeys("qkv")
-        if "in_proj_bias" in arrays:
-            packed = arrays["in_proj_bias"]
-            if packed.shape != (3 * weights["q"].shape[0],):
-                refuse("in_proj_bias", f"shape {packed.shape}", f"({3 * weights['q'].shape[0]},)")
-            biases = dict(zip("qkv", np.split(packed, 3), strict=True))
-        return cls.from_weights(
-            weights["q"],
-            weights["k"],
-            weights["v"],
-            _present(arrays, "out_proj.weight"),
-            num_heads=num_heads,
-            kv_heads=num_heads,
-            q_bias=biases["q"],
-            k_bias=biases["k"],
-            v_bias=biases["v"],
-            o_bias=arrays.get("out_proj.bias"),
-            dtype=dtype,
-        )
-
-    def _take(
-        self, arrays: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]] | None = None
-    ) -> None:
-        """Copy arrays into the parameters; `shapes` are those to name in an error."""
-        for name, to in self._parameters.items():
-            x = _present(arrays, name)
-            if x.shape != to.shape:
-                flip = -1 if shapes and name in shapes else 1
-                refuse(name, f"shape {x.shape[::flip]}", str(to.shape[::flip]))
-            to[...] = x
-        for name in arrays:
-            if name not in self._parameters:
-                refuse("arrays", repr(name), "only " + ", ".join(self._parameters))
+        return cls.from_weights(**_layer_weights.of_torch(module, num_heads), dtype=dtype)
 
     # ---- the layer ------------------------------------------------------------------------------
 
@@ -580,51 +487,3 @@ def _rotary_options(rotary: object, head_dim: int) -> dict[str, Any] | None:
             refuse("rotary", repr(name), "only base, rotary_dim, interleaved and scaling")
     rotary_embedding(np.zeros((0, head_dim), np.float32), **options)
     return options
-
-
-def _numbers(name: str, x: ArrayLike) -> Array:
-    array = _from_tensor(x)
-    if array.dtype.name not in ACCEPTED_DTYPES and array.dtype.kind not in "iu":
-        refuse_kind(name, f"dtype {array.dtype.name}", "real numbers")
-    return array
-
-
-def _float_matrix(name: str, x: ArrayLike) -> Array:
-    array = _numbers(name, x)
-    if array.ndim != 2:
-        refuse(name, f"shape {array.shape}", "two axes")
-    return array
-
-
-def _from_tensor(x: Any) -> Array:
-    """Return an array of what may be a tensor of PyTorch, also of its 16-bit floats."""
-    if hasattr(x, "detach"):
-        x = (
-            x.detach().cpu().double()
-            if str(x.dtype) == "torch.float64"
-            else x.detach().cpu().float()
-        )
-        x = x.numpy()
-    return np.asarray(x)
-
-
-def _present(arrays: Mapping[str, Array], name: str) -> Array:
-    if arrays.get(name) is None:
-        there = ", ".join(f"{n} {x.shape}" for n, x in arrays.items())
-        refuse(name, f"nothing among {there or 'no arrays'}", "an array of that name")
-    return arrays[name]
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.numpy
-    except ImportError:
-        _missing_safetensors()
-    return safetensors
-
-
-def _missing_safetensors() -> NoReturn:
-    raise ImportError(
-        "saving and loading layers needs safetensors: pip install 'numattn[weights]'"
-    ) from None

@@ -12,7 +12,7 @@ from ._arguments import check_options
 from ._attention import attention
 from ._checks import as_array, at_least, refuse, refuse_kind
 from ._kv_cache import KVCache
-from ._rotary import rotary_embedding
+from ._rotary import make_rotation
 from ._stages import attention_weights
 
 if TYPE_CHECKING:
@@ -441,8 +441,10 @@ class MultiHeadAttention:
                 array /= np.sqrt(square + np.asarray(_NORM_EPSILON, self._dtype))
                 array *= self._parameters[name]
         if self._rotary is not None:
-            for array in (q, k):
-                rotary_embedding(array, positions, layout="blhd", out=array, **self._rotary)
+            vectors = [array.swapaxes(-3, -2) for array in (q, k)]  # heads first
+            rotation = make_rotation(vectors[0].shape, self._dtype, positions, **self._rotary)
+            for heads in vectors:
+                rotation.apply(heads, heads)
         return q, k, v
 
     def _product(self, name: str, x: Array, heads: tuple[int, ...]) -> Array:
@@ -475,7 +477,7 @@ def _context_dims(value: object) -> tuple[int, int]:
 
 
 def _rotary_options(rotary: object, head_dim: int) -> dict[str, Any] | None:
-    """Return options of `rotary_embedding`, checked by using them."""
+    """Return options of `make_rotation`, checked by using them."""
     if rotary is None or rotary is False:
         return None
     try:
@@ -485,5 +487,5 @@ def _rotary_options(rotary: object, head_dim: int) -> dict[str, Any] | None:
     for name in options:
         if name not in ("base", "rotary_dim", "interleaved", "scaling"):
             refuse("rotary", repr(name), "only base, rotary_dim, interleaved and scaling")
-    rotary_embedding(np.zeros((0, head_dim), np.float32), **options)
+    make_rotation((1, 0, head_dim), np.dtype(np.float32), None, **options)
     return options

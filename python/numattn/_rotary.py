@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -115,7 +116,49 @@ def rotary_embedding(
     if array.ndim < 2:
         refuse("x", f"shape {array.shape}", "(..., heads, length, dim), or two axes for one head")
     vectors = heads_first(array, layout)
-    length, dim = vectors.shape[-2:]
+    rotation = make_rotation(
+        vectors.shape, array.dtype, positions,
+        base=base, rotary_dim=rotary_dim, interleaved=interleaved, scaling=scaling,
+    )  # fmt: skip
+    if out is None:
+        out = np.empty(array.shape, array.dtype)
+    else:
+        check_out(out, array.shape, array.dtype)
+        if not same_elements(out, array):
+            check_overlap(out, {"x": array})
+    rotation.apply(vectors, heads_first(out, layout))
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Cosines and sines for the tokens of a batch, the same for all heads."""
+
+    cos: Array  # (..., L, rotary_dim / 2), whose leading axes broadcast to the batch
+    sin: Array
+    interleaved: bool
+
+    def apply(self, x: Array, out: Array) -> None:
+        """Rotate vectors (batch..., heads, L, D) into `out`, which may be `x`."""
+        angles = [
+            np.broadcast_to(a[..., np.newaxis, :, :], (*x.shape[:-1], a.shape[-1]))
+            for a in (self.cos, self.sin)
+        ]
+        _runtime.computations.rotate(x, *angles, out, self.interleaved)
+
+
+def make_rotation(
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    positions: ArrayLike | None,
+    *,
+    base: float = 10000.0,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+    scaling: Mapping[str, Any] | None = None,
+) -> Rotation:
+    """Check the options of `rotary_embedding` for vectors of a shape (batch..., heads, L, D)."""
+    length, dim = shape[-2:]
     rotated = dim if rotary_dim is None else integer("rotary_dim", rotary_dim)
     if not 2 <= rotated <= dim or rotated % 2:
         refuse("rotary_dim", str(rotated), f"an even number from 2 to {dim}, the size of a vector")
@@ -125,25 +168,13 @@ def rotary_embedding(
     if not isinstance(interleaved, bool):
         refuse_kind("interleaved", repr(interleaved), "True or False")
     kind, parameters = _scaling(scaling)
-    precision = np.float64 if array.dtype == np.float64 else np.float32
-
+    precision = np.float64 if dtype == np.float64 else np.float32
     if positions is None:
         cos, sin = _cached_angles(length, rotated, base, kind, parameters, precision)
     else:
-        p = _positions(positions, vectors.shape[:-3], length)
+        p = _positions(positions, shape[:-3], length)
         cos, sin = _angles(p, rotated, base, kind, parameters, precision)
-    if out is None:
-        out = np.empty(array.shape, array.dtype)
-    else:
-        check_out(out, array.shape, array.dtype)
-        if not same_elements(out, array):
-            check_overlap(out, {"x": array})
-    angles = [
-        np.broadcast_to(a[..., np.newaxis, :, :], (*vectors.shape[:-1], rotated // 2))
-        for a in (cos, sin)
-    ]
-    _runtime.computations.rotate(vectors, *angles, heads_first(out, layout), interleaved)
-    return out
+    return Rotation(cos, sin, interleaved)
 
 
 def _positions(positions: ArrayLike, batch: tuple[int, ...], length: int) -> NDArray[np.float64]:

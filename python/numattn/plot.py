@@ -14,6 +14,7 @@ import math
 import operator
 import string
 import unicodedata
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,6 +62,7 @@ _MASKED_STYLE: dict[str, Any] = {
     "linewidth": 0,
 }
 
+_PAGE = "plot_page.html"  # a string.Template: $title and $data; $$ is a dollar
 _HTML_STEPS = 10_000  # of 1: four decimals
 
 
@@ -446,7 +448,9 @@ def html_page(
     text = json.dumps(data, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    page = _PAGE.substitute(title=html.escape(_visible(title)), data=text)
+    # Substituted once, so that what is put in is not read again.
+    template = string.Template(resources.files("numattn").joinpath(_PAGE).read_text("utf-8"))
+    page = template.substitute(title=html.escape(_visible(title)), data=text)
     if path is not None:
         Path(path).write_text(page, encoding="utf-8", newline="\n")
     return page
@@ -703,160 +707,3 @@ def _style_labels(axis: Axis, labels: list[str] | None, count: int, room: float)
         text.set_parse_math(False)
         if isinstance(axis, XAxis):
             text.set_rotation(90)
-
-
-# ---- the page ----------------------------------------------------------------------------------
-
-# Substituted once, so that what is put in is not read again; hence no dollar sign in the script.
-_PAGE = string.Template("""\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
-<link rel="icon" href="data:,">
-<title>$title</title>
-<style>
-:root {
-  color-scheme: light dark;
-  --page: #ffffff; --text: #1c1e21; --quiet: #5c636b; --line: #cdd2d8; --tint-of: 37 99 235;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #15171a; --text: #eceef0; --quiet: #a3abb4; --line: #3d434a; --tint-of: 74 137 255;
-  }
-}
-body {
-  margin: 0 auto; padding: 1.5rem; max-width: 76rem;
-  background: var(--page); color: var(--text); font: 1rem/1.4 system-ui, sans-serif;
-}
-h1 { margin: 0 0 1rem; font-size: 1.4rem; overflow-wrap: anywhere; }
-h2 { margin: 0 0 .5rem; font-size: 1rem; }
-h2 small { color: var(--quiet); font-weight: normal; }
-form { display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; margin-bottom: 1rem; }
-select { font: inherit; margin-left: .3rem; }
-#columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 2rem; }
-#queries, #keys { display: flex; flex-wrap: wrap; gap: .25rem; align-content: flex-start; }
-#queries span, #keys span {
-  display: inline-block; box-sizing: border-box; min-width: 1.5rem; max-width: 100%;
-  padding: .1rem .35rem; border: 1px solid var(--line); border-radius: .3rem;
-  text-align: center; white-space: pre-wrap; overflow-wrap: anywhere;
-}
-#queries span { cursor: pointer; }
-#queries span[aria-selected=true] {
-  border-color: rgb(var(--tint-of)); box-shadow: 0 0 0 2px rgb(var(--tint-of));
-}
-#keys span { min-width: 3.4rem; background: rgb(var(--tint-of) / calc(var(--tint, 0) * .6)); }
-#keys span::after {
-  content: attr(data-weight); display: block; font-size: .75rem;
-  font-variant-numeric: tabular-nums;
-}
-#summary { min-height: 1.4em; margin: 0 0 1rem; color: var(--quiet); overflow-wrap: anywhere; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<noscript><p>This page needs JavaScript.</p></noscript>
-<form>
-<label id="layer-label">Layer<select id="layer" autocomplete="off"></select></label>
-<label>Head<select id="head" autocomplete="off"></select></label>
-</form>
-<p id="summary" aria-live="polite"></p>
-<div id="columns">
-<section>
-<h2>Queries <small>point at one, or use the arrow keys</small></h2>
-<div id="queries" role="listbox" aria-label="Queries"></div>
-</section>
-<section>
-<h2>Keys <small>with their weights; the strongest has the full tint</small></h2>
-<div id="keys"></div>
-</section>
-</div>
-<script type="application/json" id="data">$data</script>
-<script>
-"use strict";
-(function () {
-  const data = JSON.parse(document.getElementById("data").textContent);
-  const layer = document.getElementById("layer"), head = document.getElementById("head");
-  const queries = document.getElementById("queries"), keys = document.getElementById("keys");
-  const summary = document.getElementById("summary");
-  let chosen = data.queries.length - 1;
-
-  function fill(select, count) {
-    for (let i = 0; i < count; i++) select.add(new Option(String(i), String(i)));
-  }
-  function addTokens(parent, tokens) {
-    tokens.forEach(function (token, index) {
-      const span = document.createElement("span");
-      span.textContent = token;
-      span.dataset.index = index;
-      parent.append(span);
-    });
-  }
-  function decimal(tenThousandths) { return (tenThousandths / 10000).toFixed(4); }
-
-  function show() {
-    const row = data.tenThousandths[layer.value][head.value][chosen];
-    const largest = row.reduce(function (a, b) { return Math.max(a, b); }, 1);
-    row.forEach(function (weight, index) {
-      keys.children[index].dataset.weight = decimal(weight);
-      keys.children[index].style.setProperty("--tint", (weight / largest).toFixed(3));
-    });
-    const order = Array.from(row.keys()).filter(function (index) { return row[index] > 0; });
-    order.sort(function (a, b) { return row[b] - row[a]; });
-    const most = order.slice(0, 5).map(function (index) {
-      return "\\u201c" + data.keys[index] + "\\u201d " + decimal(row[index]);
-    });
-    summary.textContent = "Token " + chosen + ", \\u201c" + data.queries[chosen] +
-      "\\u201d, attends " + (most.length ? "most to " + most.join(", ") + "." : "to nothing.");
-  }
-  function choose(index) {
-    const before = queries.children[chosen], now = queries.children[index];
-    before.setAttribute("aria-selected", "false");
-    before.tabIndex = -1;
-    now.setAttribute("aria-selected", "true");
-    now.tabIndex = 0;
-    chosen = index;
-    show();
-  }
-  function point(event) {
-    const index = event.target.dataset && event.target.dataset.index;
-    if (index !== undefined) choose(Number(index));
-  }
-  function move(event) {
-    const at = Number(event.target.dataset.index), last = data.queries.length - 1;
-    const index = {
-      ArrowLeft: at - 1, ArrowUp: at - 1, ArrowRight: at + 1, ArrowDown: at + 1, Home: 0, End: last
-    }[event.key];
-    if (index === undefined) return;
-    event.preventDefault();
-    const next = Math.min(last, Math.max(0, index));
-    choose(next);  // a window in the background gets its focus events late
-    queries.children[next].focus();
-  }
-
-  fill(layer, data.tenThousandths.length);
-  fill(head, data.tenThousandths[0].length);
-  document.getElementById("layer-label").hidden = data.tenThousandths.length === 1;
-  addTokens(queries, data.queries);
-  addTokens(keys, data.keys);
-  Array.from(queries.children).forEach(function (span) {
-    span.setAttribute("role", "option");
-    span.setAttribute("aria-selected", "false");
-    span.tabIndex = -1;
-  });
-  // These events do not bubble, but are seen on the way down.
-  queries.addEventListener("mouseenter", point, true);
-  queries.addEventListener("focus", point, true);
-  queries.addEventListener("keydown", move);
-  layer.addEventListener("change", show);
-  head.addEventListener("change", show);
-  choose(chosen);
-})();
-</script>
-</body>
-</html>
-""")

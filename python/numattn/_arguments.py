@@ -16,6 +16,7 @@ import numpy as np
 from ._checks import (
     ACCEPTED_DTYPES,
     as_array,
+    check_dtype,
     check_layout,
     check_out,
     check_overlap,
@@ -200,8 +201,7 @@ def common_dtype(arrays: dict[str, Array]) -> np.dtype[Any]:
     """Return q's dtype, which k and v have too, unless they are int8."""
     arrays = {name: x for name, x in arrays.items() if name == "q" or x.dtype != np.int8}
     for name, x in arrays.items():
-        if x.dtype.name not in ACCEPTED_DTYPES or not x.dtype.isnative:
-            refuse_kind(name, dtype_name(x), "one of " + ", ".join(ACCEPTED_DTYPES))
+        check_dtype(name, x)
     dtypes = {name: x.dtype.name for name, x in arrays.items()}
     if len(set(dtypes.values())) > 1:
         seen = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())

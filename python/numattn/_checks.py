@@ -59,9 +59,17 @@ def snapshot(name: str, x: ArrayLike) -> Array:
 def float_array(name: str, x: ArrayLike) -> Array:
     """Return an array of one of the accepted dtypes."""
     array = as_array(name, x)
-    if array.dtype.name not in ACCEPTED_DTYPES or not array.dtype.isnative:
-        refuse_kind(name, dtype_name(array), "one of " + ", ".join(ACCEPTED_DTYPES))
+    check_dtype(name, array)
     return array
+
+
+def check_dtype(name: str, x: Array) -> None:
+    if not is_accepted(x.dtype):
+        refuse_kind(name, dtype_name(x), "one of " + ", ".join(ACCEPTED_DTYPES))
+
+
+def is_accepted(dtype: np.dtype[Any]) -> bool:
+    return dtype.name in ACCEPTED_DTYPES and dtype.isnative
 
 
 def dtype_name(x: Array) -> str:

@@ -16,6 +16,7 @@ from ._checks import (
     check_out,
     check_overlap,
     flag,
+    is_accepted,
     refuse,
     refuse_kind,
     snapshot,
@@ -122,7 +123,7 @@ class KVCache:
             self._dtype = np.dtype(dtype)
         except TypeError:
             refuse_kind("dtype", repr(dtype), "one of " + ", ".join(ACCEPTED_DTYPES))
-        if self._dtype.name not in ACCEPTED_DTYPES or not self._dtype.isnative:
+        if not is_accepted(self._dtype):
             refuse_kind("dtype", str(self._dtype), "one of " + ", ".join(ACCEPTED_DTYPES))
         if not isinstance(quantize, bool):
             refuse_kind("quantize", repr(quantize), "True or False")

@@ -1,9 +1,9 @@
-"""The weights of a layer: files of them, and those of other libraries' layers."""
+"""A layer's weights: written to files, read from them, and taken from other libraries' layers."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,7 +27,7 @@ _TORCH_NAMES = (
 def copy(
     arrays: Mapping[str, Array], parameters: Mapping[str, Array], *, are_transposed: bool = False
 ) -> None:
-    """Copy arrays into all parameters of a layer; an error names the shapes of what was given."""
+    """Copy arrays into all parameters of a layer; an error names shapes as they were given."""
     for name, to in parameters.items():
         x = _present(arrays, name)
         if x.shape != to.shape:
@@ -78,14 +78,10 @@ def _safetensors() -> Any:
         import safetensors
         import safetensors.numpy
     except ImportError:
-        _missing_safetensors()
+        raise ImportError(
+            "saving and loading layers needs safetensors: pip install 'numattn[weights]'"
+        ) from None
     return safetensors
-
-
-def _missing_safetensors() -> NoReturn:
-    raise ImportError(
-        "saving and loading layers needs safetensors: pip install 'numattn[weights]'"
-    ) from None
 
 
 # ---- separate matrices -------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._checks import (
-    ACCEPTED_DTYPES,
     as_array,
+    check_dtype,
     check_out,
     check_overlap,
     dtype_name,
@@ -83,8 +83,7 @@ def merge_states(
     True
     """
     results, logs = as_array("out_a", out_a), as_array("lse_a", lse_a)
-    if results.dtype.name not in ACCEPTED_DTYPES or not results.dtype.isnative:
-        refuse_kind("out_a", dtype_name(results), "one of " + ", ".join(ACCEPTED_DTYPES))
+    check_dtype("out_a", results)
     if axis is None:
         if out_b is None or lse_b is None:
             refuse_kind("out_b, lse_b", "None", "the other state, or `axis` for stacked ones")

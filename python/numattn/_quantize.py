@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ._checks import ACCEPTED_DTYPES, as_array, dtype_name, refuse, refuse_kind
+from ._checks import ACCEPTED_DTYPES, as_array, dtype_name, is_accepted, refuse, refuse_kind
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -59,7 +59,7 @@ def quantize_kv(x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
 def quantize_named(name: str, x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Do what `quantize_kv` does for an argument of another name."""
     array = as_array(name, x)
-    if array.dtype.name not in ACCEPTED_DTYPES or not array.dtype.isnative or array.ndim < 1:
+    if not is_accepted(array.dtype) or array.ndim < 1:
         seen = f"{dtype_name(array)}, shape {array.shape}"
         refuse_kind(name, seen, "vectors of " + ", ".join(ACCEPTED_DTYPES))
     wide = array.astype(np.float64 if array.dtype == np.float64 else np.float32, copy=False)

@@ -56,8 +56,8 @@ class Arguments:
 
     q: Array  # (batch..., Hq, Lq, D); ragged: (Hq, total of Lq, D)
     k: Array  # (batch..., Hkv, Lk, D); ragged: (Hkv, total of Lk, D); paged: (pages, Hkv, size, D)
-    v: Array  # (batch..., Hkv, Lk, Dv), likewise
-    out: Array  # (batch..., Hq, Lq, Dv)
+    v: Array | None  # (batch..., Hkv, Lk, Dv), likewise; None for a stage without values
+    out: Array | None  # (batch..., Hq, Lq, Dv); None without v
     lse: Array | None  # (batch..., Hq, Lq)
     mask: Array | None  # (batch..., Hq, Lq, Lk) bool
     bias: Array | None  # (batch..., Hq, Lq, Lk) float
@@ -70,7 +70,7 @@ class Arguments:
     alibi_slopes: NDArray[np.float64] | None  # (Hq,)
     sinks: NDArray[np.float64] | None  # (Hq,)
     num_threads: int | None
-    result: Array  # `out` as the caller gets it
+    result: Array | None  # `out` as the caller gets it
     result_lse: Array | None
     k_scale: Array | None = None  # where k is int8: as k without its last axis
     v_scale: Array | None = None
@@ -115,7 +115,7 @@ def check_options(
 def check(
     q: ArrayLike,
     k: ArrayLike,
-    v: ArrayLike,
+    v: ArrayLike | None,
     mask: ArrayLike | None,
     bias: ArrayLike | None,
     is_causal: bool,
@@ -133,23 +133,28 @@ def check(
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
 ) -> Arguments:
-    """Check the arguments of `attention`; TypeError for kinds, ValueError for values."""
+    """Check the arguments of `attention`; TypeError for kinds, ValueError for values.
+
+    Without `v` there is no `out` either: what stages have in common with `attention`.
+    """
     check_layout(layout)
-    arrays = {name: as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
+    arrays = {"q": as_array("q", q), "k": as_array("k", k)}
+    if v is not None:
+        arrays["v"] = as_array("v", v)
     dtype = common_dtype(arrays)
-    scales = {
-        "k": key_scales("k", arrays["k"], k_scale),
-        "v": key_scales("v", arrays["v"], v_scale),
-    }
+    k_scale_ = key_scales("k", arrays["k"], k_scale)
+    v_scale_ = None if v is None else key_scales("v", arrays["v"], v_scale)
     for name, x in arrays.items():
         if x.ndim < 2:
             axes = "(..., heads, length, dim)" if layout == "bhld" else "(..., length, heads, dim)"
             refuse(name, f"shape {x.shape}", f"{axes}, or two axes for one head")
     one_head = all(x.ndim == 2 for x in arrays.values())
-    q_, k_, v_ = (heads_first(x, layout) for x in arrays.values())
+    views = [heads_first(x, layout) for x in arrays.values()]
+    q_, k_ = views[:2]
+    v_ = None if v is None else views[2]
     check_shapes(q_, k_, v_, arrays)
 
-    batch = _batch_shape(arrays, (q_, k_, v_))
+    batch = _batch_shape(arrays, views)
     query_heads, query_length, head_dim = q_.shape[-3:]
     key_length = k_.shape[-2]
     pairs = (*batch, query_heads, query_length, key_length)
@@ -165,16 +170,18 @@ def check(
         dtype, query_heads, head_dim, is_causal, window, scale, softcap, alibi_slopes, sinks,
         num_threads,
     )  # fmt: skip
-    result, result_lse = outputs(
-        out, flag("return_lse", return_lse), one_head, layout, dtype,
-        (*batch, query_heads, query_length, v_.shape[-1]),
-    )  # fmt: skip
+    result = result_lse = None
+    if v_ is not None:
+        result, result_lse = outputs(
+            out, flag("return_lse", return_lse), one_head, layout, dtype,
+            (*batch, query_heads, query_length, v_.shape[-1]),
+        )  # fmt: skip
     kv_lengths_ = ints_per_batch("kv_lengths", kv_lengths, batch, 0, key_length)
     arguments = Arguments(
         q=_broadcast(q_, (*batch, *q_.shape[-3:])),
         k=_broadcast(k_, (*batch, *k_.shape[-3:])),
-        v=_broadcast(v_, (*batch, *v_.shape[-3:])),
-        out=heads_first(result, layout),
+        v=None if v_ is None else _broadcast(v_, (*batch, *v_.shape[-3:])),
+        out=None if result is None else heads_first(result, layout),
         lse=None if result_lse is None else lse_heads_first(result_lse, one_head, layout),
         mask=None if mask_ is None else _broadcast_pairs("mask", mask_, pairs, one_head),
         bias=None if bias_ is None else _broadcast_pairs("bias", bias_, pairs, one_head),
@@ -183,8 +190,8 @@ def check(
         **options,
         result=result if out is None else out,
         result_lse=result_lse,
-        k_scale=_broadcast_scales(scales["k"], one_head, layout, (*batch, *k_.shape[-3:-1])),
-        v_scale=_broadcast_scales(scales["v"], one_head, layout, (*batch, *v_.shape[-3:-1])),
+        k_scale=_broadcast_scales(k_scale_, one_head, layout, (*batch, *k_.shape[-3:-1])),
+        v_scale=_broadcast_scales(v_scale_, one_head, layout, (*batch, *k_.shape[-3:-1])),
     )
     for name, of_keys in (("k", arguments.k_scale), ("v", arguments.v_scale)):
         check_scales(name, of_keys, lambda: _valid_keys(kv_lengths_, key_length))
@@ -205,7 +212,9 @@ def common_dtype(arrays: dict[str, Array]) -> np.dtype[Any]:
     dtypes = {name: x.dtype.name for name, x in arrays.items()}
     if len(set(dtypes.values())) > 1:
         seen = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        refuse_kind("q, k, v", seen, "one dtype for all three: " + ", ".join(ACCEPTED_DTYPES))
+        every = "all three" if "v" in arrays else "both"
+        accepted = ", ".join(ACCEPTED_DTYPES)
+        refuse_kind(", ".join(arrays), seen, f"one dtype for {every}: {accepted}")
     return arrays["q"].dtype
 
 
@@ -269,23 +278,22 @@ def lse_heads_first(lse: Array, one_head: bool, layout: str) -> Array:
     return lse if layout == "bhld" else lse.swapaxes(-2, -1)
 
 
-def check_shapes(q: Array, k: Array, v: Array, given: dict[str, Array]) -> None:
+def check_shapes(q: Array, k: Array, v: Array | None, given: dict[str, Array]) -> None:
     shapes = ", ".join(f"{name} {x.shape}" for name, x in given.items())
     if q.shape[-1] != k.shape[-1]:
         refuse("k", f"head_dim {k.shape[-1]}", f"{q.shape[-1]} as in q ({shapes})")
-    if q.shape[-1] < 1 or v.shape[-1] < 1:
-        name = "q" if q.shape[-1] < 1 else "v"
-        refuse(name, f"shape {given[name].shape}", "at least one element in the last axis")
-    if q.shape[-1] > MAX_DIM or v.shape[-1] > MAX_DIM:
-        name = "q" if q.shape[-1] > MAX_DIM else "v"
-        refuse(name, f"shape {given[name].shape}", f"at most {MAX_DIM} elements in the last axis")
-    if k.shape[-2] != v.shape[-2]:
+    for name, x in (("q", q), ("v", v)):
+        if x is not None and not 1 <= x.shape[-1] <= MAX_DIM:
+            limit = "at least one element" if x.shape[-1] < 1 else f"at most {MAX_DIM} elements"
+            refuse(name, f"shape {given[name].shape}", f"{limit} in the last axis")
+    if v is not None and k.shape[-2] != v.shape[-2]:
         refuse("v", f"{v.shape[-2]} keys", f"{k.shape[-2]} as in k ({shapes})")
-    if k.shape[-3] != v.shape[-3]:
+    if v is not None and k.shape[-3] != v.shape[-3]:
         refuse("v", f"{v.shape[-3]} heads", f"{k.shape[-3]} as in k ({shapes})")
     query_heads, kv_heads = q.shape[-3], k.shape[-3]
     if (query_heads % kv_heads != 0) if kv_heads else query_heads > 0:
-        refuse("q", f"{query_heads} heads", f"a multiple of the {kv_heads} of k and v ({shapes})")
+        names = "k" if v is None else "k and v"
+        refuse("q", f"{query_heads} heads", f"a multiple of the {kv_heads} of {names} ({shapes})")
 
 
 def _batch_shape(given: dict[str, Array], arrays: Sequence[Array]) -> tuple[int, ...]:
@@ -293,7 +301,7 @@ def _batch_shape(given: dict[str, Array], arrays: Sequence[Array]) -> tuple[int,
         return np.broadcast_shapes(*(x.shape[:-3] for x in arrays))
     except ValueError:
         shapes = ", ".join(f"{name} {x.shape}" for name, x in given.items())
-        refuse("q, k, v", shapes, "leading axes that broadcast")
+        refuse(", ".join(given), shapes, "leading axes that broadcast")
 
 
 def _broadcast(x: Array, shape: tuple[int, ...]) -> Array:

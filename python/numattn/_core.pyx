@@ -327,7 +327,8 @@ cdef int _describe(Problem* problem, object arguments) except -1:
     cdef object query_starts = arguments.query_starts, key_starts = arguments.key_starts
     cdef object block_table = arguments.block_table
     cdef object k_scale = arguments.k_scale, v_scale = arguments.v_scale
-    cdef cnp.ndarray q = arguments.q, k = arguments.k, v = arguments.v, out = arguments.out
+    cdef cnp.ndarray q = arguments.q, k = arguments.k
+    cdef cnp.ndarray v = arguments.v, out = arguments.out  # None for a stage without values
     # They stay referenced until the computation is over.
     cdef object lse = arguments.lse, mask = arguments.mask, bias = arguments.bias
     cdef object q_offset = arguments.q_offset, kv_lengths = arguments.kv_lengths
@@ -345,16 +346,18 @@ cdef int _describe(Problem* problem, object arguments) except -1:
     problem.query_length = cnp.PyArray_DIM(q, ndim - 2)
     problem.key_length = cnp.PyArray_DIM(k, cnp.PyArray_NDIM(k) - 2)
     problem.head_dim = cnp.PyArray_DIM(q, ndim - 1)
-    problem.value_dim = cnp.PyArray_DIM(v, cnp.PyArray_NDIM(v) - 1)
     if not _find_dtype(q, &problem.dtype):
         raise TypeError(f"dtype {q.dtype.name} is not one that the kernels take")
     problem.k_is_int8 = k_scale is not None
     problem.v_is_int8 = v_scale is not None
     _fill(&problem.q, q, array_axes, True)
-    _fill(&problem.out, out, array_axes, True)
+    if v is not None:
+        problem.value_dim = cnp.PyArray_DIM(v, cnp.PyArray_NDIM(v) - 1)
+        _fill(&problem.out, out, array_axes, True)
     if block_table is None:
         _fill(&problem.k, k, array_axes, True)
-        _fill(&problem.v, v, array_axes, True)
+        if v is not None:
+            _fill(&problem.v, v, array_axes, True)
         if k_scale is not None:
             _fill(&problem.k_scales, <cnp.ndarray>k_scale, array_axes, False)
         if v_scale is not None:

@@ -34,6 +34,8 @@ def attention(arguments: Arguments) -> None:
 def _plain_problems(a: Arguments) -> Iterator[Arguments]:
     """Yield problems without sequences, pages and scales."""
     if a.query_starts is not None and a.key_starts is not None:
+        assert a.v is not None
+        assert a.out is not None
         for i, (q, k) in enumerate(
             zip(_slices(a.query_starts), _slices(a.key_starts), strict=True)
         ):
@@ -53,6 +55,7 @@ def _plain_problems(a: Arguments) -> Iterator[Arguments]:
                 )
             )
     elif a.block_table is not None and a.kv_lengths is not None:
+        assert a.out is not None
         for i, length in enumerate(a.kv_lengths):
             pages = a.block_table[i, : -(-int(length) // a.k.shape[2])]
 
@@ -81,7 +84,7 @@ def _plain_problems(a: Arguments) -> Iterator[Arguments]:
         precision = np.float64 if a.q.dtype.itemsize == 8 else np.float32
         if a.k_scale is not None:
             a = replace(a, k=a.k * a.k_scale[..., np.newaxis].astype(precision), k_scale=None)
-        if a.v_scale is not None:
+        if a.v is not None and a.v_scale is not None:
             a = replace(a, v=a.v * a.v_scale[..., np.newaxis].astype(precision), v_scale=None)
         yield a
 
@@ -129,7 +132,7 @@ def rotate(x: Array, cos: Array, sin: Array, out: Array, interleaved: bool) -> N
 def _attention(arguments: Arguments) -> None:
     # NaN and infinity in the input are the user's business; overflow gives inf, as a cast would.
     with np.errstate(all="ignore"):
-        if arguments.out.size > 0:
+        if arguments.out is not None and arguments.out.size > 0:
             for batch_item, kv_heads, rows in _blocks(arguments):
                 _attend(arguments, batch_item, kv_heads, rows)
 
@@ -213,6 +216,8 @@ def _weigh(a: Arguments, kv_heads: slice, logits: Array) -> tuple[Array, Array, 
 
 
 def _attend(a: Arguments, batch_item: tuple[int, ...], kv_heads: slice, rows: slice) -> None:
+    assert a.v is not None
+    assert a.out is not None
     query_heads = _query_heads(a, kv_heads)
     logits, attend, keys = _masked_logits(a, batch_item, kv_heads, rows)
     weights, total, maximum = _weigh(a, kv_heads, logits)

@@ -128,4 +128,4 @@ def _compute(level: str, q: Array, k: Array, v: Array, options: dict[str, Any]) 
             native.attention(arguments)
         finally:
             native.set_isa(before)
-    return [arguments.result, np.asarray(arguments.result_lse)]
+    return [np.asarray(x) for x in (arguments.result, arguments.result_lse)]

@@ -321,11 +321,10 @@ def _check(
     scale: Any, softcap: Any, alibi_slopes: Any, sinks: Any, kv_lengths: Any, layout: Any,
     num_threads: Any, k_scale: Any,
 ) -> tuple[_arguments.Arguments, bool]:  # fmt: skip
-    """Return the arguments as of a call with values of one element, and whether it is one head."""
+    """Return the arguments of a stage without values, and whether it is one head."""
     q_, k_ = as_array("q", q), as_array("k", k)
-    v = np.broadcast_to(np.zeros((), q_.dtype), (*k_.shape[:-1], 1))
     arguments = _arguments.check(
-        q_, k_, v, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
+        q_, k_, None, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
         kv_lengths, layout, False, None, num_threads, k_scale,
     )  # fmt: skip
     return arguments, q_.ndim == k_.ndim == 2
@@ -371,7 +370,6 @@ def _with_rows(a: _arguments.Arguments, rows: slice | NDArray[np.int64]) -> _arg
     return replace(
         a,
         q=a.q[..., rows, :],
-        out=a.out[..., rows, :],
         mask=None if a.mask is None else a.mask[..., rows, :],
         bias=None if a.bias is None else a.bias[..., rows, :],
     )

@@ -43,67 +43,68 @@ def ratio(slow, fast):
     return median(seconds(slow) / seconds(fast) for _ in range(ROUNDS))
 
 
-def eight_bits_and_pages():
+def caches():
+    """Return one query over 32,768 keys in several kinds of cache."""
     q, k, v = (normal(1, h, n, 128, dtype=ml_dtypes.bfloat16) for h, n in
                ((32, 1), (8, 32768), (8, 32768)))  # fmt: skip
-
-    def plain():
-        na.attention(q, k, v)
-
     (k8, k_scale), (v8, v_scale) = na.quantize_kv(k), na.quantize_kv(v)
-    scales = {"k_scale": k_scale, "v_scale": v_scale}
-    yield (
-        "int8 / bfloat16, 32768 keys",
-        1.6,
-        ratio(plain, lambda: na.attention(q, k8, v8, **scales)),
-    )
-
     k_pages, v_pages = (
         np.ascontiguousarray(x[0].swapaxes(0, 1)).reshape(2048, 16, 8, 128) for x in (k, v)
     )
     table, lengths = np.arange(2048)[np.newaxis], [32768]
-    yield (
-        "pages of 16 / plain, 32768 keys", 0.9,
-        ratio(plain, lambda: na.attention_paged(q, k_pages, v_pages, table, lengths)),
-    )  # fmt: skip
+    return {
+        "bfloat16": lambda: na.attention(q, k, v),
+        "int8": lambda: na.attention(q, k8, v8, k_scale=k_scale, v_scale=v_scale),
+        "pages of 16": lambda: na.attention_paged(q, k_pages, v_pages, table, lengths),
+    }
 
 
-def ragged(threads):
+def ragged():
+    """Return 64 causal sequences of random lengths, and the operations that they are."""
     lengths = rng.integers(16, 2049, 64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     q, k, v = (normal(starts[-1], 12, 64) for _ in range(3))
     flops = 4 * 64 * 12 * sum(n * (n + 1) // 2 for n in lengths.tolist())
+    return lambda: na.attention_varlen(q, k, v, starts, starts, is_causal=True), flops
+
+
+def uneven():
+    """Return one long sequence among short ones, for a number of threads."""
+    lengths = np.array([32768] + [16] * 63)
+    key_starts = np.concatenate([[0], np.cumsum(lengths)])
+    q, k, v = normal(64, 32, 128), *(normal(key_starts[-1], 8, 128) for _ in range(2))
+    return lambda num_threads=None: na.attention_varlen(
+        q, k, v, np.arange(65), key_starts, is_causal=True, num_threads=num_threads
+    )
+
+
+def figures(threads):
+    """Yield the name of each figure, what is aimed at, and its value."""
+    calls = caches()
+    yield "int8 / bfloat16, 32768 keys", 1.6, ratio(calls["bfloat16"], calls["int8"])
+    yield "pages of 16 / plain, 32768 keys", 0.9, ratio(calls["bfloat16"], calls["pages of 16"])
+
+    call, flops = ragged()
 
     def share():
         peak = measure_peak(threads, 0.1, "float32")
-        call = seconds(lambda: na.attention_varlen(q, k, v, starts, starts, is_causal=True))
-        return flops / call / peak
+        return flops / seconds(call) / peak
 
     share()
     yield "64 ragged sequences, share of peak", 0.74, median(share() for _ in range(ROUNDS))
 
-
-def uneven(threads):
-    lengths = np.array([32768] + [16] * 63)
-    key_starts = np.concatenate([[0], np.cumsum(lengths)])
-    q, k, v = normal(64, 32, 128), *(normal(key_starts[-1], 8, 128) for _ in range(2))
-
-    def attend(num_threads):
-        na.attention_varlen(
-            q, k, v, np.arange(65), key_starts, is_causal=True, num_threads=num_threads
-        )
-
+    attend = uneven()
     yield (
         f"one long sequence of 64, {threads} threads / one", 1.8,
         ratio(lambda: attend(1), lambda: attend(threads)),
     )  # fmt: skip
     numbers = np.ones(1 << 26, np.float32)
-    parts = [x[: len(x) // 64 * 64] for x in np.array_split(numbers, threads)]
+    shares = [x[: len(x) // 64 * 64] for x in np.array_split(numbers, threads)]
     with ThreadPoolExecutor(threads) as pool:
         yield (
             f"  reading alone, {threads} threads / one", None,
             ratio(lambda: _core.read_floats(numbers),
-                  lambda: list(pool.map(_core.read_floats, parts))),
+                  lambda: list(pool.map(_core.read_floats, shares))),
         )  # fmt: skip
 
 
@@ -112,10 +113,9 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     threads = parser.parse_args().threads
     na.set_num_threads(threads)
-    for rows in (eight_bits_and_pages(), ragged(threads), uneven(threads)):
-        for name, bar, value in rows:
-            aim = "" if bar is None else f"   (>= {bar})"
-            print(f"{name:45}{value:6.2f}{aim}", flush=True)
+    for name, bar, value in figures(threads):
+        aim = "" if bar is None else f"   (>= {bar})"
+        print(f"{name:45}{value:6.2f}{aim}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-// Operations on rows that are no attention, but go before and after it: the softmax of rows, and
-// rotary embedding. The caller has checked the arguments and allocates every array.
+// Operations on rows that go before or after attention: the softmax of rows, and rotary embedding.
+// The caller has checked the arguments and allocates every array.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ struct RowSoftmax {
 
 // out = x with its pairs of elements rotated, (batch..., heads, length, dim) of `dtype`, any
 // strides in bytes; out may be x itself. cos and sin (batch..., 1 head, length, rotary_dim / 2) of
-// float64 where that is dtype, else float32, their columns side by side; batch strides of 0
+// float64 where that is dtype, else float32, their columns without gaps; batch strides of 0
 // broadcast. Elements from rotary_dim on are copied.
 struct Rotation {
   Dtype dtype = Dtype::float32;

@@ -14,50 +14,40 @@
 namespace numattn {
 namespace {
 
-// Vectors of scalars. What a function does is said where simd/avx2.h defines it.
+template <class Type, class... Types>
+concept AllAre = (std::same_as<Type, Types> && ...);
+
+// Vectors of scalars. simd/avx2.h says what each function does.
 template <class V>
-concept VectorsOfScalars =
-    requires(typename V::Vec x, typename V::Vec (&square)[V::kLanes], typename V::Scalar s,
-             const typename V::Scalar* from, typename V::Scalar* to, int64_t count, uint64_t bits) {
-      { V::kFusedMultiplyAdd } -> std::convertible_to<bool>;
-      { V::kRegisters } -> std::convertible_to<int>;
-      { V::zero() } -> std::same_as<typename V::Vec>;
-      { V::set(s) } -> std::same_as<typename V::Vec>;
-      { V::load(from) } -> std::same_as<typename V::Vec>;
-      { V::load_first(from, count) } -> std::same_as<typename V::Vec>;
-      { V::store(to, x) } -> std::same_as<void>;
-      { V::store_first(to, x, count) } -> std::same_as<void>;
-      { V::add(x, x) } -> std::same_as<typename V::Vec>;
-      { V::sub(x, x) } -> std::same_as<typename V::Vec>;
-      { V::mul(x, x) } -> std::same_as<typename V::Vec>;
-      { V::div(x, x) } -> std::same_as<typename V::Vec>;
-      { V::max(x, x) } -> std::same_as<typename V::Vec>;
-      { V::abs(x) } -> std::same_as<typename V::Vec>;
-      { V::fma(x, x, x) } -> std::same_as<typename V::Vec>;
-      { V::sum(x) } -> std::same_as<typename V::Scalar>;
-      { V::copy_sign(x, x) } -> std::same_as<typename V::Vec>;
-      { V::select_less(x, x, x, x) } -> std::same_as<typename V::Vec>;
-      { V::select_equal(x, x, x, x) } -> std::same_as<typename V::Vec>;
-      { V::select_bits(bits, x, x) } -> std::same_as<typename V::Vec>;
-      { V::bits_not_equal(x, x) } -> std::convertible_to<uint64_t>;
-      { V::split(x, x, x) } -> std::same_as<void>;
-      { V::scale_by_power_of_two(x, x) } -> std::same_as<typename V::Vec>;
-      { V::transpose(square) } -> std::same_as<void>;
-    };
+concept VectorsOfScalars = requires(typename V::Vec x, typename V::Vec (&square)[V::kLanes],
+                                    typename V::Scalar s, const typename V::Scalar* from,
+                                    typename V::Scalar* to, int64_t count, uint64_t bits) {
+  requires AllAre<const int, decltype(V::kLanes), decltype(V::kRegisters)>;
+  requires AllAre<const bool, decltype(V::kFusedMultiplyAdd)>;
+  requires AllAre<typename V::Vec, decltype(V::zero()), decltype(V::set(s)),
+                  decltype(V::load(from)), decltype(V::load_first(from, count)),
+                  decltype(V::add(x, x)), decltype(V::sub(x, x)), decltype(V::mul(x, x)),
+                  decltype(V::div(x, x)), decltype(V::max(x, x)), decltype(V::abs(x)),
+                  decltype(V::fma(x, x, x)), decltype(V::copy_sign(x, x)),
+                  decltype(V::select_less(x, x, x, x)), decltype(V::select_equal(x, x, x, x)),
+                  decltype(V::select_bits(bits, x, x)), decltype(V::scale_by_power_of_two(x, x))>;
+  requires AllAre<void, decltype(V::store(to, x)), decltype(V::store_first(to, x, count)),
+                  decltype(V::split(x, x, x)), decltype(V::transpose(square))>;
+  requires AllAre<typename V::Scalar, decltype(V::sum(x))>;
+  requires AllAre<uint64_t, decltype(V::bits_not_equal(x, x))>;
+};
 
 // Vectors that read an array's elements as scalars.
 template <class V, class Stored>
 concept Reads = requires(const Stored* from, int64_t count) {
-  { V::load(from) } -> std::same_as<typename V::Vec>;
-  { V::load_first(from, count) } -> std::same_as<typename V::Vec>;
+  requires AllAre<typename V::Vec, decltype(V::load(from)), decltype(V::load_first(from, count))>;
 };
 
 // Vectors that also write them, rounded once.
 template <class V, class Stored>
 concept ReadsAndWrites =
     Reads<V, Stored> && requires(Stored* to, typename V::Vec x, int64_t count) {
-      { V::store(to, x) } -> std::same_as<void>;
-      { V::store_first(to, x, count) } -> std::same_as<void>;
+      requires AllAre<void, decltype(V::store(to, x)), decltype(V::store_first(to, x, count))>;
     };
 
 // Units of the elements of a product. As large as scalars, and so are vectors of them: logits
@@ -70,19 +60,16 @@ concept UnitsOfProduct =
     requires(typename U::Unit unit, typename U::Units units, const typename U::Unit* from,
              typename U::Unit* to, typename U::Vectors::Vec x, const typename U::Vectors::Vec* xs,
              const typename U::Element* elements, int64_t count, int i, unsigned bits) {
-      { U::set(unit) } -> std::same_as<typename U::Units>;
-      { U::load(from) } -> std::same_as<typename U::Units>;
-      { U::load_first(from, count) } -> std::same_as<typename U::Units>;
-      { U::store(to, units) } -> std::same_as<void>;
-      { U::store_first(to, units, count) } -> std::same_as<void>;
-      { U::load_units(elements, count) } -> std::same_as<typename U::Units>;
-      { U::multiply_add(units, units, x) } -> std::same_as<typename U::Vectors::Vec>;
-      { U::join(xs) } -> std::same_as<typename U::Units>;
-      { U::join_rounded(xs) } -> std::same_as<typename U::Units>;
-      { U::element(units, i) } -> std::same_as<typename U::Vectors::Vec>;
-      { U::element(unit, i) } -> std::convertible_to<typename U::Vectors::Scalar>;
-      { U::only(units, bits) } -> std::same_as<typename U::Units>;
-      { U::finite(unit) } -> std::same_as<typename U::Unit>;
+      requires AllAre<typename U::Units, decltype(U::set(unit)), decltype(U::load(from)),
+                      decltype(U::load_first(from, count)), decltype(U::only(units, bits)),
+                      decltype(U::load_units(elements, count)), decltype(U::join(xs)),
+                      decltype(U::join_rounded(xs))>;
+      requires AllAre<void, decltype(U::store(to, units)),
+                      decltype(U::store_first(to, units, count))>;
+      requires AllAre<typename U::Vectors::Vec, decltype(U::multiply_add(units, units, x)),
+                      decltype(U::element(units, i))>;
+      requires AllAre<typename U::Vectors::Scalar, decltype(U::element(unit, i))>;
+      requires AllAre<typename U::Unit, decltype(U::finite(unit))>;
     };
 
 // Units of one scalar.

@@ -1,4 +1,5 @@
-// AVX2 with FMA and F16C: eight float lanes, for Haswell and later, Zen 1 and later.
+// AVX2 with FMA and F16C: eight float lanes, for Haswell and later, Zen 1 and later. The comments
+// here are the contract of all levels.
 #pragma once
 
 #include <immintrin.h>

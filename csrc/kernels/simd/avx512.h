@@ -1,4 +1,5 @@
-// AVX-512 vectors: sixteen float lanes, for Skylake-SP and later, Zen 4 and later.
+// AVX-512 vectors: sixteen float lanes, for Skylake-SP and later, Zen 4 and later. Functions
+// without a comment do what they do in avx2.h.
 #pragma once
 
 #include <immintrin.h>
@@ -68,10 +69,8 @@ struct Float32 {
   static Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
   static Vec abs(Vec x) { return _mm512_abs_ps(x); }
-  // a * b + c
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
-  // All lanes added up.
   static float sum(Vec x) { return _mm512_reduce_add_ps(x); }
 
   // All lanes of x[i] added up become lane i: half the shuffles of transposing first.
@@ -97,23 +96,18 @@ struct Float32 {
     return _mm512_shuffle_f32x4(all, all, 0xd8);
   }
 
-  // `magnitude`, which is not negative, with the sign of `sign`.
   static Vec copy_sign(Vec magnitude, Vec sign) {
     return _mm512_or_ps(magnitude, _mm512_and_ps(sign, _mm512_set1_ps(-0.0f)));
   }
-  // Lanes where a < b take `yes`, the others `no`.
   static Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
   }
-  // Lanes where a equals b take `yes`, the others `no`.
   static Vec select_equal(Vec a, Vec b, Vec yes, Vec no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), no, yes);
   }
-  // Lanes whose bit is set keep x, the others take `other`.
   static Vec select_bits(uint64_t bits, Vec x, Vec other) {
     return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), other, x);
   }
-  // A bit for every lane where a differs from b (NaN differs from everything).
   static uint64_t bits_not_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }
 
   // x = whole + fraction, whole an integer and |fraction| <= 1/2. An infinite x makes `fraction`
@@ -128,7 +122,6 @@ struct Float32 {
   // and one of inf gives inf, even where x is NaN.
   static Vec scale_by_power_of_two(Vec x, Vec whole) { return _mm512_scalef_ps(x, whole); }
 
-  // rows[i] lane j <-> rows[j] lane i
   static void transpose(Vec (&rows)[kLanes]) {
     Vec pairs[kLanes];
 #pragma GCC unroll 16

@@ -104,28 +104,22 @@ struct Generic {
   // a * b + c, which the build's -ffp-contract=fast fuses where the CPU can
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 
-  // All lanes added up.
   static Scalar sum(Vec x) {
     if constexpr (kLanes == 2) return x[0] + x[1];
     return (x[0] + x[kLanes - 2]) + (x[1] + x[kLanes - 1]);
   }
 
-  // `magnitude`, which is not negative, with the sign of `sign`.
   static Vec copy_sign(Vec size, Vec sign) {
     return (Vec)((Bits)size | ((Bits)sign & ~magnitude()));
   }
-  // Lanes where a < b take `yes`, the others `no`.
   static Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return a < b ? yes : no; }
-  // Lanes where a equals b take `yes`, the others `no`.
   static Vec select_equal(Vec a, Vec b, Vec yes, Vec no) { return a == b ? yes : no; }
-  // Lanes whose bit is set keep x, the others take `other`.
   static Vec select_bits(uint64_t bits, Vec x, Vec other) {
     Bits lane_bit;
     for (int i = 0; i < kLanes; ++i) lane_bit[i] = Int{1} << i;
     const Bits wanted = (static_cast<Int>(bits & 0xf) - Bits{}) & lane_bit;
     return wanted == lane_bit ? x : other;
   }
-  // A bit for every lane where a differs from b (NaN differs from everything).
   static uint64_t bits_not_equal(Vec a, Vec b) {
     const Bits differ = a != b;
     uint64_t bits = 0;
@@ -152,7 +146,6 @@ struct Generic {
     return x * power_of_two(half) * power_of_two(exponent - half);
   }
 
-  // rows[i] lane j <-> rows[j] lane i
   static void transpose(Vec (&rows)[kLanes]) {
     for (int i = 0; i < kLanes; ++i) {
       for (int j = i + 1; j < kLanes; ++j) {

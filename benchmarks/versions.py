@@ -1,0 +1,138 @@
+"""The speed of one build over another, case by case: `python versions.py BEFORE AFTER`.
+
+BEFORE and AFTER are the interpreters of two environments with a build of numattn each. Both have
+their turn in each round, in processes of their own; a figure above 1 says that AFTER is faster. The
+cases are those of `make bench` and `make bench-sequences`, and small calls, which are all overhead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+TURN_SECONDS = 0.03  # at least one call
+REST_SECONDS = 0.05  # until the threads of the other process have gone to sleep
+
+
+def small_calls():
+    import numattn as na
+    import numpy as np
+
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 1, 64, 64), dtype=np.float32)
+    q = q[..., :1, :]
+    cache = na.KVCache(1, 1, 64)
+    cache.append(k, v)
+    return {
+        "small: plain": lambda: na.attention(q, k, v),
+        "small: window": lambda: na.attention(q, k, v, window=(8, 0)),
+        "small: all options": lambda: na.attention(
+            q, k, v, window=(8, 0), softcap=5.0, alibi_slopes=[0.1], sinks=[0.0], kv_lengths=60
+        ),
+        "small: KVCache.attend": lambda: cache.attend(q),
+        "small: attention_weights": lambda: na.attention_weights(q, k),
+    }
+
+
+def sequence_calls():
+    import sequences
+
+    calls = {f"cache: {name}": call for name, call in sequences.caches().items()}
+    return calls | {"ragged": sequences.ragged()[0], "uneven": sequences.uneven()}
+
+
+def all_calls(threads):
+    """Yield the name of each case, and how to make its call."""
+    from cases import CASES
+    from peers import numattn_peer
+
+    for case in CASES:
+        yield case.name, lambda case=case: next(iter(numattn_peer(case, threads).values()))
+    for group in (sequence_calls, small_calls):
+        made = group()
+        for name, call in made.items():
+            yield name, lambda call=call: call
+
+
+def seconds(call, calls):
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - begin) / calls
+
+
+def work(threads):
+    """Answer each line of the standard input: one more turn, or the next case."""
+    for name, make in all_calls(threads):
+        call = make()
+        call()
+        calls = max(1, int(TURN_SECONDS / seconds(call, 1)))
+        print(json.dumps(name), flush=True)
+        while input() == "turn":
+            print(json.dumps(seconds(call, calls)), flush=True)
+    print(json.dumps(None), flush=True)
+
+
+class Build:
+    """A process of one build."""
+
+    def __init__(self, python, threads):
+        environment = os.environ | {"NUMATTN_NUM_THREADS": str(threads)}
+        self.process = subprocess.Popen(
+            [python, __file__, "--work", str(threads)], env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parent,
+        )  # fmt: skip
+
+    def tell(self, line):
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def answer(self):
+        return json.loads(self.process.stdout.readline())
+
+    def turn(self):
+        time.sleep(REST_SECONDS)
+        self.tell("turn")
+        return self.answer()
+
+
+def compare(before, after, threads, rounds):
+    builds = [Build(python, threads) for python in (before, after)]
+    while True:
+        names = [build.answer() for build in builds]
+        assert names[0] == names[1], names
+        if names[0] is None:
+            return
+        ratios = []
+        for n in range(rounds):
+            turns = {i: builds[i].turn() for i in ((0, 1) if n % 2 else (1, 0))}
+            ratios.append(turns[0] / turns[1])
+        print(f"{names[0]:24}{threads:2} threads {median(ratios):7.3f}", flush=True)
+        for build in builds:
+            build.tell("next")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("before", nargs="?")
+    parser.add_argument("after", nargs="?")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--work", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        work(arguments.work)
+        return
+    if arguments.after is None:
+        parser.error("two interpreters are needed")
+    for threads in arguments.threads:
+        compare(arguments.before, arguments.after, threads, arguments.rounds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,7 +2,7 @@
 
 BEFORE and AFTER are the interpreters of two environments with a build of numattn each. Both have
 their turn in each round, in processes of their own; a figure above 1 says that AFTER is faster. The
-cases are those of `make bench` and `make bench-sequences`, and small calls, which are all overhead.
+cases come from `make bench` and `make bench-sequences`; small calls, all overhead, are added.
 """
 
 from __future__ import annotations

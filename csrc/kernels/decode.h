@@ -3,7 +3,7 @@
 // computed by any thread and merged in their order.
 //
 // Logits are [key][row], a row being a query of one of the heads (options/lane_map.h). The products
-// are those of row_products.h, until the rows fill the lanes.
+// come from row_products.h, until the rows fill the lanes.
 #pragma once
 
 #include <cstdint>

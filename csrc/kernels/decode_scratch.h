@@ -72,7 +72,7 @@ struct DecodeScratch {
   const char** v_rows;
   RowCopies copies;
 
-  // Then QK^T is that of prefill, with rows in the lanes.
+  // Whether there are enough rows to fill the lanes: then decoding uses prefill's QK^T.
   static constexpr bool fills_lanes(int64_t rows) {
     return width_of_rows(rows) >= Vectors::kLanes && width_of_rows(rows) > kRowsTogether<Vectors>;
   }

@@ -49,7 +49,7 @@ int64_t lanes_of_rows(int64_t rows) {
   return width < Vectors::kLanes ? Vectors::kLanes : width;
 }
 
-// Lane i of a maximum or sum belongs to row i % width: the sum of a row is that of its lanes.
+// Lane i of a maximum or sum belongs to row i % width; the sums of a row's lanes are added up.
 template <class Vectors, class Element>
 struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
   using Scalar = typename Vectors::Scalar;

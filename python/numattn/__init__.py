@@ -1,13 +1,13 @@
 """Scaled dot-product attention for NumPy on CPUs: fast, exact to a stated bound, linear in memory.
 
-`attention` computes it; `attention_varlen` and `attention_paged` do for sequences that stand behind
-each other or lie in pages; `merge_states` puts parts together, and `quantize_kv` rounds keys and
-values to 8 bits. `KVCache` keeps them while text is generated. `set_num_threads` and
-`get_num_threads` say with how many threads, and `show_runtime` and `runtime_info` tell what this
-process runs on. `qk_scores`, `masked_softmax` and `aggregate_values` are the stages by themselves,
-`attention_weights` and `attention_received` what they give. `MultiHeadAttention` is the layer of a
-model around attention, `rotary_embedding` its positions, `parameter_count` its size;
-`numattn.plot` draws.
+`attention` computes it; `attention_varlen` and `attention_paged` do for sequences that follow one
+another in one array or lie in pages; `merge_states` merges attention over sets of keys, and
+`quantize_kv` rounds keys and values to 8 bits. `KVCache` keeps them while text is generated.
+`set_num_threads` and `get_num_threads` say with how many threads, and `show_runtime` and
+`runtime_info` tell what this process runs on. `qk_scores`, `masked_softmax` and `aggregate_values`
+are the stages by themselves, `attention_weights` and `attention_received` what they give.
+`MultiHeadAttention` is the layer of a model around attention, `rotary_embedding` its positions,
+`parameter_count` its size; `numattn.plot` draws.
 """
 
 from . import _threadpoolctl

@@ -56,7 +56,9 @@ class Arguments:
 
     q: Array  # (batch..., Hq, Lq, D); ragged: (Hq, total of Lq, D)
     k: Array  # (batch..., Hkv, Lk, D); ragged: (Hkv, total of Lk, D); paged: (pages, Hkv, size, D)
-    v: Array | None  # (batch..., Hkv, Lk, Dv), likewise; None for a stage without values
+    v: (
+        Array | None
+    )  # (batch..., Hkv, Lk, Dv), ragged and paged as k; None for a stage without values
     out: Array | None  # (batch..., Hq, Lq, Dv); None without v
     lse: Array | None  # (batch..., Hq, Lq)
     mask: Array | None  # (batch..., Hq, Lq, Lk) bool

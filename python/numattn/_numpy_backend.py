@@ -233,7 +233,7 @@ def _attend(a: Arguments, batch_item: tuple[int, ...], kv_heads: slice, rows: sl
 def _write_stage(
     a: Arguments, name: str, out: Array, batch_item: tuple[int, ...], kv_heads: slice, rows: slice
 ) -> None:
-    """Write a block of `out`, which is that of one batch item."""
+    """Write a block of `out`, which belongs to one batch item."""
     query_heads = _query_heads(a, kv_heads)
     logits, _, keys = _masked_logits(a, batch_item, kv_heads, rows)
     result = logits

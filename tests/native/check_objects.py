@@ -5,7 +5,7 @@
 A kernel's object may have no weak symbol (an inline function or a template compiled there could be
 the copy that the linker keeps for everybody) and nothing that runs before dispatch. The objects
 that every CPU runs, the library's own and the generic kernels, may have no instruction beyond the
-baseline of x86-64, and those of AVX2 none of AVX-512.
+baseline of x86-64, and the AVX2 kernels none of AVX-512.
 """
 
 import platform

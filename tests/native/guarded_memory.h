@@ -11,7 +11,7 @@
 
 class GuardedMemory {
  public:
-  // `at_end`: the last byte stands before a protected page; else the first one stands behind one.
+  // `at_end`: the last byte is followed by a protected page; else the first one is preceded by one.
   GuardedMemory(size_t bytes, bool at_end) : bytes_(bytes) {
     const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     const size_t inside = (bytes + page - 1) / page * page;

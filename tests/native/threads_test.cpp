@@ -12,7 +12,7 @@
 
 namespace {
 
-// Hours of work for each thread: one key that stands for all of them.
+// Hours of work for each thread: one key in place of all of them.
 bool ends_when_interrupted(int num_threads) {
   const std::vector<float> row(64 * 64, 1.0f);
   constexpr int64_t kHeads = 4;  // a work item for each thread

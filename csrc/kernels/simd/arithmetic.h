@@ -3,7 +3,7 @@
 // `Vectors` are lanes of scalars, in which sums, softmax and options are computed. `Units` are what
 // one step of a matrix product takes of each vector along the reduction: one scalar, or several
 // 16-bit or 8-bit elements where an instruction multiplies and adds them at once. The two products
-// may have different units: those of QK^T lie along d, those of the value aggregation along keys.
+// may have different units: in QK^T they lie along d, in the value aggregation along keys.
 #pragma once
 
 #include <concepts>

@@ -4,8 +4,8 @@
 //
 // In all of this a weight is exp2(scale * (logit - base)), where `scale` > 0 holds log2(e), and the
 // scale of the logits if no option needed it before. Scaling the difference, and not the queries or
-// the logits, keeps the error below that of the plain computation: the difference of near logits is
-// exact, and so is the maximum.
+// the logits, keeps the error below the plain computation's: the difference of near logits is exact,
+// and so is the maximum.
 #pragma once
 
 #include <cstdint>

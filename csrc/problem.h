@@ -8,7 +8,7 @@
 // Strides are in bytes, of any sign, and 0 where an input is broadcast. Elements may be unaligned.
 // Ragged batches: the rows of q and out hold one sequence after another, and so do the rows of k
 // and v. Pages: k and v are (pages, kv_heads, page_size, ...), and key j of a batch item is row
-// j % page_size of page block_table[item][j / page_size].
+// j % page_size of page block_table[batch item][j / page_size].
 // The caller allocates every array, outputs included, and leaves them alone until the call is over.
 // Outputs overlap neither themselves nor an input. Keys and values that no query attends to never
 // get into a result (they may be uninitialised), and those beyond kv_lengths are not read.

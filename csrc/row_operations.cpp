@@ -39,19 +39,21 @@ struct RotationJob {
 };
 
 bool rotate_item(void* context, int64_t item, StopCheck&) {
-  const auto& [problem, kernels, items_per_head, step] = *static_cast<const RotationJob*>(context);
+  const auto& job = *static_cast<const RotationJob*>(context);
+  const Rotation& problem = job.problem;
   // The heads of the same rows follow each other, and find their angles in the cache.
   const int64_t head = item % problem.heads;
-  const int64_t row = item / problem.heads % items_per_head * step;
-  const int64_t batch_item = item / problem.heads / items_per_head;
+  const int64_t row = item / problem.heads % job.items_per_head * job.rows_per_item;
+  const int64_t batch_item = item / problem.heads / job.items_per_head;
   const auto at = [&](const Array& array) {
     return View{address(array, head, row) + batch_offset(problem.batch_axes, problem.batch_shape,
                                                          array.batch_strides, batch_item),
                 0, array.row_stride, array.column_stride};
   };
-  kernels.rotate_rows({at(problem.x), at(problem.out), at(problem.cos).data, at(problem.sin).data,
-                       problem.cos.row_stride, std::min(step, problem.length - row), problem.dim,
-                       problem.rotary_dim, problem.interleaved});
+  job.kernels.rotate_rows({at(problem.x), at(problem.out), at(problem.cos).data,
+                           at(problem.sin).data, problem.cos.row_stride,
+                           std::min(job.rows_per_item, problem.length - row), problem.dim,
+                           problem.rotary_dim, problem.interleaved});
   return true;
 }
 

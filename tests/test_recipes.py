@@ -44,9 +44,32 @@ def test_a_level_is_everywhere(level, path, wanted):
     assert re.search(wanted, text(path)), f"{path} lacks what matches {wanted}"
 
 
+@pytest.mark.parametrize("level", _runtime.ISA_LEVELS)
+def test_the_list_says_which_kernels_are_a_level_s_own(level):
+    has_all = "make_table<" in text(f"csrc/kernels/{level}.cpp")
+    assert has_all == (_runtime.ISA_LEVELS[level] == ["all"])
+
+
 def test_the_list_of_levels_has_no_more_than_there_are_files():
     sources = {path.stem for path in (ROOT / "csrc/kernels").glob("*.cpp")}
     assert sources == set(_runtime.ISA_LEVELS)
+
+
+def members(source, beginning):
+    """Return the names of the members in the block of C++ or Cython after `beginning`."""
+    block = re.split(r"\n\n|\n};", source.partition(beginning)[2])[0]
+    lines = [re.sub(r" = [^,;]+|//.*", "", line) for line in block.splitlines()[1:]]
+    return {x.split()[-1].strip("*") for line in lines for x in line.rstrip(" ;").split(",") if x}
+
+
+def test_the_binding_has_every_option_of_the_native_library():
+    native = members(text("csrc/problem.h"), "struct Options {")
+    binding = text("python/numattn/_core.pyx")
+    assert {"scale", "window_left", "mask", "sinks"} <= native
+    assert members(binding, "cdef cppclass Options:") == native
+    for name in native:
+        assert re.search(rf"problem\.options\.{name}\b", binding), f"nothing sets {name}"
+        assert re.search(rf"options\.{name}\b", text("tests/native/problems.cpp"))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -61,21 +84,26 @@ def test_an_option_is_everywhere(option):
     if option not in NOT_IN_THE_FORMULA:
         assert option in inspect.signature(_reference.attention).parameters
         assert re.search(rf'"{option}": ', text("tests/test_options.py"))
-    assert option in text("tests/test_errors.py") + text("tests/test_sequences.py")
-    assert option in text("tests/fuzz.py")
+    word = re.compile(rf"\b{option}\b")
+    assert word.search(text("tests/test_errors.py") + text("tests/test_sequences.py"))
+    assert word.search(text("tests/fuzz.py"))
+    if option not in {"return_lse", "out", "v_scale"}:
+        assert option in inspect.signature(na.attention_weights).parameters
     assert re.search(rf"^\| (`\w+`, )*`{option}`", text("README.md"), re.M)
     pages = [path.read_text() for path in (ROOT / "docs/options").glob("*.rst")]
     assert any(option in page.splitlines()[0] for page in pages), f"no page is headed {option}"
 
 
 def test_the_map_names_every_file():
-    contributing = text("CONTRIBUTING.md")
-    sources = [*(ROOT / "csrc").glob("*.*"), *(ROOT / "csrc/plan").glob("*.*")]
-    sources += [*(ROOT / "csrc/kernels").glob("*.*"), *(ROOT / "python/numattn").glob("_*.py")]
-    levels = set(_runtime.ISA_LEVELS)
-    ignored = {"CMakeLists", "settings", "make_table", "peak", "constant", "__init__"} | levels
-    missing = [x.name for x in sources if x.stem not in ignored and x.stem not in contributing]
-    assert not missing
-    for name in re.findall(r"^[ ]{2,4}([\w/]+\.(?:h|cpp|py|txt)|\w+/) ", contributing, re.M):
-        found = [x for x in ROOT.glob(f"*/**/{name.rstrip('/')}") if ".venv" not in x.parts]
+    the_map = text("CONTRIBUTING.md").split("```")[1]
+    sources = [x for x in (ROOT / "csrc").rglob("*") if x.suffix in (".h", ".cpp")]
+    sources += (ROOT / "python/numattn").glob("_*.py")
+    # Rooms that are described as a whole.
+    rooms = {"runtime", "products", "memory", "simd", "softmax"}
+    for path in sources:
+        if path.parent.name not in rooms and path.stem not in {*_runtime.ISA_LEVELS, "__init__"}:
+            assert re.search(rf"(?<![\w]){path.stem}\.", the_map), f"{path.name} is not on the map"
+    assert all(re.search(rf"\b{room}/", the_map) for room in rooms)
+    for name in re.findall(r"(?<![\w/.])(\w[\w/]*\.(?:h|cpp|py|pyx|txt|html))\b", the_map):
+        found = [x for x in ROOT.glob(f"*/**/{name}") if ".venv" not in x.parts]
         assert found, f"the map names {name}, which is not there"

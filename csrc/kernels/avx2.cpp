@@ -1,7 +1,7 @@
 #include "kernels/simd/avx2.h"
 
+#include "kernels/make_probes.h"
 #include "kernels/make_table.h"
-#include "kernels/peak.h"
 #include "kernels/simd/avx2_float64.h"
 
 namespace numattn {

@@ -132,6 +132,7 @@ struct Decode {
                                                    head.state, head.rescale);
     if (head.task.v.scales.data) scale_keys<Map>(head.task.v, keys, logits);
     if constexpr (ValueUnits::kElements > 1) {
+      static_assert(ValueUnits::kElements == 2);
       const auto order = ValueUnits::order_of_keys(Map::kWidth);
       auto* const weights = reinterpret_cast<ValueUnit*>(logits);
       for (int64_t step = 0; step < steps; step += ValueUnits::kElements) {

@@ -27,6 +27,8 @@ struct DecodeScratch {
   static constexpr int kMaxVectors = 2;
   static constexpr int kMaxRows = kMaxVectors * Vectors::kLanes;
   static_assert(kMaxRows <= 64, "a lane mask has 64 bits");
+  static_assert(sizeof(typename QkUnits::Unit) >= QkUnits::kElements * sizeof(Element),
+                "copies of rows have room for elements as well as for units");
 
   // One KV head, with the rows of its query heads.
   struct Head {

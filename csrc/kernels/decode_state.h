@@ -31,8 +31,7 @@ inline Task task_of_head(const Task& task, int64_t kv_head) {
   move(alone.k.scales, kv_head);
   move(alone.v.rows, kv_head);
   move(alone.v.scales, kv_head);
-  if (task.options.alibi_slopes) alone.options.alibi_slopes += head;
-  if (task.options.sinks) alone.options.sinks += head;
+  alone.options = options_from_head(task.options, head);
   alone.state = static_cast<char*>(task.state) + kv_head * task.state_head_stride;
   return alone;
 }
@@ -104,7 +103,7 @@ struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
       if (here > maximum || here != here) maximum = here;
     }
     const Vec base = softmax_base_of<Vectors>(maximum);
-    const Vec scale = Vectors::set(static_cast<Scalar>(softmax_scale(task) * kLog2E));
+    const Vec scale = softmax_factor<Vectors>(softmax_scale(task));
     const auto weight = [&](Scalar of) {
       return softmax_weight<Vectors>(Vectors::set(of), base, scale);
     };

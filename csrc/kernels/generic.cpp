@@ -1,7 +1,7 @@
 #include "kernels/simd/generic.h"
 
+#include "kernels/make_probes.h"
 #include "kernels/make_table.h"
-#include "kernels/peak.h"
 
 namespace numattn {
 

@@ -23,7 +23,7 @@ constexpr DtypeKernels kernels_for() {
   using OfRows = Decode<Arithmetic, Element>;
   using OfStages = Stages<Arithmetic, Element>;
   return {
-      .rows_per_tile = OfTiles::kQueriesPerTile,
+      .queries_per_tile = OfTiles::kQueriesPerTile,
       .keys_per_block = kKeysPerBlock,
       .max_tiles_per_block = RegisterTile<Vectors>::kTilesPerBlock,
       .prefill_scratch_bytes = OfTiles::scratch_bytes,

@@ -58,9 +58,6 @@ struct Stages {
     return arena.used;
   }
 
-  static Vec scale_of(const Task& task) {
-    return Vectors::set(static_cast<Scalar>(softmax_scale(task) * kLog2E));
-  }
   static char* element(const Task& task, int64_t query, int64_t key) {
     return task.out.data + query * task.out.row_stride + key * task.out.column_stride;
   }
@@ -126,7 +123,7 @@ struct Stages {
   template <int kVectors>
   static void find_weights(const Task& task, const Scratch& scratch, int64_t keys) {
     constexpr int kWidth = kVectors * Vectors::kLanes;
-    const auto scale = scale_of(task);
+    const auto scale = softmax_factor<Vectors>(softmax_scale(task));
     Vec base[kVectors], factor[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       base[v] = softmax_base<Vectors>(Vectors::load(scratch.state.maximum + v * Vectors::kLanes));
@@ -200,7 +197,7 @@ struct Stages {
   // they are not too long: a second pass through K instead would double products and powers.
   static void weigh_rows(const Task& task, const QueryRows& rows, const Scratch& scratch,
                          int64_t begin, int64_t end) {
-    const Vec scale = scale_of(task);
+    const Vec scale = softmax_factor<Vectors>(softmax_scale(task));
     const auto sink = static_cast<Scalar>(sink_of(task, 0));
     const int64_t stride = task.out.column_stride;
     for (int64_t i = 0; i < rows.queries; ++i) {
@@ -240,18 +237,9 @@ struct Stages {
 
   template <int kVectors>
   static bool run_tile(const Task& task, const QueryRows& rows, const Scratch& scratch) {
-    const Options& options = task.options;
-    const int64_t first_position = task.first_position + rows.first_query;
-    const int64_t last_position = first_position + rows.queries - 1;
     const int64_t valid = task.keys_end < task.valid_keys ? task.keys_end : task.valid_keys;
-    const auto clip = [&](int64_t key) {
-      return key > valid ? valid : key < task.keys_begin ? task.keys_begin : key;
-    };
-    // Some query attends to a key in begin ... end, all queries to keys in full_begin ... full_end.
-    const int64_t begin = clip(first_position - options.window_left);
-    const int64_t end = clip(last_position + options.window_right + 1);
-    const int64_t full_begin = clip(last_position - options.window_left);
-    const int64_t full_end = clip(first_position + options.window_right + 1);
+    const auto [begin, end, full_begin, full_end] = tile_keys(
+        task.options, task.first_position + rows.first_query, rows.queries, task.keys_begin, valid);
 
     begin_tile<kVectors>(task, rows, scratch);
     for (int64_t first = begin, last; first < end; first = last) {
@@ -260,7 +248,7 @@ struct Stages {
       last = block_end < end ? block_end : end;
       run_block<kVectors>(task, rows, scratch,
                           {first, last - first, full_begin <= first && last <= full_end,
-                           options.mask.data == nullptr});
+                           task.options.mask.data == nullptr});
     }
     if (task.stage == Stage::statistics) keep_statistics(task, rows, scratch);
     if (task.stage == Stage::weights) weigh_rows(task, rows, scratch, begin, end);

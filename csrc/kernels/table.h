@@ -12,7 +12,7 @@ namespace numattn {
 
 // The kernels for one dtype.
 struct DtypeKernels {
-  int rows_per_tile;        // queries in a tile
+  int queries_per_tile;     // queries in a tile
   int keys_per_block;       // keys in a key block; blocks start at its multiples
   int max_tiles_per_block;  // worth sharing a key block; at most kMaxTilesPerBlock
 

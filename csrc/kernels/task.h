@@ -20,6 +20,23 @@ struct TileKeys {
   int64_t full_begin, full_end;
 };
 
+// For `queries` queries, the first of them at `first_position`, and keys [begin, end).
+static inline TileKeys tile_keys(const Options& options, int64_t first_position, int64_t queries,
+                                 int64_t begin, int64_t end) {
+  const int64_t last_position = first_position + queries - 1;
+  const auto clip = [&](int64_t key) { return key > end ? end : key < begin ? begin : key; };
+  return {clip(first_position - options.window_left),
+          clip(last_position + options.window_right + 1), clip(last_position - options.window_left),
+          clip(first_position + options.window_right + 1)};
+}
+
+// Options of the heads from `head` on. Masks and biases are moved by whoever knows the row, too.
+static inline Options options_from_head(Options options, int64_t head) {
+  if (options.alibi_slopes) options.alibi_slopes += head;
+  if (options.sinks) options.sinks += head;
+  return options;
+}
+
 constexpr int kMaxTilesPerBlock = 16;
 
 // K or V of one head: [key][d]. In pages, key j is row j % page_size of page pages[j / page_size].
@@ -58,7 +75,7 @@ struct Task {
   Stage stage;
   int64_t keys_begin, keys_end;  // the keys of this task, valid or not
   int64_t valid_keys;
-  void* maximum;  // [query] scalars, in the terms of the softmax: written by Stage::statistics
+  void* maximum;  // [query] scalars, before softmax_scale: written by Stage::statistics
   void* sum;
 
   void* state;                // for decode: DtypeKernels::decode_state_bytes, aligned to 64 bytes

@@ -68,7 +68,7 @@ struct Tile {
   void end_chunk(const Task& task, bool is_first) const {
     constexpr int kWidth = kVectors * Vectors::kLanes;
     Scalar factor[kWidth];  // by which the total shrinks under the new maximum
-    const auto scale = Vectors::set(static_cast<Scalar>(softmax_scale(task) * kLog2E));
+    const auto scale = softmax_factor<Vectors>(softmax_scale(task));
     for (int lane = 0; lane < kWidth; lane += Vectors::kLanes) {
       Vectors::store(factor + lane, merge_chunk<Vectors>(total, chunk, lane, is_first, scale));
       Vectors::store(chunk.sum + lane, Vectors::zero());

@@ -40,7 +40,7 @@ void look_at(const char* bytes, int64_t stride, int64_t count, Contents& content
 
 BlockKinds::BlockKinds(const Problem& problem, const DtypeKernels& kernels)
     : problem_(problem),
-      queries_per_tile_(kernels.rows_per_tile),
+      queries_per_tile_(kernels.queries_per_tile),
       keys_per_block_(kernels.keys_per_block) {
   const View& mask = problem.options.mask;
   const int64_t* const strides = problem.mask_batch_strides;
@@ -60,14 +60,15 @@ BlockKinds::BlockKinds(const Problem& problem, const DtypeKernels& kernels)
   }
   kinds_.resize(static_cast<std::size_t>(slices_ * tiles_per_slice_ * blocks_));
   slice_data_.resize(static_cast<std::size_t>(slices_));
-  const auto offset = [&](const int64_t* batch_strides, int64_t item) {
-    return batch_offset(problem.batch_axes, problem.batch_shape, batch_strides, item);
+  const auto offset = [&](const int64_t* batch_strides, int64_t batch_item) {
+    return batch_offset(problem.batch_axes, problem.batch_shape, batch_strides, batch_item);
   };
-  for (int64_t item = 0; item < count_batch_items(problem.batch_axes, problem.batch_shape);
-       ++item) {
+  for (int64_t batch_item = 0;
+       batch_item < count_batch_items(problem.batch_axes, problem.batch_shape); ++batch_item) {
     for (int64_t head = 0; head < head_slices_; ++head) {
-      const int64_t slice = offset(batch_slice_strides_, item) + head;
-      slice_data_[static_cast<std::size_t>(slice)] = address(mask, head, 0) + offset(strides, item);
+      const int64_t slice = offset(batch_slice_strides_, batch_item) + head;
+      slice_data_[static_cast<std::size_t>(slice)] =
+          address(mask, head, 0) + offset(strides, batch_item);
     }
   }
 }

@@ -1,7 +1,6 @@
 #include "plan/plan.h"
 
 #include <algorithm>
-#include <utility>
 
 #include "plan/index.h"
 
@@ -60,7 +59,7 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
   int64_t tiles = kernels.max_tiles_per_block;
   kv_heads_per_item_ = max_decode_rows_ > 0 ? adjacent_kv_heads() : 1;
   const auto count = [&] {
-    queries_per_item_ = tiles * kernels.rows_per_tile;
+    queries_per_item_ = tiles * kernels.queries_per_tile;
     Counts all{0, 0};
     before_.clear();
     for (int64_t i = 0; ragged && i < batch_items_; ++i) {
@@ -135,14 +134,6 @@ double Plan::cost(const Sequence& sequence) const {
   return std::max(flops, kFlopsPerByte * bytes) * keys * dims;
 }
 
-TileKeys Plan::tile_keys(int64_t first_position, int64_t queries, int64_t valid_keys) const {
-  const int64_t last_position = first_position + queries - 1;
-  const auto [left, right] = std::pair(problem_.options.window_left, problem_.options.window_right);
-  const auto clip = [&](int64_t key) { return std::clamp<int64_t>(key, 0, valid_keys); };
-  return {clip(first_position - left), clip(last_position + right + 1), clip(last_position - left),
-          clip(first_position + right + 1)};
-}
-
 int64_t Plan::offset(const int64_t* batch_strides, const Sequence& sequence) const {
   return batch_offset(problem_.batch_axes, problem_.batch_shape, batch_strides,
                       sequence.batch_item);
@@ -195,11 +186,9 @@ void Plan::set_arrays(Task& task, const Sequence& sequence, int64_t head, int64_
   task.out = view(problem_.out);
   task.lse = view(problem_.lse);
 
-  Options& options = task.options = problem_.options;
+  Options& options = task.options = options_from_head(problem_.options, head);
   options.mask = moved(options.mask, problem_.mask_batch_strides, sequence, head, row);
   options.bias = moved(options.bias, problem_.bias_batch_strides, sequence, head, row);
-  if (options.alibi_slopes) options.alibi_slopes += head;
-  if (options.sinks) options.sinks += head;
 
   const int64_t q_offset = problem_.q_offset ? problem_.q_offset[sequence.batch_item]
                                              : valid_keys(sequence) - sequence.queries;
@@ -219,9 +208,10 @@ void Plan::set_prefill(WorkItem& item, const Sequence& sequence, int64_t local) 
       block_kinds_ ? block_kinds_->of_tile(sequence.batch_item, head, first) : nullptr;
   task.block_kinds_stride = block_kinds_ ? block_kinds_->tile_stride() : 0;
   int tile = 0;
-  for (int64_t query = 0; query < task.queries; query += kernels_.rows_per_tile) {
-    const int64_t queries = std::min<int64_t>(kernels_.rows_per_tile, task.queries - query);
-    task.tile_keys[tile++] = tile_keys(task.first_position + query, queries, valid_keys(sequence));
+  for (int64_t query = 0; query < task.queries; query += kernels_.queries_per_tile) {
+    const int64_t queries = std::min<int64_t>(kernels_.queries_per_tile, task.queries - query);
+    task.tile_keys[tile++] =
+        tile_keys(task.options, task.first_position + query, queries, 0, valid_keys(sequence));
   }
 }
 
@@ -234,7 +224,8 @@ void Plan::set_decode(WorkItem& item, const Sequence& sequence, int64_t local) c
   set_arrays(task, sequence, kv_head * group(), group(), 0, sequence.queries);
   task.kv_heads = kv_heads_per_item_;
   const int64_t begin = item.chunk * kernels_.keys_per_chunk;
-  TileKeys keys = tile_keys(task.first_position, task.queries, valid_keys(sequence));
+  TileKeys keys =
+      tile_keys(task.options, task.first_position, task.queries, 0, valid_keys(sequence));
   keys.begin = std::max(keys.begin, begin);
   keys.end = std::min(keys.end, begin + kernels_.keys_per_chunk);
   task.tile_keys[0] = keys;

@@ -21,8 +21,8 @@ struct WorkItem {
   Task task;  // without state, scratch and stop function: the executing thread has them
   bool is_decode;
   // For decode: the number of chunks of a KV head, which of them this is, and the number of its
-  // state (for the first KV head) among all states [KV head][chunk]. Without other chunks there is
-  // no state.
+  // state (for the first KV head) among all states [KV head][chunk]. A single chunk keeps its state
+  // in the thread's scratch.
   int64_t chunks, chunk, state;
 };
 
@@ -68,7 +68,6 @@ class Plan {
              int64_t row) const;
   KeyRows key_rows(const Array& rows, const Array& scales, bool is_int8, int64_t dims,
                    const Sequence& sequence, int64_t kv_head) const;
-  TileKeys tile_keys(int64_t first_position, int64_t queries, int64_t valid_keys) const;
   int64_t valid_keys(const Sequence& sequence) const;
   // A task for `queries` queries from `first_query` on of `heads` heads from `head` on.
   void set_arrays(Task& task, const Sequence& sequence, int64_t head, int64_t heads,

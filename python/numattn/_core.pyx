@@ -364,7 +364,8 @@ cdef int _describe(Problem* problem, object arguments) except -1:
             _fill(&problem.v_scales, <cnp.ndarray>v_scale, array_axes, False)
     else:
         _fill_pages(&problem.k, k, array_axes, True)
-        _fill_pages(&problem.v, v, array_axes, True)
+        if v is not None:
+            _fill_pages(&problem.v, v, array_axes, True)
         if k_scale is not None:
             _fill_pages(&problem.k_scales, <cnp.ndarray>k_scale, array_axes, False)
         if v_scale is not None:

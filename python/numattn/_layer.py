@@ -398,7 +398,7 @@ class MultiHeadAttention:
             "window": window,
             "softcap": softcap,
             "kv_lengths": lengths,
-            # Tokens stand where they stand, however many of them are valid.
+            # A token's position does not depend on how many are valid.
             "q_offset": 0 if context is None else None,
             "layout": "blhd",
         }

@@ -28,7 +28,7 @@ ISA_LEVELS = {
     .joinpath("isa_levels.txt")
     .read_text("ascii")
     .splitlines()
-    if not line.startswith("#")
+    if line and not line.startswith("#")
 }
 
 _INSTALL_ADVICE = (

@@ -360,7 +360,7 @@ def _runs(rows: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
 
 
 def _knows_positions(a: _arguments.Arguments) -> bool:
-    """Whether it matters where a query stands."""
+    """Whether the positions of queries matter."""
     no_limit = _arguments.UNBOUNDED
     limited = a.window_left != no_limit or a.window_right != no_limit
     return limited or a.alibi_slopes is not None

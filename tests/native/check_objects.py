@@ -30,6 +30,15 @@ LATER = re.compile(
 )
 # Of AVX-512 are masks, registers from 16 on and the widest ones, as objdump shows them.
 AVX512 = re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]\b")
+# Beyond the AVX-512 of Skylake-SP: products of bfloat16, of 8 and of 16 bits.
+LATER_AVX512 = re.compile(r"vdpbf16ps|vcvtne\w*bf16|vpdp\w+")
+# For each level, what tells an instruction that its CPUs may lack.
+BEYOND = {
+    "generic": lambda instruction: LATER.fullmatch(mnemonic(instruction)),
+    "avx2": AVX512.search,
+    "avx512": lambda instruction: LATER_AVX512.fullmatch(mnemonic(instruction)),
+    "avx512_bf16": lambda instruction: None,  # nothing that compilers make without being asked to
+}
 
 
 def output(*command):
@@ -53,11 +62,13 @@ def problems_of_kernels(path):
             yield f"a section {section}, which runs before dispatch"
 
 
+def mnemonic(instruction):
+    return re.sub(r"^\{\w+\}\s+", "", instruction).split()[0]
+
+
 def is_beyond(level, instruction):
     """Whether an instruction, as objdump writes it, is one that CPUs of a level may lack."""
-    if level == "avx2":
-        return AVX512.search(instruction) is not None
-    return LATER.fullmatch(re.sub(r"^\{\w+\}\s+", "", instruction).split()[0]) is not None
+    return BEYOND[level](instruction) is not None
 
 
 def problems_of_instructions(path, level):
@@ -102,6 +113,8 @@ def check_that_instructions_are_told_apart():
     assert is_beyond("avx2", "vaddps %ymm17,%ymm1,%ymm0")
     assert is_beyond("avx2", "vaddps %ymm1,%ymm1,%ymm0{%k1}")
     assert not is_beyond("avx2", "vaddps %ymm15,%ymm1,%ymm0")
+    assert is_beyond("avx512", "vdpbf16ps %zmm1,%zmm2,%zmm0")
+    assert not is_beyond("avx512", "vaddps %zmm1,%zmm2,%zmm0")
 
 
 def main():
@@ -109,12 +122,14 @@ def main():
     if not objects or library.suffix != ".a":
         sys.exit("usage: check_objects.py LIST_OF_LEVELS OBJECT... LIBRARY")
     lines = list_of_levels.read_text().splitlines()
-    levels = [x.split()[0] for x in lines if not x.startswith("#")]
+    levels = [x.split()[0] for x in lines if x and not x.startswith("#")]
+    if set(levels) != set(BEYOND):
+        sys.exit(f"the list has the levels {levels}, this program knows {list(BEYOND)}")
     check_that_instructions_are_told_apart()
     problems = [f"{path.name}: {x}" for path in objects for x in problems_of_kernels(path)]
     for path in objects:
-        if level_of(path.name) == "avx2":
-            problems += [f"{path.name}: {x}" for x in problems_of_instructions(path, "avx2")]
+        level = level_of(path.name)
+        problems += [f"{path.name}: {x}" for x in problems_of_instructions(path, level)]
     members = [x for x in output("ar", "t", library).split() if level_of(x) not in levels[1:]]
     for member in members:
         alone = library.parent / f"alone-{member}"

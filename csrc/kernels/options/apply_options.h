@@ -1,5 +1,5 @@
-// What the options do to the logits of a block, in their order. Every driver comes through here; a
-// new option is added here and nowhere else in the kernels.
+// What the options do to the logits of a block, in their order, for every driver. Masks follow
+// (lane_masks.h, apply_mask); a sink is where the softmax begins (sink_of).
 #pragma once
 
 #include <cstdint>

@@ -20,7 +20,7 @@ template <class Units>
 struct QkOperands {
   const typename Units::Unit* k;  // [key][d]
   int64_t k_stride;
-  int64_t v_distance;  // bytes from a key's row of K to its row of V, to be fetched; or 0
+  int64_t fetch_distance;  // bytes from a row to another one that is fetched beside it; or 0
   const typename Units::Unit* queries;  // [d][lane]
   int64_t units;
   typename Units::Scalar* highest = nullptr;  // [lane], raised to the largest logit; or null
@@ -42,7 +42,7 @@ template <class Units, int kKeys, int kVectors, int kWidth>
   const Unit* const k = from.k;
   const int64_t k_stride = from.k_stride;
   const int64_t next_keys = kKeys * k_stride * static_cast<int64_t>(sizeof(Unit));
-  const int64_t v_distance = from.v_distance;
+  const int64_t fetch_distance = from.fetch_distance;
   const int64_t units = from.units;
   const bool add = from.add;
   const Unit* const queries = from.queries;
@@ -57,7 +57,7 @@ template <class Units, int kKeys, int kVectors, int kWidth>
     for (int key = 0; key < kKeys; ++key) {
       const char* const row = reinterpret_cast<const char*>(k + key * k_stride + line);
       __builtin_prefetch(row + next_keys, 0, 3);
-      __builtin_prefetch(row + v_distance, 0, 2);
+      __builtin_prefetch(row + fetch_distance, 0, 2);
     }
     const int64_t end = line + kUnitsPerLine < units ? line + kUnitsPerLine : units;
     for (int64_t d = line; d < end; ++d) {

@@ -115,6 +115,7 @@ void load_values(const char* const* v_rows, bool is_whole, int64_t d, int64_t co
       values[i] = load_up_to<Vectors>(first + i * Vectors::kLanes, count - i * Vectors::kLanes);
     }
   } else {
+    static_assert(Units::kElements == 2);
     const auto* const second = reinterpret_cast<const Type*>(v_rows[is_whole ? 1 : 0]) + d;
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; i += 2) {

@@ -1,5 +1,5 @@
-// AVX2 with FMA and F16C: eight float lanes, for Haswell and later, Zen 1 and later. The comments
-// here are the contract of all levels.
+// AVX2 with FMA and F16C: eight float lanes, for Haswell and later, Zen 1 and later. The
+// operations of simd/arithmetic.h do at every level what the comments here say.
 #pragma once
 
 #include <immintrin.h>

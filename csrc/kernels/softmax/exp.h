@@ -64,7 +64,7 @@ template <class Vectors, int kTerms, int kCount>
 // 2^x = 2^whole * 2^fraction, |fraction| <= 1/2, and a polynomial for the second factor. The
 // coefficients of the short one make the largest error in units in the last place smallest,
 // rounding included (1.83 on AVX-512, every float tried). Without fused multiply-add its rounding
-// errors alone come near 2, and it takes a longer one, whose own error is nothing beside them, as
+// errors alone come near 2, and it takes a longer one, whose own error is negligible, as
 // float64 does everywhere.
 template <class Vectors, int kCount>
 [[gnu::always_inline]] inline void exp2(typename Vectors::Vec (&x)[kCount]) {

@@ -4,8 +4,8 @@
 //
 // In all of this a weight is exp2(scale * (logit - base)), where `scale` > 0 holds log2(e), and the
 // scale of the logits if no option needed it before. Scaling the difference, and not the queries or
-// the logits, keeps the error below the plain computation's: the difference of near logits is exact,
-// and so is the maximum.
+// the logits, keeps the error below the plain computation's: the difference of near logits is
+// exact, and so is the maximum.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +19,12 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634;
 
 // ---- one lane, or a vector of them -------------------------------------------------------------
+
+// `scale` of all below.
+template <class Vectors>
+typename Vectors::Vec softmax_factor(double softmax_scale) {
+  return Vectors::set(static_cast<typename Vectors::Scalar>(softmax_scale * kLog2E));
+}
 
 // What is subtracted from logits: the maximum, or 0 where nothing was attended to yet, because
 // -inf - -inf would be NaN.
@@ -99,7 +105,7 @@ void add_block(typename Units::Scalar* logits, int64_t keys, double softmax_scal
   using Vectors = typename Units::Vectors;
   constexpr int kPerUnit = Units::kElements;
   constexpr int kWidth = kVectors * Vectors::kLanes;
-  const auto scale = Vectors::set(static_cast<typename Units::Scalar>(softmax_scale * kLog2E));
+  const auto scale = softmax_factor<Vectors>(softmax_scale);
   typename Vectors::Vec base[kVectors];
   typename Vectors::Vec block_sum[kVectors];
 #pragma GCC unroll 8

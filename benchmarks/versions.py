@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -66,9 +67,11 @@ def seconds(call, calls):
     return (time.perf_counter() - begin) / calls
 
 
-def work(threads):
+def work(threads, wanted):
     """Answer each line of the standard input: one more turn, or the next case."""
     for name, make in all_calls(threads):
+        if not re.search(wanted, name):
+            continue
         call = make()
         call()
         calls = max(1, int(TURN_SECONDS / seconds(call, 1)))
@@ -81,11 +84,12 @@ def work(threads):
 class Build:
     """A process of one build."""
 
-    def __init__(self, python, threads):
+    def __init__(self, python, threads, wanted):
         environment = os.environ | {"NUMATTN_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
-            [python, __file__, "--work", str(threads)], env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parent,
+            [python, __file__, "--work", str(threads), "--cases", wanted], text=True,
+            env=environment, cwd=Path(__file__).parent, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )  # fmt: skip
 
     def tell(self, line):
@@ -101,8 +105,8 @@ class Build:
         return self.answer()
 
 
-def compare(before, after, threads, rounds):
-    builds = [Build(python, threads) for python in (before, after)]
+def compare(before, after, threads, rounds, wanted):
+    builds = [Build(python, threads, wanted) for python in (before, after)]
     while True:
         names = [build.answer() for build in builds]
         assert names[0] == names[1], names
@@ -123,15 +127,16 @@ def main():
     parser.add_argument("after", nargs="?")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--cases", default="", help="a regular expression of their names")
     parser.add_argument("--work", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        work(arguments.work)
+        work(arguments.work, arguments.cases)
         return
     if arguments.after is None:
         parser.error("two interpreters are needed")
     for threads in arguments.threads:
-        compare(arguments.before, arguments.after, threads, arguments.rounds)
+        compare(arguments.before, arguments.after, threads, arguments.rounds, arguments.cases)
 
 
 if __name__ == "__main__":

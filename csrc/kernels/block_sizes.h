@@ -8,6 +8,8 @@
 namespace numattn {
 namespace {
 
+constexpr int64_t kCacheLine = 64;  // bytes
+
 constexpr int kKeysPerBlock = 96;
 // A chunk of keys is summed up by itself before it is added to the total: the rounding error grows
 // with the blocks of a chunk plus the number of chunks. 20,000 keys have a third of the error of

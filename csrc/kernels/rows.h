@@ -35,7 +35,7 @@ struct Rows {
                       int64_t rows, int64_t columns) {
     const auto* scores = static_cast<const Element*>(scores_of_rows);
     auto* out = static_cast<Element*>(out_of_rows);
-    const Vec log2e = Vectors::set(static_cast<Scalar>(kLog2E));
+    const Vec log2e = softmax_factor<Vectors>(1.0);
     for (int64_t row = 0; row < rows; ++row) {
       Vec highest = Vectors::set(static_cast<Scalar>(-__builtin_inf()));
       for (int64_t at = 0; at < columns; at += Vectors::kLanes) {

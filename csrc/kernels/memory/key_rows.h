@@ -13,7 +13,6 @@
 namespace numattn {
 namespace {
 
-constexpr int64_t kBytesPerLine = 64;
 // How far ahead rows are fetched. The hardware prefetcher loses track between K and V, and never
 // finds it in pages; 8 KiB ahead, and no more, gives 1.5 to 2.5 times the speed (Zen 5).
 constexpr int64_t kBytesAhead = 8192;
@@ -73,7 +72,7 @@ class FetchAhead {
       int64_t i = 0;
       do {
         __builtin_prefetch(row + i, 0, 3);
-        i += kBytesPerLine;
+        i += kCacheLine;
       } while (i < bytes_);
     }
   }

@@ -13,8 +13,6 @@
 namespace numattn {
 namespace {
 
-constexpr int64_t kCacheLine = 64;
-
 // What a register tile reads: kKeys rows of K where they lie, and `units` of the queries' units.
 template <class Units>
 struct QkOperands {

@@ -1,11 +1,14 @@
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <optional>
 #include <stdexcept>
 
+#include "plan/index.h"
 #include "plan/plan.h"
 #include "problem.h"
 #include "runtime/dispatch.h"
@@ -94,6 +97,50 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
   return decode(computation, item, static_cast<char*>(scratch.data()) + scratch_bytes, state_bytes);
 }
 
+// Writes `count` scalars of a size that is 4 or 8 bytes, `stride` bytes apart.
+void fill(char* to, int64_t stride, int64_t count, double value, bool is_double) {
+  const auto single = static_cast<float>(value);
+  for (int64_t i = 0; i < count; ++i, to += stride) {
+    if (is_double) {
+      std::memcpy(to, &value, sizeof(value));
+    } else {
+      std::memcpy(to, &single, sizeof(single));
+    }
+  }
+}
+
+// The queries beyond q_lengths, which no work item computes.
+void fill_padding(const Problem& problem) {
+  const bool is_double = problem.dtype == Dtype::float64;
+  const bool is_attention = problem.stage == Stage::attention;
+  const int64_t columns = is_attention ? problem.value_dim : problem.key_length;
+  const auto size = static_cast<size_t>(bytes_of(problem.dtype));
+  const auto write = [&](const Array& out, const Array& lse, int64_t head, int64_t query) {
+    char* const row = address(out, head, query);
+    for (int64_t i = 0; is_attention && i < columns; ++i) {
+      std::memset(row + i * out.column_stride, 0, size);
+    }
+    const double of_pairs = problem.stage == Stage::logits ? -INFINITY : 0.0;
+    if (!is_attention) fill(row, out.column_stride, columns, of_pairs, is_double);
+    if (lse.data) fill(address(lse, head, query), 0, 1, -INFINITY, is_double);
+  };
+  const int64_t batch_items = count_batch_items(problem.batch_axes, problem.batch_shape);
+  for (int64_t batch_item = 0; batch_item < batch_items; ++batch_item) {
+    Array out = problem.out, lse = problem.lse;
+    out.data +=
+        batch_offset(problem.batch_axes, problem.batch_shape, out.batch_strides, batch_item);
+    if (lse.data) {
+      lse.data +=
+          batch_offset(problem.batch_axes, problem.batch_shape, lse.batch_strides, batch_item);
+    }
+    for (int64_t head = 0; head < problem.query_heads; ++head) {
+      for (int64_t query = problem.q_lengths[batch_item]; query < problem.query_length; ++query) {
+        write(out, lse, head, query);
+      }
+    }
+  }
+}
+
 Status attention_of_some(const Problem& problem, const Execution& execution) {
   const DtypeKernels& kernels = active_level().kernels.of(problem.dtype);
   std::optional<BlockKinds> block_kinds;
@@ -124,6 +171,9 @@ Status attention(const Problem& problem, const Execution& execution) try {
   bool empty = problem.query_heads == 0 || problem.query_length == 0;
   for (int axis = 0; axis < problem.batch_axes; ++axis) empty |= problem.batch_shape[axis] == 0;
   if (empty) return Status::done;
+  if (problem.q_lengths && problem.out.data && problem.stage != Stage::received) {
+    fill_padding(problem);
+  }
   return attention_of_some(problem, execution);
 } catch (const std::bad_alloc&) {
   return Status::out_of_memory;

@@ -108,10 +108,12 @@ struct Problem {
   const int64_t* block_table = nullptr;
   int64_t pages_per_item = 0, page_size = 0;
 
-  // For each batch item in row-major order: the position of the first query among the keys, and
-  // how many keys are valid. Null: positions end with the valid keys; all keys are valid.
+  // For each batch item in row-major order: the position of the first query among the keys, how
+  // many keys are valid, and how many queries. Null: positions end with the valid queries and keys;
+  // all are valid. Queries from there on get zeros, and -inf as lse and logits.
   const int64_t* q_offset = nullptr;
   const int64_t* kv_lengths = nullptr;
+  const int64_t* q_lengths = nullptr;
 };
 
 enum class Status { done, out_of_memory, interrupted };

@@ -66,7 +66,7 @@ class Call:
 
 OPTIONS = [
     "causal", "window", "left window", "offset", "scale", "softcap", "alibi", "sinks", "lengths",
-    "mask", "bias",
+    "query lengths", "mask", "bias",
 ]  # fmt: skip
 ENTRIES = [
     "attention", "attention", "attention", "attention_varlen", "attention_paged", "KVCache",
@@ -158,15 +158,19 @@ def options_of(call):
         "alibi": {"alibi_slopes": rng.random(heads)},
         "sinks": {"sinks": 2 * rng.standard_normal(heads)},
         "lengths": {"kv_lengths": rng.integers(0, key_length + 1, call.batch)},
+        "query lengths": {"q_lengths": rng.integers(0, query_length + 1, call.batch)},
         "mask": {"mask": rng.random(shape) < rng.choice([0.05, 0.5, 0.95])},
         "bias": {"bias": bias},
     }
-    return {name: value for x in call.options for name, value in made[x].items()}
+    options = {name: value for x in call.options for name, value in made[x].items()}
+    if "kv_lengths" in options and not {"q_offset", "q_lengths"} & set(options):
+        options["q_offset"] = options["kv_lengths"] - query_length  # else it may be refused
+    return options
 
 
 def masks_of(options):
     """Return the options that exclude keys, whatever the logits."""
-    names = ("is_causal", "window", "q_offset", "kv_lengths", "mask", "bias")
+    names = ("is_causal", "window", "q_offset", "kv_lengths", "q_lengths", "mask", "bias")
     return {name: options[name] for name in names if name in options}
 
 
@@ -293,8 +297,8 @@ def check_varlen(call):
     lengths = [(int(rng.integers(0, call.lengths[0] + 1)), int(rng.integers(0, n + 1)))
                for n in rng.integers(0, call.lengths[1] + 1, call.batch)]  # fmt: skip
     options = options_of(call)
-    options.pop("kv_lengths", None)
-    options.pop("q_offset", None)
+    for name in ("kv_lengths", "q_lengths", "q_offset"):
+        options.pop(name, None)
     items = []
     for query_length, key_length in lengths:
         (heads, kv_heads), (dim, value_dim) = call.heads, call.dims
@@ -319,6 +323,8 @@ def check_paged(call):
     q, k, v, scales, k_plain, v_plain = inputs(call)
     options = options_of(call)
     lengths = np.asarray(options.pop("kv_lengths", [call.lengths[1]] * call.batch))
+    if not {"q_offset", "q_lengths"} & set(options):
+        options["q_offset"] = lengths - call.lengths[0]
     size = call.page_size
     per_item = max(1, -(-call.lengths[1] // size))
     table = call.rng.permutation(call.batch * per_item).reshape(call.batch, per_item)
@@ -386,7 +392,13 @@ def check_cache(call):
     assert cache.lengths.tolist() == [x[0].shape[1] for x in kept]
     q = array(call, call.batch, heads, query_length, dim)
     options = options_of(call)
-    for name in ("kv_lengths", "q_offset", "is_causal", *(["window"] if window else [])):
+    for name in (
+        "kv_lengths",
+        "q_lengths",
+        "q_offset",
+        "is_causal",
+        *(["window"] if window else []),
+    ):
         options.pop(name, None)
     try:
         out = run(call, cache.attend, q, **options)

@@ -13,6 +13,13 @@ def zeros(*shape, dtype=np.float32):
     return np.zeros(shape, dtype)
 
 
+class Refusing:
+    """As an array on a GPU, which does not move to the CPU by itself."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("no implicit conversion")
+
+
 Q, K, V = zeros(2, 4, 5, 8), zeros(2, 2, 7, 8), zeros(2, 2, 7, 6)
 READ_ONLY = zeros(2, 4, 5, 6)
 READ_ONLY.flags.writeable = False
@@ -142,6 +149,25 @@ CASES = {
         ValueError,
         "kv_lengths: got shape (3,), expected",
     ),
+    "query length range": (
+        {"q_lengths": [5, 6]},
+        ValueError,
+        "q_lengths: got 6 at (1,), expected 0 to 5",
+    ),
+    "query length kind": ({"q_lengths": 2.0}, TypeError, "q_lengths: got dtype float64, expected"),
+    "axes": ({"q": zeros(*[1] * 40, 2, 3)}, ValueError, "q: got 42 axes, expected at most 32"),
+    "mask of 0 and 1": (
+        {"mask": zeros(5, 7, dtype=int)},
+        TypeError,
+        "mask: got dtype int64, expected bool, True = attend (`mask.astype(bool)` if 1 means",
+    ),
+    "refusing array": (
+        {"k": Refusing()},
+        TypeError,
+        "k: got Refusing that refuses to become an array (no implicit conversion), expected an",
+    ),
+    "refusing mask": ({"mask": Refusing()}, TypeError, "mask: got Refusing that refuses"),
+    "refusing lengths": ({"kv_lengths": Refusing()}, TypeError, "kv_lengths: got Refusing that"),
     "offset kind": ({"q_offset": 1.5}, TypeError, "q_offset: got dtype float64, expected ints"),
     "offset range": ({"q_offset": 2**80}, ValueError, f"q_offset: got {2**80}, expected -"),
     "offset shape": (
@@ -229,6 +255,124 @@ def test_bad_arguments(backend, name):
     with pytest.raises(error, match="^" + re.escape(message)) as caught:
         na.attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
     assert caught.type is error
+
+
+AMBIGUOUS = {
+    "causal": {"is_causal": True},
+    "window": {"window": (3, None)},
+    "right window": {"window": (None, 2)},
+    "alibi": {"alibi_slopes": [0.1, 0.2, 0.3, 0.4]},
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_lengths_of_keys_alone_do_not_say_where_queries_are(backend, name):
+    """A batch padded on the right would be computed as if its padding were in front."""
+    options = AMBIGUOUS[name] | {"kv_lengths": [7, 3]}
+    message = r"^kv_lengths: got lengths beside (is_causal|window|alibi_slopes) and 5 queries"
+    calls = {
+        "attention": lambda **more: na.attention(Q, K, V, **options, **more),
+        "qk_scores": lambda **more: na.qk_scores(Q, K, **options, **more),
+        "weights": lambda **more: na.attention_weights(Q, K, **options, **more),
+        "received": lambda **more: na.attention_received(Q, K, **options, **more),
+        "paged": lambda **more: na.attention_paged(
+            Q, K.swapaxes(1, 2), V.swapaxes(1, 2), [[0], [1]], **options, **more
+        ),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match=message) as caught:
+            call()
+        assert "`q_lengths=n, kv_lengths=n`" in str(caught.value)
+        assert "`q_offset=kv_lengths - Lq`" in str(caught.value)
+        call(q_lengths=[5, 3])
+        call(q_offset=[2, -2])
+    na.attention(Q[:, :, :1], K, V, **options)  # one query stands at the last valid key
+    na.attention(Q, K, V, kv_lengths=[7, 3], window=(None, None))  # no position matters
+
+
+def test_a_mask_that_may_mean_the_batch_is_warned_of(backend, rng):
+    x = rng.standard_normal((4, 4, 3, 8), dtype=np.float32)  # as many batch items as heads
+    mask = rng.random((4, 3, 3)) < 0.7
+    with pytest.warns(UserWarning, match=r"mask: shape \(4, 3, 3\) is taken as \(Hq, Lq, Lk\)"):
+        out = na.attention(x, x, x, mask=mask)
+    np.testing.assert_array_equal(out, na.attention(x, x, x, mask=mask[np.newaxis]))
+    x = rng.standard_normal((3, 2, 3, 8), dtype=np.float32)  # as many as queries
+    mask = np.ones((3, 3), bool)
+    with pytest.warns(UserWarning, match=r"mask: shape \(3, 3\) is taken as \(Lq, Lk\)"):
+        na.attention(x, x, x, mask=mask)
+    na.attention(x, x, x, mask=mask[:, np.newaxis, np.newaxis])
+    na.attention(x[:2], x[:2], x[:2], mask=mask)
+    na.attention(x[0], x[0], x[0], mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("attn_mask", "`mask=`"),
+        ("causal", "`is_causal=`"),
+        ("enable_gqa", "nothing"),
+        ("key_padding_mask", "`kv_lengths=`"),
+        ("query_seq_lengths", "`q_lengths=`"),
+    ],
+)
+def test_names_of_other_libraries(name, meant):
+    starts = [0, 5]
+    calls = [
+        lambda **more: na.attention(Q, K, V, **more),
+        lambda **more: na.attention_varlen(Q[0], K[0], V[0], starts, starts, **more),
+        lambda **more: na.attention_paged(Q, K, V, [[0], [1]], [1, 1], **more),
+        lambda **more: na.qk_scores(Q, K, **more),
+        lambda **more: na.attention_weights(Q, K, **more),
+        lambda **more: na.attention_received(Q, K, **more),
+    ]
+    for call in calls:
+        message = rf"unexpected keyword argument '{name}'; did you mean {meant}"
+        with pytest.raises(TypeError, match=re.escape(message)):
+            call(**{name: None})
+        with pytest.raises(TypeError, match=r"unexpected keyword argument 'nonsense'$"):
+            call(nonsense=1)
+
+
+def test_numbers_may_be_arrays_without_axes(backend):
+    plain = na.attention(Q + 1, K + 1, V, scale=0.5, softcap=2.0, is_causal=True, num_threads=1)
+    of_arrays = na.attention(
+        Q + 1, K + 1, V, scale=np.array(0.5), softcap=np.array(2), is_causal=np.array(True),
+        num_threads=np.array(1),
+    )  # fmt: skip
+    np.testing.assert_array_equal(of_arrays, plain)
+
+
+def test_stages_speak_of_their_own_arguments():
+    with pytest.raises(ValueError, match=r"^k: got head_dim 7, expected 8 as in q \(q .*, k .*\)$"):
+        na.qk_scores(Q, K[..., :7])
+    with pytest.raises(
+        TypeError, match=r"^q, k: got q float32, k float64, expected one dtype for bo"
+    ):
+        na.attention_weights(Q, K.astype(float))
+
+
+def test_out_may_be_a_matrix(backend, rng):
+    x = rng.standard_normal((5, 8), dtype=np.float32)
+    with pytest.warns(PendingDeprecationWarning):
+        out = np.asmatrix(np.zeros((5, 8), np.float32))
+    assert na.attention(x, x, x, out=out) is out
+    np.testing.assert_array_equal(out.view(np.ndarray), na.attention(x, x, x))
+
+
+def test_overlap_is_seen_through_buffers(backend):
+    """And only where memory is shared that is read."""
+    x = zeros(6, 8)
+    for name in ("q", "k", "v"):
+        arguments = {"q": zeros(6, 8), "k": zeros(6, 8), "v": zeros(6, 8), name: memoryview(x)}
+        with pytest.raises(ValueError, match=rf"^out: got memory that it shares with {name}"):
+            na.attention(**arguments, out=x)
+    na.attention([*x], x.copy(), x.copy(), out=x)  # a list of views is copied
+    sinks = zeros(6, 8)
+    na.attention(x.copy(), x.copy(), x.copy(), sinks=sinks[0, :1], out=sinks)  # numbers are, too
+    numbers, scale = zeros(1, 6, 8, dtype=np.int8), zeros(1, 6)
+    for out, of in ((scale.reshape(1, 6, 1), memoryview(scale)), (scale.reshape(1, 6, 1), scale)):
+        with pytest.raises(ValueError, match=r"^out: got memory that it shares with k_scale"):
+            na.attention(zeros(1, 6, 8), numbers, zeros(1, 6, 1), k_scale=of, out=out)
 
 
 def test_out_beside_q_is_fine(backend, rng):

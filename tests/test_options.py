@@ -7,6 +7,7 @@ from checks import assert_close_to_reference
 from conftest import DTYPES, named_dtype
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numattn import _numpy_backend, _runtime
 from numattn import _reference as reference
 
 # Small arrays give few numbers to judge by; mixtures look for wrong results, not for rounding.
@@ -32,8 +33,17 @@ ALONE = {
     "alibi with offset": {"alibi_slopes": [0.5, 0.25, 0.1, 1.0], "q_offset": 33},
     "lengths": {"kv_lengths": [100, 13]},
     "no keys valid": {"kv_lengths": [0, 1]},
-    "lengths and causal": {"kv_lengths": [100, 50], "is_causal": True},
-    "lengths and window": {"kv_lengths": [99, 0], "window": (4, 4)},
+    "lengths and causal": {"kv_lengths": [100, 50], "is_causal": True, "q_offset": [10, -40]},
+    "lengths and window": {"kv_lengths": [99, 0], "window": (4, 4), "q_offset": [9, -90]},
+    "padded": {"q_lengths": [90, 40], "kv_lengths": [90, 40], "is_causal": True},
+    "padded, window": {"q_lengths": [80, 0], "kv_lengths": [100, 50], "window": (5, 3)},
+    "padded, alibi": {
+        "q_lengths": [3, 64],
+        "kv_lengths": 60,
+        "alibi_slopes": [0.5, 0.25, 0.0, -0.1],
+    },
+    "padded, sinks": {"q_lengths": [89, 17], "sinks": [0.5, -1.0, 3.0, -np.inf]},
+    "padded, offset": {"q_lengths": 30, "q_offset": [5, 60], "is_causal": True},
     "one length": {"kv_lengths": 70},
 }
 
@@ -58,6 +68,7 @@ def test_alone_with_few_queries(dtype, arrays, name, lq):
     options = dict(ALONE[name])
     if "kv_lengths" in options:
         options["kv_lengths"] = np.arange(500) % 112
+        options["q_offset"] = options["kv_lengths"] - lq
     factor = 3 if lq == 1 else None  # with one query NumPy's BLAS sums in double
     assert_close_to_reference(q, k, v, **options, factor=factor)
 
@@ -229,6 +240,35 @@ def test_attended_nan_shows(dtype, arrays):
     assert np.isfinite(np.delete(out[0], 30, axis=0)).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"window": (6, 2)}, {"alibi_slopes": [0.3] * 4}], ids=str)
+@pytest.mark.parametrize("lengths", [[20, 13, 1, 0], [64, 3, 17, 40]], ids=str)
+def test_a_padded_batch_is_its_sentences(dtype, arrays, options, lengths):
+    """Also where padding is NaN; the rows of padding are 0 and -inf."""
+    longest = max(lengths)
+    q, k, v = arrays(4, hq=4, hkv=2, lq=longest, d=16, dtype=dtype)
+    options = options | {"is_causal": "window" not in options, "sinks": [0.5, 1.0, 0.0, -np.inf]}
+    sentences = [
+        na.attention(q[i, :, :n], k[i, :, :n], v[i, :, :n], **options, return_lse=True)
+        for i, n in enumerate(lengths)
+    ]
+    for i, n in enumerate(lengths):
+        q[i, :, n:], k[i, :, n:], v[i, :, n:] = np.nan, np.nan, np.nan
+    padded = {"q_lengths": lengths, "kv_lengths": lengths}
+    for layout in ("bhld", "blhd"):
+        arguments = [x if layout == "bhld" else x.swapaxes(1, 2) for x in (q, k, v)]
+        out, lse = na.attention(*arguments, **options, **padded, layout=layout, return_lse=True)
+        if layout == "blhd":
+            out, lse = out.swapaxes(1, 2), lse.swapaxes(1, 2)
+        for i, n in enumerate(lengths):
+            rounding = 0 if _runtime.computations is not _numpy_backend else 1e-2
+            for actual, expected in zip((out, lse), sentences[i], strict=True):
+                np.testing.assert_allclose(
+                    actual[i, :, :n].astype(float), expected.astype(float), rtol=0, atol=rounding
+                )
+            assert not out[i, :, n:].any()
+            assert np.all(lse[i, :, n:] == -np.inf)
+
+
 @st.composite
 def problems(draw):
     """Draw arrays of one dtype and a mixture of all options."""
@@ -278,6 +318,8 @@ def problems(draw):
         options["sinks"] = rng.standard_normal(hq) * 3
     if draw(st.booleans()):
         options["kv_lengths"] = rng.integers(0, lk + 1, batch)
+    if draw(st.booleans()) or "kv_lengths" in options:
+        options["q_lengths"] = rng.integers(0, lq + 1, batch)
     if draw(st.booleans()):
         options["layout"] = "blhd"
         q, k, v = (x.swapaxes(-2, -3) for x in (q, k, v))

@@ -103,12 +103,12 @@ ONNX = {
     "lengths": ({"nonpad_kv_seqlen": LENGTHS}, {}, {"kv_lengths": LENGTHS}),
     "causal lengths": (
         {"nonpad_kv_seqlen": LENGTHS}, {"is_causal": 1},
-        {"kv_lengths": LENGTHS, "is_causal": True},
+        {"kv_lengths": LENGTHS, "is_causal": True, "q_offset": LENGTHS - LQ},
     ),
     "window": ({}, {"left_window_size": 2}, {"window": (2, None), "q_offset": 0}),
     "window and lengths": (
         {"nonpad_kv_seqlen": LENGTHS}, {"left_window_size": 2, "right_window_size": 1},
-        {"kv_lengths": LENGTHS, "window": (2, 1)},
+        {"kv_lengths": LENGTHS, "window": (2, 1), "q_offset": LENGTHS - LQ},
     ),
     "scale": ({}, {"scale": 0.3}, {"scale": 0.3}),
     "softcap": ({"attn_mask": BIAS}, {"softcap": 1.5}, {"bias": BIAS, "softcap": 1.5}),

@@ -3,6 +3,7 @@
 import numattn as na
 import numpy as np
 import pytest
+from numattn import _arguments
 
 OPTIONS = {
     "plain": {},
@@ -78,7 +79,7 @@ def test_heads_side_by_side(native_dtype, arrays, lq):
     (k8, k_scale), (v8, v_scale) = na.quantize_kv(k), na.quantize_kv(v)
     for options in (
         {},
-        {"kv_lengths": [3333, 77], "is_causal": True},
+        {"kv_lengths": [3333, 77], "q_lengths": lq, "is_causal": True},
         {"window": (1700, 0), "alibi_slopes": per_head, "sinks": per_head, "softcap": 9.0},
     ):
         scales = {"k_scale": k_scale, "v_scale": v_scale, **options}
@@ -115,12 +116,32 @@ def test_unaligned_arrays(qkv, options):
     np.testing.assert_array_equal(out, na.attention(*qkv, **options))
 
 
-def test_common_call_and_general_call(qkv):
+class Subclass(np.ndarray):
+    """What is checked at length."""
+
+
+@pytest.mark.thread_unsafe
+def test_common_call_and_general_call(qkv, monkeypatch):
     """The short way into the kernels and the one through all checks."""
-    for options in ({}, {"is_causal": True}, {"scale": 0.3}):
-        common = na.attention(*qkv, **options)
-        general, _ = na.attention(*qkv, **options, return_lse=True)
-        np.testing.assert_array_equal(common, general)
+    q, k, v = qkv
+    pairs = (*q.shape[:-1], k.shape[-2])
+    heads = np.linspace(-1, 1, q.shape[-3]).tolist()
+    for options in (
+        {},
+        {"is_causal": True},
+        {"scale": 0.3},
+        {"window": (40, None), "softcap": 3.0, "return_lse": True, "num_threads": 2},
+        {"mask": np.arange(pairs[-1]) % 3 > 0, "sinks": heads, "alibi_slopes": np.array(heads)},
+        {"bias": np.ones((1, 1, *pairs[-2:]), np.float32), "q_offset": 5},
+        {"kv_lengths": 77, "q_lengths": 50, "is_causal": True},
+    ):
+        with monkeypatch.context() as patch:
+            patch.delattr(_arguments, "check")  # a call that needs it fails
+            common = na.attention(*qkv, **options)
+        general = na.attention(q.view(Subclass), k, v, **options)
+        assert type(common) is type(general)
+        for actual, expected in zip(common, general, strict=True):
+            np.testing.assert_array_equal(actual, expected)
 
 
 def test_full_mask_is_no_mask(qkv):

@@ -120,6 +120,7 @@ def test_pages(native_dtype, arrays, rng, options, page_size, lq):
     q, k, v = arrays(4, hq=4, hkv=2, lq=lq, lk=150, d=16, dv=20, dtype=native_dtype)
     k_pages, table = in_pages(k, lengths, page_size, np.random.default_rng(1))
     v_pages, _ = in_pages(v, lengths, page_size, np.random.default_rng(1))
+    options = {"q_offset": np.array(lengths) - lq} | options
     expected, expected_lse = na.attention(q, k, v, kv_lengths=lengths, **options, return_lse=True)
     out, lse = na.attention_paged(q, k_pages, v_pages, table, lengths, **options, return_lse=True)
     np.testing.assert_array_equal(out, expected)
@@ -136,8 +137,9 @@ def test_pages_in_numpy_and_shared_pages(backend, arrays, rng):
     v_pages, _ = in_pages(v, [64, 64], 16, np.random.default_rng(1))
     table[1, 0] = table[0, 0]
     k[1, :, :16], v[1, :, :16] = k[0, :, :16], v[0, :, :16]
-    out = na.attention_paged(q, k_pages, v_pages, table, [64, 50], is_causal=True)
-    expected, _ = reference.attention(q, k, v, kv_lengths=[64, 50], is_causal=True)
+    more = {"q_lengths": [2, 1], "is_causal": True}
+    out = na.attention_paged(q, k_pages, v_pages, table, [64, 50], **more)
+    expected, _ = reference.attention(q, k, v, kv_lengths=[64, 50], **more)
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
 
 
@@ -207,7 +209,9 @@ def test_8_bits_in_pages_and_ragged(backend, arrays):
         for name, x in scales.items()
     }
     table = np.arange(8).reshape(2, 4)
-    out = na.attention_paged(q, *pages, table, [64, 64], **paged_scales, is_causal=True)
+    out = na.attention_paged(
+        q, *pages, table, [64, 64], **paged_scales, q_lengths=2, is_causal=True
+    )
     np.testing.assert_array_equal(out, expected)
     flat = [x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (q, k8, v8)]
     flat_scales = {name: x.swapaxes(1, 2).reshape(-1, 2) for name, x in scales.items()}

@@ -38,7 +38,8 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
       kernels_(kernels),
       block_kinds_(block_kinds),
       batch_items_(count_batch_items(problem.batch_axes, problem.batch_shape)) {
-  const bool ragged = problem.query_starts != nullptr;
+  const bool all_alike =
+      !problem.query_starts && !problem.q_offset && !problem.kv_lengths && !problem.q_lengths;
   double work = 0;
   const auto look_at = [&](const Sequence& sequence, double times) {
     work += times * cost(sequence);
@@ -46,10 +47,10 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
       max_decode_rows_ = std::max(max_decode_rows_, group() * sequence.queries);
     }
   };
-  if (ragged) {
-    for (int64_t i = 0; i < batch_items_; ++i) look_at(sequence(i), 1);
-  } else {
+  if (all_alike) {
     look_at(sequence(0), static_cast<double>(batch_items_));
+  } else {
+    for (int64_t i = 0; i < batch_items_; ++i) look_at(sequence(i), 1);
   }
   threads_ =
       static_cast<int>(std::clamp(work / kFlopsPerThread, 1.0, static_cast<double>(num_threads)));
@@ -62,16 +63,16 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
     queries_per_item_ = tiles * kernels.queries_per_tile;
     Counts all{0, 0};
     before_.clear();
-    for (int64_t i = 0; ragged && i < batch_items_; ++i) {
+    for (int64_t i = 0; !all_alike && i < batch_items_; ++i) {
       before_.push_back(all);
       const Counts more = counts(sequence(i));
       all = {all.items + more.items, all.states + more.states};
     }
-    if (ragged) {
-      before_.push_back(all);
-    } else {
+    if (all_alike) {
       const Counts each = counts(sequence(0));
       all = {batch_items_ * each.items, batch_items_ * each.states};
+    } else {
+      before_.push_back(all);
     }
     items_ = all.items;
     states_ = all.states;
@@ -104,31 +105,49 @@ int64_t Plan::adjacent_kv_heads() const {
 }
 
 Plan::Sequence Plan::sequence(int64_t batch_item) const {
-  if (!problem_.query_starts) {
-    return {batch_item, 0, problem_.query_length, 0, problem_.key_length};
+  Sequence sequence{batch_item, 0, problem_.query_length, 0, problem_.key_length, 0, 0};
+  if (problem_.query_starts) {
+    const int64_t* const q = problem_.query_starts + batch_item;
+    const int64_t* const k = problem_.key_starts + batch_item;
+    sequence = {batch_item, q[0], q[1] - q[0], k[0], k[1] - k[0], 0, 0};
   }
-  const int64_t* const q = problem_.query_starts + batch_item;
-  const int64_t* const k = problem_.key_starts + batch_item;
-  return {batch_item, q[0], q[1] - q[0], k[0], k[1] - k[0]};
+  if (problem_.q_lengths) sequence.queries = problem_.q_lengths[batch_item];
+  sequence.valid_keys = problem_.kv_lengths ? problem_.kv_lengths[batch_item] : sequence.keys;
+  sequence.first_position =
+      problem_.q_offset ? problem_.q_offset[batch_item] : sequence.valid_keys - sequence.queries;
+  return sequence;
 }
 
-int64_t Plan::chunks(const Sequence& sequence) const {
-  return std::max<int64_t>(1, quotient_up(sequence.keys, kernels_.keys_per_chunk));
+TileKeys Plan::keys_of(const Sequence& sequence) const {
+  return tile_keys(problem_.options, sequence.first_position, sequence.queries, 0,
+                   sequence.valid_keys);
+}
+
+Plan::Chunks Plan::chunks_read(const Sequence& sequence) const {
+  const TileKeys keys = keys_of(sequence);
+  const int64_t first = keys.begin / kernels_.keys_per_chunk;
+  return {first, std::max<int64_t>(1, quotient_up(keys.end, kernels_.keys_per_chunk) - first)};
 }
 
 Plan::Counts Plan::counts(const Sequence& sequence) const {
-  if (problem_.stage == Stage::received) return {problem_.query_heads * chunks(sequence), 0};
+  if (problem_.stage == Stage::received) {
+    const int64_t chunks =
+        std::max<int64_t>(1, quotient_up(sequence.keys, kernels_.keys_per_chunk));
+    return {problem_.query_heads * chunks, 0};
+  }
   if (!is_decoded(problem_, kernels_, sequence.queries)) {
     return {problem_.query_heads * quotient_up(sequence.queries, queries_per_item_), 0};
   }
   if (sequence.queries == 0) return {0, 0};
-  const int64_t states = problem_.kv_heads * chunks(sequence);
-  return {states / kv_heads_per_item_, chunks(sequence) > 1 ? states : 0};
+  const int64_t chunks = chunks_read(sequence).count;
+  const int64_t states = problem_.kv_heads * chunks;
+  return {states / kv_heads_per_item_, chunks > 1 ? states : 0};
 }
 
 double Plan::cost(const Sequence& sequence) const {
+  const TileKeys attended = keys_of(sequence);
   const auto dims = static_cast<double>(problem_.head_dim + problem_.value_dim);
-  const auto keys = static_cast<double>(sequence.keys);
+  const auto keys = static_cast<double>(std::max<int64_t>(attended.end - attended.begin, 0));
   const double flops = 2.0 * static_cast<double>(problem_.query_heads * sequence.queries);
   const double bytes = 4.0 * static_cast<double>(problem_.kv_heads);
   return std::max(flops, kFlopsPerByte * bytes) * keys * dims;
@@ -162,10 +181,6 @@ KeyRows Plan::key_rows(const Array& rows, const Array& scales, bool is_int8, int
   return keys;
 }
 
-int64_t Plan::valid_keys(const Sequence& sequence) const {
-  return problem_.kv_lengths ? problem_.kv_lengths[sequence.batch_item] : sequence.keys;
-}
-
 void Plan::set_arrays(Task& task, const Sequence& sequence, int64_t head, int64_t heads,
                       int64_t first_query, int64_t queries) const {
   const int64_t row = sequence.first_query + first_query;
@@ -190,9 +205,7 @@ void Plan::set_arrays(Task& task, const Sequence& sequence, int64_t head, int64_
   options.mask = moved(options.mask, problem_.mask_batch_strides, sequence, head, row);
   options.bias = moved(options.bias, problem_.bias_batch_strides, sequence, head, row);
 
-  const int64_t q_offset = problem_.q_offset ? problem_.q_offset[sequence.batch_item]
-                                             : valid_keys(sequence) - sequence.queries;
-  task.first_position = q_offset + first_query;
+  task.first_position = sequence.first_position + first_query;
 }
 
 void Plan::set_prefill(WorkItem& item, const Sequence& sequence, int64_t local) const {
@@ -211,21 +224,21 @@ void Plan::set_prefill(WorkItem& item, const Sequence& sequence, int64_t local) 
   for (int64_t query = 0; query < task.queries; query += kernels_.queries_per_tile) {
     const int64_t queries = std::min<int64_t>(kernels_.queries_per_tile, task.queries - query);
     task.tile_keys[tile++] =
-        tile_keys(task.options, task.first_position + query, queries, 0, valid_keys(sequence));
+        tile_keys(task.options, task.first_position + query, queries, 0, sequence.valid_keys);
   }
 }
 
 void Plan::set_decode(WorkItem& item, const Sequence& sequence, int64_t local) const {
-  item.chunks = chunks(sequence);
+  const Chunks read = chunks_read(sequence);
+  item.chunks = read.count;
   item.chunk = local % item.chunks;
   const int64_t kv_head = local / item.chunks * kv_heads_per_item_;
   item.state = kv_head * item.chunks + item.chunk;
   Task& task = item.task;
   set_arrays(task, sequence, kv_head * group(), group(), 0, sequence.queries);
   task.kv_heads = kv_heads_per_item_;
-  const int64_t begin = item.chunk * kernels_.keys_per_chunk;
-  TileKeys keys =
-      tile_keys(task.options, task.first_position, task.queries, 0, valid_keys(sequence));
+  const int64_t begin = (read.first + item.chunk) * kernels_.keys_per_chunk;
+  TileKeys keys = keys_of(sequence);
   keys.begin = std::max(keys.begin, begin);
   keys.end = std::min(keys.end, begin + kernels_.keys_per_chunk);
   task.tile_keys[0] = keys;
@@ -234,8 +247,7 @@ void Plan::set_decode(WorkItem& item, const Sequence& sequence, int64_t local) c
 void Plan::set_stage(WorkItem& item, const Sequence& sequence, int64_t local) const {
   Task& task = item.task;
   const bool by_keys = problem_.stage == Stage::received;
-  const int64_t blocks =
-      by_keys ? chunks(sequence) : quotient_up(sequence.queries, queries_per_item_);
+  const int64_t blocks = counts(sequence).items / problem_.query_heads;
   const int64_t head = local / blocks;
   const int64_t block = local % blocks;
   const int64_t first_query = by_keys ? 0 : block * queries_per_item_;
@@ -246,9 +258,9 @@ void Plan::set_stage(WorkItem& item, const Sequence& sequence, int64_t local) co
   task.keys_end = by_keys
                       ? std::min<int64_t>(task.keys_begin + kernels_.keys_per_chunk, sequence.keys)
                       : sequence.keys;
-  task.valid_keys = valid_keys(sequence);
+  task.valid_keys = sequence.valid_keys;
   const int64_t first =
-      (sequence.batch_item * problem_.query_heads + head) * sequence.queries + first_query;
+      (sequence.batch_item * problem_.query_heads + head) * problem_.query_length + first_query;
   const int64_t size = problem_.dtype == Dtype::float64 ? sizeof(double) : sizeof(float);
   task.maximum = problem_.maximum ? problem_.maximum + first * size : nullptr;
   task.sum = problem_.sum ? problem_.sum + first * size : nullptr;

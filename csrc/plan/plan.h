@@ -20,9 +20,9 @@ namespace numattn {
 struct WorkItem {
   Task task;  // without state, scratch and stop function: the executing thread has them
   bool is_decode;
-  // For decode: the number of chunks of a KV head, which of them this is, and the number of its
-  // state (for the first KV head) among all states [KV head][chunk]. A single chunk keeps its state
-  // in the thread's scratch.
+  // For decode: the number of chunks that a KV head reads, which of them this is, and the number of
+  // its state (for the first KV head) among all states [KV head][chunk]. A single chunk keeps its
+  // state in the thread's scratch.
   int64_t chunks, chunk, state;
 };
 
@@ -50,8 +50,13 @@ class Plan {
   // What one batch item computes.
   struct Sequence {
     int64_t batch_item;
-    int64_t first_query, queries;
-    int64_t first_key, keys;  // the keys that there are, valid or not
+    int64_t first_query, queries;  // the valid ones
+    int64_t first_key, keys;       // the keys that there are, valid or not
+    int64_t valid_keys;
+    int64_t first_position;  // of the first query, among the keys
+  };
+  struct Chunks {
+    int64_t first, count;
   };
   struct Counts {
     int64_t items, states;
@@ -61,14 +66,16 @@ class Plan {
   int64_t adjacent_kv_heads() const;
   Sequence sequence(int64_t batch_item) const;
   Counts counts(const Sequence& sequence) const;
-  int64_t chunks(const Sequence& sequence) const;
+  // The keys that any query attends to, as far as limits decide.
+  TileKeys keys_of(const Sequence& sequence) const;
+  // The chunks of keys that decoding reads: one at least.
+  Chunks chunks_read(const Sequence& sequence) const;
   double cost(const Sequence& sequence) const;
   int64_t offset(const int64_t* batch_strides, const Sequence& sequence) const;
   View moved(View view, const int64_t* batch_strides, const Sequence& sequence, int64_t head,
              int64_t row) const;
   KeyRows key_rows(const Array& rows, const Array& scales, bool is_int8, int64_t dims,
                    const Sequence& sequence, int64_t kv_head) const;
-  int64_t valid_keys(const Sequence& sequence) const;
   // A task for `queries` queries from `first_query` on of `heads` heads from `head` on.
   void set_arrays(Task& task, const Sequence& sequence, int64_t head, int64_t heads,
                   int64_t first_query, int64_t queries) const;
@@ -86,7 +93,7 @@ class Plan {
   int64_t items_, states_;
   int64_t max_decode_rows_ = 0;
   int threads_;
-  // Ragged: [batch item + 1], how many come before. Else they are all alike.
+  // [batch item + 1], how many come before; empty where the batch items are all alike.
   std::vector<Counts> before_;
 };
 

@@ -8,6 +8,7 @@ which differ in where the rows are, are checked in `_sequence_arguments`.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,6 +47,9 @@ MAX_POSITION = 2**60
 # Beyond any memory; only arrays with strides of 0 have such an axis.
 MAX_DIM = 2**40
 
+# What NumPy broadcasts.
+MAX_AXES = 32
+
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _LOG2_E = math.log2(math.e)
 
@@ -65,6 +69,7 @@ class Arguments:
     bias: Array | None  # (batch..., Hq, Lq, Lk) float
     q_offset: NDArray[np.int64] | None  # (batch...); None: positions end with the valid keys
     kv_lengths: NDArray[np.int64] | None  # (batch...); None: all keys
+    q_lengths: NDArray[np.int64] | None  # (batch...); None: all queries
     window_left: int
     window_right: int  # 0 where causal
     scale: float
@@ -128,16 +133,19 @@ def check(
     alibi_slopes: ArrayLike | None,
     sinks: ArrayLike | None,
     kv_lengths: int | ArrayLike | None,
+    q_lengths: int | ArrayLike | None,
     layout: str,
     return_lse: bool,
     out: Array | None,
     num_threads: int | None,
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
+    scales_are_finite: bool = False,
 ) -> Arguments:
     """Check the arguments of `attention`; TypeError for kinds, ValueError for values.
 
-    Without `v` there is no `out` either: what stages have in common with `attention`.
+    Without `v` there is no `out` either: what stages have in common with `attention`. A caller who
+    knows that all scales are finite says so.
     """
     check_layout(layout)
     arrays = {"q": as_array("q", q), "k": as_array("k", k)}
@@ -150,6 +158,8 @@ def check(
         if x.ndim < 2:
             axes = "(..., heads, length, dim)" if layout == "bhld" else "(..., length, heads, dim)"
             refuse(name, f"shape {x.shape}", f"{axes}, or two axes for one head")
+        if x.ndim > MAX_AXES:
+            refuse(name, f"{x.ndim} axes", f"at most {MAX_AXES}")
     one_head = all(x.ndim == 2 for x in arrays.values())
     views = [heads_first(x, layout) for x in arrays.values()]
     q_, k_ = views[:2]
@@ -162,8 +172,9 @@ def check(
     pairs = (*batch, query_heads, query_length, key_length)
 
     mask_ = None if mask is None else as_array("mask", mask)
-    if mask_ is not None and mask_.dtype != np.bool_:
-        refuse_kind("mask", dtype_name(mask_), "bool, True = attend (logits are added by `bias`)")
+    if mask_ is not None:
+        check_mask(mask_)
+        _check_meaning_of_axes(mask_, batch, query_heads, query_length)
     bias_ = None if bias is None else as_array("bias", bias)
     if bias_ is not None:
         _check_bias_dtype(bias_, dtype)
@@ -179,6 +190,7 @@ def check(
             (*batch, query_heads, query_length, v_.shape[-1]),
         )  # fmt: skip
     kv_lengths_ = ints_per_batch("kv_lengths", kv_lengths, batch, 0, key_length)
+    check_positions(query_length, kv_lengths, q_offset, q_lengths, options)
     arguments = Arguments(
         q=_broadcast(q_, (*batch, *q_.shape[-3:])),
         k=_broadcast(k_, (*batch, *k_.shape[-3:])),
@@ -189,17 +201,19 @@ def check(
         bias=None if bias_ is None else _broadcast_pairs("bias", bias_, pairs, one_head),
         q_offset=ints_per_batch("q_offset", q_offset, batch, -MAX_POSITION, MAX_POSITION),
         kv_lengths=kv_lengths_,
+        q_lengths=ints_per_batch("q_lengths", q_lengths, batch, 0, query_length),
         **options,
         result=result if out is None else out,
         result_lse=result_lse,
         k_scale=_broadcast_scales(k_scale_, one_head, layout, (*batch, *k_.shape[-3:-1])),
         v_scale=_broadcast_scales(v_scale_, one_head, layout, (*batch, *k_.shape[-3:-1])),
     )
-    for name, of_keys in (("k", arguments.k_scale), ("v", arguments.v_scale)):
-        check_scales(name, of_keys, lambda: _valid_keys(kv_lengths_, key_length))
+    for name, of_keys in (("k_scale", arguments.k_scale), ("v_scale", arguments.v_scale)):
+        if not scales_are_finite:
+            check_scales(name, of_keys, lambda: _valid_keys(kv_lengths_, key_length))
     if out is not None:
-        inputs = dict(arrays, mask=mask_, bias=bias_, alibi_slopes=alibi_slopes, sinks=sinks)
-        check_overlap(out, inputs | {"k_scale": k_scale, "v_scale": v_scale})
+        inputs = dict(arrays, mask=mask_, bias=bias_, k_scale=k_scale_, v_scale=v_scale_)
+        check_overlap(out, inputs)
     return arguments
 
 
@@ -207,22 +221,27 @@ def check(
 
 
 def common_dtype(arrays: dict[str, Array]) -> np.dtype[Any]:
-    """Return q's dtype, which k and v have too, unless they are int8."""
+    """Return q's dtype, which k and v (or their pages) have too, unless they are int8."""
     arrays = {name: x for name, x in arrays.items() if name == "q" or x.dtype != np.int8}
     for name, x in arrays.items():
         check_dtype(name, x)
     dtypes = {name: x.dtype.name for name, x in arrays.items()}
     if len(set(dtypes.values())) > 1:
         seen = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        every = "all three" if "v" in arrays else "both"
+        every = "both" if len(arrays) == 2 else "all three"
         accepted = ", ".join(ACCEPTED_DTYPES)
         refuse_kind(", ".join(arrays), seen, f"one dtype for {every}: {accepted}")
     return arrays["q"].dtype
 
 
-def key_scales(name: str, x: Array, scale: ArrayLike | None) -> Array | None:
-    """Check the scales of an array of int8, one float for each key: of x's shape less an axis."""
-    argument = f"{name}_scale"
+def key_scales(
+    name: str, x: Array, scale: ArrayLike | None, argument: str | None = None
+) -> Array | None:
+    """Check the scales of an array of int8, one float for each key: of x's shape less an axis.
+
+    `argument` is their name, by default x's with ``_scale``.
+    """
+    argument = argument or f"{name}_scale"
     if x.dtype != np.int8:
         if scale is not None:
             refuse_kind(argument, f"scales for {name} of {dtype_name(x)}", f"{name} of int8")
@@ -238,6 +257,62 @@ def key_scales(name: str, x: Array, scale: ArrayLike | None) -> Array | None:
         return scales.astype(np.float32, copy=False)
 
 
+def check_mask(mask: Array) -> None:
+    """Refuse a mask that is not bool."""
+    if mask.dtype == np.bool_:
+        return
+    hint = "logits are added by `bias`"
+    if mask.dtype.kind in "iu":
+        hint = "`mask.astype(bool)` if 1 means attend"
+    refuse_kind("mask", dtype_name(mask), f"bool, True = attend ({hint})")
+
+
+def _check_meaning_of_axes(
+    mask: Array, batch: tuple[int, ...], query_heads: int, query_length: int
+) -> None:
+    """Warn of a mask whose first axis may have been meant to be the batch.
+
+    It is no error: a correct program must not fail at one batch size.
+    """
+    if len(batch) != 1 or mask.ndim not in (2, 3) or batch[0] < 2 or mask.shape[0] != batch[0]:
+        return
+    name, size = ("Hq", query_heads) if mask.ndim == 3 else ("Lq", query_length)
+    if size == batch[0]:
+        axes = "[:, np.newaxis]" if mask.ndim == 3 else "[:, np.newaxis, np.newaxis]"
+        warnings.warn(
+            f"mask: shape {mask.shape} is taken as ({'Hq, ' * (mask.ndim - 2)}Lq, Lk), but the "
+            f"batch has {batch[0]} items too; if its first axis is the batch, pass `mask{axes}`, "
+            f"if it is {name}, `mask[np.newaxis]`",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def check_positions(
+    query_length: int, kv_lengths: object, q_offset: object, q_lengths: object,
+    options: dict[str, Any],
+) -> None:  # fmt: skip
+    """Refuse lengths of keys that leave open where the queries are."""
+    if query_length <= 1 or kv_lengths is None or q_offset is not None or q_lengths is not None:
+        return
+    left, right = options["window_left"], options["window_right"]
+    matters = {
+        "is_causal": right == 0,
+        "window": left != UNBOUNDED or 0 < right < UNBOUNDED,
+        "alibi_slopes": options["alibi_slopes"] is not None,
+    }
+    given = [name for name, does_matter in matters.items() if does_matter]
+    if given:
+        refuse(
+            "kv_lengths",
+            f"lengths beside {' and '.join(given)} and {query_length} queries for each item, which "
+            "leave open at which positions these are",
+            "`q_lengths` too, the valid queries of each item (a batch padded on the right: "
+            "`q_lengths=n, kv_lengths=n`), or `q_offset`, the position of the first query (all "
+            "queries valid and at the end of the keys: `q_offset=kv_lengths - Lq`)",
+        )
+
+
 def check_scales(name: str, scales: Array | None, is_read: Callable[[], Array]) -> None:
     """Refuse scales that are not finite where `is_read`, which broadcasts to them."""
     if scales is None or np.isfinite(scales).all():
@@ -245,7 +320,7 @@ def check_scales(name: str, scales: Array | None, is_read: Callable[[], Array]) 
     wrong = ~np.isfinite(scales) & is_read()
     if wrong.any():
         where = tuple(map(int, np.argwhere(wrong)[0]))
-        refuse(f"{name}_scale", f"{scales[where]} at {where}", "finite numbers")
+        refuse(name, f"{scales[where]} at {where}", "finite numbers")
 
 
 def _valid_keys(kv_lengths: NDArray[np.int64] | None, key_length: int) -> Array:
@@ -281,20 +356,22 @@ def lse_heads_first(lse: Array, one_head: bool, layout: str) -> Array:
 
 
 def check_shapes(q: Array, k: Array, v: Array | None, given: dict[str, Array]) -> None:
+    """`given` are the arrays as the user passed them, by name: q, k and, if it is there, v."""
     shapes = ", ".join(f"{name} {x.shape}" for name, x in given.items())
+    k_name, v_name = [*given, "v"][1:3]
     if q.shape[-1] != k.shape[-1]:
-        refuse("k", f"head_dim {k.shape[-1]}", f"{q.shape[-1]} as in q ({shapes})")
-    for name, x in (("q", q), ("v", v)):
+        refuse(k_name, f"head_dim {k.shape[-1]}", f"{q.shape[-1]} as in q ({shapes})")
+    for name, x in (("q", q), (v_name, v)):
         if x is not None and not 1 <= x.shape[-1] <= MAX_DIM:
             limit = "at least one element" if x.shape[-1] < 1 else f"at most {MAX_DIM} elements"
             refuse(name, f"shape {given[name].shape}", f"{limit} in the last axis")
     if v is not None and k.shape[-2] != v.shape[-2]:
-        refuse("v", f"{v.shape[-2]} keys", f"{k.shape[-2]} as in k ({shapes})")
+        refuse(v_name, f"{v.shape[-2]} keys", f"{k.shape[-2]} as in {k_name} ({shapes})")
     if v is not None and k.shape[-3] != v.shape[-3]:
-        refuse("v", f"{v.shape[-3]} heads", f"{k.shape[-3]} as in k ({shapes})")
+        refuse(v_name, f"{v.shape[-3]} heads", f"{k.shape[-3]} as in {k_name} ({shapes})")
     query_heads, kv_heads = q.shape[-3], k.shape[-3]
     if (query_heads % kv_heads != 0) if kv_heads else query_heads > 0:
-        names = "k" if v is None else "k and v"
+        names = k_name if v is None else f"{k_name} and {v_name}"
         refuse("q", f"{query_heads} heads", f"a multiple of the {kv_heads} of {names} ({shapes})")
 
 
@@ -332,11 +409,7 @@ def outputs(
         shape = shape[1:]
     elif layout == "blhd":
         shape = (*shape[:-3], shape[-2], shape[-3], shape[-1])
-    if out is None:
-        out = np.empty(shape, dtype)
-    else:
-        out = out.view() if isinstance(out, np.ndarray) else out
-        check_out(out, shape, dtype)
+    out = np.empty(shape, dtype) if out is None else check_out(out, shape, dtype)
     if not return_lse:
         return out, None
     return out, np.empty(shape[:-1], np.float64 if dtype.itemsize == 8 else np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from . import _arguments, _runtime
+from ._checks import refuse_unknown
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -26,6 +27,7 @@ def attention(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     kv_lengths: int | ArrayLike | None = None,
+    q_lengths: int | ArrayLike | None = None,
     layout: Literal["bhld", "blhd"] = "bhld",
     return_lse: Literal[False] = False,
     out: NDArray[Any] | None = None,
@@ -49,6 +51,7 @@ def attention(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     kv_lengths: int | ArrayLike | None = None,
+    q_lengths: int | ArrayLike | None = None,
     layout: Literal["bhld", "blhd"] = "bhld",
     return_lse: Literal[True],
     out: NDArray[Any] | None = None,
@@ -71,12 +74,14 @@ def attention(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     kv_lengths: int | ArrayLike | None = None,
+    q_lengths: int | ArrayLike | None = None,
     layout: Literal["bhld", "blhd"] = "bhld",
     return_lse: bool = False,
     out: NDArray[Any] | None = None,
     num_threads: int | None = None,
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
+    **unknown: Any,
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
     r"""Scaled dot-product attention, ``softmax(scale * q @ k.T) @ v`` with options.
 
@@ -96,6 +101,9 @@ def attention(
         Values.
     mask : array_like of bool, optional
         True where a query attends to a key. Broadcasts to (..., Hq, Lq, Lk), whatever the layout.
+        Axes are aligned at the end, as by NumPy: pass a batch's mask (B, Lk) as
+        ``mask[:, None, None, :]``, and (B, Lq, Lk) as ``mask[:, None]``. Where sizes allow both
+        readings, a UserWarning says which one was taken.
     bias : array_like of float, optional
         Added to the logits, in natural logarithms; -inf masks. Broadcasts like `mask`. float32 or
         the dtype of `q`.
@@ -103,8 +111,8 @@ def attention(
         Attend to the keys ``j <= p``.
     q_offset : int or array_like of int, optional
         Position of the first query among the keys, one for all or one per batch item (broadcast to
-        the leading axes). Default: the number of valid keys less Lq, which aligns the last query
-        with the last key, as decoding with a cache needs.
+        the leading axes). Default: the number of valid keys less the number of valid queries, which
+        aligns the last query with the last key, as decoding with a cache needs.
     window : tuple (left, right), optional
         Attend to the keys ``p - left <= j <= p + right``; both inclusive, None for no limit.
     scale : float, optional
@@ -118,6 +126,12 @@ def attention(
         in the denominator and in `lse`, and in nothing else.
     kv_lengths : int or array_like of int, optional
         Number of valid keys, for all or per batch item; keys from there on are not attended to.
+        Where positions matter (`is_causal`, `window`, `alibi_slopes`), `q_lengths` or `q_offset`
+        has to say where several queries are.
+    q_lengths : int or array_like of int, optional
+        Number of valid queries, for all or per batch item. Nothing is computed for the others:
+        they get zeros, and -inf as lse. A batch padded on the right is ``q_lengths=n,
+        kv_lengths=n``.
     layout : {"bhld", "blhd"}, default "bhld"
         "blhd" takes and gives (..., L, H, D).
     return_lse : bool, default False
@@ -145,13 +159,19 @@ def attention(
     TypeError
         If an argument is of the wrong kind, such as an integer array or a float mask.
     ValueError
-        If a shape or a value does not fit. Both name the argument, what came and what was expected.
+        If a shape or a value does not fit, or `kv_lengths` leave open where the queries are. Both
+        errors name the argument, what came and what was expected.
     MemoryError
         If there is no memory for the result or the threads' scratch.
 
     See Also
     --------
-    attention_varlen, attention_paged, KVCache, merge_states, quantize_kv, set_num_threads
+    attention_varlen : sequences of different lengths without padding.
+    attention_paged : keys and values in pages.
+    KVCache : keys and values of the tokens so far.
+    merge_states : attention over disjoint sets of keys, merged.
+    quantize_kv : keys and values in 8 bits.
+    set_num_threads : with how many threads.
 
     Notes
     -----
@@ -194,39 +214,35 @@ def attention(
     >>> bool(np.allclose(na.attention(q, k, v, is_causal=True)[:, 0], v[:, 0]))
     True
 
-    Two sentences of 100 and 60 tokens, padded to one batch:
+    Two sentences of 100 and 60 tokens, padded on the right to one batch:
 
     >>> x = rng.standard_normal((2, 8, 100, 64), dtype=np.float32)
-    >>> out, lse = na.attention(x, x, x, kv_lengths=[100, 60], return_lse=True)
+    >>> n = [100, 60]
+    >>> out, lse = na.attention(
+    ...     x, x, x, is_causal=True, q_lengths=n, kv_lengths=n, return_lse=True
+    ... )
     >>> out.shape, lse.shape
     ((2, 8, 100, 64), (2, 8, 100))
+    >>> alone = x[1, :, :60]
+    >>> bool(np.array_equal(out[1, :, :60], na.attention(alone, alone, alone, is_causal=True)))
+    True
     """
-    if (
-        _runtime.attention_common is not None
-        and mask is None
-        and bias is None
-        and q_offset is None
-        and window is None
-        and softcap is None
-        and alibi_slopes is None
-        and sinks is None
-        and kv_lengths is None
-        and type(layout) is str
-        and layout == "bhld"
-        and return_lse is False
-        and out is None
-        and num_threads is None
-        and k_scale is None
-        and v_scale is None
-    ):
-        result = _runtime.attention_common(q, k, v, is_causal, scale)
+    if unknown:
+        refuse_unknown("attention", unknown)
+    return attend(  # type: ignore[no-any-return]
+        q, k, v, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
+        kv_lengths, q_lengths, layout, return_lse, out, num_threads, k_scale, v_scale,
+    )  # fmt: skip
+
+
+def attend(*arguments: Any) -> Any:
+    """Do what `attention` does with all of its arguments by their places, and one more: whether all
+    scales are known to be finite."""
+    if _runtime.attention_common is not None:
+        result = _runtime.attention_common(*arguments)
         if result is not None:
             return result
-    arguments = _arguments.check(
-        q, k, v, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
-        kv_lengths, layout, return_lse, out, num_threads, k_scale, v_scale,
-    )  # fmt: skip
-    return compute(arguments)  # type: ignore[no-any-return]
+    return compute(_arguments.check(*arguments))
 
 
 def compute(arguments: _arguments.Arguments) -> Any:

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.ma import MaskedArray, isMaskedArray  # here: NumPy would do it in a first call
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from numpy.typing import ArrayLike, NDArray
 
     Array = NDArray[Any]
@@ -30,6 +32,38 @@ def refuse_kind(name: str, seen: str, expected: str) -> NoReturn:
     raise TypeError(f"{name}: got {seen}, expected {expected}")
 
 
+# What other libraries call their arguments, and what to write here; docs/porting.rst has them all.
+_ELSEWHERE = {
+    "attn_mask": "`mask=` if it is bool (True = attend), `bias=` if it is float",
+    "attention_mask": "`mask=` if it is bool (True = attend), `bias=` if it is float",
+    "attn_bias": "`bias=`",
+    "key_padding_mask": "`kv_lengths=`, or `mask=~key_padding_mask[:, None, None, :]`",
+    "causal": "`is_causal=` (PyTorch and JAX begin at the top left: `q_offset=0`)",
+    "enable_gqa": "nothing: grouped heads are seen by the shapes",
+    "dropout_p": "nothing: there is no dropout",
+    "softmax_scale": "`scale=`",
+    "window_size": "`window=(left, right)`, None where flash-attn has -1",
+    "local_window_size": "`window=(left, right), q_offset=0`",
+    "sliding_window": "`window=(sliding_window - 1, 0)`",
+    "key_value_seq_lengths": "`kv_lengths=` (JAX begins at the top left: `q_offset=0`)",
+    "query_seq_lengths": "`q_lengths=`",
+    "nonpad_kv_seqlen": "`kv_lengths=`",
+    "return_attn_probs": "`return_lse=`, or `attention_weights`",
+    "need_weights": "`attention_weights`",
+    "logits_soft_cap": "`softcap=`",
+    "s_aux": "`sinks=`",
+}
+
+
+def refuse_unknown(function: str, arguments: Iterable[str]) -> NoReturn:
+    """Refuse arguments that a function does not have, and say what may have been meant."""
+    for name in arguments:
+        meant = _ELSEWHERE.get(name)
+        hint = "" if meant is None else f"; did you mean {meant}? See Porting in the documentation"
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
+    raise AssertionError("no arguments")
+
+
 # ---- arrays ------------------------------------------------------------------------------------
 
 
@@ -43,6 +77,9 @@ def as_array(name: str, x: ArrayLike) -> Array:
         array = np.asarray(x)
     except ValueError as error:  # NumPy does not say which argument it was
         refuse(name, f"what NumPy makes no array of ({error})", "an array")
+    except (TypeError, RuntimeError) as error:  # as tensors on a GPU do, or those with a gradient
+        seen = f"{type(x).__name__} that refuses to become an array ({error})"
+        refuse_kind(name, seen, "an array of NumPy: convert it first")
     if array.dtype == object and not isinstance(x, np.ndarray | int | list | tuple):
         refuse_kind(name, type(x).__name__, "an array")
     return array.view()
@@ -105,8 +142,8 @@ def heads_first(x: Array, layout: str) -> Array:
 # ---- out ---------------------------------------------------------------------------------------
 
 
-def check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """Refuse an `out` that is not what the result needs."""
+def check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return a plain view of `out`; refuse one that is not what the result needs."""
     if not isinstance(out, np.ndarray) or isinstance(out, MaskedArray):
         refuse_kind("out", type(out).__name__, "a numpy.ndarray")
     if out.dtype != dtype:
@@ -115,10 +152,14 @@ def check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None
         refuse("out", f"shape {out.shape}", str(shape))
     if not out.flags.writeable:
         refuse("out", "a read-only array", "a writable one")
+    return out.view(np.ndarray)
 
 
-def check_overlap(out: Array, inputs: dict[str, Any]) -> None:
-    """Refuse an `out` that shares memory with itself or an input."""
+def check_overlap(out: Array, inputs: Mapping[str, Array | None]) -> None:
+    """Refuse an `out` that shares memory with itself or an input.
+
+    `inputs` are what the computation reads: what was copied beforehand does not count.
+    """
     # Every view that slicing and transposing can make passes: from the smallest stride to the
     # largest, a step goes beyond all that the steps before it can reach.
     reach = out.itemsize
@@ -128,7 +169,7 @@ def check_overlap(out: Array, inputs: dict[str, Any]) -> None:
                 refuse("out", f"strides {out.strides} that overlap", "elements of its own memory")
             reach += stride * (length - 1)
     for name, x in inputs.items():
-        if isinstance(x, np.ndarray) and _shares_memory(out, x):
+        if x is not None and _shares_memory(out, x):
             refuse("out", f"memory that it shares with {name}", "memory of its own")
 
 
@@ -142,7 +183,13 @@ def _shares_memory(a: Array, b: Array) -> bool:
 # ---- numbers -----------------------------------------------------------------------------------
 
 
+def _scalar(value: object) -> object:
+    """Return the element of an array without axes; all else as it is."""
+    return value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
+
+
 def flag(name: str, value: object) -> bool:
+    value = _scalar(value)
     if not isinstance(value, (bool, np.bool_)):
         refuse_kind(name, f"{value!r} ({type(value).__name__})", "True or False")
     return bool(value)
@@ -150,6 +197,7 @@ def flag(name: str, value: object) -> bool:
 
 def integer(name: str, value: object) -> int:
     """Return an int of Python; a bool is none."""
+    value = _scalar(value)
     if isinstance(value, (bool, np.bool_)):
         refuse_kind(name, repr(value), "an int")
     try:
@@ -175,6 +223,7 @@ def thread_count(name: str, value: object) -> int:
 
 def real(name: str, value: object) -> float:
     """Return a finite float."""
+    value = _scalar(value)
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (Real, np.number)):
         refuse_kind(name, f"{value!r} ({type(value).__name__})", "a real number")
     if isinstance(value, np.complexfloating):

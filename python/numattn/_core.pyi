@@ -5,8 +5,28 @@ from numpy.typing import NDArray
 from numattn._arguments import Arguments
 
 def attention_common(
-    q: object, k: object, v: object, is_causal: object, scale: object
-) -> NDArray[Any] | None: ...
+    q: object,
+    k: object,
+    v: object,
+    mask: object,
+    bias: object,
+    is_causal: object,
+    q_offset: object,
+    window: object,
+    scale: object,
+    softcap: object,
+    alibi_slopes: object,
+    sinks: object,
+    kv_lengths: object,
+    q_lengths: object,
+    layout: object,
+    return_lse: object,
+    out: object,
+    num_threads: object,
+    k_scale: object,
+    v_scale: object,
+    scales_are_finite: bool = False,
+) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]] | None: ...
 def attention(arguments: Arguments) -> None: ...
 def stage(arguments: Arguments, name: str, out: NDArray[Any]) -> None: ...
 def softmax(scores: NDArray[Any], mask: NDArray[Any] | None, out: NDArray[Any]) -> None: ...

@@ -7,14 +7,16 @@ import threading
 
 from cpython.exc cimport PyErr_Occurred
 from cpython.float cimport PyFloat_CheckExact
-from libc.math cimport isfinite, sqrt
-from libc.stdint cimport int64_t
+from libc.math cimport sqrt
+from libc.stdint cimport int32_t, int64_t
 from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 cimport numpy as cnp
 
-from . import _arguments
+import numpy as np
+
+from . import _arguments, _checks
 
 cnp.import_array()
 
@@ -82,6 +84,7 @@ cdef extern from "problem.h" namespace "numattn" nogil:
         int64_t pages_per_item, page_size
         const int64_t* q_offset
         const int64_t* kv_lengths
+        const int64_t* q_lengths
 
     cdef enum class Status:
         done
@@ -119,7 +122,7 @@ cdef extern from "row_operations.h" namespace "numattn" nogil:
 
 
 cdef extern from "runtime/cpu.h" namespace "numattn" nogil:
-    string cpp_cpu_name "numattn::cpu_name"()
+    string cpp_cpu_name "numattn::cpu_name"() except +
     int cpp_usable_cpus "numattn::usable_cpus"()
 
 
@@ -137,12 +140,13 @@ cdef extern from "runtime/dispatch.h" namespace "numattn" nogil:
         Probes probes
         cbool available
 
-    const vector[IsaLevel]& isa_levels()
+    const vector[IsaLevel]& isa_levels() except +
     const IsaLevel& active_level()
-    string cpp_set_isa "numattn::set_isa"(const string&)
+    string cpp_set_isa "numattn::set_isa"(const string&) except +
 
 
 cdef int64_t max_dim = _arguments.MAX_DIM
+cdef object _isfinite = np.isfinite
 cdef int default_num_threads = 1
 # Python runs signal handlers in this thread alone: others need not ask, and must not when the
 # interpreter is going away under them.
@@ -246,71 +250,7 @@ cdef inline bint _is_plain(object x, int number) noexcept:
     )
 
 
-def attention_common(object q, object k, object v, object is_causal, object scale):
-    """Compute the common call: arrays of one dtype with the same leading axes and nothing but
-    `is_causal` and `scale`. None where it is not that call, or has something wrong."""
-    cdef Problem problem
-    if not cnp.PyArray_CheckExact(q) or not _find_dtype(<cnp.ndarray>q, &problem.dtype):
-        return None
-    cdef int number = cnp.PyArray_TYPE(<cnp.ndarray>q)
-    if not (_is_plain(k, number) and _is_plain(v, number)):
-        return None
-    if is_causal is not True and is_causal is not False:
-        return None
-    cdef int ndim = cnp.PyArray_NDIM(<cnp.ndarray>q)
-    if (
-        ndim < 2
-        or cnp.PyArray_NDIM(<cnp.ndarray>k) != ndim
-        or cnp.PyArray_NDIM(<cnp.ndarray>v) != ndim
-    ):
-        return None
-    cdef const cnp.npy_intp* q_shape = cnp.PyArray_DIMS(<cnp.ndarray>q)
-    cdef const cnp.npy_intp* k_shape = cnp.PyArray_DIMS(<cnp.ndarray>k)
-    cdef const cnp.npy_intp* v_shape = cnp.PyArray_DIMS(<cnp.ndarray>v)
-    cdef cnp.npy_intp out_shape[64]
-    cdef int axis
-    problem.batch_axes = max(ndim - 3, 0)
-    for axis in range(problem.batch_axes):
-        if q_shape[axis] != k_shape[axis] or q_shape[axis] != v_shape[axis]:
-            return None
-        problem.batch_shape[axis] = q_shape[axis]
-    if ndim > 2:
-        problem.query_heads = q_shape[ndim - 3]
-        problem.kv_heads = k_shape[ndim - 3]
-        if problem.kv_heads != v_shape[ndim - 3] or problem.kv_heads < 1:
-            return None
-        if problem.query_heads % problem.kv_heads != 0:
-            return None
-    problem.query_length = q_shape[ndim - 2]
-    problem.key_length = k_shape[ndim - 2]
-    problem.head_dim = q_shape[ndim - 1]
-    problem.value_dim = v_shape[ndim - 1]
-    if (
-        problem.head_dim != k_shape[ndim - 1]
-        or problem.key_length != v_shape[ndim - 2]
-        or not 1 <= problem.head_dim <= max_dim
-        or not 1 <= problem.value_dim <= max_dim
-    ):
-        return None
-    if scale is None:
-        problem.options.scale = 1.0 / sqrt(<double>problem.head_dim)
-    elif PyFloat_CheckExact(scale) and isfinite(<double>scale) and abs(<double>scale) < 1e30:
-        problem.options.scale = <double>scale
-    else:
-        return None
-    if is_causal is True:
-        problem.options.window_right = 0
-
-    for axis in range(ndim - 1):
-        out_shape[axis] = q_shape[axis]
-    out_shape[ndim - 1] = problem.value_dim
-    cdef cnp.ndarray out = cnp.PyArray_EMPTY(ndim, out_shape, number, 0)
-    _fill(&problem.q, <cnp.ndarray>q, problem.batch_axes, True)
-    _fill(&problem.k, <cnp.ndarray>k, problem.batch_axes, True)
-    _fill(&problem.v, <cnp.ndarray>v, problem.batch_axes, True)
-    _fill(&problem.out, out, problem.batch_axes, True)
-    _run(problem, default_num_threads)
-    return out
+include "_common_call.pxi"
 
 
 cdef void _fill_pages(Array* to, cnp.ndarray x, int batch_axes, cbool has_columns) noexcept:
@@ -332,6 +272,7 @@ cdef int _describe(Problem* problem, object arguments) except -1:
     # They stay referenced until the computation is over.
     cdef object lse = arguments.lse, mask = arguments.mask, bias = arguments.bias
     cdef object q_offset = arguments.q_offset, kv_lengths = arguments.kv_lengths
+    cdef object q_lengths = arguments.q_lengths
     cdef object alibi_slopes = arguments.alibi_slopes, sinks = arguments.sinks
     cdef int ndim = cnp.PyArray_NDIM(q)
     cdef int axis
@@ -399,6 +340,8 @@ cdef int _describe(Problem* problem, object arguments) except -1:
         problem.q_offset = <const int64_t*>cnp.PyArray_DATA(<cnp.ndarray>q_offset)
     if kv_lengths is not None:
         problem.kv_lengths = <const int64_t*>cnp.PyArray_DATA(<cnp.ndarray>kv_lengths)
+    if q_lengths is not None:
+        problem.q_lengths = <const int64_t*>cnp.PyArray_DATA(<cnp.ndarray>q_lengths)
     if alibi_slopes is not None:
         problem.options.alibi_slopes = <const double*>cnp.PyArray_DATA(<cnp.ndarray>alibi_slopes)
     if sinks is not None:

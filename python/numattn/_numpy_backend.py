@@ -76,6 +76,7 @@ def _plain_problems(a: Arguments) -> Iterator[Arguments]:
                     k_scale=gathered(a.k_scale),
                     v_scale=gathered(a.v_scale),
                     q_offset=None if a.q_offset is None else a.q_offset[i],
+                    q_lengths=None if a.q_lengths is None else a.q_lengths[i],
                     kv_lengths=None,
                     block_table=None,
                 )
@@ -97,8 +98,8 @@ def stage(arguments: Arguments, name: str, out: Array) -> None:
     """Fill `out` with "logits" or "weights" (batch..., Hq, Lq, Lk), or with what keys have
     "received" (batch..., Hq, Lk)."""
     for problem in _plain_problems(arguments):
-        if name == "received":
-            out[...] = 0
+        if name == "received" or problem.q_lengths is not None:
+            out[...] = -np.inf if name == "logits" else 0
         for batch_item, kv_heads, rows in _blocks(problem):
             with np.errstate(all="ignore"):
                 _write_stage(problem, name, out[batch_item], batch_item, kv_heads, rows)
@@ -133,6 +134,10 @@ def _attention(arguments: Arguments) -> None:
     # NaN and infinity in the input are the user's business; overflow gives inf, as a cast would.
     with np.errstate(all="ignore"):
         if arguments.out is not None and arguments.out.size > 0:
+            if arguments.q_lengths is not None:  # what is not computed
+                arguments.out[...] = 0
+                if arguments.lse is not None:
+                    arguments.lse[...] = -np.inf
             for batch_item, kv_heads, rows in _blocks(arguments):
                 _attend(arguments, batch_item, kv_heads, rows)
 
@@ -147,13 +152,18 @@ def _blocks(a: Arguments) -> Iterator[tuple[tuple[int, ...], slice, slice]]:
     rows = max(1, min(query_length, _BLOCK_LOGITS // row_logits))
     heads = max(1, min(kv_heads, _BLOCK_LOGITS // (row_logits * rows)))
     for batch_item in np.ndindex(a.q.shape[:-3]):
+        queries = _queries(a, batch_item)
         for head in range(0, kv_heads, heads):
-            for row in range(0, query_length, rows):
+            for row in range(0, queries, rows):
                 yield (
                     batch_item,
                     slice(head, min(head + heads, kv_heads)),
-                    slice(row, min(row + rows, query_length)),
+                    slice(row, min(row + rows, queries)),
                 )
+
+
+def _queries(a: Arguments, batch_item: tuple[int, ...]) -> int:
+    return a.q.shape[-2] if a.q_lengths is None else int(a.q_lengths[batch_item])
 
 
 def _query_heads(a: Arguments, kv_heads: slice) -> slice:
@@ -174,7 +184,9 @@ def _masked_logits(
         return x.reshape(heads, x.shape[0] // heads, *x.shape[1:])
 
     valid = a.k.shape[-2] if a.kv_lengths is None else int(a.kv_lengths[batch_item])
-    offset = valid - a.q.shape[-2] if a.q_offset is None else int(a.q_offset[batch_item])
+    offset = valid - _queries(a, batch_item)
+    if a.q_offset is not None:
+        offset = int(a.q_offset[batch_item])
     first, last = offset + rows.start, offset + rows.stop - 1
     begin = min(max(first - a.window_left, 0), valid)
     keys = slice(begin, max(begin, min(last + a.window_right + 1, valid)))

@@ -18,7 +18,7 @@ def attention(
     q: Array, k: Array, v: Array, *, mask: Any = None, bias: Any = None, is_causal: bool = False,
     q_offset: Any = None, window: Any = None, scale: float | None = None,
     softcap: float | None = None, alibi_slopes: Any = None, sinks: Any = None,
-    kv_lengths: Any = None, layout: str = "bhld", dtype: Any = np.float64,
+    kv_lengths: Any = None, q_lengths: Any = None, layout: str = "bhld", dtype: Any = np.float64,
     matmul: Callable[..., Any] = np.matmul,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Return (out, lse). With another `dtype` it is the plain NumPy computation in that dtype."""
@@ -34,7 +34,9 @@ def attention(
     k = np.repeat(k, heads // kv_heads if kv_heads else 1, axis=-3)
     v = np.repeat(v, heads // kv_heads if kv_heads else 1, axis=-3)
     valid = np.broadcast_to(keys if kv_lengths is None else np.asarray(kv_lengths), batch)
-    offset = np.broadcast_to(valid - rows if q_offset is None else np.asarray(q_offset), batch)
+    queries = np.broadcast_to(rows if q_lengths is None else np.asarray(q_lengths), batch)
+    offset = np.broadcast_to(valid - queries if q_offset is None else np.asarray(q_offset), batch)
+    is_query = np.arange(rows)[:, None] < queries[..., None, None, None]  # (batch..., 1, Lq, 1)
     p = np.arange(rows)[:, None] + offset[..., None, None, None]  # (batch..., 1, Lq, 1)
     j = np.arange(keys)
 
@@ -42,7 +44,7 @@ def attention(
         s = matmul(q, k.swapaxes(-1, -2)) * dtype(1 / np.sqrt(dim) if scale is None else scale)
         if softcap is not None:
             s = dtype(softcap) * np.tanh(s / dtype(softcap))
-        attend = np.broadcast_to(j < valid[..., None, None, None], pairs)
+        attend = np.broadcast_to((j < valid[..., None, None, None]) & is_query, pairs)
         if bias is not None:
             bias = np.asarray(bias).astype(dtype)
             s = s + bias
@@ -60,7 +62,7 @@ def attention(
             attend = attend & (j <= p + right)
         s = np.where(attend, s, -np.inf)
         sink = np.full(heads, -np.inf) if sinks is None else np.asarray(sinks)
-        sink = np.broadcast_to(sink.astype(dtype)[:, None, None], (*batch, heads, rows, 1))
+        sink = np.where(is_query, sink.astype(dtype)[:, None, None], dtype(-np.inf))
         # The sink is a key without a value.
         m = np.concatenate([s, sink], axis=-1).max(axis=-1, keepdims=True)
         m = np.where(m == -np.inf, 0, m).astype(dtype)

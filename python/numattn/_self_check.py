@@ -73,7 +73,10 @@ def _problems(dtype: np.dtype[Any]) -> Iterator[tuple[list[Array], dict[str, Any
         return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
 
     yield arrays(200, 333, 64, 64), {}
-    yield arrays(131, 131, 40, 24), {"is_causal": True, "kv_lengths": [131, 50]}
+    yield (
+        arrays(131, 131, 40, 24),
+        {"is_causal": True, "kv_lengths": [131, 50], "q_lengths": [131, 60]},
+    )
     yield (
         arrays(90, 200, 33, 65),
         {
@@ -112,7 +115,7 @@ def _shares(level: str, dtype: np.dtype[Any]) -> Iterator[float]:
 def _compute(level: str, q: Array, k: Array, v: Array, options: dict[str, Any]) -> list[Array]:
     named: dict[str, Any] = dict.fromkeys(
         ("mask", "bias", "q_offset", "window", "scale", "softcap", "alibi_slopes", "sinks",
-         "kv_lengths", "out", "num_threads")
+         "kv_lengths", "q_lengths", "out", "num_threads")
     ) | {"is_causal": False, "layout": "bhld", "return_lse": True}  # fmt: skip
     arguments = _arguments.check(q, k, v, **(named | options))
     if level == "numpy":

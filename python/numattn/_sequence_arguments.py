@@ -10,6 +10,7 @@ from ._arguments import (
     MAX_POSITION,
     Arguments,
     check_options,
+    check_positions,
     check_scales,
     check_shapes,
     common_dtype,
@@ -51,7 +52,10 @@ def check_varlen(
     """Check the arguments of `attention_varlen`."""
     arrays = {name: as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
     dtype = common_dtype(arrays)
-    scales = [key_scales(name, arrays[name], x) for name, x in (("k", k_scale), ("v", v_scale))]
+    scales = {
+        f"{name}_scale": key_scales(name, arrays[name], x)
+        for name, x in (("k", k_scale), ("v", v_scale))
+    }
     for name, x in arrays.items():
         if x.ndim != 3:
             refuse(name, f"shape {x.shape}", "(total length, heads, dim)")
@@ -68,8 +72,8 @@ def check_varlen(
         out, flag("return_lse", return_lse), False, "blhd", dtype, (*q_.shape[:2], v_.shape[-1])
     )
     if out is not None:
-        check_overlap(out, dict(arrays, k_scale=k_scale, v_scale=v_scale))
-    for name, scale in zip(("k", "v"), scales, strict=True):
+        check_overlap(out, {**arrays, **scales})
+    for name, scale in scales.items():
         check_scales(name, scale, lambda: np.ones((), np.bool_))
     return Arguments(
         q=q_,
@@ -81,14 +85,19 @@ def check_varlen(
         bias=None,
         q_offset=ints_per_batch("q_offset", q_offset, batch, -MAX_POSITION, MAX_POSITION),
         kv_lengths=None,
+        q_lengths=None,
         **checked,
         result=result if out is None else out,
         result_lse=result_lse,
-        k_scale=None if scales[0] is None else scales[0].swapaxes(0, 1),
-        v_scale=None if scales[1] is None else scales[1].swapaxes(0, 1),
+        k_scale=_swapped(scales["k_scale"], 0, 1),
+        v_scale=_swapped(scales["v_scale"], 0, 1),
         query_starts=query_starts,
         key_starts=key_starts,
     )
+
+
+def _swapped(x: Array | None, a: int, b: int) -> Array | None:
+    return None if x is None else x.swapaxes(a, b)
 
 
 def _starts(name: str, starts: ArrayLike, total: int, what: str) -> NDArray[np.int64]:
@@ -123,6 +132,7 @@ def check_paged(
     k_scale: ArrayLike | None,
     v_scale: ArrayLike | None,
     q_offset: int | ArrayLike | None,
+    q_lengths: int | ArrayLike | None,
     layout: str,
     return_lse: bool,
     out: Array | None,
@@ -131,27 +141,28 @@ def check_paged(
     """Check the arguments of `attention_paged`."""
     check_layout(layout)
     given = {
-        "q": as_array("q", q),
-        "k": as_array("k_pages", k_pages),
-        "v": as_array("v_pages", v_pages),
+        name: as_array(name, x)
+        for name, x in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages))
     }
-    named = {"q": given["q"], "k_pages": given["k"], "v_pages": given["v"]}
     dtype = common_dtype(given)
-    scales = [key_scales(name, given[name], x) for name, x in (("k", k_scale), ("v", v_scale))]
+    scales = {
+        f"{name}_scale": key_scales(f"{name}_pages", given[f"{name}_pages"], x, f"{name}_scale")
+        for name, x in (("k", k_scale), ("v", v_scale))
+    }
     axes = "(B, heads, length, dim)" if layout == "bhld" else "(B, length, heads, dim)"
     for name, x in given.items():
         if x.ndim != 4:
             wanted = axes if name == "q" else "(pages, page_size, heads, dim)"
-            refuse(name if name == "q" else f"{name}_pages", f"shape {x.shape}", wanted)
+            refuse(name, f"shape {x.shape}", wanted)
     q_ = heads_first(given["q"], layout)
-    k_, v_ = (given[name].swapaxes(1, 2) for name in ("k", "v"))
-    pages, page_size = given["k"].shape[:2]
+    k_, v_ = (given[name].swapaxes(1, 2) for name in ("k_pages", "v_pages"))
+    pages, page_size = given["k_pages"].shape[:2]
     if page_size == 0:
-        refuse("k_pages", f"shape {given['k'].shape}", "pages of one key at least")
-    if given["v"].shape[:2] != (pages, page_size):
-        seen = "{} pages of {} keys".format(*given["v"].shape[:2])
+        refuse("k_pages", f"shape {given['k_pages'].shape}", "pages of one key at least")
+    if given["v_pages"].shape[:2] != (pages, page_size):
+        seen = "{} pages of {} keys".format(*given["v_pages"].shape[:2])
         refuse("v_pages", seen, f"{pages} of {page_size} as in k_pages")
-    check_shapes(q_, k_, v_, named)
+    check_shapes(q_, k_, v_, given)
     batch = q_.shape[:1]
 
     table = snapshot("block_table", block_table)
@@ -171,11 +182,12 @@ def check_paged(
         refuse("block_table", f"{table[where]} at {where}", f"0 to {pages - 1}")
 
     checked = check_options(dtype, q_.shape[1], q_.shape[-1], **options)
+    check_positions(q_.shape[2], kv_lengths, q_offset, q_lengths, checked)
     result, result_lse = outputs(
         out, flag("return_lse", return_lse), False, layout, dtype, (*q_.shape[:3], v_.shape[-1])
     )
     if out is not None:
-        check_overlap(out, named | {"k_scale": k_scale, "v_scale": v_scale})
+        check_overlap(out, {**given, **scales})
 
     def pages_read() -> Array:
         read = np.zeros((pages, page_size, 1), np.bool_)
@@ -186,7 +198,7 @@ def check_paged(
                 read[row[whole], :rest] = True
         return read
 
-    for name, scale in zip(("k", "v"), scales, strict=True):
+    for name, scale in scales.items():
         check_scales(name, scale, pages_read)
     return Arguments(
         q=q_,
@@ -198,10 +210,11 @@ def check_paged(
         bias=None,
         q_offset=ints_per_batch("q_offset", q_offset, batch, -MAX_POSITION, MAX_POSITION),
         kv_lengths=lengths,
+        q_lengths=ints_per_batch("q_lengths", q_lengths, batch, 0, q_.shape[2]),
         **checked,
         result=result if out is None else out,
         result_lse=result_lse,
-        k_scale=None if scales[0] is None else scales[0].swapaxes(1, 2),
-        v_scale=None if scales[1] is None else scales[1].swapaxes(1, 2),
+        k_scale=_swapped(scales["k_scale"], 1, 2),
+        v_scale=_swapped(scales["v_scale"], 1, 2),
         block_table=numbers,
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import _sequence_arguments
 from ._attention import compute
+from ._checks import refuse_unknown
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -30,6 +31,7 @@ def attention_varlen(
     num_threads: int | None = None,
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
+    **unknown: Any,
 ) -> Any:
     """Attention of sequences of different lengths that stand behind each other, without padding.
 
@@ -85,6 +87,8 @@ def attention_varlen(
     >>> bool(np.array_equal(out[3:], second))
     True
     """
+    if unknown:
+        refuse_unknown("attention_varlen", unknown)
     return compute(
         _sequence_arguments.check_varlen(
             q, k, v, cu_seqlens_q, cu_seqlens_k, k_scale, v_scale, q_offset, return_lse, out,
@@ -108,12 +112,14 @@ def attention_paged(
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    q_lengths: int | ArrayLike | None = None,
     layout: Literal["bhld", "blhd"] = "bhld",
     return_lse: bool = False,
     out: NDArray[Any] | None = None,
     num_threads: int | None = None,
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
+    **unknown: Any,
 ) -> Any:
     """Attention to keys and values that lie in pages, which sequences may share.
 
@@ -132,8 +138,9 @@ def attention_paged(
         For each batch item its pages in order. Numbers behind the valid keys are not looked at.
     kv_lengths : int or array_like of int, shape (B,)
         How many keys of each batch item are valid.
-    is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, return_lse, num_threads
-        As in `attention`.
+    is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, q_lengths, return_lse, \
+num_threads
+        As in `attention`: where positions matter, several queries need `q_lengths` or `q_offset`.
     layout : {"bhld", "blhd"}, default "bhld"
         Of `q` and the result.
     out : ndarray, optional
@@ -177,10 +184,12 @@ def attention_paged(
     >>> bool(np.allclose(out[0, 0], na.attention(q[0, 0], k, k), atol=1e-6))
     True
     """
+    if unknown:
+        refuse_unknown("attention_paged", unknown)
     return compute(
         _sequence_arguments.check_paged(
-            q, k_pages, v_pages, block_table, kv_lengths, k_scale, v_scale, q_offset, layout,
-            return_lse, out, is_causal=is_causal, window=window, scale=scale, softcap=softcap,
-            alibi_slopes=alibi_slopes, sinks=sinks, num_threads=num_threads,
+            q, k_pages, v_pages, block_table, kv_lengths, k_scale, v_scale, q_offset, q_lengths,
+            layout, return_lse, out, is_causal=is_causal, window=window, scale=scale,
+            softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, num_threads=num_threads,
         )
     )  # fmt: skip

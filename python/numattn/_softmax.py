@@ -73,15 +73,7 @@ def masked_softmax(
     axis = integer("axis", axis)
     if not -x.ndim <= axis < x.ndim:
         refuse("axis", str(axis), f"an axis of scores, whose shape is {x.shape}")
-    if out is None:
-        out = np.empty(x.shape, x.dtype)
-    else:
-        check_out(out, x.shape, x.dtype)
-        if out is not x and not same_elements(out, x):
-            check_overlap(out, {"scores": x, "mask": mask})
-    # The kernel takes rows side by side.
-    rows = np.ascontiguousarray(np.moveaxis(x, axis, -1))
-    kept = None
+    m = None
     if mask is not None:
         m = as_array("mask", mask)
         if m.dtype != np.bool_:
@@ -90,7 +82,15 @@ def masked_softmax(
             m = np.broadcast_to(m, x.shape)
         except ValueError:
             refuse("mask", f"shape {m.shape}", f"what broadcasts to scores' shape {x.shape}")
-        kept = np.ascontiguousarray(np.moveaxis(m, axis, -1))
+    if out is None:
+        out = np.empty(x.shape, x.dtype)
+    else:
+        check_out(out, x.shape, x.dtype)
+        if out is not x and not same_elements(out, x):
+            check_overlap(out, {"scores": x, "mask": m})
+    # The kernel takes rows side by side.
+    rows = np.ascontiguousarray(np.moveaxis(x, axis, -1))
+    kept = None if m is None else np.ascontiguousarray(np.moveaxis(m, axis, -1))
     to = np.moveaxis(out, axis, -1)
     in_place = to.flags.c_contiguous and to.flags.aligned and to.dtype.isnative
     result = to if in_place else np.empty(to.shape, x.dtype)

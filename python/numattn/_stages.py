@@ -16,6 +16,7 @@ from ._checks import (
     heads_first,
     refuse,
     refuse_kind,
+    refuse_unknown,
     snapshot,
 )
 
@@ -40,9 +41,11 @@ def qk_scores(
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     kv_lengths: int | ArrayLike | None = None,
+    q_lengths: int | ArrayLike | None = None,
     layout: Literal["bhld", "blhd"] = "bhld",
     num_threads: int | None = None,
     k_scale: ArrayLike | None = None,
+    **unknown: Any,
 ) -> Array:
     """Compute the logits of attention: scaled dot products after softcap, bias and masks.
 
@@ -80,9 +83,11 @@ def qk_scores(
            [  0.,   2., -inf],
            [  0.,   0.,   2.]], dtype=float32)
     """
+    if unknown:
+        refuse_unknown("qk_scores", unknown)
     arguments, one_head = _check(
         q, k, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, None,
-        kv_lengths, layout, num_threads, k_scale,
+        kv_lengths, q_lengths, layout, num_threads, k_scale,
     )  # fmt: skip
     out = np.empty(_pairs(arguments), _precision(arguments.q))
     _runtime.computations.stage(arguments, "logits", out)
@@ -192,9 +197,11 @@ def attention_weights(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     kv_lengths: int | ArrayLike | None = None,
+    q_lengths: int | ArrayLike | None = None,
     layout: Literal["bhld", "blhd"] = "bhld",
     num_threads: int | None = None,
     k_scale: ArrayLike | None = None,
+    **unknown: Any,
 ) -> Array:
     """Compute the attention pattern: the weight that each query gives to each key.
 
@@ -231,9 +238,11 @@ def attention_weights(
     >>> na.attention_weights(q, k, rows=-1, is_causal=True).shape  # what the last token looks at
     (8, 1, 1000)
     """
+    if unknown:
+        refuse_unknown("attention_weights", unknown)
     arguments, one_head = _check(
         q, k, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
-        kv_lengths, layout, num_threads, k_scale,
+        kv_lengths, q_lengths, layout, num_threads, k_scale,
     )  # fmt: skip
     *leading, query_length, key_length = _pairs(arguments)
     wanted = np.arange(query_length) if rows is None else _rows(rows, query_length)
@@ -262,9 +271,11 @@ def attention_received(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     kv_lengths: int | ArrayLike | None = None,
+    q_lengths: int | ArrayLike | None = None,
     layout: Literal["bhld", "blhd"] = "bhld",
     num_threads: int | None = None,
     k_scale: ArrayLike | None = None,
+    **unknown: Any,
 ) -> Array:
     """Add up, for each key, the weights that it gets from all queries.
 
@@ -306,9 +317,11 @@ def attention_received(
     >>> received.shape, bool(np.allclose(received.sum(axis=-1), 1000))
     ((8, 1000), True)
     """
+    if unknown:
+        refuse_unknown("attention_received", unknown)
     arguments, one_head = _check(
         q, k, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
-        kv_lengths, layout, num_threads, k_scale,
+        kv_lengths, q_lengths, layout, num_threads, k_scale,
     )  # fmt: skip
     *leading, _, key_length = _pairs(arguments)
     out = np.zeros((*leading, key_length), _precision(arguments.q))
@@ -318,14 +331,14 @@ def attention_received(
 
 def _check(
     q: ArrayLike, k: ArrayLike, mask: Any, bias: Any, is_causal: Any, q_offset: Any, window: Any,
-    scale: Any, softcap: Any, alibi_slopes: Any, sinks: Any, kv_lengths: Any, layout: Any,
-    num_threads: Any, k_scale: Any,
+    scale: Any, softcap: Any, alibi_slopes: Any, sinks: Any, kv_lengths: Any, q_lengths: Any,
+    layout: Any, num_threads: Any, k_scale: Any,
 ) -> tuple[_arguments.Arguments, bool]:  # fmt: skip
     """Return the arguments of a stage without values, and whether it is one head."""
     q_, k_ = as_array("q", q), as_array("k", k)
     arguments = _arguments.check(
         q_, k_, None, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
-        kv_lengths, layout, False, None, num_threads, k_scale,
+        kv_lengths, q_lengths, layout, False, None, num_threads, k_scale,
     )  # fmt: skip
     return arguments, q_.ndim == k_.ndim == 2
 
@@ -360,10 +373,10 @@ def _runs(rows: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
 
 
 def _knows_positions(a: _arguments.Arguments) -> bool:
-    """Whether the positions of queries matter."""
+    """Whether it matters which query a row is."""
     no_limit = _arguments.UNBOUNDED
     limited = a.window_left != no_limit or a.window_right != no_limit
-    return limited or a.alibi_slopes is not None
+    return limited or a.alibi_slopes is not None or a.q_lengths is not None
 
 
 def _with_rows(a: _arguments.Arguments, rows: slice | NDArray[np.int64]) -> _arguments.Arguments:
@@ -383,8 +396,11 @@ def _some_rows(a: _arguments.Arguments, first: int, count: int) -> _arguments.Ar
     offset = a.q_offset
     if offset is None:
         valid = key_length if a.kv_lengths is None else a.kv_lengths
-        offset = np.broadcast_to(np.int64(valid) - query_length, a.q.shape[:-3])
+        queries = query_length if a.q_lengths is None else a.q_lengths
+        offset = np.broadcast_to(np.int64(valid) - queries, a.q.shape[:-3])
+    lengths = None if a.q_lengths is None else np.clip(a.q_lengths - first, 0, count)
     return replace(
         _with_rows(a, rows),
         q_offset=np.asarray(offset + first, np.int64, order="C"),  # also without axes
+        q_lengths=None if lengths is None else np.asarray(lengths, np.int64, order="C"),
     )

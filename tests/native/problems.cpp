@@ -220,9 +220,11 @@ void RandomProblem::draw_options() {
   for (int64_t b = 0; b < batch_; ++b) {
     kv_lengths_.push_back(below(problem.key_length + 1));
     q_offset_.push_back(below(2 * problem.key_length) - problem.key_length / 2);
+    q_lengths_.push_back(below(problem.query_length + 1));
   }
   if (sometimes(0.3)) problem.kv_lengths = kv_lengths_.data();
   if (sometimes(0.3)) problem.q_offset = q_offset_.data();
+  if (sometimes(0.3)) problem.q_lengths = q_lengths_.data();
 }
 
 // Lengths of each sequence; query_length and key_length become the rows of all of them.
@@ -242,6 +244,7 @@ void RandomProblem::draw_ragged() {
   problem.query_length = query_starts_.back();
   problem.key_length = key_starts_.back();
   problem.kv_lengths = nullptr;
+  problem.q_lengths = nullptr;
   q_offset_.clear();
   for (int64_t b = 0; b < batch_; ++b) q_offset_.push_back(below(100) - 30);
   if (problem.q_offset) problem.q_offset = q_offset_.data();
@@ -368,6 +371,7 @@ void RandomProblem::describe() {
   for (const auto& [name, is_there] : {std::pair{"alibi", problem.options.alibi_slopes != nullptr},
                                        {"sinks", problem.options.sinks != nullptr},
                                        {"kv_lengths", problem.kv_lengths != nullptr},
+                                       {"q_lengths", problem.q_lengths != nullptr},
                                        {"ragged", problem.query_starts != nullptr},
                                        {"q_offset", problem.q_offset != nullptr},
                                        {"mask", problem.options.mask.data != nullptr},
@@ -408,10 +412,11 @@ int64_t RandomProblem::keys(int64_t b) const {
 
 std::vector<double> RandomProblem::logits(int64_t b, int64_t h, int64_t i) const {
   const int64_t valid = keys(b);
-  const int64_t p = i + (problem.q_offset ? problem.q_offset[b] : valid - queries(b));
+  const int64_t valid_queries = problem.q_lengths ? problem.q_lengths[b] : queries(b);
+  const int64_t p = i + (problem.q_offset ? problem.q_offset[b] : valid - valid_queries);
   const int64_t rows = problem.key_starts ? valid : problem.key_length;
   std::vector<double> result(static_cast<size_t>(rows), -kInfinity);
-  for (int64_t j = 0; j < valid; ++j) {
+  for (int64_t j = 0; j < valid && i < valid_queries; ++j) {
     const bool attends = j >= p - problem.options.window_left &&
                          j <= p + problem.options.window_right &&
                          (!problem.options.mask.data || mask_.value(b, h, i, j) != 0);
@@ -448,7 +453,9 @@ double RandomProblem::error_share() const {
       std::vector<double> received(static_cast<size_t>(problem.key_length), 0);
       for (int64_t i = 0; i < queries(b); ++i) {
         const std::vector<double> s = logits(b, h, i);
-        const double sink = problem.options.sinks ? sinks_[static_cast<size_t>(h)] : -kInfinity;
+        const bool is_valid = !problem.q_lengths || i < problem.q_lengths[b];
+        const double sink =
+            problem.options.sinks && is_valid ? sinks_[static_cast<size_t>(h)] : -kInfinity;
         const double maximum = std::max(s.empty() ? -kInfinity : largest_of(s), sink);
         const double base = std::isinf(maximum) ? 0 : maximum;
         double sum = std::exp(sink - base);

@@ -83,6 +83,6 @@ class RandomProblem {
   Kind kind_, k_kind_, v_kind_, precision_;
   int64_t batch_, group_, page_size_ = 0;
   Tensor q_, k_, v_, k_scales_, v_scales_, mask_, bias_, out_, lse_, maximum_, sum_;
-  std::vector<int64_t> q_offset_, kv_lengths_, block_table_, query_starts_, key_starts_;
+  std::vector<int64_t> q_offset_, kv_lengths_, q_lengths_, block_table_, query_starts_, key_starts_;
   std::vector<double> slopes_, sinks_;
 };

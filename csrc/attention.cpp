@@ -8,6 +8,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "plan/fewer_axes.h"
 #include "plan/index.h"
 #include "plan/plan.h"
 #include "problem.h"
@@ -77,13 +78,22 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
   WorkItem item = computation.plan.item(number);
   Task& task = item.task;
   const int64_t rows = task.heads * task.queries;
-  const int64_t scratch_bytes =
-      task.stage != Stage::attention ? kernels.stage_scratch_bytes(task.head_dim)
-      : item.is_decode
-          ? kernels.decode_scratch_bytes(task.kv_heads, rows, task.head_dim, task.value_dim)
-          : kernels.prefill_scratch_bytes(rows, task.head_dim, task.value_dim);
-  const int64_t state_bytes =
-      item.is_decode && item.chunks == 1 ? kernels.decode_state_bytes(rows, task.value_dim) : 0;
+  const int64_t scratch_bytes = [&] {
+    switch (item.driver) {
+      case Driver::prefill:
+        return kernels.prefill_scratch_bytes(rows, task.head_dim, task.value_dim);
+      case Driver::decode:
+        return kernels.decode_scratch_bytes(task.kv_heads, rows, task.head_dim, task.value_dim);
+      case Driver::small_heads:
+        return kernels.small_scratch_bytes(task.head_dim, task.value_dim);
+      case Driver::stage:
+        break;
+    }
+    return kernels.stage_scratch_bytes(task.head_dim);
+  }();
+  const int64_t state_bytes = item.driver == Driver::decode && item.chunks == 1
+                                  ? kernels.decode_state_bytes(rows, task.value_dim)
+                                  : 0;
   const ThreadScratch scratch(scratch_bytes + task.kv_heads * state_bytes);
   if (!scratch.data()) {
     computation.out_of_memory.store(true, std::memory_order_relaxed);
@@ -92,8 +102,16 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
   task.scratch = scratch.data();
   task.should_stop = stop_requested;
   task.stop_context = &stop;
-  if (task.stage != Stage::attention) return kernels.run_stage(task);
-  if (!item.is_decode) return kernels.prefill(task);
+  switch (item.driver) {
+    case Driver::prefill:
+      return kernels.prefill(task);
+    case Driver::small_heads:
+      return kernels.attend_small(task);
+    case Driver::stage:
+      return kernels.run_stage(task);
+    case Driver::decode:
+      break;
+  }
   return decode(computation, item, static_cast<char*>(scratch.data()) + scratch_bytes, state_bytes);
 }
 
@@ -144,8 +162,7 @@ void fill_padding(const Problem& problem) {
 Status attention_of_some(const Problem& problem, const Execution& execution) {
   const DtypeKernels& kernels = active_level().kernels.of(problem.dtype);
   std::optional<BlockKinds> block_kinds;
-  if (problem.options.mask.data && problem.stage == Stage::attention &&
-      !Plan::is_decoded(problem, kernels, problem.query_length)) {
+  if (problem.options.mask.data && !Plan::has_no_prefill(problem, kernels)) {
     block_kinds.emplace(problem, kernels);
     if (!classify_mask(problem, execution, *block_kinds)) return Status::interrupted;
   }
@@ -174,7 +191,8 @@ Status attention(const Problem& problem, const Execution& execution) try {
   if (problem.q_lengths && problem.out.data && problem.stage != Stage::received) {
     fill_padding(problem);
   }
-  return attention_of_some(problem, execution);
+  return problem.batch_axes == 0 ? attention_of_some(problem, execution)
+                                 : attention_of_some(with_fewer_axes(problem), execution);
 } catch (const std::bad_alloc&) {
   return Status::out_of_memory;
 } catch (const std::length_error&) {

@@ -94,14 +94,15 @@ struct Decode {
           multiply_lanes<kWidth>(head, scratch, keys.first + key, count,
                                  task.kv_heads > 1 ? 0 : keys_ahead(task.k, 1), logits);
         } else {
-          with_rows<Element>(task.k, keys.k_rows + key, i * task.k.rows.head_stride, count,
-                             scratch.copies, [&]<class Type>(const char* const* k, Stored<Type>) {
-                               for_rows(rows, [&](int64_t row, auto together) {
-                                 qk_rows<QkUnits, Type, together.value>(
-                                     k, count, fetch, head.queries + row * task.head_dim,
-                                     task.head_dim, kWidth, logits + row);
-                               });
-                             });
+          with_rows<Vectors, Element>(task.k, keys.k_rows + key, i * task.k.rows.head_stride, count,
+                                      scratch.copies,
+                                      [&]<class Type>(const char* const* k, Stored<Type>) {
+                                        for_rows(rows, [&](int64_t row, auto together) {
+                                          qk_rows<QkUnits, Type, together.value>(
+                                              k, count, fetch, head.queries + row * task.head_dim,
+                                              task.head_dim, kWidth, logits + row);
+                                        });
+                                      });
         }
       }
     });
@@ -128,8 +129,9 @@ struct Decode {
     }
     for (int lane = Map::kWidth; lane < Map::kLanes; ++lane)
       highest[lane] = highest[Map::row(lane)];
-    add_block<ScalarUnits<Vectors>, Map::kVectors>(logits, steps, softmax_scale(head.task), highest,
-                                                   head.state, head.rescale);
+    add_block<ScalarUnits<Vectors>, Map::kVectors>(logits, steps, softmax_scale(head.task),
+                                                   head.task.weight_exponent, highest, head.state,
+                                                   head.rescale);
     if (head.task.v.scales.data) scale_keys<Map>(head.task.v, keys, logits);
     if constexpr (ValueUnits::kElements > 1) {
       static_assert(ValueUnits::kElements == 2);
@@ -170,16 +172,16 @@ struct Decode {
         const auto* const weights =
             reinterpret_cast<const ValueUnit*>(head.logits) + key / kPerUnit * width;
         const Scalar* const rescale = key < kKeysPerSum ? head.rescale : ones;
-        with_rows<Element>(task.v, keys.v_rows + key, i * task.v.rows.head_stride, count,
-                           scratch.copies, [&]<class Type>(const char* const* v, Stored<Type>) {
-                             for_rows(rows, [&](int64_t row, auto together) {
-                               aggregate_rows<ValueUnits, Type, together.value>(
-                                   v, count, fetch, weights + row, width,
-                                   attended ? attended + key : nullptr, row, task.value_dim,
-                                   rescale + row, {head.sums + row * task.value_dim, begins, ends},
-                                   head.state.output + row * task.value_dim);
-                             });
-                           });
+        with_rows<Vectors, Element>(
+            task.v, keys.v_rows + key, i * task.v.rows.head_stride, count, scratch.copies,
+            [&]<class Type>(const char* const* v, Stored<Type>) {
+              for_rows(rows, [&](int64_t row, auto together) {
+                aggregate_rows<ValueUnits, Type, together.value>(
+                    v, count, fetch, weights + row, width, attended ? attended + key : nullptr, row,
+                    task.value_dim, rescale + row, {head.sums + row * task.value_dim, begins, ends},
+                    head.state.output + row * task.value_dim);
+              });
+            });
       }
     });
   }
@@ -227,8 +229,8 @@ struct Decode {
 
     const TileKeys& all = task.tile_keys[0];
     if (all.begin >= all.end) return true;
-    find_rows(task.k, all.begin, all.end, scratch.k_rows);
-    find_rows(task.v, all.begin, all.end, scratch.v_rows);
+    find_rows(task.k, task.kv_heads, all.begin, all.end, scratch.k_rows);
+    find_rows(task.v, task.kv_heads, all.begin, all.end, scratch.v_rows);
     for (int64_t first = all.begin, end; first < all.end; first = end) {
       if (task.should_stop(task.stop_context)) return false;
       const int64_t block_end = (first / kKeysPerDecodeBlock + 1) * kKeysPerDecodeBlock;
@@ -239,6 +241,18 @@ struct Decode {
                       scratch.v_rows + (first - all.begin)};
       with_power_of_two<kMaxRows>(width_of_rows(rows),
                                   [&](auto width) { attend<width.value>(task, scratch, keys); });
+    }
+    uint64_t overflowed = 0;  // a bit for each head
+    for (int64_t i = 0; i < task.kv_heads; ++i) {
+      const auto& state = scratch.heads[i].state;
+      state.find_largest(rows, task.value_dim);
+      if (!(*state.largest < __builtin_inff())) overflowed |= uint64_t{1} << i;
+    }
+    for (int64_t i = 0; task.weight_exponent == 0 && overflowed >> i != 0; ++i) {
+      if ((overflowed >> i & 1) == 0) continue;
+      Task again = task_of_head(task, i);
+      again.weight_exponent = exponent_for(all.end - all.begin);
+      if (!run(again)) return false;
     }
     return true;
   }

@@ -44,7 +44,7 @@ struct DecodeScratch {
       task = of_head;
       const QueryRows rows = rows_of(task);
       state = State::at(task.state, rows.count(), task.value_dim);
-      state.clear(rows.count(), task.value_dim);
+      state.clear(rows.count(), task.value_dim, task.weight_exponent);
       const int64_t stride = task.q.column_stride;
       const auto sign = Vectors::set(static_cast<Scalar>(query_sign(task)));
       for (int64_t row = 0; row < rows.count(); ++row) {

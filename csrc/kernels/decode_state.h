@@ -54,11 +54,15 @@ struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
   using Scalar = typename Vectors::Scalar;
   using Vec = typename Vectors::Vec;
 
-  Scalar* output;  // [row][d], not yet divided by the sum
+  Scalar* output;     // [row][d], not yet divided by the sum
+  Scalar* largest;    // [1], of the output's sizes, or infinity if it is not finite
+  int64_t* exponent;  // [1], of the weights (softmax/overflow.h)
 
   static DecodeState lay_out(Arena& arena, int64_t rows, int64_t value_dim) {
     DecodeState state;
     arena.take(state.output, rows * value_dim);
+    arena.take(state.largest, 1);
+    arena.take(state.exponent, 1);
     arena.take(state.maximum, lanes_of_rows<Vectors>(rows));
     arena.take(state.sum, lanes_of_rows<Vectors>(rows));
     return state;
@@ -74,9 +78,27 @@ struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
   }
 
   // Sinks are added when the chunks are merged.
-  void clear(int64_t rows, int64_t value_dim) const {
+  void clear(int64_t rows, int64_t value_dim, int64_t weight_exponent) const {
     for (int64_t i = 0; i < rows * value_dim; ++i) output[i] = 0;
-    this->begin(lanes_of_rows<Vectors>(rows), -__builtin_inf());
+    *largest = 0;
+    *exponent = weight_exponent;
+    this->begin(lanes_of_rows<Vectors>(rows), -__builtin_inf(), 0);
+  }
+
+  // When all keys of the chunk are in.
+  void find_largest(int64_t rows, int64_t value_dim) const {
+    FiniteCheck<Vectors> check;
+    Vec most = Vectors::zero();
+    for (int64_t i = 0; i < rows * value_dim; i += Vectors::kLanes) {
+      const Vec x = load_up_to<Vectors>(output + i, rows * value_dim - i);
+      check.add(x);
+      most = Vectors::max(Vectors::abs(x), most);
+    }
+    Scalar lanes[Vectors::kLanes];
+    Vectors::store(lanes, most);
+    *largest = 0;
+    for (const Scalar x : lanes) *largest = x > *largest ? x : *largest;
+    if (!check.all_finite()) *largest = static_cast<Scalar>(__builtin_inf());
   }
 
   // Merges the states of a task's chunks, which lie `bytes` apart, and writes out and lse. The
@@ -102,17 +124,20 @@ struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
       const Scalar here = state_of(chunk).maximum[row];
       if (here > maximum || here != here) maximum = here;
     }
+    const int64_t exponent = exponent_of_total(chunks, state_of);
     const Vec base = softmax_base_of<Vectors>(maximum);
     const Vec scale = softmax_factor<Vectors>(softmax_scale(task));
-    const auto weight = [&](Scalar of) {
-      return softmax_weight<Vectors>(Vectors::set(of), base, scale);
+    const auto weight = [&](Scalar of, int64_t power) {
+      const Vec difference = Vectors::sub(Vectors::set(of), base);
+      return exp2<Vectors>(
+          Vectors::fma(difference, scale, Vectors::set(static_cast<Scalar>(power))));
     };
 
     Scalar* const total = state_of(0).output + row * task.value_dim;
-    Scalar sum = is_minus_infinity(sink) ? Scalar{0} : first_lane(weight(sink));
+    Scalar sum = is_minus_infinity(sink) ? Scalar{0} : first_lane(weight(sink, exponent));
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const DecodeState state = state_of(chunk);
-      const Vec factor = weight(state.maximum[row]);
+      const Vec factor = weight(state.maximum[row], exponent - *state.exponent);
       Scalar of_chunk = 0;
       for (int64_t lane = row; lane < lanes_of_rows<Vectors>(rows); lane += width_of_rows(rows)) {
         of_chunk += state.sum[lane];
@@ -126,11 +151,28 @@ struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
         store_up_to<Vectors>(total + d, Vectors::fma(added, factor, before), left);
       }
     }
-    write_row(task, row, total, maximum, sum);
+    write_row(task, row, total, maximum, sum, exponent);
+  }
+
+  // 0, unless the chunks' outputs, or their sum, are too large for the weights that they were made
+  // with.
+  template <class StateOf>
+  static int64_t exponent_of_total(int64_t chunks, StateOf state_of) {
+    constexpr auto kLargest =
+        static_cast<Scalar>(sizeof(Scalar) == sizeof(double) ? __DBL_MAX__ : __FLT_MAX__);
+    Scalar largest = 0;
+    int64_t exponent = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const DecodeState state = state_of(chunk);
+      if (*state.largest > largest) largest = *state.largest;
+      if (*state.exponent < exponent) exponent = *state.exponent;
+    }
+    if (exponent == 0 && largest < kLargest / static_cast<Scalar>(2 * chunks)) return 0;
+    return exponent + exponent_for(chunks);
   }
 
   static void write_row(const Task& task, int64_t row, const Scalar* total, Scalar maximum,
-                        Scalar sum) {
+                        Scalar sum, int64_t exponent) {
     const int64_t head = rows_of(task).head(row);
     const int64_t query = rows_of(task).query(row);
     const Vec factor = Vectors::set(softmax_share(sum));
@@ -138,12 +180,14 @@ struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
     char* const out = task.out.data + head * task.out.head_stride + query * task.out.row_stride;
     for (int64_t d = 0; d < task.value_dim; d += Vectors::kLanes) {
       const int64_t left = task.value_dim - d;
-      store_elements<Vectors, Element>(out + d * stride, stride,
-                                       Vectors::mul(load_up_to<Vectors>(total + d, left), factor),
-                                       left < Vectors::kLanes ? left : Vectors::kLanes);
+      const Vec sums = load_up_to<Vectors>(total + d, left);
+      store_elements<Vectors, Element>(
+          out + d * stride, stride,
+          exponent == 0 ? Vectors::mul(sums, factor) : finite_product<Vectors>(sums, factor),
+          left < Vectors::kLanes ? left : Vectors::kLanes);
     }
     if (!task.lse.data) return;
-    const Scalar lse = log_sum_exp(maximum, sum, softmax_scale(task));
+    const Scalar lse = log_sum_exp(maximum, sum, softmax_scale(task), exponent);
     __builtin_memcpy(task.lse.data + head * task.lse.head_stride + query * task.lse.row_stride,
                      &lse, sizeof(lse));
   }

@@ -7,6 +7,7 @@
 #include "kernels/prefill.h"
 #include "kernels/rows.h"
 #include "kernels/simd/arithmetic.h"
+#include "kernels/small_heads.h"
 #include "kernels/stages.h"
 #include "kernels/table.h"
 
@@ -21,6 +22,7 @@ constexpr DtypeKernels kernels_for() {
   using Vectors = typename Arithmetic::Vectors;
   using OfTiles = Prefill<Arithmetic, Element>;
   using OfRows = Decode<Arithmetic, Element>;
+  using OfSmall = SmallHeads<Vectors, Element>;
   using OfStages = Stages<Arithmetic, Element>;
   return {
       .queries_per_tile = OfTiles::kQueriesPerTile,
@@ -34,6 +36,10 @@ constexpr DtypeKernels kernels_for() {
       .decode_state_bytes = OfRows::Scratch::State::bytes,
       .decode = OfRows::run,
       .decode_finish = OfRows::Scratch::State::finish,
+      .max_small_queries = OfSmall::kMaxQueries,
+      .max_small_keys = OfSmall::kMaxKeys,
+      .small_scratch_bytes = OfSmall::scratch_bytes,
+      .attend_small = OfSmall::run,
       .stage_scratch_bytes = OfStages::scratch_bytes,
       .run_stage = OfStages::run,
       .softmax_rows = Rows<Vectors, Element>::softmax,

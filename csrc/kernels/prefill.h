@@ -180,7 +180,8 @@ struct Prefill {
       find_highest<Vectors, kVectors>(scratch.logits, keys.count, scratch.highest);
     }
     add_block<ValueUnits, kVectors>(scratch.logits, keys.count, softmax_scale(task),
-                                    scratch.highest, tile.chunk, scratch.rescale);
+                                    task.weight_exponent, scratch.highest, tile.chunk,
+                                    scratch.rescale);
 
     const ValueOperands<ValueUnits> values{keys.v.data, keys.v.stride,
                                            reinterpret_cast<const ValueUnit*>(scratch.logits),
@@ -284,6 +285,22 @@ struct Prefill {
     }
   }
 
+  // The same for one of its tiles.
+  static Task task_of_tile(const Task& task, const Tile& tile, int t) {
+    Task alone = task;
+    const int64_t first = tile.rows.first_query;
+    Options& options = alone.options;
+    View* const views[] = {&alone.q, &alone.out, &alone.lse, &options.mask, &options.bias};
+    for (View* const view : views) {
+      if (view->data) view->data += first * view->row_stride;
+    }
+    alone.queries = tile.rows.queries;
+    alone.first_position += first;
+    alone.tile_keys[0] = task.tile_keys[t];
+    if (task.block_kinds) alone.block_kinds += t * task.block_kinds_stride;
+    return alone;
+  }
+
   static bool run(const Task& task) {
     const Scratch scratch = lay_out(task.scratch, task.queries, task.head_dim, task.value_dim);
     int64_t begin_key = INT64_MAX;
@@ -311,11 +328,18 @@ struct Prefill {
       }
     }
 
+    bool is_done[kMaxTilesPerBlock];
     for (int t = 0; t < scratch.tile_count; ++t) {
       const Tile& tile = scratch.tiles[t];
       const bool has_total = in_chunks && task.tile_keys[t].begin < task.tile_keys[t].end;
       tile.with_vectors(
-          [&](auto vectors) { tile.template finish<vectors.value>(task, has_total); });
+          [&](auto vectors) { is_done[t] = tile.template finish<vectors.value>(task, has_total); });
+    }
+    for (int t = 0; t < scratch.tile_count; ++t) {
+      if (is_done[t]) continue;
+      Task again = task_of_tile(task, scratch.tiles[t], t);
+      again.weight_exponent = exponent_for(again.tile_keys[0].end - again.tile_keys[0].begin);
+      if (!run(again)) return false;
     }
     return true;
   }

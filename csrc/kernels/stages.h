@@ -70,7 +70,7 @@ struct Stages {
     pack_queries<QkUnits, Element, kVectors>(
         q.data + rows.first_query * q.row_stride, q.row_stride, q.column_stride, rows.queries,
         task.head_dim, static_cast<Scalar>(query_sign(task)), scratch.queries);
-    scratch.state.begin(kQueriesPerTile, sink_of(task, 0));
+    scratch.state.begin(kQueriesPerTile, sink_of(task, 0), 0);
     if (task.stage != Stage::received) return;
     for (int lane = 0; lane < kQueriesPerTile; ++lane) {
       const int64_t query = rows.first_query + lane;
@@ -182,7 +182,7 @@ struct Stages {
         scratch.highest[lane] = scratch.state.maximum[lane];
       }
       find_highest<Vectors, kVectors>(scratch.logits, keys.count, scratch.highest);
-      add_block<ScalarUnits<Vectors>, kVectors>(scratch.logits, keys.count, softmax_scale(task),
+      add_block<ScalarUnits<Vectors>, kVectors>(scratch.logits, keys.count, softmax_scale(task), 0,
                                                 scratch.highest, scratch.state, scratch.rescale);
     } else if (task.stage == Stage::weights) {
       find_highest<Vectors, kVectors>(scratch.logits, keys.count, scratch.state.maximum);

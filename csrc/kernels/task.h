@@ -51,10 +51,10 @@ struct KeyRows {
 };
 
 // Consecutive queries of one head, or of all heads that share a KV head, against keys. For decode
-// there may be several adjacent KV heads: all pointers are then for the first of them.
+// and small heads there may be several KV heads: all pointers are then for the first of them.
 struct Task {
-  int64_t kv_heads;  // 1, or for decode KV heads whose rows are adjacent in memory
-  int64_t heads;     // 1 for prefill; for decode the query heads that share a KV head
+  int64_t kv_heads;  // for decode those whose rows are adjacent in memory; 1 for prefill
+  int64_t heads;     // 1 for prefill; else the query heads that share a KV head
   int64_t queries;   // of each head
   int64_t head_dim, value_dim;
 
@@ -65,6 +65,7 @@ struct Task {
   View lse;         // [head][query]; data null: not wanted
   Options options;  // mask and bias [head][query][key], from key 0 on; slopes and sinks [head]
 
+  int64_t weight_exponent;                // softmax/overflow.h; 0 unless sums have overflowed
   int64_t first_position;                 // of the first query, among the keys
   const BlockKind* block_kinds;           // [tile][key block], for prefill with a mask
   int64_t block_kinds_stride;             // elements from tile to tile
@@ -74,7 +75,7 @@ struct Task {
   // Stage::received, where keys are rows.
   Stage stage;
   int64_t keys_begin, keys_end;  // the keys of this task, valid or not
-  int64_t valid_keys;
+  int64_t valid_keys;            // of small heads, too
   void* maximum;  // [query] scalars, before softmax_scale: written by Stage::statistics
   void* sum;
 

@@ -2,6 +2,7 @@
 // and its output.
 #pragma once
 
+#include <concepts>
 #include <cstdint>
 
 #include "kernels/block_sizes.h"
@@ -59,7 +60,7 @@ struct Tile {
     pack_queries<QkUnits, Element, kVectors>(q.data + rows.first_query * q.row_stride, q.row_stride,
                                              q.column_stride, rows.queries, task.head_dim,
                                              static_cast<Scalar>(query_sign(task)), queries);
-    chunk.begin(lanes(), sink_of(task, 0));
+    chunk.begin(lanes(), sink_of(task, 0), task.weight_exponent);
     for (int64_t i = 0; i < task.value_dim * lanes(); ++i) chunk.output[i] = 0;
   }
 
@@ -84,20 +85,49 @@ struct Tile {
     }
   }
 
+  // False where a result is not finite: it may be, with smaller weights. Then nothing is written.
   template <int kVectors>
-  void finish(const Task& task, bool has_total) const {
+  bool finish(const Task& task, bool has_total) const {
+    constexpr int kWidth = kVectors * Vectors::kLanes;
     const State& state = has_total ? total : chunk;
+    Scalar factor[kWidth];
+    for (int i = 0; i < kWidth; ++i) factor[i] = softmax_share(state.sum[i]);
+    if (task.weight_exponent != 0) {
+      for (int64_t i = 0; i < task.value_dim * lanes(); i += Vectors::kLanes) {
+        Scalar* const at = state.output + i;
+        Vectors::store(
+            at, finite_product<Vectors>(Vectors::load(at), Vectors::load(factor + i % kWidth)));
+      }
+      for (Scalar& x : factor) x = 1;
+    } else if (!is_finite<kVectors>(task, state.output, factor)) {
+      return false;
+    }
     for (int64_t i = 0; task.lse.data && i < rows.queries; ++i) {
-      const Scalar lse = log_sum_exp(state.maximum[i], state.sum[i], softmax_scale(task));
+      const Scalar lse =
+          log_sum_exp(state.maximum[i], state.sum[i], softmax_scale(task), task.weight_exponent);
       __builtin_memcpy(task.lse.data + (rows.first_query + i) * task.lse.row_stride, &lse,
                        sizeof(lse));
     }
-    Scalar factor[kVectors * Vectors::kLanes];
-    for (int i = 0; i < kVectors * Vectors::kLanes; ++i) factor[i] = softmax_share(state.sum[i]);
     unpack_output<Vectors, Element, kVectors>(
         state.output, factor, rows.queries, task.value_dim,
         task.out.data + rows.first_query * task.out.row_stride, task.out.row_stride,
         task.out.column_stride);
+    return true;
+  }
+
+ private:
+  template <int kVectors>
+  static bool is_finite(const Task& task, const Scalar* output, const Scalar* factor) {
+    if constexpr (std::same_as<Element, Float16Bits>) return true;  // float32 holds their sums
+    FiniteCheck<Vectors> check;
+    for (int64_t i = 0; i < task.value_dim; ++i) {
+#pragma GCC unroll 4
+      for (int lane = 0; lane < kVectors * Vectors::kLanes; lane += Vectors::kLanes) {
+        check.add(Vectors::mul(Vectors::load(output + i * kVectors * Vectors::kLanes + lane),
+                               Vectors::load(factor + lane)));
+      }
+    }
+    return check.all_finite();
   }
 };
 

@@ -25,11 +25,30 @@ int64_t largest_divisor(int64_t number, int64_t most) {
   return std::max<int64_t>(most, 1);
 }
 
+// Whether the lanes of a tile would be mostly empty.
+bool is_decoded(const Problem& problem, const DtypeKernels& kernels, int64_t queries) {
+  return problem.query_heads / problem.kv_heads * queries <= kernels.max_decode_rows;
+}
+
+bool has_plain_logits(const Problem& problem) {
+  const Options& options = problem.options;
+  return options.softcap == 0 && !options.bias.data && !options.mask.data &&
+         !options.alibi_slopes && !options.sinks && !problem.k_is_int8 && !problem.v_is_int8;
+}
+
 }  // namespace
 
-bool Plan::is_decoded(const Problem& problem, const DtypeKernels& kernels, int64_t queries) {
-  return problem.stage == Stage::attention &&
-         problem.query_heads / problem.kv_heads * queries <= kernels.max_decode_rows;
+bool Plan::has_no_prefill(const Problem& problem, const DtypeKernels& kernels) {
+  return problem.stage != Stage::attention || is_decoded(problem, kernels, problem.query_length);
+}
+
+Driver Plan::driver(const Sequence& sequence) const {
+  if (problem_.stage != Stage::attention) return Driver::stage;
+  if (has_plain_logits(problem_) && sequence.queries <= kernels_.max_small_queries &&
+      sequence.valid_keys <= kernels_.max_small_keys) {
+    return Driver::small_heads;
+  }
+  return is_decoded(problem_, kernels_, sequence.queries) ? Driver::decode : Driver::prefill;
 }
 
 Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds* block_kinds,
@@ -43,7 +62,7 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
   double work = 0;
   const auto look_at = [&](const Sequence& sequence, double times) {
     work += times * cost(sequence);
-    if (is_decoded(problem, kernels, sequence.queries)) {
+    if (driver(sequence) == Driver::decode) {
       max_decode_rows_ = std::max(max_decode_rows_, group() * sequence.queries);
     }
   };
@@ -59,6 +78,8 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
   // in row_products.h): the number of threads may decide here without changing a bit of the result.
   int64_t tiles = kernels.max_tiles_per_block;
   kv_heads_per_item_ = max_decode_rows_ > 0 ? adjacent_kv_heads() : 1;
+  small_kv_heads_per_item_ = std::clamp<int64_t>(
+      batch_items_ * problem.kv_heads / (kItemsPerThread * threads_), 1, problem.kv_heads);
   const auto count = [&] {
     queries_per_item_ = tiles * kernels.queries_per_tile;
     Counts all{0, 0};
@@ -130,15 +151,19 @@ Plan::Chunks Plan::chunks_read(const Sequence& sequence) const {
 }
 
 Plan::Counts Plan::counts(const Sequence& sequence) const {
+  const Driver by = driver(sequence);
   if (problem_.stage == Stage::received) {
     const int64_t chunks =
         std::max<int64_t>(1, quotient_up(sequence.keys, kernels_.keys_per_chunk));
     return {problem_.query_heads * chunks, 0};
   }
-  if (!is_decoded(problem_, kernels_, sequence.queries)) {
+  if (by == Driver::prefill || by == Driver::stage) {
     return {problem_.query_heads * quotient_up(sequence.queries, queries_per_item_), 0};
   }
   if (sequence.queries == 0) return {0, 0};
+  if (by == Driver::small_heads) {
+    return {quotient_up(problem_.kv_heads, small_kv_heads_per_item_), 0};
+  }
   const int64_t chunks = chunks_read(sequence).count;
   const int64_t states = problem_.kv_heads * chunks;
   return {states / kv_heads_per_item_, chunks > 1 ? states : 0};
@@ -205,6 +230,7 @@ void Plan::set_arrays(Task& task, const Sequence& sequence, int64_t head, int64_
   options.mask = moved(options.mask, problem_.mask_batch_strides, sequence, head, row);
   options.bias = moved(options.bias, problem_.bias_batch_strides, sequence, head, row);
 
+  task.weight_exponent = 0;
   task.first_position = sequence.first_position + first_query;
 }
 
@@ -242,6 +268,14 @@ void Plan::set_decode(WorkItem& item, const Sequence& sequence, int64_t local) c
   keys.begin = std::max(keys.begin, begin);
   keys.end = std::min(keys.end, begin + kernels_.keys_per_chunk);
   task.tile_keys[0] = keys;
+}
+
+void Plan::set_small(WorkItem& item, const Sequence& sequence, int64_t local) const {
+  const int64_t kv_head = local * small_kv_heads_per_item_;
+  Task& task = item.task;
+  set_arrays(task, sequence, kv_head * group(), group(), 0, sequence.queries);
+  task.kv_heads = std::min(small_kv_heads_per_item_, problem_.kv_heads - kv_head);
+  task.valid_keys = sequence.valid_keys;
 }
 
 void Plan::set_stage(WorkItem& item, const Sequence& sequence, int64_t local) const {
@@ -284,14 +318,21 @@ WorkItem Plan::item(int64_t number) const {
   const int64_t local = number - before.items;
   WorkItem item;
   item.task.stage = problem_.stage;
-  item.is_decode = is_decoded(problem_, kernels_, here.queries);
-  if (problem_.stage != Stage::attention) {
-    set_stage(item, here, local);
-  } else if (item.is_decode) {
-    set_decode(item, here, local);
-    item.state += before.states;
-  } else {
-    set_prefill(item, here, local);
+  item.driver = driver(here);
+  switch (item.driver) {
+    case Driver::stage:
+      set_stage(item, here, local);
+      break;
+    case Driver::small_heads:
+      set_small(item, here, local);
+      break;
+    case Driver::decode:
+      set_decode(item, here, local);
+      item.state += before.states;
+      break;
+    case Driver::prefill:
+      set_prefill(item, here, local);
+      break;
   }
   return item;
 }

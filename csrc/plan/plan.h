@@ -4,8 +4,9 @@
 // head with all the keys that they attend to. Decode: where it has few, a work item is all queries
 // of the heads that share a KV head, with a chunk of the keys; whoever computes the last chunk
 // merges their states. KV heads whose rows are adjacent in memory go into one work item, so that
-// memory is read from beginning to end. Stages by themselves take some queries of one head with all
-// keys, or all queries with a chunk of the keys.
+// memory is read from beginning to end. Small heads: where both queries and keys are few, a work
+// item is as many heads of a batch item as make it worth a thread's while. Stages by themselves
+// take some queries of one head with all keys, or all queries with a chunk of the keys.
 #pragma once
 
 #include <cstdint>
@@ -17,9 +18,12 @@
 
 namespace numattn {
 
+// What computes a sequence.
+enum class Driver : uint8_t { prefill, decode, small_heads, stage };
+
 struct WorkItem {
   Task task;  // without state, scratch and stop function: the executing thread has them
-  bool is_decode;
+  Driver driver;
   // For decode: the number of chunks that a KV head reads, which of them this is, and the number of
   // its state (for the first KV head) among all states [KV head][chunk]. A single chunk keeps its
   // state in the thread's scratch.
@@ -33,8 +37,8 @@ class Plan {
   Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds* block_kinds,
        int num_threads);
 
-  // Whether a sequence of so many queries is decoded: a matter of its shape alone.
-  static bool is_decoded(const Problem& problem, const DtypeKernels& kernels, int64_t queries);
+  // Whether all sequences have so few queries that no tile of queries is ever made.
+  static bool has_no_prefill(const Problem& problem, const DtypeKernels& kernels);
 
   int64_t items() const { return items_; }
   int64_t states() const { return states_; }
@@ -62,6 +66,8 @@ class Plan {
     int64_t items, states;
   };
 
+  // A matter of the sequence's own lengths, the heads and the options alone.
+  Driver driver(const Sequence& sequence) const;
   int64_t group() const { return problem_.query_heads / problem_.kv_heads; }
   int64_t adjacent_kv_heads() const;
   Sequence sequence(int64_t batch_item) const;
@@ -82,6 +88,7 @@ class Plan {
   // `local` counts the work items of the sequence.
   void set_prefill(WorkItem& item, const Sequence& sequence, int64_t local) const;
   void set_decode(WorkItem& item, const Sequence& sequence, int64_t local) const;
+  void set_small(WorkItem& item, const Sequence& sequence, int64_t local) const;
   void set_stage(WorkItem& item, const Sequence& sequence, int64_t local) const;
 
   const Problem& problem_;
@@ -90,6 +97,7 @@ class Plan {
   int64_t batch_items_;
   int64_t queries_per_item_;   // of prefill and stages
   int64_t kv_heads_per_item_;  // of decode
+  int64_t small_kv_heads_per_item_;
   int64_t items_, states_;
   int64_t max_decode_rows_ = 0;
   int threads_;

@@ -13,7 +13,7 @@ std::string cpu_name();
 inline bool cpu_has_generic() { return true; }
 bool cpu_has_avx2();         // AVX2, FMA, F16C
 bool cpu_has_avx512();       // F, BW, DQ, VL
-bool cpu_has_avx512_bf16();  // and VNNI, BF16
+bool cpu_has_avx512_bf16();  // and BF16
 
 // CPUs that this process may run on: cgroup quotas are not counted.
 int usable_cpus();

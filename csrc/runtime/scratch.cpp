@@ -6,6 +6,8 @@ namespace numattn {
 namespace {
 
 constexpr std::align_val_t kCacheLine{64};
+// A block of query tiles with vectors of 256 elements needs 3 MB.
+constexpr int64_t kMostKept = int64_t{8} << 20;
 
 void* allocate(int64_t bytes) {
   return ::operator new(static_cast<std::size_t>(bytes), kCacheLine, std::nothrow);
@@ -44,6 +46,13 @@ ThreadScratch::~ThreadScratch() {
   } else {
     release(data_);
   }
+}
+
+LargeScratchReleaser::~LargeScratchReleaser() {
+  if (kept.in_use || kept.size <= kMostKept) return;
+  release(kept.data);
+  kept.data = nullptr;
+  kept.size = 0;
 }
 
 }  // namespace numattn

@@ -1,4 +1,5 @@
-// Memory that a thread keeps from call to call, so that no call pays for fresh pages.
+// Memory that a thread keeps from call to call, so that no call pays for fresh pages. What is more
+// than most calls need is given back when the thread's part of a job is done.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +21,14 @@ class ThreadScratch {
  private:
   void* data_;
   bool is_kept_;
+};
+
+// At its end, gives back what the calling thread keeps, if it is more than most calls need.
+struct LargeScratchReleaser {
+  LargeScratchReleaser() = default;
+  ~LargeScratchReleaser();
+  LargeScratchReleaser(const LargeScratchReleaser&) = delete;
+  LargeScratchReleaser& operator=(const LargeScratchReleaser&) = delete;
 };
 
 }  // namespace numattn

@@ -9,6 +9,9 @@
 #include <thread>
 #include <vector>
 
+#include "runtime/float_environment.h"
+#include "runtime/scratch.h"
+
 #if !defined(_WIN32)
 #include <pthread.h>
 #include <signal.h>
@@ -24,9 +27,14 @@ constexpr auto kInterruptPeriod = std::chrono::milliseconds(100);
 // seen in the load of an idle process.
 constexpr auto kSpin = std::chrono::microseconds(60);
 
+// How long a worker sleeps before it ends.
+constexpr auto kIdle = std::chrono::seconds(5);
+
 void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
+#elif defined(__aarch64__) && defined(__GNUC__)
+  __asm__ volatile("isb");  // waits longer than `yield`, which most CPUs ignore
 #else
   std::this_thread::yield();
 #endif
@@ -62,6 +70,8 @@ struct RunningJob {
 };
 
 void work_on(RunningJob& running, bool (*interrupted)()) {
+  const FloatEnvironment environment;
+  const LargeScratchReleaser releaser;
   StopCheck stop(running.stop, interrupted);
   while (!stop.requested()) {
     const int64_t item = running.next_item.fetch_add(1, std::memory_order_relaxed);
@@ -123,7 +133,7 @@ class Pool {
 #endif
   }
 
-  [[noreturn]] void serve() {
+  void serve() {
     std::unique_lock lock(mutex_);
     for (;;) {
       const uint64_t seen = jobs_posted_.load(std::memory_order_relaxed);
@@ -141,7 +151,9 @@ class Pool {
       const auto posted = [&] { return jobs_posted_.load(std::memory_order_acquire) != seen; };
       const bool more = spin_until(posted);
       lock.lock();
-      if (!more) work_ready_.wait(lock, posted);
+      if (more || work_ready_.wait_for(lock, kIdle, posted)) continue;
+      --workers_;
+      return;
     }
   }
 

@@ -1,9 +1,10 @@
 // The threads: one pool for the process, shared by all callers.
 //
 // The calling thread always takes part, so that a call never waits for a worker to wake up.
-// Workers spin for a moment after their work, then sleep. A forked child starts with no workers
-// and makes its own. OpenMP would do none of this: its threads hang in a forked child, and two
-// of its run-time libraries in one process are a known crash.
+// Workers spin for a moment after their work, sleep, and end when nothing came for some seconds.
+// Work runs in one floating-point environment, whatever the callers'. A forked child starts with no
+// workers and makes its own. OpenMP would do none of this: its threads hang in a forked child, and
+// two of its run-time libraries in one process are a known crash.
 #pragma once
 
 #include <atomic>

@@ -1,11 +1,16 @@
 // Many callers at once, each with problems of its own, give the bits of a run one by one; also
-// while another thread pins the level that is in use. A call that is interrupted ends. Made for the
-// thread sanitizer.
+// while another thread pins the level that is in use, or while the caller rounds in another way. A
+// call that is interrupted ends. Made for the thread sanitizer.
 #include <atomic>
+#include <cfenv>
 #include <cstdio>
 #include <cstdlib>
 #include <thread>
 #include <vector>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include "problems.h"
 #include "runtime/dispatch.h"
@@ -33,6 +38,33 @@ bool ends_when_interrupted(int num_threads) {
   const auto interrupted = [] { return ++asked == 2; };
   return numattn::attention(problem, {num_threads, interrupted}) == numattn::Status::interrupted &&
          asked == 2;
+}
+
+// Whatever the caller's rounding, the bits are the same on all threads, and the caller's comes
+// back.
+bool rounds_alike() {
+  bool alike = true;
+  std::thread([&] {
+    RandomProblem problem(7);
+    problem.num_threads = 1;
+    bool done = problem.run() == numattn::Status::done;
+    const std::vector<char> expected = problem.result();
+    std::fesetround(FE_UPWARD);
+#if defined(__x86_64__)
+    constexpr unsigned kFlushSubnormal = 0x8040;
+    _mm_setcsr(_mm_getcsr() | kFlushSubnormal);
+    const unsigned before = _mm_getcsr();
+#endif
+    for (int num_threads = 1; num_threads <= 4; ++num_threads) {
+      problem.num_threads = num_threads;
+      done = done && problem.run() == numattn::Status::done && problem.result() == expected;
+    }
+    alike = done && std::fegetround() == FE_UPWARD;
+#if defined(__x86_64__)
+    alike = alike && _mm_getcsr() == before;
+#endif
+  }).join();
+  return alike;
 }
 
 }  // namespace
@@ -67,6 +99,7 @@ int main(int count, char** arguments) {
   for (std::thread& caller : callers) caller.join();
   pinning.join();
   for (const int num_threads : {1, 3}) failures += !ends_when_interrupted(num_threads);
+  failures += !rounds_alike();
   std::printf("%d callers, %d wrong\n", kCallers, failures.load());
   return failures == 0 ? 0 : 1;
 }

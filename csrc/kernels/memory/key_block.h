@@ -8,6 +8,7 @@
 #include "kernels/memory/stored_types.h"
 #include "kernels/memory/strided.h"
 #include "kernels/simd/arithmetic.h"
+#include "kernels/softmax/overflow.h"
 #include "kernels/task.h"
 
 namespace numattn {
@@ -47,6 +48,12 @@ bool is_in_place(const KeyRows& keys, int64_t unit_elements) {
          keys.rows.row_stride % kSize == 0 && keys.dims % unit_elements == 0 &&
          reinterpret_cast<uintptr_t>(keys.rows.data) % alignof(Unit) == 0;
 }
+// Whether rows are side by side in memory, and the elements of a row are not.
+template <class Element>
+bool is_transposed(const KeyRows& keys) {
+  constexpr auto kSize = static_cast<int64_t>(sizeof(Element));
+  return !keys.pages && keys.rows.row_stride == kSize && keys.rows.column_stride != kSize;
+}
 template <class Unit>
 KeyBlock<Unit> in_place(const KeyRows& keys, int64_t first) {
   return {reinterpret_cast<const Unit*>(key_row(keys, first)),
@@ -64,6 +71,13 @@ KeyBlock<typename Units::Unit> k_block_of(const KeyRows& keys, int64_t first, in
   }
   const int64_t stride = keys.rows.column_stride;
   const int64_t units = units_of<Units>(keys.dims);
+  if constexpr (kPerUnit == 1) {
+    if (is_transposed<Element>(keys)) {
+      copy_transposed<Vectors, Element>(key_row(keys, first), stride, count, keys.dims, copy,
+                                        units);
+      return {copy, units};
+    }
+  }
   for (int64_t key = 0; key < count; ++key) {
     const char* const from = key_row(keys, first + key);
     auto* const to = copy + key * units;
@@ -104,6 +118,13 @@ KeyBlock<typename Units::Unit> v_block_of(const KeyRows& keys, int64_t first, in
     if (is_in_place<Unit>(keys, 1)) return in_place<Unit>(keys, first);
   }
   const int64_t stride = keys.rows.column_stride;
+  if constexpr (kPerUnit == 1) {
+    if (is_transposed<Element>(keys) && !keys.scales.data) {
+      copy_transposed<Vectors, Element>(key_row(keys, first), stride, count, keys.dims, copy,
+                                        keys.dims);
+      return {copy, keys.dims};
+    }
+  }
   for (int64_t key = 0; key < count; key += kPerUnit) {
     const char* from[kPerUnit];
     typename Vectors::Vec scale[kPerUnit];
@@ -145,14 +166,12 @@ template <class Units>
 bool is_finite(KeyBlock<typename Units::Unit> values, int64_t units, int64_t dims) {
   using Vectors = typename Units::Vectors;
   for (int64_t unit = 0; unit < units; ++unit) {
-    typename Vectors::Vec nan_unless_finite = Vectors::zero();
+    FiniteCheck<Vectors> check;
     for (int64_t d = 0; d < dims; d += Vectors::kLanes) {
       const auto x = load_up_to<Units>(values.row(unit) + d, dims - d);
-      for (int i = 0; i < Units::kElements; ++i) {
-        nan_unless_finite = Vectors::fma(Units::element(x, i), Vectors::zero(), nan_unless_finite);
-      }
+      for (int i = 0; i < Units::kElements; ++i) check.add(Units::element(x, i));
     }
-    if (Vectors::bits_not_equal(nan_unless_finite, Vectors::zero()) != 0) return false;
+    if (!check.all_finite()) return false;
   }
   return true;
 }

@@ -2,12 +2,14 @@
 // end, and fetched ahead.
 #pragma once
 
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 
 #include "kernels/block_sizes.h"
 #include "kernels/memory/key_block.h"
 #include "kernels/memory/stored_types.h"
+#include "kernels/memory/strided.h"
 #include "kernels/task.h"
 
 namespace numattn {
@@ -22,24 +24,6 @@ constexpr int64_t kBytesAhead = 8192;
 constexpr int64_t kKeysPerTurn = 8;
 constexpr int64_t kValuesPerTurn = 16;
 
-// The row of each key of a chunk, [key - first key], and kKeysPerDecodeBlock more for fetching
-// ahead, which repeat the last one.
-inline void find_rows(const KeyRows& keys, int64_t first, int64_t end, const char** pointers) {
-  const char* row = nullptr;
-  int64_t left_in_page = 0;
-  for (int64_t key = first; key < end; ++key) {
-    if (left_in_page == 0) {
-      row = key_row(keys, key);
-      left_in_page = keys.pages ? keys.page_size - key % keys.page_size : end - first;
-    }
-    *pointers++ = row;
-    row += keys.rows.row_stride;
-    --left_in_page;
-  }
-  const char* const last = pointers[-1];
-  for (int i = 0; i < kKeysPerDecodeBlock; ++i) *pointers++ = last;
-}
-
 // The bytes of a key that are read one after another: its rows of all heads of a task.
 inline int64_t bytes_of_key(const KeyRows& keys, int64_t kv_heads) {
   return kv_heads * keys.dims * keys.rows.column_stride;
@@ -53,6 +37,25 @@ inline int64_t keys_ahead(const KeyRows& keys, int64_t kv_heads) {
   const int64_t ahead = kBytesAhead / bytes;
   const int64_t least = kv_heads > 1 ? kValuesPerTurn : 4;
   return ahead < least ? least : ahead > kKeysPerDecodeBlock ? kKeysPerDecodeBlock : ahead;
+}
+
+// The row of each key of a chunk, [key - first key], and as many more as are fetched ahead, which
+// repeat the last one.
+inline void find_rows(const KeyRows& keys, int64_t kv_heads, int64_t first, int64_t end,
+                      const char** pointers) {
+  const char* row = nullptr;
+  int64_t left_in_page = 0;
+  for (int64_t key = first; key < end; ++key) {
+    if (left_in_page == 0) {
+      row = key_row(keys, key);
+      left_in_page = keys.pages ? keys.page_size - key % keys.page_size : end - first;
+    }
+    *pointers++ = row;
+    row += keys.rows.row_stride;
+    --left_in_page;
+  }
+  const char* const last = pointers[-1];
+  for (int64_t i = 0; i < keys_ahead(keys, kv_heads); ++i) *pointers++ = last;
 }
 
 // Fetches the rows of `count` keys, evenly spread over `steps` steps.
@@ -94,7 +97,7 @@ struct RowCopies {
 
 // Calls `use` with the rows of `count` keys of the head that lies `offset` bytes after the first
 // one, and their type in memory. Elements with gaps are copied.
-template <class Element, class Use>
+template <class Vectors, class Element, class Use>
 void with_rows(const KeyRows& keys, const char* const* of_first_head, int64_t offset, int64_t count,
                const RowCopies& copies, Use use) {
   with_stored_type<Int8, Element>(keys.is_int8, [&]<class Type>(Stored<Type> type) {
@@ -102,6 +105,16 @@ void with_rows(const KeyRows& keys, const char* const* of_first_head, int64_t of
     const int64_t stride = keys.rows.column_stride;
     if (stride == kSize && offset == 0) return use(of_first_head, type);
     char* to = copies.elements;
+    if constexpr (!std::same_as<Type, Int8>) {
+      if (is_transposed<Type>(keys)) {
+        auto* const elements = reinterpret_cast<Type*>(to);
+        copy_transposed<Vectors, Type>(of_first_head[0] + offset, stride, count, keys.dims,
+                                       elements, keys.dims);
+        for (int64_t i = 0; i < count; ++i) copies.rows[i] = to + i * keys.dims * kSize;
+        const char* const* const moved = copies.rows;
+        return use(moved, type);
+      }
+    }
     for (int64_t i = 0; i < count; ++i) {
       copies.rows[i] = stride == kSize ? of_first_head[i] + offset : to;
       for (int64_t d = 0; stride != kSize && d < keys.dims; ++d, to += kSize) {

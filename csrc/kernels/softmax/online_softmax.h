@@ -5,13 +5,15 @@
 // In all of this a weight is exp2(scale * (logit - base)), where `scale` > 0 holds log2(e), and the
 // scale of the logits if no option needed it before. Scaling the difference, and not the queries or
 // the logits, keeps the error below the plain computation's: the difference of near logits is
-// exact, and so is the maximum.
+// exact, and so is the maximum. Where sums of large values would overflow, all weights of a row are
+// multiplied by 2^exponent (overflow.h).
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/memory/stored_types.h"
 #include "kernels/softmax/exp.h"
+#include "kernels/softmax/overflow.h"
 
 namespace numattn {
 namespace {
@@ -54,9 +56,10 @@ Scalar softmax_share(Scalar sum) {
 // The natural logarithm of the sum of the exponentials of the scaled logits. The product is rounded
 // before it is added, whatever the compiler would choose: a result is to keep its bits.
 template <class Scalar>
-Scalar log_sum_exp(Scalar maximum, Scalar sum, double softmax_scale) {
+Scalar log_sum_exp(Scalar maximum, Scalar sum, double softmax_scale, int64_t exponent) {
   const volatile double scaled = maximum * softmax_scale;
-  return static_cast<Scalar>(scaled + __builtin_log(static_cast<double>(sum)));
+  return static_cast<Scalar>(scaled +
+                             __builtin_log(static_cast<double>(sum) * power_of_two(-exponent)));
 }
 
 // ---- the state of some lanes --------------------------------------------------------------------
@@ -67,10 +70,11 @@ struct SoftmaxState {
   Scalar* sum;      // [lane], of the weights under that maximum
 
   // A sink is a key without a value; -inf for none.
-  void begin(int64_t lanes, double sink) const {
+  void begin(int64_t lanes, double sink, int64_t exponent) const {
+    const auto weight = static_cast<Scalar>(power_of_two(exponent));
     for (int64_t lane = 0; lane < lanes; ++lane) {
       maximum[lane] = static_cast<Scalar>(sink);
-      sum[lane] = sink > -__builtin_inf() ? Scalar{1} : Scalar{0};
+      sum[lane] = sink > -__builtin_inf() ? weight : Scalar{0};
     }
   }
 };
@@ -99,13 +103,14 @@ void find_highest(const typename Vectors::Scalar* logits, int64_t keys,
 // far, this block included. rescale [lane] becomes the factor by which outputs under the former
 // maximum have to shrink. The sum is taken before weights are rounded to what a unit holds.
 template <class Units, int kVectors>
-void add_block(typename Units::Scalar* logits, int64_t keys, double softmax_scale,
+void add_block(typename Units::Scalar* logits, int64_t keys, double softmax_scale, int64_t exponent,
                const typename Units::Scalar* highest,
                const SoftmaxState<typename Units::Scalar>& state, typename Units::Scalar* rescale) {
   using Vectors = typename Units::Vectors;
   constexpr int kPerUnit = Units::kElements;
   constexpr int kWidth = kVectors * Vectors::kLanes;
   const auto scale = softmax_factor<Vectors>(softmax_scale);
+  const auto shift = Vectors::set(static_cast<typename Vectors::Scalar>(exponent));
   typename Vectors::Vec base[kVectors];
   typename Vectors::Vec block_sum[kVectors];
 #pragma GCC unroll 8
@@ -131,7 +136,7 @@ void add_block(typename Units::Scalar* logits, int64_t keys, double softmax_scal
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         const auto logit = Vectors::load(at + v * Vectors::kLanes);
-        weight[i][v] = Vectors::mul(Vectors::sub(logit, base[v]), scale);
+        weight[i][v] = Vectors::fma(Vectors::sub(logit, base[v]), scale, shift);
       }
       exp2<Vectors>(weight[i]);
 #pragma GCC unroll 8

@@ -1,0 +1,320 @@
+// Attention for heads so small that packing queries, tiles and states would take longer than the
+// products: few queries and few keys, without options that change logits. Heads go one after
+// another in one task. The lanes are elements of a vector; all keys of a row are weighed at once.
+#pragma once
+
+#include <concepts>
+#include <cstdint>
+
+#include "kernels/constant.h"
+#include "kernels/decode_state.h"
+#include "kernels/memory/arena.h"
+#include "kernels/memory/key_block.h"
+#include "kernels/memory/strided.h"
+#include "kernels/options/apply_options.h"
+#include "kernels/products/row_products.h"
+#include "kernels/softmax/online_softmax.h"
+#include "kernels/softmax/overflow.h"
+#include "kernels/task.h"
+
+namespace numattn {
+namespace {
+
+template <class Vectors, class Element>
+struct SmallHeads {
+  using Scalar = typename Vectors::Scalar;
+  using Vec = typename Vectors::Vec;
+  // Beyond, tiles are as fast (Zen 3).
+  static constexpr int kMaxQueries = 16;
+  static constexpr int kMaxKeys = 16;
+  static constexpr int kWidth =  // of a row of logits: whole vectors
+      (kMaxKeys + Vectors::kLanes - 1) / Vectors::kLanes * Vectors::kLanes;
+  // Products that are summed up together fill the lanes of a vector.
+  static constexpr int kKeysTogether = Vectors::kLanes < 4 ? Vectors::kLanes : 4;
+  static constexpr int kRowsTogether = Vectors::kLanes / kKeysTogether;
+
+  // Rows of scalars, `stride` bytes apart.
+  struct RowsOfScalars {
+    const char* data;
+    int64_t stride;
+
+    const Scalar* row(int64_t i) const {
+      return reinterpret_cast<const Scalar*>(data + i * stride);
+    }
+  };
+  struct Scratch {
+    Scalar *q, *k, *v;  // [row][d], copies of what is not scalars side by side
+    Scalar* weights;    // [query][key]
+  };
+  // The keys that a row attends to.
+  struct Range {
+    int64_t begin, end;
+  };
+
+  static Scratch lay_out(Arena& arena, int64_t head_dim, int64_t value_dim) {
+    Scratch scratch;
+    arena.take(scratch.q, kMaxQueries * head_dim);
+    arena.take(scratch.k, kMaxKeys * head_dim);
+    arena.take(scratch.v, kMaxKeys * value_dim);
+    arena.take(scratch.weights, kMaxQueries * kWidth);
+    return scratch;
+  }
+  static int64_t scratch_bytes(int64_t head_dim, int64_t value_dim) {
+    Arena arena{nullptr, 0};
+    lay_out(arena, head_dim, value_dim);
+    return arena.used;
+  }
+
+  // Where element d of row i is row_at(i) + d * column_stride. `stride` is from row to row if they
+  // are evenly spaced, or 0.
+  template <class RowAt>
+  static RowsOfScalars scalars(RowAt row_at, int64_t stride, int64_t column_stride, int64_t rows,
+                               int64_t dims, Scalar* copy) {
+    if (std::same_as<Element, Scalar> && stride != 0 &&
+        column_stride == static_cast<int64_t>(sizeof(Element))) {
+      return {row_at(0), stride};
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      const char* const from = row_at(row);
+      for (int64_t d = 0; d < dims; d += Vectors::kLanes) {
+        store_up_to<Vectors>(
+            copy + row * dims + d,
+            load_elements<Vectors, Element>(from + d * column_stride, column_stride, dims - d),
+            dims - d);
+      }
+    }
+    return {reinterpret_cast<const char*>(copy), dims * static_cast<int64_t>(sizeof(Scalar))};
+  }
+  static RowsOfScalars scalars(const View& view, int64_t rows, int64_t dims, Scalar* copy) {
+    return scalars([&](int64_t row) { return view.data + row * view.row_stride; }, view.row_stride,
+                   view.column_stride, rows, dims, copy);
+  }
+  static RowsOfScalars scalars(const KeyRows& keys, int64_t count, Scalar* copy) {
+    return scalars([&](int64_t key) { return key_row(keys, key); },
+                   keys.pages ? 0 : keys.rows.row_stride, keys.rows.column_stride, count, keys.dims,
+                   copy);
+  }
+
+  // logits [row][key] = q [row][d] . k [key][d]
+  template <int kRows, int kKeys>
+  static void multiply(const RowsOfScalars& q, int64_t row, const RowsOfScalars& k, int64_t key,
+                       int64_t dims, Scalar* logits) {
+    Vec sums[Vectors::kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < Vectors::kLanes; ++i) sums[i] = Vectors::zero();
+    const auto add = [&](auto load) __attribute__((always_inline)) {
+      Vec of_keys[kKeys];
+#pragma GCC unroll 4
+      for (int i = 0; i < kKeys; ++i) of_keys[i] = load(k.row(key + i));
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const Vec of_row = load(q.row(row + r));
+#pragma GCC unroll 4
+        for (int i = 0; i < kKeys; ++i) {
+          Vec& sum = sums[r * kKeys + i];
+          sum = Vectors::fma(of_row, of_keys[i], sum);
+        }
+      }
+    };
+    int64_t d = 0;
+    for (; d + Vectors::kLanes <= dims; d += Vectors::kLanes) {
+      add([&](const Scalar* x) { return Vectors::load(x + d); });
+    }
+    if (d < dims) add([&](const Scalar* x) { return Vectors::load_first(x + d, dims - d); });
+    if constexpr (kRows * kKeys == 1) {
+      logits[row * kWidth + key] = Vectors::sum(sums[0]);
+    } else {
+      Scalar lanes[Vectors::kLanes];
+      Vectors::store(lanes, sum_each<Vectors>(sums));
+      for (int r = 0; r < kRows; ++r) {
+        for (int i = 0; i < kKeys; ++i) {
+          logits[(row + r) * kWidth + key + i] = lanes[r * kKeys + i];
+        }
+      }
+    }
+  }
+  template <int kRows>
+  static void multiply_keys(const RowsOfScalars& q, int64_t row, const RowsOfScalars& k,
+                            int64_t keys, int64_t dims, Scalar* logits) {
+    int64_t key = 0;
+    for (; key + kKeysTogether <= keys; key += kKeysTogether) {
+      multiply<kRows, kKeysTogether>(q, row, k, key, dims, logits);
+    }
+    for (; key < keys; ++key) multiply<kRows, 1>(q, row, k, key, dims, logits);
+  }
+
+  // Logits of a row become weights that add up to 1. Writes the log-sum-exp to `lse` unless it is
+  // null.
+  static void weigh(Scalar* logits, const Range& range, int64_t keys, double scale, char* lse) {
+    const Vec nothing = Vectors::set(static_cast<Scalar>(-__builtin_inf()));
+    for (int64_t key = 0; key < range.begin; ++key) {
+      logits[key] = static_cast<Scalar>(-__builtin_inf());
+    }
+    for (int64_t key = range.end; key < kWidth; ++key) {
+      logits[key] = static_cast<Scalar>(-__builtin_inf());
+    }
+    Vec highest = nothing;
+    for (int64_t key = 0; key < keys; key += Vectors::kLanes) {
+      highest = Vectors::max(highest, Vectors::load(logits + key));
+    }
+    Scalar lanes[Vectors::kLanes];
+    Vectors::store(lanes, highest);
+#pragma GCC unroll 5
+    for (int width = Vectors::kLanes / 2; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) {
+        lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+      }
+    }
+    const Vec base = softmax_base_of<Vectors>(lanes[0]);
+    const Vec factor = softmax_factor<Vectors>(scale);
+    Vec sums = Vectors::zero();
+    for (int64_t key = 0; key < keys; key += Vectors::kLanes) {
+      const Vec weight = softmax_weight<Vectors>(Vectors::load(logits + key), base, factor);
+      Vectors::store(logits + key, weight);
+      sums = Vectors::add(sums, weight);
+    }
+    const Scalar sum = Vectors::sum(sums);
+    const Vec share = Vectors::set(softmax_share(sum));
+    for (int64_t key = 0; key < keys; key += Vectors::kLanes) {
+      Vectors::store(logits + key, Vectors::mul(Vectors::load(logits + key), share));
+    }
+    if (!lse) return;
+    const Scalar of_row = log_sum_exp(lanes[0], sum, scale, 0);
+    __builtin_memcpy(lse, &of_row, sizeof(of_row));
+  }
+
+  // out [row][d] = weights [row][key] * v [key][d] for kRows rows. False where a result is not
+  // finite; it may be with kExponent, the power of two by which weights are multiplied.
+  template <int kRows, int kExponent>
+  static bool aggregate(const Task& task, const View& out, int64_t row, const RowsOfScalars& v,
+                        const Scalar* weights, const Range* ranges) {
+    constexpr int kVectors = 4;
+    const auto shrink = static_cast<Scalar>(power_of_two(kExponent));
+    const Vec grow = Vectors::set(static_cast<Scalar>(power_of_two(-kExponent)));
+    int64_t begin = ranges[row].begin, end = ranges[row].end;
+    bool is_one_range = true;
+    for (int r = 1; r < kRows; ++r) {
+      const Range& range = ranges[row + r];
+      is_one_range = is_one_range && range.begin == begin && range.end == end;
+    }
+    for (int r = 1; !is_one_range && r < kRows; ++r) {
+      const Range& range = ranges[row + r];
+      begin = range.begin < begin ? range.begin : begin;
+      end = range.end > end ? range.end : end;
+    }
+    FiniteCheck<Vectors> check;
+    // kCount whole vectors, or one that is not whole.
+    const auto columns = [&](int64_t d, auto count, auto is_whole) __attribute__((always_inline)) {
+      constexpr int kCount = count.value;
+      constexpr bool kIsWhole = is_whole.value == 1;
+      Vec sums[kRows][kCount];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kCount; ++i) sums[r][i] = Vectors::zero();
+      }
+      for (int64_t key = begin; key < end; ++key) {
+        Vec values[kCount];
+#pragma GCC unroll 4
+        for (int i = 0; i < kCount; ++i) {
+          const Scalar* const from = v.row(key) + d + i * Vectors::kLanes;
+          values[i] =
+              kIsWhole ? Vectors::load(from) : Vectors::load_first(from, task.value_dim - d);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          // A weight of 0 would not keep a NaN out.
+          const Range& range = ranges[row + r];
+          if (!is_one_range && (key < range.begin || key >= range.end)) continue;
+          const Vec weight = Vectors::set(weights[(row + r) * kWidth + key] * shrink);
+#pragma GCC unroll 4
+          for (int i = 0; i < kCount; ++i) {
+            sums[r][i] = Vectors::fma(weight, values[i], sums[r][i]);
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        char* const to = out.data + (row + r) * out.row_stride;
+#pragma GCC unroll 4
+        for (int i = 0; i < kCount; ++i) {
+          check.add(sums[r][i]);
+          store_elements<Vectors, Element>(
+              to + (d + i * Vectors::kLanes) * out.column_stride, out.column_stride,
+              kExponent == 0 ? sums[r][i] : finite_product<Vectors>(sums[r][i], grow),
+              kIsWhole ? Vectors::kLanes : task.value_dim - d);
+        }
+      }
+    };
+    int64_t d = 0;
+    for (; d + kVectors * Vectors::kLanes <= task.value_dim; d += kVectors * Vectors::kLanes) {
+      columns(d, Constant<kVectors>{}, Constant<1>{});
+    }
+    for (; d + Vectors::kLanes <= task.value_dim; d += Vectors::kLanes) {
+      columns(d, Constant<1>{}, Constant<1>{});
+    }
+    if (d < task.value_dim) columns(d, Constant<1>{}, Constant<0>{});
+    return check.all_finite();
+  }
+
+  // One query head; `q` and `out` are its views.
+  static void attend(const Task& task, const View& q_view, const View& out, const View& lse,
+                     const RowsOfScalars& k, const RowsOfScalars& v, const Scratch& scratch) {
+    const int64_t keys = task.valid_keys;
+    const RowsOfScalars q = scalars(q_view, task.queries, task.head_dim, scratch.q);
+    Range ranges[kMaxQueries];
+    const double scale = __builtin_fabs(task.options.scale);
+    const bool is_negative = query_sign(task) < 0;
+    const auto for_rows = [&](auto step) {
+      int64_t row = 0;
+      for (; row + kRowsTogether <= task.queries; row += kRowsTogether) {
+        step(row, Constant<kRowsTogether>{});
+      }
+      for (; row < task.queries; ++row) step(row, Constant<1>{});
+    };
+    for_rows([&](int64_t row, auto rows) {
+      multiply_keys<rows.value>(q, row, k, keys, task.head_dim, scratch.weights);
+    });
+    for (int64_t row = 0; row < task.queries; ++row) {
+      Scalar* const logits = scratch.weights + row * kWidth;
+      for (int64_t key = 0; is_negative && key < keys; ++key) logits[key] = -logits[key];
+      const TileKeys attended = tile_keys(task.options, task.first_position + row, 1, 0, keys);
+      ranges[row] = {attended.begin, attended.end > attended.begin ? attended.end : attended.begin};
+      weigh(logits, ranges[row], keys, scale, lse.data ? lse.data + row * lse.row_stride : nullptr);
+    }
+    for_rows([&](int64_t row, auto rows) {
+      constexpr int kRows = rows.value;
+      if (aggregate<kRows, 0>(task, out, row, v, scratch.weights, ranges)) return;
+      if constexpr (std::same_as<Element, Float16Bits>) return;  // float32 holds their sums
+      constexpr int kExponent = -3;
+      aggregate<kRows, kExponent>(task, out, row, v, scratch.weights, ranges);
+    });
+  }
+
+  // All heads of task.kv_heads KV heads, with all of the task.valid_keys keys.
+  static bool run(const Task& task) {
+    Arena arena{static_cast<char*>(task.scratch), 0};
+    const Scratch scratch = lay_out(arena, task.head_dim, task.value_dim);
+    const auto moved = [](View view, int64_t heads) {
+      if (view.data) view.data += heads * view.head_stride;
+      return view;
+    };
+    KeyRows k_rows = task.k, v_rows = task.v;
+    for (int64_t kv_head = 0; kv_head < task.kv_heads; ++kv_head) {
+      if (task.should_stop(task.stop_context)) return false;
+      k_rows.rows = moved(task.k.rows, kv_head);
+      v_rows.rows = moved(task.v.rows, kv_head);
+      const RowsOfScalars k = scalars(k_rows, task.valid_keys, scratch.k);
+      const RowsOfScalars v = scalars(v_rows, task.valid_keys, scratch.v);
+      for (int64_t i = 0; i < task.heads; ++i) {
+        const int64_t head = kv_head * task.heads + i;
+        attend(task, moved(task.q, head), moved(task.out, head), moved(task.lse, head), k, v,
+               scratch);
+      }
+    }
+    return true;
+  }
+};
+
+}  // namespace
+}  // namespace numattn

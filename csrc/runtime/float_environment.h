@@ -1,0 +1,50 @@
+// How the CPU rounds while work items run.
+#pragma once
+
+#include <cfenv>
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace numattn {
+
+// For as long as the object lives, its thread rounds to nearest, keeps subnormal numbers and traps
+// nothing. Threads do not share these settings, and some libraries change them (-ffast-math does as
+// it is loaded): results would depend on which thread computed them. Afterwards the settings and
+// the flags of the calling thread are what they were.
+class FloatEnvironment {
+ public:
+  FloatEnvironment(const FloatEnvironment&) = delete;
+  FloatEnvironment& operator=(const FloatEnvironment&) = delete;
+
+#if defined(__x86_64__)
+  FloatEnvironment() : before_(_mm_getcsr()) { _mm_setcsr(kDefault); }
+  ~FloatEnvironment() { _mm_setcsr(before_); }
+
+ private:
+  static constexpr unsigned kDefault = 0x1f80;  // MXCSR as a process begins
+  unsigned before_;
+#elif defined(__aarch64__) && defined(__GNUC__)
+  FloatEnvironment() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before_));
+    __asm__ volatile("msr fpcr, %0" ::"r"(uint64_t{0}));
+  }
+  ~FloatEnvironment() { __asm__ volatile("msr fpcr, %0" ::"r"(before_)); }
+
+ private:
+  uint64_t before_;
+#else
+  FloatEnvironment() {
+    std::fegetenv(&before_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~FloatEnvironment() { std::fesetenv(&before_); }
+
+ private:
+  std::fenv_t before_;
+#endif
+};
+
+}  // namespace numattn

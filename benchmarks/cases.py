@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem; `mask` names a dense mask made by `dense_mask`."""
+    """One problem; `mask` names a dense mask made by `dense_mask`, other options are `options`'."""
 
     name: str
     batch: int
@@ -23,6 +25,12 @@ class Case:
     mask: str | None = None
     bias: bool = False
     dtype: str = "float32"
+    softcap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+    kv_lengths: list[int] | None = None
+    layout: str = "bhld"
+    transposed_keys: bool = False  # (D, L) in memory
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -30,6 +38,7 @@ class Case:
     @property
     def attended_pairs(self) -> int:
         """Pairs of query and key that attend, over all heads."""
+        assert self.kv_lengths is None
         if self.mask:
             pairs = int(dense_mask(self).sum())
         else:
@@ -69,7 +78,7 @@ def dense_mask(case: Case) -> np.ndarray:
 
 
 def arrays(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Make normally distributed q, k and v."""
+    """Make normally distributed q, k and v, in the case's layout."""
     rng = np.random.default_rng(0)
     b, d = case.batch, case.head_dim
     q, k, v = (
@@ -80,7 +89,35 @@ def arrays(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             (b, case.kv_heads, case.key_length, d),
         )
     )
+    if case.transposed_keys:
+        k = np.ascontiguousarray(k.swapaxes(-1, -2)).swapaxes(-1, -2)
+    if case.layout == "blhd":
+        q, k, v = (np.ascontiguousarray(x.swapaxes(1, 2)) for x in (q, k, v))
     return q, k, v
+
+
+def options(case: Case) -> dict[str, Any]:
+    """Make the options of `numattn.attention`."""
+    rng = np.random.default_rng(1)
+    shape = (case.query_length, case.key_length)
+    made: dict[str, Any] = {"is_causal": case.is_causal}
+    if case.left_window is not None:
+        made["window"] = (case.left_window, 0)
+    if case.mask:
+        made["mask"] = dense_mask(case)
+    if case.bias:
+        made["bias"] = rng.standard_normal(shape, dtype=np.float32)
+    if case.softcap is not None:
+        made["softcap"] = case.softcap
+    if case.alibi:
+        made["alibi_slopes"] = np.geomspace(0.5, 1 / 256, case.query_heads)
+    if case.sinks:
+        made["sinks"] = rng.standard_normal(case.query_heads, dtype=np.float32)
+    if case.kv_lengths is not None:
+        made["kv_lengths"] = case.kv_lengths
+    if case.layout != "bhld":
+        made["layout"] = case.layout
+    return made
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -193,3 +230,66 @@ OPTION_COSTS: list[tuple] = [
         Case("", 1, 8, 8, 4096, 4096, 64, is_causal=True, left_window=255),
     ),
 ]
+
+# ---- is NumPy anywhere faster? -----------------------------------------------------------------
+
+_SHAPES = {
+    "one query": [
+        *[(1, 8, 8, 1, 1 << n, d) for n in range(9, 17) for d in (64, 128)],
+        (1, 32, 32, 1, 512, 128),
+    ],
+    "small heads": [
+        *[(256, 16, 16, *lengths, 64) for lengths in itertools.product((8, 12, 16), repeat=2)],
+        (5000, 12, 12, 1, 1, 64),
+        (1, 32, 32, 16, 16, 256),
+    ],
+    "other lengths": [
+        (1, 8, 8, *lengths, 64)
+        for lengths in ((2, 4096), (4, 512), (8, 8192), (16, 1024), (64, 4096), (128, 512),
+                        (512, 128), (1024, 16), (2048, 64))
+    ],
+    "grouped": [
+        (1, 32, 8, 1, 512, 128),
+        (1, 32, 8, 1, 8192, 128),
+        (1, 8, 1, 128, 128, 64),
+        (1, 32, 8, 512, 512, 128),
+        (64, 32, 8, 1, 128, 128),
+        (256, 16, 4, 8, 8, 64),
+    ],
+}  # fmt: skip
+# Shapes of two batch items, and what is asked for beside plain attention; L is the keys' number.
+_OPTION_SHAPES = [
+    (2, 8, 8, 1, 2048, 64),
+    (2, 8, 8, 16, 256, 64),
+    (2, 8, 8, 128, 128, 64),
+    (2, 8, 8, 512, 512, 64),
+    (2, 32, 8, 64, 1024, 128),
+    (512, 16, 16, 8, 8, 64),
+]
+
+
+def _options(shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    batch, keys = shape[0], shape[4]
+    return {
+        "causal": {"is_causal": True},
+        "window": {"is_causal": True, "left_window": keys // 8},
+        "mask": {"mask": "random"},
+        "bias": {"bias": True},
+        "softcap": {"softcap": 20.0},
+        "alibi": {"is_causal": True, "alibi": True},
+        "kv_lengths": {"kv_lengths": [keys, keys * 3 // 4] * (batch // 2)},
+        "sinks": {"sinks": True},
+        "transposed": {"transposed_keys": True},
+        "blhd": {"layout": "blhd"},
+    }
+
+
+def grid() -> list[Case]:
+    """Make the cases of `make bench-grid`."""
+    lengths = [1 << n for n in range(12)]
+    square = itertools.product(lengths, [8, 16, 32, 64, 128, 256], [1, 2, 4, 8, 32])
+    return [
+        *[Case(f"L={n} D={d} H={h}", 1, h, h, n, n, d) for n, d, h in square],
+        *[Case(f"{kind} {s}", *s) for kind, shapes in _SHAPES.items() for s in shapes],
+        *[Case(f"{x} {s}", *s, **more) for s in _OPTION_SHAPES for x, more in _options(s).items()],
+    ]

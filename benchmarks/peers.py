@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from cases import Case, arrays, dense_mask
+from cases import Case, arrays, options
 
 Call = Callable[[], object]
 # For each peer: (case, threads) -> {variant: call}; the fastest variant counts.
@@ -21,42 +21,50 @@ def numattn_peer(case: Case, threads: int) -> dict[str, Call]:
 
     na.set_num_threads(threads)
     q, k, v = arrays(case)
-    options: dict = {"is_causal": case.is_causal}
-    if case.left_window is not None:
-        options["window"] = (case.left_window, 0)
-    if case.mask:
-        options["mask"] = dense_mask(case)
-    if case.bias:
-        shape = (case.query_length, case.key_length)
-        options["bias"] = np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
-    return {"attention": lambda: na.attention(q, k, v, **options)}
+    made = options(case)
+    return {"attention": lambda: na.attention(q, k, v, **made)}
 
 
 def numpy_peer(case: Case, threads: int) -> dict[str, Call]:
+    from numattn._bench import plain_attention, plain_calls
+
     del threads  # set in the environment
     q, k, v = arrays(case)
     if q.dtype.itemsize == 2:
         raise Unsupported("NumPy has no fast matmul of 16-bit floats")
-    group = case.query_heads // case.kv_heads
-    scale = q.dtype.type(1 / np.sqrt(case.head_dim))
-    future = None
+    if case.layout == "blhd":
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    made = options(case)
+    rest: dict = {"penalty": _penalty(case, made), "softcap": case.softcap}
+    if case.sinks:
+        rest["sinks"] = made["sinks"][:, np.newaxis, np.newaxis]
+    calls: dict[str, Call] = dict(plain_calls(q, k, v, **rest))
+    if case.kv_lengths is not None:
+
+        def one_by_one():
+            pairs = enumerate(case.kv_lengths)
+            return np.stack([plain_attention(q[i], k[i, :, :n], v[i, :, :n]) for i, n in pairs])
+
+        calls["one by one"] = one_by_one
+    if case.layout == "blhd":
+        return {name: lambda call=call: call().swapaxes(1, 2) for name, call in calls.items()}
+    return calls
+
+
+def _penalty(case: Case, made: dict) -> np.ndarray | None:
+    """Return what is added to logits: bias, ALiBi, and -inf where nobody attends."""
+    lengths = np.reshape(case.kv_lengths or [case.key_length], (-1, 1, 1, 1))
+    p = np.arange(case.query_length)[:, np.newaxis] + lengths - case.query_length
+    j = np.arange(case.key_length)
+    attend = j < lengths
     if case.is_causal:
-        j = np.arange(case.key_length)
-        offset = case.key_length - case.query_length
-        future = j > np.arange(case.query_length)[:, np.newaxis] + offset
-
-    def attention():
-        keys, values = (np.repeat(x, group, axis=1) if group > 1 else x for x in (k, v))
-        s = q @ keys.swapaxes(-1, -2)
-        s *= scale
-        if future is not None:
-            np.copyto(s, -np.inf, where=future)
-        s -= s.max(axis=-1, keepdims=True)
-        np.exp(s, out=s)
-        s /= s.sum(axis=-1, keepdims=True)
-        return s @ values
-
-    return {"plain": attention}
+        attend = attend & (j <= p)
+    if case.left_window is not None:
+        attend = attend & (j <= p) & (j >= p - case.left_window)
+    penalty = np.where(attend & made.get("mask", True), 0.0, -np.inf) + made.get("bias", 0.0)
+    if case.alibi:
+        penalty = penalty - made["alibi_slopes"][:, np.newaxis, np.newaxis] * np.abs(p - j)
+    return penalty.astype(case.dtype) if penalty.any() else None
 
 
 def torch_peer(case: Case, threads: int) -> dict[str, Call]:

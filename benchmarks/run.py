@@ -18,25 +18,28 @@ from statistics import median
 
 import numattn as na
 from cases import AVX2_BARS, BARS, CASES, OPTION_COSTS, Case
+from numattn._blas import restart_at_full_speed
+from numattn._terminal import progress
 from peers import PEERS
 
 TURN_SECONDS = 0.03  # at least one call
 REST_SECONDS = 0.1  # before each turn, until the threads of the one before have gone to sleep
 
 
+def environment(threads: int, isa: str | None = None) -> dict[str, str]:
+    """Return the environment of a process whose libraries use so many threads."""
+    libraries = ("OMP", "OPENBLAS", "MKL", "NUMATTN")
+    level = {"NUMATTN_ISA": isa} if isa else {}
+    return {**os.environ, **{f"{x}_NUM_THREADS": str(threads) for x in libraries}, **level}
+
+
 class Worker:
     """One library's process."""
 
     def __init__(self, peer: str, threads: int, isa: str | None) -> None:
-        environment = os.environ | {
-            f"{library}_NUM_THREADS": str(threads)
-            for library in ("OMP", "OPENBLAS", "MKL", "NUMATTN")
-        }
-        if isa:
-            environment["NUMATTN_ISA"] = isa
         self.process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("worker.py"), peer, str(threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(threads, isa), text=True,
         )  # fmt: skip
 
     def ask(self, request: dict) -> dict:
@@ -50,12 +53,6 @@ class Worker:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
-
-
-def progress(text: str) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\033[K{text}")
-        sys.stderr.flush()
 
 
 def measure(case: Case, peers: list[str], threads: int, isa: str | None, rounds: int) -> dict:
@@ -183,10 +180,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=Path("bench-results"))
     arguments = parser.parse_args()
+    restart_at_full_speed()
 
     rows, costs, missing = [], [], {}
     print("case, threads, share of the peak (decode: of bandwidth), times as fast as a peer (bars)")
     for threads in arguments.threads:
+        if "numpy" in arguments.peers:
+            worker = Worker("numpy", threads, None)
+            print(f"NumPy: {worker.ask({'blas': True})['blas']}")
+            worker.close()
         for case in CASES:
             if case.name not in arguments.cases:
                 continue

@@ -1,5 +1,6 @@
 """Promise: `python -m numattn` tells what runs, and notices wrong results."""
 
+import os
 import subprocess
 import sys
 
@@ -7,7 +8,8 @@ import numattn as na
 import numpy as np
 import pytest
 from numattn import __main__ as command_line
-from numattn import _bench, _runtime, _self_check
+from numattn import _bench, _blas, _runtime, _self_check
+from numattn import _reference as reference
 
 
 def run_module(*arguments):
@@ -62,13 +64,59 @@ def test_nan_is_noticed(monkeypatch):
 def test_bench(monkeypatch, capsys):
     monkeypatch.setattr(_bench, "_SHAPES", _bench._SHAPES[:2])
     monkeypatch.setattr(sys, "argv", ["numattn", "bench"])
+    monkeypatch.setattr(_blas, "_SLOWING", ())  # this process has imported NumPy
     assert command_line.main() == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
-    for line in lines[1:]:
+    ours, numpys, _, *lines = capsys.readouterr().out.splitlines()
+    assert f"threads: {na.get_num_threads()}" in ours
+    assert _blas.describe() in numpys
+    assert len(lines) == 2
+    for line in lines:
         *_, times, difference = line.split()
         assert float(times.removesuffix("x")) > 0
         assert float(difference) < 1e-5
+
+
+def test_bench_without_variables_that_slow_numpy(tmp_path):
+    """They are gone before NumPy is imported, and the exit code comes back."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        "from numattn import _blas\n"
+        "_blas.restart_at_full_speed()\n"
+        "print(sys.argv[1:], [x for x in os.environ if x.startswith('OPENBLAS_')])\n"
+        "sys.exit(7)\n"
+    )
+    slowing = {"OPENBLAS_CORETYPE": "Nehalem", "OPENBLAS_L2_SIZE": "256"}
+    clean = {name: x for name, x in os.environ.items() if not name.startswith("OPENBLAS_")}
+    for variables in (slowing, {}):
+        result = subprocess.run(
+            [sys.executable, program, "an argument"],
+            capture_output=True, text=True, check=False, env=clean | variables,
+        )  # fmt: skip
+        assert result.stdout == "['an argument'] []\n", result.stderr
+        assert result.returncode == 7
+
+
+@pytest.mark.parametrize(
+    "case", [{}, {"softcap": 3.0}, {"penalty": True}, {"sinks": True}], ids=str
+)
+@pytest.mark.parametrize("shape", [(4, 4, 1, 60), (4, 2, 7, 9), (4, 2, 9, 60)], ids=str)
+def test_plain_numpy_computes_the_same(rng, shape, case):
+    heads, kv_heads, queries, keys = shape
+    q = rng.standard_normal((3, heads, queries, 16), dtype=np.float32)
+    k, v = rng.standard_normal((2, 3, kv_heads, keys, 16), dtype=np.float32)
+    plain, options = dict(case), dict(case)
+    if "penalty" in case:
+        plain["penalty"] = rng.standard_normal((heads, queries, keys), dtype=np.float32)
+        options = {"bias": plain["penalty"]}
+    if "sinks" in case:
+        options["sinks"] = rng.standard_normal(heads, dtype=np.float32)
+        plain["sinks"] = options["sinks"][:, np.newaxis, np.newaxis]
+    expected, _ = reference.attention(q, k, v, **options, dtype=np.float64)
+    calls = _bench.plain_calls(q, k, v, **plain)
+    assert len(calls) == (3 if shape[:3] == (4, 4, 1) else 1)
+    for call in calls.values():
+        np.testing.assert_allclose(call(), expected, rtol=0, atol=3e-6)
 
 
 def test_unknown_command():

@@ -100,10 +100,11 @@ def work(name, peer):
 
 
 def start(name, peer, threads):
-    variables = {f"{x}_NUM_THREADS": str(threads) for x in ("OMP", "OPENBLAS", "MKL", "NUMATTN")}
+    from run import environment  # here: a peer's process does not import numattn
+
     return subprocess.Popen(
         [sys.executable, Path(__file__), "--work", json.dumps([name, peer])],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | variables,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(threads),
     )  # fmt: skip
 
 
@@ -140,6 +141,11 @@ def main():
     if arguments.work:
         work(*json.loads(arguments.work))
         return
+    from numattn._blas import restart_at_full_speed
+    from run import numpy_blas
+
+    restart_at_full_speed()
+    print(f"NumPy: {numpy_blas(arguments.threads)}")
     for name, (_, _, peer, bar) in CASES.items():
         workers = [start(name, p, arguments.threads) for p in (peer, "numattn")]
         calls = [max(1, int(TURN_SECONDS / ask(w, 1))) for w in workers]

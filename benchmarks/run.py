@@ -55,6 +55,14 @@ class Worker:
         self.process.wait()
 
 
+def numpy_blas(threads: int) -> str:
+    """Return what NumPy computes with in a process of so many threads."""
+    worker = Worker("numpy", threads, None)
+    answer = worker.ask({"blas": True})["blas"]
+    worker.close()
+    return answer
+
+
 def measure(case: Case, peers: list[str], threads: int, isa: str | None, rounds: int) -> dict:
     """Return the case's medians: share of peak, and each peer's time over numattn's."""
     workers = {peer: Worker(peer, threads, isa) for peer in ["numattn", *peers]}
@@ -186,9 +194,7 @@ def main() -> None:
     print("case, threads, share of the peak (decode: of bandwidth), times as fast as a peer (bars)")
     for threads in arguments.threads:
         if "numpy" in arguments.peers:
-            worker = Worker("numpy", threads, None)
-            print(f"NumPy: {worker.ask({'blas': True})['blas']}")
-            worker.close()
+            print(f"NumPy: {numpy_blas(threads)}")
         for case in CASES:
             if case.name not in arguments.cases:
                 continue

@@ -112,7 +112,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     threads = parser.parse_args().threads
+    from numattn._blas import describe, restart_at_full_speed  # here: older builds have none
+
+    restart_at_full_speed()
     na.set_num_threads(threads)
+    print(f"NumPy: {describe()}")
     for name, bar, value in figures(threads):
         aim = "" if bar is None else f"   (>= {bar})"
         print(f"{name:45}{value:6.2f}{aim}", flush=True)

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ from pathlib import Path
 from statistics import median
 
 TURN_SECONDS = 0.03  # at least one call
+# Not by import: of the builds that are compared, and of this interpreter, nothing is asked.
+BLAS = runpy.run_path(str(Path(__file__).parents[1] / "python/numattn/_blas.py"))
 REST_SECONDS = 0.05  # until the threads of the other process have gone to sleep
 
 
@@ -69,6 +72,7 @@ def seconds(call, calls):
 
 def work(threads, wanted):
     """Answer each line of the standard input: one more turn, or the next case."""
+    print(json.dumps(BLAS["describe"]()), flush=True)
     for name, make in all_calls(threads):
         if not re.search(wanted, name):
             continue
@@ -107,6 +111,8 @@ class Build:
 
 def compare(before, after, threads, rounds, wanted):
     builds = [Build(python, threads, wanted) for python in (before, after)]
+    for name, build in zip(("BEFORE", "AFTER"), builds, strict=True):
+        print(f"{name}: NumPy's BLAS is {build.answer()}")
     while True:
         names = [build.answer() for build in builds]
         assert names[0] == names[1], names
@@ -135,6 +141,7 @@ def main():
         return
     if arguments.after is None:
         parser.error("two interpreters are needed")
+    BLAS["restart_at_full_speed"]()
     for threads in arguments.threads:
         compare(arguments.before, arguments.after, threads, arguments.rounds, arguments.cases)
 

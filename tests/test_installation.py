@@ -8,7 +8,7 @@ from pathlib import Path
 import numattn as na
 import numpy as np
 import pytest
-from numattn import _runtime
+from numattn import _cpus, _runtime
 
 WITHOUT_EXTENSION = "import sys; sys.modules['numattn._core'] = None\n"
 ATTEND = (
@@ -89,6 +89,156 @@ def test_numpy_backend_by_choice_is_quiet():
     result = run_python(WITHOUT_EXTENSION + ATTEND, NUMATTN_BACKEND="numpy", NUMATTN_ISA="avx2")
     assert result.stdout.split()[:2] == ["numpy", "None"]
     assert result.stderr == ""
+
+
+def fake_proc(folder, cgroup, mounts, files):
+    """Write what the kernel tells of a process; return the folder that is its /proc/self."""
+    proc = folder / "proc"
+    proc.mkdir()
+    (proc / "cgroup").write_text(cgroup)
+    lines = ["22 1 0:20 / / rw - ext4 /dev/root rw"]
+    for root, at, kind in mounts:
+        mounted = str(folder / at).replace(" ", r"\040")
+        lines.append(f"30 22 0:26 {root} {mounted} rw shared:4 - {kind}")
+    (proc / "mountinfo").write_text("\n".join(lines))
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return proc
+
+
+V2 = [("/", "fs/cgroup", "cgroup2 cgroup2 rw")]
+V1 = [
+    ("/", "fs/memory", "cgroup cgroup rw,memory"),
+    ("/", "fs/cpu", "cgroup cgroup rw,cpu,cpuacct"),
+]
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "mounts", "files", "expected"),
+    [
+        # a container with a namespace of cgroups
+        ("0::/\n", V2, {"fs/cgroup/cpu.max": "200000 100000\n"}, 2),
+        ("0::/\n", V2, {"fs/cgroup/cpu.max": "150000 100000\n"}, 2),
+        ("0::/\n", V2, {"fs/cgroup/cpu.max": "20000 100000\n"}, 1),
+        ("0::/\n", V2, {"fs/cgroup/cpu.max": "max 100000\n"}, None),
+        ("0::/\n", V2, {}, None),
+        ("0::/\n", [("/", "a b", "cgroup2 none rw")], {"a b/cpu.max": "300000 100000\n"}, 3),
+        # a slice of systemd: the smallest quota of the ancestors
+        (
+            "0::/user.slice/job:1\n",
+            V2,
+            {
+                "fs/cgroup/user.slice/job:1/cpu.max": "max 100000\n",
+                "fs/cgroup/user.slice/cpu.max": "500000 100000\n",
+            },
+            5,
+        ),
+        (
+            "0::/user.slice/job\n",
+            V2,
+            {
+                "fs/cgroup/user.slice/job/cpu.max": "30000 10000\n",
+                "fs/cgroup/user.slice/cpu.max": "500000 100000\n",
+                "fs/cgroup/other/cpu.max": "100000 100000\n",
+            },
+            3,
+        ),
+        # a container without one, which sees its own folder alone
+        (
+            "0::/docker/1f\n",
+            [("/docker/1f", "fs/cgroup", "cgroup2 cgroup2 rw")],
+            {"fs/cgroup/cpu.max": "400000 100000\n"},
+            4,
+        ),
+        (
+            "0::/docker/1f/job\n",
+            [("/docker/1f", "fs/cgroup", "cgroup2 cgroup2 rw")],
+            {"fs/cgroup/job/cpu.max": "200000 100000\n"},
+            2,
+        ),
+        # version 1, with and without a folder that the process sees
+        (
+            "4:memory:/job\n3:cpu,cpuacct:/job\n0::/\n",
+            V1,
+            {"fs/cpu/job/cpu.cfs_quota_us": "250000\n", "fs/cpu/job/cpu.cfs_period_us": "100000\n"},
+            3,
+        ),
+        (
+            "3:cpu,cpuacct:/docker/1f\n",
+            V1,
+            {"fs/cpu/cpu.cfs_quota_us": "100000\n", "fs/cpu/cpu.cfs_period_us": "50000\n"},
+            2,
+        ),
+        (
+            "3:cpu,cpuacct:/\n",
+            V1,
+            {"fs/cpu/cpu.cfs_quota_us": "-1\n", "fs/cpu/cpu.cfs_period_us": "100000\n"},
+            None,
+        ),
+        # both at once
+        (
+            "3:cpu:/\n0::/job\n",
+            [*V2, *V1],
+            {
+                "fs/cgroup/job/cpu.max": "700000 100000\n",
+                "fs/cpu/cpu.cfs_quota_us": "600000\n",
+                "fs/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            6,
+        ),
+        # what nobody documents
+        ("0::/\n", V2, {"fs/cgroup/cpu.max": "many\n"}, None),
+        ("nonsense\n", V2, {"fs/cgroup/cpu.max": "200000 100000\n"}, None),
+    ],
+)
+def test_cpu_quota(tmp_path, cgroup, mounts, files, expected):
+    assert _cpus.quota(fake_proc(tmp_path, cgroup, mounts, files)) == expected
+
+
+def test_cpu_quota_without_a_kernel_that_tells(tmp_path):
+    assert _cpus.quota(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("affinity", "quota", "environment", "expected"),
+    [
+        (8, None, {}, (8, "the CPUs that this process may use")),
+        (8, 3, {}, (3, "the CPU quota of its cgroup")),
+        (2, 3, {}, (2, "the CPUs that this process may use")),
+        (8, 3, {"LOKY_MAX_CPU_COUNT": "2"}, (2, "LOKY_MAX_CPU_COUNT")),
+        (8, 3, {"LOKY_MAX_CPU_COUNT": "4"}, (3, "the CPU quota of its cgroup")),
+        (8, None, {"OMP_NUM_THREADS": "4"}, (4, "OMP_NUM_THREADS")),
+        (8, None, {"OMP_NUM_THREADS": " 04 , 2"}, (4, "OMP_NUM_THREADS")),
+        (8, None, {"LOKY_MAX_CPU_COUNT": "5", "OMP_NUM_THREADS": "6"}, (5, "LOKY_MAX_CPU_COUNT")),
+        (8, None, {"OMP_NUM_THREADS": "16"}, (8, "the CPUs that this process may use")),
+        (8, None, {"OMP_NUM_THREADS": "0"}, (8, "the CPUs that this process may use")),
+        (8, None, {"OMP_NUM_THREADS": "-2"}, (8, "the CPUs that this process may use")),
+        (8, None, {"OMP_NUM_THREADS": "many"}, (8, "the CPUs that this process may use")),
+        (8, None, {"OMP_NUM_THREADS": ""}, (8, "the CPUs that this process may use")),
+    ],
+)
+def test_what_limits_the_number_of_threads(monkeypatch, affinity, quota, environment, expected):
+    monkeypatch.setattr(_cpus, "_affinity", lambda: affinity)
+    monkeypatch.setattr(_cpus, "quota", lambda: quota)
+    for variable in _cpus._SHARES:
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    assert _cpus.fair_share() == expected
+    monkeypatch.setenv("NUMATTN_NUM_THREADS", "11")
+    assert _runtime._initial_num_threads() == (11, "NUMATTN_NUM_THREADS")
+    monkeypatch.setenv("NUMATTN_NUM_THREADS", "")
+    assert _runtime._initial_num_threads() == expected
+
+
+def test_workers_of_a_pool_share_the_cpus():
+    """What joblib sets in each of its workers: all CPUs over the number of workers."""
+    cpus = na.runtime_info()["cpus"]
+    share = str(max(1, cpus // 2))
+    code = "import numattn as na\ni = na.runtime_info()\nprint(i['num_threads'], i['cpus'])"
+    worker = run_python(code, OMP_NUM_THREADS=share, OPENBLAS_NUM_THREADS=share)
+    assert worker.stdout.split() == [share, str(cpus)], worker.stderr
 
 
 def test_show_runtime(capsys):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _checks, _numpy_backend
+from . import _checks, _cpus, _numpy_backend
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -84,15 +84,8 @@ def _initial_num_threads() -> tuple[int, str]:
             return _checks.thread_count("NUMATTN_NUM_THREADS", number), "NUMATTN_NUM_THREADS"
         except TypeError as error:
             raise ValueError(str(error)) from None
-    return min(_usable_cpus(), _checks.MAX_THREADS), "the CPUs that this process may use"
-
-
-def _usable_cpus() -> int:
-    if native is not None:
-        return int(native.usable_cpus())
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    number, reason = _cpus.fair_share()
+    return min(number, _checks.MAX_THREADS), reason
 
 
 native, backend_reason = _load_native()
@@ -110,13 +103,25 @@ def set_num_threads(num_threads: int) -> None:
     ----------
     num_threads : int
         1 to 1024, the calling thread included. The results do not depend on it, to the bit.
-        Without this call it is ``NUMATTN_NUM_THREADS``, or else the number of CPUs that the
-        process may use. The NumPy backend leaves threads to NumPy's BLAS.
+        The NumPy backend leaves threads to NumPy's BLAS.
 
     Raises
     ------
     TypeError, ValueError
         If it is no int or out of range.
+
+    See Also
+    --------
+    get_num_threads : the number in use.
+    runtime_info : the number, and where it comes from.
+
+    Notes
+    -----
+    Without this call it is ``NUMATTN_NUM_THREADS``, read when numattn is imported. Without that
+    variable it is the number of CPUs in the process's affinity, or the CPU quota of its cgroup (a
+    container's limit), rounded up, where that is less. ``LOKY_MAX_CPU_COUNT`` and
+    ``OMP_NUM_THREADS`` lower it further: joblib sets the latter in its workers, to each worker's
+    share of the CPUs.
 
     Examples
     --------
@@ -132,6 +137,10 @@ def set_num_threads(num_threads: int) -> None:
 
 def get_num_threads() -> int:
     """Return how many threads a call uses that does not pass ``num_threads``.
+
+    See Also
+    --------
+    set_num_threads : sets it, and says what it is before.
 
     Examples
     --------
@@ -163,8 +172,9 @@ def runtime_info() -> dict[str, Any]:
         ``version``, ``python`` and ``numpy`` (versions); ``backend`` ("native" or "numpy") and
         ``backend_reason``; ``isa``, a dict of the levels ``built``, ``available`` on this CPU, the
         one ``chosen`` (None for the NumPy backend) and the ``reason``; ``dtypes``, those that
-        `attention` takes; ``cpu``; ``cpus``, how many this process may use; ``num_threads`` and
-        ``num_threads_reason``.
+        `attention` takes; ``cpu``; ``cpus``, how many this process may use, by its affinity
+        and its cgroup's CPU quota; ``num_threads`` and ``num_threads_reason``, what decided the
+        number.
 
     Examples
     --------
@@ -189,7 +199,7 @@ def runtime_info() -> dict[str, Any]:
         "cpu": (platform.processor() or platform.machine())
         if native is None
         else native.cpu_name(),
-        "cpus": _usable_cpus(),
+        "cpus": _cpus.usable()[0],
         "num_threads": get_num_threads(),
         "num_threads_reason": _num_threads_reason,
     }

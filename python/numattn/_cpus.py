@@ -1,0 +1,92 @@
+"""How many CPUs this process may use, and what limits them."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# What limits the threads of one of several processes: joblib (loky) obeys the first one, and sets
+# the second one in its workers, as other schedulers do; NumPy's BLAS and PyTorch follow it too.
+_SHARES = ("LOKY_MAX_CPU_COUNT", "OMP_NUM_THREADS")
+
+
+def usable() -> tuple[int, str]:
+    """Return how many CPUs this process may use, by affinity and quota, and which one decided."""
+    cpus, reason = _affinity(), "the CPUs that this process may use"
+    limit = quota()
+    if limit is not None and limit < cpus:
+        return limit, "the CPU quota of its cgroup"
+    return cpus, reason
+
+
+def fair_share() -> tuple[int, str]:
+    """Return how many of the usable CPUs this process should use beside others, and why."""
+    number, reason = usable()
+    for variable in _SHARES:
+        # OMP_NUM_THREADS may be a list, one number for each level of nesting. What is no number is
+        # for others to refuse.
+        match = re.fullmatch(r"\s*0*([1-9][0-9]{0,8})\s*(,.*)?", os.environ.get(variable, ""))
+        if match and int(match[1]) < number:
+            number, reason = int(match[1]), variable
+    return number, reason
+
+
+def _affinity() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def quota(proc: Path = Path("/proc/self")) -> int | None:
+    """Return the CPUs that the quotas of this process's cgroups are worth, rounded up, or None.
+
+    Both versions of cgroups, and all ancestors that this process sees: the smallest quota is what
+    the kernel enforces. `proc` is where the kernel describes the process.
+    """
+    try:
+        quotas = [x for folder in _cgroups(proc) for x in _quotas(folder)]
+    except (OSError, ValueError):  # not Linux, or not as documented
+        return None
+    return min((max(1, -(-limit // period)) for limit, period in quotas), default=None)
+
+
+def _cgroups(proc: Path) -> Iterator[Path]:
+    """Yield the folders of the process's cgroups that may hold a quota, and of their ancestors."""
+    # hierarchy:controllers:path, where version 2 names no controllers
+    paths = {}
+    for line in (proc / "cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "cpu" in controllers.split(","):
+            paths["cgroup" if controllers else "cgroup2"] = path
+    for line in (proc / "mountinfo").read_text().splitlines():
+        before, after = line.split(" - ")
+        root, mounted = map(_unescaped, before.split()[3:5])
+        kind, _, options = after.split(" ", 2)
+        if kind not in paths or (kind == "cgroup" and "cpu" not in options.split(",")):
+            continue
+        below = os.path.relpath(paths[kind], root)
+        if below.startswith(".."):  # in a container that does not see its own cgroup's folder
+            below = "."
+        top = Path(mounted)
+        folder = top / below
+        yield from (x for x in (folder, *folder.parents) if x == top or top in x.parents)
+
+
+def _unescaped(path: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
+
+
+def _quotas(folder: Path) -> Iterator[tuple[int, int]]:
+    """Yield the quota of a cgroup and its period, in microseconds, if it has one."""
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        try:
+            limit, period = " ".join((folder / name).read_text() for name in names).split()
+            if limit not in ("max", "-1") and int(period) > 0:
+                yield int(limit), int(period)
+        except (OSError, ValueError):
+            continue

@@ -1,6 +1,7 @@
 """Promise: what is pinned runs, nothing falls back silently, and one can ask what is in use."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,32 @@ def test_missing_extension_where_it_is_required():
     assert "ImportError: NUMATTN_BACKEND=native, but the compiled kernels" in result.stderr
     result = run_python(WITHOUT_EXTENSION + ATTEND, NUMATTN_ISA="avx2")
     assert "RuntimeError: NUMATTN_ISA=avx2, but the compiled kernels are missing" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["numattn", "other._vendor.numattn"])
+def test_a_copy_of_the_package_without_its_metadata(tmp_path, name):
+    """As in a frozen program, or vendored by another package."""
+    copy = tmp_path.joinpath(*name.split("."))
+    shutil.copytree(Path(na.__file__).parent, copy)
+    packages = Path(np.__file__).parent.parent
+    for needed in ("numpy", "numpy.libs"):
+        if (packages / needed).exists():
+            (tmp_path / needed).symlink_to(packages / needed)
+    code = ATTEND.replace("numattn as na", f"{name} as na") + (
+        f"from {name} import plot; print(len(plot.html_page(x[None], list('abc'))) > 1000)\n"
+        "print(na.__version__, na.__file__)"
+    )
+    # -S: without site-packages, where the metadata of an installed numattn is.
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "NUMATTN_BACKEND": _runtime.backend},
+    )  # fmt: skip
+    assert result.stderr == ""
+    runs, plots, what = result.stdout.splitlines()
+    assert runs.split()[0] == _runtime.backend
+    assert plots == "True"
+    assert what == f"0+unknown {copy / '__init__.py'}"
 
 
 def test_numpy_backend_by_choice_is_quiet():

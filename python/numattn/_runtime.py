@@ -17,17 +17,30 @@ from . import _checks, _cpus, _numpy_backend
 if TYPE_CHECKING:
     from types import ModuleType
 
-__version__ = metadata.version("numattn")
+PACKAGE = __name__.rpartition(".")[0]  # "numattn", if it is not vendored
+
+
+def _version() -> str:
+    """Return the version that was installed.
+
+    A copy of the package alone, in a frozen program or in another package, has none: what another
+    numattn was installed as says nothing about it.
+    """
+    try:
+        return metadata.version("numattn") if PACKAGE == "numattn" else _UNKNOWN
+    except metadata.PackageNotFoundError:
+        return _UNKNOWN
+
+
+_UNKNOWN = "0+unknown"  # a version by PEP 440, before all others
+__version__ = _version()
 
 BACKENDS = ("native", "numpy")
 # Each level, better than the one before it, and the dtypes that it has its own kernels for. Not all
 # are built for every architecture.
 ISA_LEVELS = {
     line.split()[0]: line.split()[2:]
-    for line in resources.files("numattn")
-    .joinpath("isa_levels.txt")
-    .read_text("ascii")
-    .splitlines()
+    for line in resources.files(PACKAGE).joinpath("isa_levels.txt").read_text("ascii").splitlines()
     if line and not line.startswith("#")
 }
 
@@ -169,7 +182,8 @@ def runtime_info() -> dict[str, Any]:
     Returns
     -------
     dict
-        ``version``, ``python`` and ``numpy`` (versions); ``backend`` ("native" or "numpy") and
+        ``version`` ("0+unknown" for a copy of the package without its metadata), ``python`` and
+        ``numpy`` (versions); ``backend`` ("native" or "numpy") and
         ``backend_reason``; ``isa``, a dict of the levels ``built``, ``available`` on this CPU, the
         one ``chosen`` (None for the NumPy backend) and the ``reason``; ``dtypes``, those that
         `attention` takes; ``cpu``; ``cpus``, how many this process may use, by its affinity

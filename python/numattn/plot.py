@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from . import _runtime
 from ._checks import ACCEPTED_DTYPES, as_array, dtype_name, real, refuse, refuse_kind
 
 if TYPE_CHECKING:
@@ -449,7 +450,7 @@ def html_page(
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     # Substituted once, so that what is put in is not read again.
-    template = string.Template(resources.files("numattn").joinpath(_PAGE).read_text("utf-8"))
+    template = string.Template(resources.files(_runtime.PACKAGE).joinpath(_PAGE).read_text("utf-8"))
     page = template.substitute(title=html.escape(_visible(title)), data=text)
     if path is not None:
         Path(path).write_text(page, encoding="utf-8", newline="\n")

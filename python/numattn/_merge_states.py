@@ -118,9 +118,14 @@ def merge_states(
         weights /= np.where(total == 0, precision(1), total)
         # What attended to nothing is no part of the result, be it NaN.
         merged = np.zeros(parts[0][0].shape, precision)
+        finite = np.ones(merged.shape, np.bool_)
         for (result, _), weight in zip(parts, weights, strict=True):
             share = weight[..., np.newaxis]
             merged += np.where(share == 0, precision(0), share * result.astype(precision))
+            finite &= np.isfinite(result) | (share == 0)
+        # Rounding alone carries a mean of finite numbers beyond the largest of them.
+        largest = np.finfo(precision).max
+        np.clip(merged, -largest, largest, out=merged, where=finite)
         if out is None:
             return merged.astype(results.dtype), lse
         check_out(out, merged.shape, results.dtype)

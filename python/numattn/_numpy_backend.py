@@ -233,9 +233,10 @@ def _attend(a: Arguments, batch_item: tuple[int, ...], kv_heads: slice, rows: sl
     query_heads = _query_heads(a, kv_heads)
     logits, attend, keys = _masked_logits(a, batch_item, kv_heads, rows)
     weights, total, maximum = _weigh(a, kv_heads, logits)
+    # Before the product, which may overflow where the mean does not.
+    weights /= np.where(total == 0, total.dtype.type(1), total)
     v = a.v[batch_item][kv_heads, np.newaxis, keys].astype(logits.dtype, copy=False)
-    out = aggregate(weights, v, attend)
-    out /= np.where(total == 0, total.dtype.type(1), total)
+    out = aggregate(weights, v, attend, np.finfo(logits.dtype).max)
     a.out[batch_item][query_heads, rows] = out.reshape(-1, *out.shape[2:])
     if a.lse is not None:
         lse = (maximum + np.log(total))[..., 0]
@@ -261,15 +262,38 @@ def _write_stage(
     to[..., keys] = result
 
 
-def aggregate(weights: Array, v: Array, attend: Array) -> Array:
+def aggregate(weights: Array, v: Array, attend: Array, largest: float = np.inf) -> Array:
+    """Return weights @ v, in which a value that is not attended to is no number at all.
+
+    Where weights add up to 1 only rounding can carry a sum of finite values beyond the largest of
+    numbers, which is what `largest` is for.
+    """
     finite = np.isfinite(v)
-    if finite.all() or attend.all():
-        return np.matmul(weights, v)  # type: ignore[no-any-return]
+    if finite.all():
+        out: Array = np.matmul(weights, v)
+        return np.clip(out, -largest, largest, out=out)
     # A weight of 0 would carry a NaN or an infinity into queries that mask its key.
-    out: Array = np.matmul(weights, np.where(finite, v, 0))
+    out = np.matmul(weights, np.where(finite, v, 0))
+    np.clip(out, -largest, largest, out=out)
     attend = np.broadcast_to(attend, weights.shape)
-    for key in np.flatnonzero(~finite.all(axis=(*range(v.ndim - 2), v.ndim - 1))):
-        column = weights[..., key, np.newaxis] * v[..., key, np.newaxis, :]
-        shown = attend[..., key, np.newaxis] & ~finite[..., key, np.newaxis, :]
-        out += np.where(shown, column, 0)
+    attended = attend.any(axis=tuple(range(attend.ndim - 1)))
+    keys = np.flatnonzero(attended & ~finite.all(axis=(*range(v.ndim - 2), v.ndim - 1)))
+    _show_non_finite(out, weights[..., keys], v[..., keys, :], attend[..., keys])
     return out
+
+
+def _show_non_finite(out: Array, weights: Array, v: Array, attend: Array) -> None:
+    """Add to `out` what attended infinities and NaNs are times their weights."""
+
+    def meet(chosen: Array, values: Array) -> Array:
+        """Whether a query has chosen a key with such a value; by BLAS, which has no bool."""
+        if not (chosen.any() and values.any()):
+            return np.zeros(out.shape, np.bool_)
+        return np.asarray(np.matmul(chosen.astype(np.float32), values.astype(np.float32)) > 0)
+
+    positive, negative = attend & (weights > 0), attend & (weights < 0)
+    rising, falling = v == np.inf, v == -np.inf
+    out[meet(positive, rising) | meet(negative, falling)] += np.inf
+    out[meet(positive, falling) | meet(negative, rising)] -= np.inf
+    neither = attend & ~positive & ~negative  # 0 and NaN
+    out[meet(neither, rising | falling) | meet(attend, np.isnan(v))] = np.nan

@@ -11,6 +11,9 @@ from ._checks import ACCEPTED_DTYPES, as_array, dtype_name, is_accepted, refuse,
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
+# 127 times it is still a number of float32.
+_LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))
+
 
 def quantize_kv(x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Round keys or values to 8 bits, with a scale for each token and head.
@@ -67,7 +70,7 @@ def quantize_named(name: str, x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[n
     if not np.all(largest <= np.finfo(np.float32).max):
         where = tuple(map(int, np.argwhere(~(largest <= np.finfo(np.float32).max))[0]))
         refuse(name, f"{largest[where]} in the vector at {where}", "finite numbers of float32")
-    scale = (largest / 127).astype(np.float32)
+    scale = np.minimum((largest / 127).astype(np.float32), _LARGEST_SCALE)
     divisor = np.where(scale == 0, np.float32(1), scale)[..., np.newaxis]
     numbers = np.clip(np.rint(wide / divisor), -127, 127).astype(np.int8)
     return numbers, scale

@@ -132,8 +132,10 @@ def aggregate_values(
 
     Notes
     -----
-    A weight of exactly 0 takes nothing, be its value NaN. The product itself is that of NumPy's
-    BLAS; `attention` does without weights in memory.
+    A weight of exactly 0 takes nothing, be its value NaN. The product is NumPy's own;
+    `attention` does without weights in memory. Weights may have any sign and any sum: a sum that
+    the dtype does not hold is infinite, and one whose parts it does not hold may be NaN. In
+    `attention` finite values give a finite result.
 
     Examples
     --------

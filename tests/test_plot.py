@@ -219,6 +219,12 @@ def test_dtypes(plt, dtype):
     assert '"tenThousandths":[[[[10000' in plot.html_page(np.eye(3).astype(dtype)[None], WORDS[:3])
 
 
+def test_a_page_of_numbers_that_are_no_weights():
+    """What JavaScript has no integers for is the largest that it has."""
+    page = plot.html_page(np.full((1, 1, 1), 1e300), ["a"])
+    assert f'"tenThousandths":[[[[{2**53}]]]]' in page
+
+
 def test_heads(rng, plt):
     weights = make_weights(rng, 12, 8, 8)
     figure = plot.plot_heads(weights, WORDS, columns=6)

@@ -27,8 +27,22 @@ _BLOCK_LOGITS = 1 << 20
 
 def attention(arguments: Arguments) -> None:
     """Fill ``arguments.out`` and, if wanted, ``arguments.lse``."""
-    for problem in _plain_problems(arguments):
-        _attention(problem)
+    with _quiet():
+        for problem in _plain_problems(arguments):
+            if problem.out is not None and problem.out.size > 0:
+                if problem.q_lengths is not None:  # what is not computed
+                    problem.out[...] = 0
+                    if problem.lse is not None:
+                        problem.lse[...] = -np.inf
+                for block in _blocks(problem):
+                    _attend(problem, *block)
+
+
+def _quiet() -> np.errstate:
+    """NaN and infinity in the input are the user's business; overflow gives inf, as a cast would.
+    So the user's error state says nothing about what happens in here.
+    """
+    return np.errstate(all="ignore")
 
 
 def _plain_problems(a: Arguments) -> Iterator[Arguments]:
@@ -97,18 +111,18 @@ def _slices(starts: Array) -> Iterator[slice]:
 def stage(arguments: Arguments, name: str, out: Array) -> None:
     """Fill `out` with "logits" or "weights" (batch..., Hq, Lq, Lk), or with what keys have
     "received" (batch..., Hq, Lk)."""
-    for problem in _plain_problems(arguments):
-        if name == "received" or problem.q_lengths is not None:
-            out[...] = -np.inf if name == "logits" else 0
-        for batch_item, kv_heads, rows in _blocks(problem):
-            with np.errstate(all="ignore"):
+    with _quiet():
+        for problem in _plain_problems(arguments):
+            if name == "received" or problem.q_lengths is not None:
+                out[...] = -np.inf if name == "logits" else 0
+            for batch_item, kv_heads, rows in _blocks(problem):
                 _write_stage(problem, name, out[batch_item], batch_item, kv_heads, rows)
 
 
 def softmax(scores: Array, mask: Array | None, out: Array) -> None:
     """Fill `out` with the softmax of the last axis."""
     precision = np.float64 if scores.dtype.itemsize == 8 else np.float32
-    with np.errstate(all="ignore"):
+    with _quiet():
         x: Array = scores.astype(precision)
         if mask is not None:
             x[~mask] = -np.inf
@@ -123,23 +137,11 @@ def rotate(x: Array, cos: Array, sin: Array, out: Array, interleaved: bool) -> N
     pairs = cos.shape[-1]
     halves = (slice(0, pairs), slice(pairs, 2 * pairs))
     first, second = (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)) if interleaved else halves
-    with np.errstate(all="ignore"):
+    with _quiet():
         a, b = (x[..., part].astype(cos.dtype) for part in (first, second))
         out[..., first] = a * cos - b * sin
         out[..., second] = b * cos + a * sin
         out[..., 2 * pairs :] = x[..., 2 * pairs :]
-
-
-def _attention(arguments: Arguments) -> None:
-    # NaN and infinity in the input are the user's business; overflow gives inf, as a cast would.
-    with np.errstate(all="ignore"):
-        if arguments.out is not None and arguments.out.size > 0:
-            if arguments.q_lengths is not None:  # what is not computed
-                arguments.out[...] = 0
-                if arguments.lse is not None:
-                    arguments.lse[...] = -np.inf
-            for batch_item, kv_heads, rows in _blocks(arguments):
-                _attend(arguments, batch_item, kv_heads, rows)
 
 
 def _blocks(a: Arguments) -> Iterator[tuple[tuple[int, ...], slice, slice]]:

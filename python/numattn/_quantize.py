@@ -65,12 +65,13 @@ def quantize_named(name: str, x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[n
     if not is_accepted(array.dtype) or array.ndim < 1:
         seen = f"{dtype_name(array)}, shape {array.shape}"
         refuse_kind(name, seen, "vectors of " + ", ".join(ACCEPTED_DTYPES))
-    wide = array.astype(np.float64 if array.dtype == np.float64 else np.float32, copy=False)
-    largest = np.abs(wide).max(axis=-1, initial=0)
-    if not np.all(largest <= np.finfo(np.float32).max):
-        where = tuple(map(int, np.argwhere(~(largest <= np.finfo(np.float32).max))[0]))
-        refuse(name, f"{largest[where]} in the vector at {where}", "finite numbers of float32")
-    scale = np.minimum((largest / 127).astype(np.float32), _LARGEST_SCALE)
-    divisor = np.where(scale == 0, np.float32(1), scale)[..., np.newaxis]
-    numbers = np.clip(np.rint(wide / divisor), -127, 127).astype(np.int8)
-    return numbers, scale
+    with np.errstate(all="ignore"):
+        wide = array.astype(np.float64 if array.dtype == np.float64 else np.float32, copy=False)
+        largest = np.abs(wide).max(axis=-1, initial=0)
+        if not np.all(largest <= np.finfo(np.float32).max):
+            where = tuple(map(int, np.argwhere(~(largest <= np.finfo(np.float32).max))[0]))
+            refuse(name, f"{largest[where]} in the vector at {where}", "finite numbers of float32")
+        scale = np.minimum((largest / 127).astype(np.float32), _LARGEST_SCALE)
+        divisor = np.where(scale == 0, np.float32(1), scale)[..., np.newaxis]
+        numbers = np.clip(np.rint(wide / divisor), -127, 127).astype(np.int8)
+        return numbers, scale

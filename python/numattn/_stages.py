@@ -164,14 +164,14 @@ def aggregate_values(
         expected = "as many keys, and heads that are a multiple of v's"
         refuse("weights", f"shape {w.shape} with v of shape {values.shape}", expected)
     precision = np.float64 if values.dtype == np.float64 or w.dtype == np.float64 else np.float32
-    v3 = v3.astype(precision, copy=False)
-    if scale is not None:
-        rows = scale if one_head or layout == "bhld" else scale.swapaxes(-1, -2)
-        v3 = v3 * rows[..., np.newaxis]
     # [..., KV head, query head of its group, query, key]
     grouped = w3.reshape(*w3.shape[:-3], kv_heads, heads // kv_heads, *w3.shape[-2:])
-    grouped = grouped.astype(precision, copy=False)
     with np.errstate(all="ignore"):
+        grouped = grouped.astype(precision, copy=False)
+        v3 = v3.astype(precision, copy=False)
+        if scale is not None:
+            rows = scale if one_head or layout == "bhld" else scale.swapaxes(-1, -2)
+            v3 = v3 * rows[..., np.newaxis]
         try:
             out = _numpy_backend.aggregate(grouped, v3[..., np.newaxis, :, :], grouped != 0)
         except ValueError:

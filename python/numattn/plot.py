@@ -65,6 +65,7 @@ _MASKED_STYLE: dict[str, Any] = {
 
 _PAGE = "plot_page.html"  # a string.Template: $title and $data; $$ is a dollar
 _HTML_STEPS = 10_000  # of 1: four decimals
+_MOST_STEPS = 2**53  # integers that JavaScript has
 
 
 def plot_pattern(
@@ -438,7 +439,8 @@ def html_page(
     queries, keys = _tokens(tokens, key_tokens, patterns.shape)
     if not isinstance(title, str):
         refuse_kind("title", type(title).__name__, "a str")
-    steps = np.rint(patterns.astype(np.float64) * _HTML_STEPS)
+    with np.errstate(all="ignore"):
+        steps = np.rint(patterns.astype(np.float64) * _HTML_STEPS).clip(max=_MOST_STEPS)
     data = {
         "queries": queries,
         "keys": keys,
@@ -469,7 +471,8 @@ def _weights(x: ArrayLike, axes: dict[int, str]) -> Array:
         expected = " or ".join(axes.values()) + ", no axis of length 0"
         refuse("weights", f"shape {array.shape}", expected)
     # Matplotlib draws no bfloat16, and sums of float16 overflow early.
-    array = array.astype(np.float32 if array.dtype.itemsize <= 2 else np.float64, copy=False)
+    with np.errstate(all="ignore"):
+        array = array.astype(np.float32 if array.dtype.itemsize <= 2 else np.float64, copy=False)
     for wrong, expected in (
         (~np.isfinite(array), "finite numbers"),
         (array < 0, "weights, which are not negative (the softmax of logits)"),

@@ -9,6 +9,7 @@ from numattn import _reference as reference
 from test_memory import added_peak, needs_linux
 from test_options import ALONE
 
+FOREIGN = np.dtype(np.float32).newbyteorder()
 SHAPES = [(1, 1), (2, 3), (5, 7), (15, 17), (16, 16), (33, 31), (65, 63), (90, 111), (200, 400)]
 
 
@@ -231,6 +232,28 @@ def test_values_that_are_not_numbers_where_no_weight_is(backend, arrays):
         (lambda q, k: na.aggregate_values(q, k), ValueError, ["weights", "(2, 5, 8)"]),
         (lambda q, k: na.aggregate_values(q[..., :6].astype(int), k), TypeError, ["weights"]),
         (lambda q, k: na.aggregate_values(np.ones((3, 5, 6)), k), ValueError, ["(3, 5, 6)"]),
+        (
+            lambda q, k: na.aggregate_values(q @ k.swapaxes(1, 2), k.astype(FOREIGN)),
+            TypeError,
+            ["v: got dtype float32 of foreign byte order"],
+        ),
+        (
+            lambda q, k: na.aggregate_values((q @ k.swapaxes(1, 2)).astype(FOREIGN), k),
+            TypeError,
+            ["weights: got dtype float32 of foreign byte order"],
+        ),
+        (lambda q, k: na.aggregate_values(q, k.astype(int)), TypeError, ["v: got dtype int64"]),
+        (lambda q, k: na.merge_states(q, q[..., 0], k, k[..., 0]), ValueError, ["out_b"]),
+        (
+            lambda q, k: na.merge_states(q, q[..., 0].astype(FOREIGN), q, q[..., 0]),
+            TypeError,
+            ["lse_a: got dtype float32 of foreign byte order"],
+        ),
+        (
+            lambda q, k: na.merge_states(q, q[..., 0], q, q[..., 0].astype(int)),
+            TypeError,
+            ["lse_b: got dtype int64"],
+        ),
         (lambda q, k: na.aggregate_values(q[0, 0], k), ValueError, ["weights", "(8,)"]),
     ],
 )

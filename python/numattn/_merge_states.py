@@ -135,7 +135,6 @@ def merge_states(
 
 
 def _check_lse(name: str, lse: NDArray[Any], out: NDArray[Any]) -> None:
-    if lse.dtype.kind != "f":
-        refuse_kind(name, f"dtype {lse.dtype}", "floats")
+    check_dtype(name, lse)
     if out.ndim < 1 or lse.shape != out.shape[:-1]:
         refuse(name, f"shape {lse.shape}", f"{out.shape[:-1]}, that of its out without an axis")

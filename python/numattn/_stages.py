@@ -9,8 +9,8 @@ import numpy as np
 
 from . import _arguments, _numpy_backend, _runtime
 from ._checks import (
-    ACCEPTED_DTYPES,
     as_array,
+    check_dtype,
     check_layout,
     float_array,
     heads_first,
@@ -151,8 +151,8 @@ def aggregate_values(
     values = as_array("v", v)
     check_layout(layout)
     scale = _arguments.key_scales("v", values, v_scale)
-    if scale is None and values.dtype.name not in ACCEPTED_DTYPES:
-        refuse_kind("v", values.dtype.name, "one of " + ", ".join(ACCEPTED_DTYPES))
+    if scale is None:
+        check_dtype("v", values)
     if w.ndim < 2 or values.ndim < 2:
         shapes = f"shapes {w.shape} and {values.shape}"
         refuse("weights and v", shapes, "(..., heads, Lq, Lk) and (..., heads, Lk, Dv)")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import html
 import json
 import math
-import operator
 import string
 import unicodedata
 from importlib import resources
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from . import _runtime
-from ._checks import ACCEPTED_DTYPES, as_array, dtype_name, real, refuse, refuse_kind
+from ._checks import ACCEPTED_DTYPES, as_array, at_least, dtype_name, real, refuse, refuse_kind
 
 if TYPE_CHECKING:
     import os
@@ -504,7 +503,7 @@ def _tokens(
         _check_count("tokens", len(queries), shape, shape[-2], "queries")
         if key_tokens is None:
             if shape[-1] != len(queries):
-                expected = f"key_tokens besides, for the {shape[-1]} keys of weights of shape "
+                expected = f"key_tokens too, for the {shape[-1]} keys of weights of shape "
                 refuse("tokens", f"{len(queries)} tokens", expected + str(shape))
             keys = queries
     if key_tokens is not None:
@@ -541,13 +540,7 @@ def _columns(columns: int | None, heads: int) -> int:
     if columns is None:
         square = math.isqrt(heads - 1) + 1
         return next((n for n in range(square, 9) if heads % n == 0), square)
-    try:
-        count = operator.index(columns)
-    except TypeError:
-        refuse_kind("columns", f"{columns!r} ({type(columns).__name__})", "an int")
-    if count < 1:
-        refuse("columns", str(count), "at least 1")
-    return min(count, heads)
+    return min(at_least("columns", columns, 1), heads)
 
 
 def _visible(token: str) -> str:

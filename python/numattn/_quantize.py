@@ -2,27 +2,64 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from ._checks import ACCEPTED_DTYPES, as_array, dtype_name, is_accepted, refuse, refuse_kind
+from ._checks import (
+    ACCEPTED_DTYPES,
+    as_array,
+    check_layout,
+    dtype_name,
+    flag,
+    is_accepted,
+    refuse,
+    refuse_kind,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
+    Rounded = tuple[NDArray[np.int8], NDArray[np.float32]]
+
 # 127 times it is still a number of float32.
 _LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))
+# Of a channel's size, for its factor: with 1 a large channel has too coarse steps itself, with 0.7
+# it makes those of the others coarser where it is largest. Measured as in the docstring below.
+_EXPONENT = 0.85
+# The least factor of a channel: queries times it are numbers of all dtypes.
+_SMALLEST_FACTOR = 2.0**-24
 
 
-def quantize_kv(x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+@overload
+def quantize_kv(
+    x: ArrayLike, *, channel_scale: Literal[False] = ..., layout: Literal["bhld", "blhd"] = ...
+) -> Rounded: ...
+
+
+@overload
+def quantize_kv(
+    x: ArrayLike, *, channel_scale: Literal[True], layout: Literal["bhld", "blhd"] = ...
+) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[Any]]: ...
+
+
+def quantize_kv(
+    x: ArrayLike, *, channel_scale: bool = False, layout: Literal["bhld", "blhd"] = "bhld"
+) -> Rounded | tuple[NDArray[np.int8], NDArray[np.float32], NDArray[Any]]:
     """Round keys or values to 8 bits, with a scale for each token and head.
 
     Parameters
     ----------
     x : array_like, shape (..., D)
         Keys or values of float16, bfloat16, float32 or float64; every vector along the last axis
-        gets a scale of its own.
+        gets a scale of its own. With `channel_scale` (..., H, L, D), or (L, D) for one head.
+    channel_scale : bool, default False
+        Also give each of the D channels of a head a factor, from its largest size over all tokens.
+        Keys need it where some of their channels are many times as large as the others, as in many
+        models.
+    layout : {"bhld", "blhd"}, default "bhld"
+        Which axis has the tokens: "blhd" is ``(..., L, H, D)``. Of no effect without
+        `channel_scale`.
 
     Returns
     -------
@@ -32,17 +69,38 @@ def quantize_kv(x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         ``numbers * scale[..., None]`` is near `x`: within half a scale, which is the largest size
         in a vector over 127. Vectors of nothing above 1e-36 lose more, being scaled by numbers that
         float32 has few digits for.
+    channels : ndarray of the dtype of `x`, shape of `x` with 1 for the tokens
+        With `channel_scale` only: ``numbers * scale[..., None] * channels`` is near `x`. From
+        2**-24 to 1; each is the size of its channel over the largest one's, to the power of 0.85.
 
     Raises
     ------
     TypeError
-        If `x` is of another dtype.
+        If `x` is of another dtype, or `channel_scale` is no bool.
     ValueError
-        If a number is NaN or infinite, or too large for a scale of float32.
+        If a number is NaN or infinite, or too large for a scale of float32; or if `x` has no axis
+        for the tokens that `channel_scale` needs.
 
     See Also
     --------
-    attention, KVCache
+    attention : takes the numbers, and the scales as ``k_scale`` and ``v_scale``.
+    KVCache : rounds tokens as they come.
+
+    Notes
+    -----
+    What 8 bits of keys and values cost, as the root mean square of the error over the root mean
+    square of the result (normally distributed float32, 32 query heads, 8 heads of 300 keys, D =
+    128): 0.9 %; 1.2 % with queries twice as large, whose softmax is sharper, and 1.4 % with queries
+    three times as large. Where one channel of the keys is 30 times as large as the others it is
+    10 %, and 14 % where it is 50 times as large, because its size is the scale of all others; with
+    `channel_scale` both are 0.9 %. The largest error over the largest result is 1.0 %, 1.4 %,
+    1.6 %, 17 % and 30 %; with `channel_scale` 1.0 % and 1.3 % for the last two.
+
+    The factors cost `attention` nothing: those of the keys are multiplied into the queries, as
+    below, those of values into the result. A `KVCache` of 8 bits can take them from the first
+    tokens: append ``k / channels`` and attend with ``q * channels``. Taking sizes from keys to
+    queries is the idea of G. Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training
+    Quantization for Large Language Models", ICML 2023.
 
     Examples
     --------
@@ -55,12 +113,47 @@ def quantize_kv(x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     >>> (numbers * scale[:, None]).round(2)
     array([[ 1. , -0.5],
            [ 0. ,  0. ]], dtype=float32)
+
+    Keys with a large channel; four query heads share each head of keys:
+
+    >>> rng = np.random.default_rng(0)
+    >>> q = rng.standard_normal((32, 1, 128), dtype=np.float32)
+    >>> k, v = rng.standard_normal((2, 8, 300, 128), dtype=np.float32)
+    >>> k[..., 17] *= 30
+    >>> k8, k_scale, channels = na.quantize_kv(k, channel_scale=True)
+    >>> out = na.attention(q * np.repeat(channels, 4, axis=-3), k8, v, k_scale=k_scale)
+    >>> error = out - na.attention(q, k, v)
+    >>> bool(np.linalg.norm(error) < 0.01 * np.linalg.norm(out))
+    True
     """
-    return quantize_named("x", x)
+    array = as_array("x", x)
+    wide = _finite_vectors("x", array)
+    check_layout(layout)
+    if not flag("channel_scale", channel_scale):
+        return _rounded(wide)
+    if wide.ndim < 2:
+        refuse(
+            "x",
+            f"shape {wide.shape}",
+            "(..., L, D) with channel_scale, whose factors are over the tokens",
+        )
+    tokens = -3 if layout == "blhd" and wide.ndim > 2 else -2
+    with np.errstate(all="ignore"):
+        sizes = np.abs(wide).max(axis=tokens, keepdims=True, initial=0)
+        largest = sizes.max(axis=-1, keepdims=True, initial=0)
+        factors = (sizes / np.where(largest == 0, 1, largest)) ** _EXPONENT
+        factors = np.maximum(factors, _SMALLEST_FACTOR)
+        channels: NDArray[Any] = factors.astype(array.dtype)
+        return *_rounded(wide / channels.astype(wide.dtype)), channels
 
 
-def quantize_named(name: str, x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def quantize_named(name: str, x: ArrayLike) -> Rounded:
     """Do what `quantize_kv` does for an argument of another name."""
+    return _rounded(_finite_vectors(name, x))
+
+
+def _finite_vectors(name: str, x: ArrayLike) -> NDArray[Any]:
+    """Return vectors of float32 or float64, whose numbers a scale of float32 can hold."""
     array = as_array(name, x)
     if not is_accepted(array.dtype) or array.ndim < 1:
         seen = f"{dtype_name(array)}, shape {array.shape}"
@@ -68,10 +161,16 @@ def quantize_named(name: str, x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[n
     with np.errstate(all="ignore"):
         wide = array.astype(np.float64 if array.dtype == np.float64 else np.float32, copy=False)
         largest = np.abs(wide).max(axis=-1, initial=0)
-        if not np.all(largest <= np.finfo(np.float32).max):
-            where = tuple(map(int, np.argwhere(~(largest <= np.finfo(np.float32).max))[0]))
-            refuse(name, f"{largest[where]} in the vector at {where}", "finite numbers of float32")
+        wrong = ~(largest <= np.finfo(np.float32).max)
+    if wrong.any():
+        where = tuple(map(int, np.argwhere(wrong)[0]))
+        refuse(name, f"{largest[where]} in the vector at {where}", "finite numbers of float32")
+    return wide
+
+
+def _rounded(wide: NDArray[Any]) -> Rounded:
+    with np.errstate(all="ignore"):
+        largest = np.abs(wide).max(axis=-1, initial=0)
         scale = np.minimum((largest / 127).astype(np.float32), _LARGEST_SCALE)
         divisor = np.where(scale == 0, np.float32(1), scale)[..., np.newaxis]
-        numbers = np.clip(np.rint(wide / divisor), -127, 127).astype(np.int8)
-        return numbers, scale
+        return np.clip(np.rint(wide / divisor), -127, 127).astype(np.int8), scale

@@ -197,7 +197,7 @@ BARS: dict[tuple[str, int], dict[str, float]] = {
 # The share of the AVX2 peak at NUMATTN_ISA=avx2, one thread.
 AVX2_BARS = {"bert512": 0.75, "enc4k": 0.78, "enc4k128": 0.84}
 
-# What an option costs: the time of the first case over that of the second, and what is aimed at;
+# What an option costs: the first case's time over the second's, and what is aimed at;
 # then the level it is measured at, if not the best.
 OPTION_COSTS: list[tuple] = [
     (

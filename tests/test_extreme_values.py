@@ -14,7 +14,7 @@ numpy_dtypes = pytest.mark.parametrize(
 
 
 def limits(dtype):
-    """Return the largest number of a dtype, its eps, and that of what it is computed in."""
+    """Return the largest number of a dtype, its eps, and the eps of what it is computed in."""
     finfo = np.finfo
     if dtype.name == "bfloat16":
         import ml_dtypes

@@ -412,7 +412,7 @@ def test_bad_input_is_refused_before_anything_is_drawn(name, monkeypatch):
 
 
 class Page(HTMLParser):
-    """The elements of a page: attributes and text, each with the name of what it stands in."""
+    """The elements of a page: attributes and text, each with the name of what it is in."""
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
@@ -504,7 +504,7 @@ def test_page_is_written(rng, tmp_path):
 
 
 def dump_dom(page, script, folder):
-    """Return the page as it stands after `script` has run in it."""
+    """Return the page after `script` has run in it."""
     file = folder / "page.html"
     file.write_text(page.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]

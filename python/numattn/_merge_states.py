@@ -137,4 +137,4 @@ def merge_states(
 def _check_lse(name: str, lse: NDArray[Any], out: NDArray[Any]) -> None:
     check_dtype(name, lse)
     if out.ndim < 1 or lse.shape != out.shape[:-1]:
-        refuse(name, f"shape {lse.shape}", f"{out.shape[:-1]}, that of its out without an axis")
+        refuse(name, f"shape {lse.shape}", f"{out.shape[:-1]}, as of its out without the last axis")

@@ -29,7 +29,7 @@ def self_check() -> bool:
     Returns
     -------
     bool
-        Whether every error is within its bound (four times that of plain NumPy in the same
+        Whether every error is within its bound (four times plain NumPy's in the same
         precision, plus one unit in the last place).
     """
     levels = [] if _runtime.native is None else list(_runtime.native.isa_names().items())

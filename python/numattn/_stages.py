@@ -117,7 +117,7 @@ def aggregate_values(
     Returns
     -------
     ndarray, shape (..., Hq, Lq, Dv)
-        In the dtype of `v`, that of the weights where `v` is int8.
+        In the dtype of `v`; in the weights' dtype where `v` is int8.
 
     Raises
     ------

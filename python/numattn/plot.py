@@ -91,7 +91,7 @@ def plot_pattern(
         True where a query attends to a key, as in `numattn.attention`; broadcasts to (Lq, Lk).
         By default the cells whose weight is exactly 0 are drawn as masked.
     title : str, optional
-        What stands above the pattern.
+        What is written above the pattern.
     ax : matplotlib.axes.Axes, optional
         Where to draw. The colour scale and the labels stand beside it, which a figure with
         ``layout="constrained"`` makes room for. A new figure by default.
@@ -174,7 +174,7 @@ def plot_heads(
     key_tokens : sequence of Lk str, optional
         The labels of the keys.
     titles : sequence of H str, optional
-        What stands above the pattern of each head; with layers, above each column. "head 0" and
+        What is written above the pattern of each head; with layers, above each column. "head 0" and
         so on by default.
     columns : int, optional
         How many patterns stand beside each other; not with layers. By default a number that makes

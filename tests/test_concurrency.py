@@ -37,6 +37,54 @@ def test_python_threads_at_once(arrays):
         assert all(threads.map(compute, range(8)))
 
 
+ROUNDING = """
+import ctypes, numattn as na, numpy as np
+libm = ctypes.CDLL("libm.so.6")
+x = np.random.default_rng(0).standard_normal((3, 6, 300, 40), dtype=np.float32)
+tiny = x * np.float32(1e-38)  # subnormal results
+calls = {
+    "attention": lambda n: na.attention(*x, num_threads=n),
+    "subnormal": lambda n: na.attention(x[0], x[1], tiny[2], num_threads=n),
+    "one query": lambda n: na.attention(x[0, :, :1], *x[1:], num_threads=n),
+    "small": lambda n: na.attention(*x[:, :, :3], num_threads=n),
+    "weights": lambda n: na.attention_weights(*x[:2], num_threads=n),
+    "received": lambda n: na.attention_received(*x[:2], num_threads=n),
+    "softmax": lambda n: na.masked_softmax(x),
+}
+expected = {name: call(1) for name, call in calls.items()}
+assert libm.fesetround(0x800) == 0  # upward
+for n in (1, 2, 5):
+    for name, call in calls.items():
+        assert np.array_equal(call(n), expected[name]), (name, n)
+assert libm.fegetround() == 0x800
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library by its name there")
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="x86's number of a rounding mode")
+def test_rounding_of_the_caller():
+    """Helpers have settings of their own; the caller's come back."""
+    subprocess.run([sys.executable, "-c", ROUNDING], check=True)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux")
+def test_helpers_end(arrays):
+    code = """
+import os, time, numattn as na, numpy as np
+def threads(): return len(os.listdir("/proc/self/task"))
+before = threads()
+x = np.ones((128, 200, 64), np.float32)
+na.attention(x, x, x, num_threads=64)
+assert threads() > before
+for _ in range(150):
+    time.sleep(0.1)
+    if threads() == before: break
+assert threads() == before, threads()
+na.attention(x, x, x, num_threads=3)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_set_num_threads_while_computing(arrays):
     q, k, v = arrays(hq=4, lq=200)
     expected = na.attention(q, k, v)

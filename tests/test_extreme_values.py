@@ -5,12 +5,7 @@ import sys
 import numattn as na
 import numpy as np
 import pytest
-from conftest import DTYPES
 from numattn import _reference as reference
-
-numpy_dtypes = pytest.mark.parametrize(
-    "dtype", [("numpy", name) for name in DTYPES], indirect=True, ids="-".join
-)
 
 
 def limits(dtype):
@@ -24,8 +19,7 @@ def limits(dtype):
     return finfo(dtype).max, float(finfo(dtype).eps), float(np.finfo(precision).eps)
 
 
-@numpy_dtypes
-@pytest.mark.parametrize("keys", [1, 2, 3, 50, 1000])
+@pytest.mark.parametrize("keys", [1, 2, 3, 50, 1000, 5000])
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_equal_keys_of_the_largest_value(dtype, keys, share):
     largest, eps, inner_eps = limits(dtype)
@@ -41,7 +35,6 @@ def test_equal_keys_of_the_largest_value(dtype, keys, share):
     np.testing.assert_array_less(abs(out - mean), allowed)
 
 
-@numpy_dtypes
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"sinks": [0.5, -1, 2, 3]}], ids=str)
 def test_mean_of_large_values(dtype, arrays, rng, options):
     largest, eps, inner_eps = limits(dtype)
@@ -54,7 +47,6 @@ def test_mean_of_large_values(dtype, arrays, rng, options):
     assert error <= eps + 40 * inner_eps
 
 
-@numpy_dtypes
 @pytest.mark.parametrize("states", [2, 3, 7, 1000])
 def test_merged_states_of_the_largest_value(dtype, states):
     largest, eps, inner_eps = limits(dtype)
@@ -96,7 +88,6 @@ def weighted_sum(weights, v, attend):
 SPECIAL = [np.nan, np.inf, -np.inf]
 
 
-@numpy_dtypes
 @pytest.mark.parametrize("special", [SPECIAL, [np.inf], [-np.inf], [np.nan]], ids=str)
 def test_attended_values_show_with_their_sign(dtype, arrays, rng, special):
     q, k, v = arrays(2, hq=4, hkv=2, lq=20, lk=60, d=8, dtype=dtype)
@@ -110,7 +101,7 @@ def test_attended_values_show_with_their_sign(dtype, arrays, rng, special):
         np.testing.assert_array_equal(kind(out), kind(expected))
     finite = np.isfinite(expected)
     assert 0 < finite.sum() < finite.size
-    np.testing.assert_allclose(out[finite], expected[finite], rtol=0, atol=4 * limits(dtype)[1])
+    np.testing.assert_allclose(out[finite], expected[finite], rtol=0, atol=10 * limits(dtype)[1])
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

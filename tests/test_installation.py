@@ -91,6 +91,8 @@ def test_a_copy_of_the_package_without_its_metadata(tmp_path, name):
     """As in a frozen program, or vendored by another package."""
     copy = tmp_path.joinpath(*name.split("."))
     shutil.copytree(Path(na.__file__).parent, copy)
+    if _runtime.native is not None:  # elsewhere in an editable installation
+        shutil.copy(_runtime.native.__file__, copy)
     packages = Path(np.__file__).parent.parent
     for needed in ("numpy", "numpy.libs"):
         if (packages / needed).exists():

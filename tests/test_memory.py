@@ -70,6 +70,34 @@ def test_native_scratch_of_one_query(dtype):
 
 
 @needs_linux
+@pytest.mark.skipif(_runtime.native is None, reason="needs the compiled kernels")
+@pytest.mark.parametrize(
+    "call",
+    [
+        # ten million keys, of which a window leaves a hundred
+        "keys(1, 10**7), window=(100, 0)",
+        # one long sequence among short ones
+        "keys(64, 10**6), kv_lengths=[10**6] + [100] * 63",
+    ],
+)
+def test_native_scratch_goes_with_the_keys_that_are_read(call):
+    use = (
+        "keys = lambda batch, n: (np.broadcast_to(q[:1, :1], (batch, 8, 1, d)), "
+        "*[np.broadcast_to(q[:1, :1], (batch, 8, n, d))] * 2); "
+        f"na.attention(*{call.partition(')')[0]}){call.partition(')')[2]})"
+    )
+    assert added_peak(1024, 0, use=use) < 8 * 2**20
+
+
+@needs_linux
+@pytest.mark.skipif(_runtime.native is None, reason="needs the compiled kernels")
+def test_scratch_of_a_huge_call_is_given_back():
+    use = "x = np.ones((1, 64, 40_000), dtype); na.attention(x, x, x, out=x.copy()); del x"
+    use += "; print(memory('VmRSS') - before); raise SystemExit"
+    assert added_peak(1024, 0, use=use) < 12 * 2**20
+
+
+@needs_linux
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_numpy_scratch_of_long_sequences(dtype):
     limit = 128 if dtype == "np.float64" else 64

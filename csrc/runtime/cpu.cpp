@@ -2,11 +2,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <thread>
-
-#if defined(__linux__)
-#include <sched.h>
-#endif
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define NUMATTN_X86_64 1
@@ -51,13 +46,5 @@ std::string cpu_name() {
 #endif
 }
 #endif
-
-int usable_cpus() {
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
-#endif
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-}
 
 }  // namespace numattn

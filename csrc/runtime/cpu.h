@@ -15,7 +15,4 @@ bool cpu_has_avx2();         // AVX2, FMA, F16C
 bool cpu_has_avx512();       // F, BW, DQ, VL
 bool cpu_has_avx512_bf16();  // and BF16
 
-// CPUs that this process may run on: cgroup quotas are not counted.
-int usable_cpus();
-
 }  // namespace numattn

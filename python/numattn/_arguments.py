@@ -253,7 +253,7 @@ def key_scales(
         refuse_kind(argument, dtype_name(scales), "float32")
     if scales.shape != x.shape[:-1]:
         refuse(argument, f"shape {scales.shape}", f"{x.shape[:-1]}, a scale for each key")
-    with np.errstate(over="ignore"):  # an infinite one is refused if it is read
+    with np.errstate(all="ignore"):  # an infinite one is refused if it is read
         return scales.astype(np.float32, copy=False)
 
 

@@ -123,7 +123,6 @@ cdef extern from "row_operations.h" namespace "numattn" nogil:
 
 cdef extern from "runtime/cpu.h" namespace "numattn" nogil:
     string cpp_cpu_name "numattn::cpu_name"() except +
-    int cpp_usable_cpus "numattn::usable_cpus"()
 
 
 cdef extern from "kernels/probes.h" namespace "numattn" nogil:
@@ -447,11 +446,6 @@ def set_default_num_threads(int num_threads):
 def get_default_num_threads():
     """Return how many threads a call uses that does not say."""
     return default_num_threads
-
-
-def usable_cpus():
-    """Return the number of CPUs that this process may run on."""
-    return cpp_usable_cpus()
 
 
 def cpu_name():

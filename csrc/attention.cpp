@@ -188,9 +188,10 @@ Status attention(const Problem& problem, const Execution& execution) try {
   bool empty = problem.query_heads == 0 || problem.query_length == 0;
   for (int axis = 0; axis < problem.batch_axes; ++axis) empty |= problem.batch_shape[axis] == 0;
   if (empty) return Status::done;
-  if (problem.q_lengths && problem.out.data && problem.stage != Stage::received) {
-    fill_padding(problem);
-  }
+  const Stage stage = problem.stage;
+  const bool has_rows =
+      stage == Stage::attention || stage == Stage::logits || stage == Stage::weights;
+  if (problem.q_lengths && has_rows) fill_padding(problem);
   return problem.batch_axes == 0 ? attention_of_some(problem, execution)
                                  : attention_of_some(with_fewer_axes(problem), execution);
 } catch (const std::bad_alloc&) {

@@ -1,6 +1,6 @@
 // Attention for heads so small that packing queries, tiles and states would take longer than the
-// products: few queries and few keys, without options that change logits. Heads go one after
-// another in one task. The lanes are elements of a vector; all keys of a row are weighed at once.
+// products: few queries and few keys. Heads go one after another in one task. The lanes are
+// elements of a vector; all keys of a row are weighed at once.
 #pragma once
 
 #include <concepts>
@@ -12,6 +12,8 @@
 #include "kernels/memory/key_block.h"
 #include "kernels/memory/strided.h"
 #include "kernels/options/apply_options.h"
+#include "kernels/options/lane_map.h"
+#include "kernels/options/lane_masks.h"
 #include "kernels/products/row_products.h"
 #include "kernels/softmax/online_softmax.h"
 #include "kernels/softmax/overflow.h"
@@ -46,10 +48,7 @@ struct SmallHeads {
     Scalar *q, *k, *v;  // [row][d], copies of what is not scalars side by side
     Scalar* weights;    // [query][key]
   };
-  // The keys that a row attends to.
-  struct Range {
-    int64_t begin, end;
-  };
+  static_assert(kMaxKeys <= 64, "the keys that a row attends to are bits");
 
   static Scratch lay_out(Arena& arena, int64_t head_dim, int64_t value_dim) {
     Scratch scratch;
@@ -143,17 +142,37 @@ struct SmallHeads {
     for (; key < keys; ++key) multiply<kRows, 1>(q, row, k, key, dims, logits);
   }
 
-  // Logits of a row become weights that add up to 1. Writes the log-sum-exp to `lse` unless it is
-  // null.
-  static void weigh(Scalar* logits, const Range& range, int64_t keys, double scale, char* lse) {
-    const Vec nothing = Vectors::set(static_cast<Scalar>(-__builtin_inf()));
-    for (int64_t key = 0; key < range.begin; ++key) {
-      logits[key] = static_cast<Scalar>(-__builtin_inf());
+  // Applies options and masks to a row's products; returns which keys it attends to. `task` is of
+  // one head.
+  static uint64_t finish_logits(const Task& task, int64_t row, Scalar* logits) {
+    using Map = LaneMap<Vectors, 1>;
+    const int64_t count = task.valid_keys;
+    const QueryRows rows{row, 1, 1};
+    const TileKeys limits = tile_keys(task.options, task.first_position + row, 1, 0, count);
+    uint64_t attended = lowest_bits(limits.end) & ~lowest_bits(limits.begin);
+    const bool has_mask = task.options.mask.data != nullptr;
+    const KeySpan keys{0, count, true, !has_mask};
+    for (int64_t key = 0; query_sign(task) < 0 && key < count; ++key) logits[key] = -logits[key];
+    if (!has_plain_logits(task)) apply_options<Element>(task, Map{rows}, keys, logits);
+    if (has_mask || task.options.bias.data) {
+      uint64_t of_keys[kMaxKeys];  // bit 0
+      find_attended<kMaxKeys>(task, rows, keys, of_keys);
+      if (task.options.bias.data) keep_unbiased<Element>(task.options, rows, keys, of_keys);
+      for (int64_t key = 0; key < count; ++key) {
+        if ((of_keys[key] & 1) == 0) attended &= ~(uint64_t{1} << key);
+      }
     }
-    for (int64_t key = range.end; key < kWidth; ++key) {
-      logits[key] = static_cast<Scalar>(-__builtin_inf());
+    for (int64_t key = 0; key < kWidth; ++key) {
+      if ((attended >> key & 1) == 0) logits[key] = static_cast<Scalar>(-__builtin_inf());
     }
-    Vec highest = nothing;
+    return attended;
+  }
+
+  // Logits of a row become weights under its largest logit. Returns the factor by which their sums
+  // are to be multiplied; writes the log-sum-exp to `lse` unless it is null.
+  static Scalar weigh(const Task& task, Scalar* logits, char* lse) {
+    const int64_t keys = task.valid_keys;
+    Vec highest = Vectors::set(static_cast<Scalar>(-__builtin_inf()));
     for (int64_t key = 0; key < keys; key += Vectors::kLanes) {
       highest = Vectors::max(highest, Vectors::load(logits + key));
     }
@@ -165,42 +184,49 @@ struct SmallHeads {
         lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
       }
     }
-    const Vec base = softmax_base_of<Vectors>(lanes[0]);
-    const Vec factor = softmax_factor<Vectors>(scale);
+    Scalar maximum = lanes[0];
+    const Vec base = softmax_base_of<Vectors>(maximum);
+    const Vec scale = softmax_factor<Vectors>(softmax_scale(task));
     Vec sums = Vectors::zero();
     for (int64_t key = 0; key < keys; key += Vectors::kLanes) {
-      const Vec weight = softmax_weight<Vectors>(Vectors::load(logits + key), base, factor);
+      const Vec weight = softmax_weight<Vectors>(Vectors::load(logits + key), base, scale);
       Vectors::store(logits + key, weight);
       sums = Vectors::add(sums, weight);
     }
-    const Scalar sum = Vectors::sum(sums);
-    const Vec share = Vectors::set(softmax_share(sum));
-    for (int64_t key = 0; key < keys; key += Vectors::kLanes) {
-      Vectors::store(logits + key, Vectors::mul(Vectors::load(logits + key), share));
+    Scalar sum = Vectors::sum(sums);
+    Scalar shrink = 1;  // under a sink that is larger
+    const auto sink = static_cast<Scalar>(sink_of(task, 0));
+    if (!is_minus_infinity(sink)) {
+      const Scalar of_logits = maximum;
+      if (sink > maximum) maximum = sink;
+      const Vec of_both = softmax_base_of<Vectors>(maximum);
+      const auto weight = [&](Scalar logit) {
+        Vectors::store(lanes, softmax_weight<Vectors>(Vectors::set(logit), of_both, scale));
+        return lanes[0];
+      };
+      shrink = weight(of_logits);
+      sum = sum * shrink + weight(sink);
     }
-    if (!lse) return;
-    const Scalar of_row = log_sum_exp(lanes[0], sum, scale, 0);
-    __builtin_memcpy(lse, &of_row, sizeof(of_row));
+    if (lse) {
+      const Scalar of_row = log_sum_exp(maximum, sum, softmax_scale(task), 0);
+      __builtin_memcpy(lse, &of_row, sizeof(of_row));
+    }
+    return shrink * softmax_share(sum);
   }
 
-  // out [row][d] = weights [row][key] * v [key][d] for kRows rows. False where a result is not
-  // finite; it may be with kExponent, the power of two by which weights are multiplied.
+  // out [row][d] = factor [row] * weights [row][key] * v [key][d] for kRows rows. False where a
+  // result is not finite; it may be with kExponent, the power of two by which weights are
+  // multiplied.
   template <int kRows, int kExponent>
-  static bool aggregate(const Task& task, const View& out, int64_t row, const RowsOfScalars& v,
-                        const Scalar* weights, const Range* ranges) {
+  static bool aggregate(const Task& task, int64_t row, const RowsOfScalars& v,
+                        const Scalar* weights, const Scalar* factors, const uint64_t* attended) {
     constexpr int kVectors = 4;
     const auto shrink = static_cast<Scalar>(power_of_two(kExponent));
-    const Vec grow = Vectors::set(static_cast<Scalar>(power_of_two(-kExponent)));
-    int64_t begin = ranges[row].begin, end = ranges[row].end;
-    bool is_one_range = true;
-    for (int r = 1; r < kRows; ++r) {
-      const Range& range = ranges[row + r];
-      is_one_range = is_one_range && range.begin == begin && range.end == end;
-    }
-    for (int r = 1; !is_one_range && r < kRows; ++r) {
-      const Range& range = ranges[row + r];
-      begin = range.begin < begin ? range.begin : begin;
-      end = range.end > end ? range.end : end;
+    const auto grow = static_cast<Scalar>(power_of_two(-kExponent));
+    uint64_t any = 0, all = ~uint64_t{0};
+    for (int r = 0; r < kRows; ++r) {
+      any |= attended[row + r];
+      all &= attended[row + r];
     }
     FiniteCheck<Vectors> check;
     // kCount whole vectors, or one that is not whole.
@@ -213,7 +239,7 @@ struct SmallHeads {
 #pragma GCC unroll 4
         for (int i = 0; i < kCount; ++i) sums[r][i] = Vectors::zero();
       }
-      for (int64_t key = begin; key < end; ++key) {
+      for (int64_t key = 0; any >> key != 0; ++key) {
         Vec values[kCount];
 #pragma GCC unroll 4
         for (int i = 0; i < kCount; ++i) {
@@ -224,8 +250,7 @@ struct SmallHeads {
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
           // A weight of 0 would not keep a NaN out.
-          const Range& range = ranges[row + r];
-          if (!is_one_range && (key < range.begin || key >= range.end)) continue;
+          if ((all >> key & 1) == 0 && (attended[row + r] >> key & 1) == 0) continue;
           const Vec weight = Vectors::set(weights[(row + r) * kWidth + key] * shrink);
 #pragma GCC unroll 4
           for (int i = 0; i < kCount; ++i) {
@@ -235,14 +260,16 @@ struct SmallHeads {
       }
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        char* const to = out.data + (row + r) * out.row_stride;
+        char* const to = task.out.data + (row + r) * task.out.row_stride;
+        const Vec factor = Vectors::set(factors[row + r] * grow);
 #pragma GCC unroll 4
         for (int i = 0; i < kCount; ++i) {
-          check.add(sums[r][i]);
-          store_elements<Vectors, Element>(
-              to + (d + i * Vectors::kLanes) * out.column_stride, out.column_stride,
-              kExponent == 0 ? sums[r][i] : finite_product<Vectors>(sums[r][i], grow),
-              kIsWhole ? Vectors::kLanes : task.value_dim - d);
+          const Vec product = kExponent == 0 ? Vectors::mul(sums[r][i], factor)
+                                             : finite_product<Vectors>(sums[r][i], factor);
+          check.add(product);
+          store_elements<Vectors, Element>(to + (d + i * Vectors::kLanes) * task.out.column_stride,
+                                           task.out.column_stride, product,
+                                           kIsWhole ? Vectors::kLanes : task.value_dim - d);
         }
       }
     };
@@ -257,14 +284,10 @@ struct SmallHeads {
     return check.all_finite();
   }
 
-  // One query head; `q` and `out` are its views.
-  static void attend(const Task& task, const View& q_view, const View& out, const View& lse,
-                     const RowsOfScalars& k, const RowsOfScalars& v, const Scratch& scratch) {
-    const int64_t keys = task.valid_keys;
-    const RowsOfScalars q = scalars(q_view, task.queries, task.head_dim, scratch.q);
-    Range ranges[kMaxQueries];
-    const double scale = __builtin_fabs(task.options.scale);
-    const bool is_negative = query_sign(task) < 0;
+  // A task of one query head.
+  static void attend(const Task& task, const RowsOfScalars& k, const RowsOfScalars& v,
+                     const Scratch& scratch) {
+    const RowsOfScalars q = scalars(task.q, task.queries, task.head_dim, scratch.q);
     const auto for_rows = [&](auto step) {
       int64_t row = 0;
       for (; row + kRowsTogether <= task.queries; row += kRowsTogether) {
@@ -273,21 +296,23 @@ struct SmallHeads {
       for (; row < task.queries; ++row) step(row, Constant<1>{});
     };
     for_rows([&](int64_t row, auto rows) {
-      multiply_keys<rows.value>(q, row, k, keys, task.head_dim, scratch.weights);
+      multiply_keys<rows.value>(q, row, k, task.valid_keys, task.head_dim, scratch.weights);
     });
+    uint64_t attended[kMaxQueries];  // a bit for each key
+    Scalar factors[kMaxQueries];
     for (int64_t row = 0; row < task.queries; ++row) {
       Scalar* const logits = scratch.weights + row * kWidth;
-      for (int64_t key = 0; is_negative && key < keys; ++key) logits[key] = -logits[key];
-      const TileKeys attended = tile_keys(task.options, task.first_position + row, 1, 0, keys);
-      ranges[row] = {attended.begin, attended.end > attended.begin ? attended.end : attended.begin};
-      weigh(logits, ranges[row], keys, scale, lse.data ? lse.data + row * lse.row_stride : nullptr);
+      attended[row] = finish_logits(task, row, logits);
+      factors[row] =
+          weigh(task, logits, task.lse.data ? task.lse.data + row * task.lse.row_stride : nullptr);
     }
     for_rows([&](int64_t row, auto rows) {
       constexpr int kRows = rows.value;
-      if (aggregate<kRows, 0>(task, out, row, v, scratch.weights, ranges)) return;
+      if (aggregate<kRows, 0>(task, row, v, scratch.weights, factors, attended)) return;
       if constexpr (std::same_as<Element, Float16Bits>) return;  // float32 holds their sums
-      constexpr int kExponent = -3;
-      aggregate<kRows, kExponent>(task, out, row, v, scratch.weights, ranges);
+      constexpr int kExponent = -5;
+      static_assert(kMaxKeys <= 16, "weights of at most 2^-5 add up to 1/2 at most");
+      aggregate<kRows, kExponent>(task, row, v, scratch.weights, factors, attended);
     });
   }
 
@@ -299,17 +324,23 @@ struct SmallHeads {
       if (view.data) view.data += heads * view.head_stride;
       return view;
     };
-    KeyRows k_rows = task.k, v_rows = task.v;
+    Task alone = task;
+    alone.kv_heads = alone.heads = 1;
     for (int64_t kv_head = 0; kv_head < task.kv_heads; ++kv_head) {
       if (task.should_stop(task.stop_context)) return false;
-      k_rows.rows = moved(task.k.rows, kv_head);
-      v_rows.rows = moved(task.v.rows, kv_head);
-      const RowsOfScalars k = scalars(k_rows, task.valid_keys, scratch.k);
-      const RowsOfScalars v = scalars(v_rows, task.valid_keys, scratch.v);
+      alone.k.rows = moved(task.k.rows, kv_head);
+      alone.v.rows = moved(task.v.rows, kv_head);
+      const RowsOfScalars k = scalars(alone.k, task.valid_keys, scratch.k);
+      const RowsOfScalars v = scalars(alone.v, task.valid_keys, scratch.v);
       for (int64_t i = 0; i < task.heads; ++i) {
         const int64_t head = kv_head * task.heads + i;
-        attend(task, moved(task.q, head), moved(task.out, head), moved(task.lse, head), k, v,
-               scratch);
+        alone.q = moved(task.q, head);
+        alone.out = moved(task.out, head);
+        alone.lse = moved(task.lse, head);
+        alone.options = options_from_head(task.options, head);
+        alone.options.mask = moved(task.options.mask, head);
+        alone.options.bias = moved(task.options.bias, head);
+        attend(alone, k, v, scratch);
       }
     }
     return true;

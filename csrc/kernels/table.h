@@ -32,8 +32,8 @@ struct DtypeKernels {
   bool (*decode)(const Task& task);  // false if it was stopped
   void (*decode_finish)(const Task& task, int64_t chunks, int64_t state_stride);
 
-  // Heads of so few queries and keys, without options but a scale and limits by position: all heads
-  // of some adjacent KV heads, with all valid keys.
+  // Heads of so few queries and keys, which are not int8: all heads of some KV heads, with all
+  // valid keys.
   int max_small_queries, max_small_keys;
   int64_t (*small_scratch_bytes)(int64_t head_dim, int64_t value_dim);
   bool (*attend_small)(const Task& task);  // false if it was stopped

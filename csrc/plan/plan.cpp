@@ -30,22 +30,21 @@ bool is_decoded(const Problem& problem, const DtypeKernels& kernels, int64_t que
   return problem.query_heads / problem.kv_heads * queries <= kernels.max_decode_rows;
 }
 
-bool has_plain_logits(const Problem& problem) {
-  const Options& options = problem.options;
-  return options.softcap == 0 && !options.bias.data && !options.mask.data &&
-         !options.alibi_slopes && !options.sinks && !problem.k_is_int8 && !problem.v_is_int8;
+bool is_small(const Problem& problem, const DtypeKernels& kernels, int64_t queries, int64_t keys) {
+  return !problem.k_is_int8 && !problem.v_is_int8 && queries <= kernels.max_small_queries &&
+         keys <= kernels.max_small_keys;
 }
 
 }  // namespace
 
 bool Plan::has_no_prefill(const Problem& problem, const DtypeKernels& kernels) {
-  return problem.stage != Stage::attention || is_decoded(problem, kernels, problem.query_length);
+  return problem.stage != Stage::attention || is_decoded(problem, kernels, problem.query_length) ||
+         is_small(problem, kernels, problem.query_length, problem.key_length);
 }
 
 Driver Plan::driver(const Sequence& sequence) const {
   if (problem_.stage != Stage::attention) return Driver::stage;
-  if (has_plain_logits(problem_) && sequence.queries <= kernels_.max_small_queries &&
-      sequence.valid_keys <= kernels_.max_small_keys) {
+  if (is_small(problem_, kernels_, sequence.queries, sequence.valid_keys)) {
     return Driver::small_heads;
   }
   return is_decoded(problem_, kernels_, sequence.queries) ? Driver::decode : Driver::prefill;

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
-from ._arguments import MAX_POSITION, ints_per_batch
-from ._attention import attention
-from ._checks import (
-    ACCEPTED_DTYPES,
-    as_array,
-    at_least,
-    check_layout,
-    check_out,
-    check_overlap,
-    flag,
-    is_accepted,
-    refuse,
-    refuse_kind,
-    snapshot,
-)
-from ._merge_states import merge_states
+from ._checks import refuse, refuse_kind, snapshot
+from ._kv_arguments import UNLIMITED, CacheArguments, accepted_dtype, check_apart, check_unknown
+from ._kv_attend import Options, attend_to_tokens, place
+from ._kv_tokens import SPARE_PLACES, Tokens
 from ._quantize import quantize_named
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     Array = NDArray[Any]
+
+# Of what a pickle holds.
+_STATE_VERSION = 1
 
 
 class KVCache:
@@ -48,18 +42,21 @@ class KVCache:
     capacity : int, default 0
         Tokens that there is room for at first. The cache grows by itself.
     window : int, optional
-        Each token sees so many tokens, itself included. The last tokens are kept, at least one more
-        window than was appended last, and what lies further back is forgotten: memory stays
-        constant.
+        Each token sees so many tokens, itself included. What no query can need any more is
+        forgotten: memory stays constant.
     keep_first : int, default 0
         With `window`: the first tokens, which are never forgotten and always seen.
+    max_rollback : int, default 16
+        With `window`: how many tokens `truncate` can take back, counted from the largest length
+        that a sequence has had. Room for `keep_first` and twice ``window + max_rollback`` tokens is
+        all that the cache takes. Without a window all tokens can be taken back.
 
     Attributes
     ----------
     lengths : ndarray of int64, shape (batch,)
         Tokens appended to each sequence so far, forgotten ones included.
     nbytes : int
-        Bytes of memory that keys, values and scales take.
+        Bytes of memory that keys, values and scales take, free places included.
     k, v : ndarray, shape (batch, kv_heads, tokens, head_dim or value_dim)
         Read-only views of what is kept; with `keep_first` those come first. What lies beyond a
         shorter sequence is not defined.
@@ -73,15 +70,21 @@ class KVCache:
 
     See Also
     --------
-    attention, merge_states, quantize_kv
+    attention : what `attend` computes.
+    attention_paged : keys and values in pages, which sequences may share.
+    quantize_kv : how numbers become 8 bits.
 
     Notes
     -----
     Appending copies each token once, and on average about twice more when the memory grows or a
-    window moves on. A failed or interrupted append leaves the cache as it was. With `keep_first`,
-    float16 and bfloat16 results are rounded once more, because two parts are merged. The first
-    tokens beside a window are the attention sinks of Xiao et al., "Efficient Streaming
-    Language Models with Attention Sinks", ICLR 2024; positions here are those of the whole text.
+    window moves on. A failed or interrupted append leaves the cache as it was. Copies (`select`,
+    `copy`, the module `copy`, pickles) hold the tokens that are kept and zeros: nothing that was
+    forgotten, and no free places to speak of.
+
+    With `keep_first`, many queries or ALiBi beyond the window take two parts, which are merged:
+    float16 and bfloat16 results are rounded once more then. The first tokens beside a window are
+    the attention sinks of Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
+    ICLR 2024; positions here are those of the whole text.
 
     Examples
     --------
@@ -112,49 +115,27 @@ class KVCache:
         capacity: int = 0,
         window: int | None = None,
         keep_first: int = 0,
+        max_rollback: int = 16,
     ) -> None:
-        self._batch = at_least("batch", batch, 0)
-        self._heads = at_least("kv_heads", kv_heads, 1)
-        dims = (
-            at_least("head_dim", head_dim, 1),
-            at_least("value_dim", head_dim if value_dim is None else value_dim, 1),
-        )
+        self._arguments = CacheArguments(
+            batch, kv_heads, head_dim, head_dim if value_dim is None else value_dim,
+            accepted_dtype(dtype), quantize, capacity, window, keep_first, max_rollback,
+        )  # fmt: skip
         try:
-            self._dtype = np.dtype(dtype)
-        except TypeError:
-            refuse_kind("dtype", repr(dtype), "one of " + ", ".join(ACCEPTED_DTYPES))
-        if not is_accepted(self._dtype):
-            refuse_kind("dtype", str(self._dtype), "one of " + ", ".join(ACCEPTED_DTYPES))
-        if not isinstance(quantize, bool):
-            refuse_kind("quantize", repr(quantize), "True or False")
-        self._quantize = quantize
-        self._window = None if window is None else at_least("window", window, 1)
-        self._keep_first = at_least("keep_first", keep_first, 0)
-        if self._keep_first and self._window is None:
-            refuse("keep_first", str(keep_first), "0 where there is no window")
-        self._lengths = np.zeros(self._batch, np.int64)
-        # Tokens have positions in the text and places in the arrays: the first keep_first, then
-        # those from position begins[sequence] on.
-        self._begins = np.full(self._batch, self._keep_first, np.int64)
-        stored = np.dtype(np.int8) if quantize else self._dtype
-        rows = at_least("capacity", capacity, 0)
-        # [batch][head][place][element], and the scales without the last axis. Scales are 0 where
-        # nothing is: they are looked at in one piece.
-        self._arrays = [np.empty((self._batch, self._heads, rows, d), stored) for d in dims]
-        if quantize:
-            self._arrays += [
-                np.zeros((self._batch, self._heads, rows), np.float32) for _ in range(2)
-            ]
+            arrays = [np.zeros(*each) for each in self._arguments.arrays(self._arguments.capacity)]
+        except ValueError as error:  # sizes whose product is beyond 64 bits
+            raise MemoryError(str(error)) from None
+        self._tokens = self._make_tokens(arrays)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens appended to each sequence so far, forgotten ones included."""
-        return self._lengths.copy()
+        return np.array(self._tokens.lengths, np.int64)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that keys, values and scales take."""
-        return sum(x.nbytes for x in self._arrays)
+        """Bytes of memory that keys, values and scales take, free places included."""
+        return sum(x.nbytes for x in self._tokens.arrays)
 
     @property
     def k(self) -> Array:
@@ -169,22 +150,23 @@ class KVCache:
     @property
     def k_scale(self) -> Array | None:
         """The scales of 8-bit keys, (batch, kv_heads, tokens)."""
-        return self._view(2) if self._quantize else None
+        return self._view(2) if self._arguments.quantize else None
 
     @property
     def v_scale(self) -> Array | None:
         """The scales of 8-bit values, (batch, kv_heads, tokens)."""
-        return self._view(3) if self._quantize else None
+        return self._view(3) if self._arguments.quantize else None
 
-    def append(self, k: ArrayLike, v: ArrayLike, lengths: ArrayLike | None = None) -> None:
+    def append(self, k: ArrayLike, v: ArrayLike, lengths: int | ArrayLike | None = None) -> None:
         """Append tokens to every sequence.
 
         Parameters
         ----------
         k, v : array_like, shape (batch, kv_heads, tokens, head_dim or value_dim)
             Keys and values in the cache's dtype.
-        lengths : array_like of int, shape (batch,), optional
-            How many of the tokens each sequence gets. Default: all.
+        lengths : int or array_like of int, shape (batch,), optional
+            How many of the tokens each sequence gets; the others are padding, and may be anything.
+            Default: all.
 
         Raises
         ------
@@ -192,47 +174,66 @@ class KVCache:
             If something does not fit; the cache is then as it was. With a window, no more tokens
             than it at once: what lies further back would be gone before a query could see it. Cut a
             longer text into pieces, and attend after each.
+
+        See Also
+        --------
+        attend : attends to what was appended.
+        truncate : takes tokens back.
         """
-        new = [self._checked("k", k), self._checked("v", v)]
-        tokens = new[0].shape[2]
-        if new[1].shape[2] != tokens:
-            refuse("v", f"{new[1].shape[2]} tokens", f"{tokens} as in k")
-        if self._window is not None and tokens > self._window:
-            refuse("k", f"{tokens} tokens", f"at most the window's {self._window} at once")
-        counts = self._counts(lengths, tokens)
-        if self._quantize:
-            if lengths is not None:  # what is not appended may be anything
-                is_new = np.arange(tokens) < counts[:, np.newaxis]
-                new = [
-                    np.where(is_new[:, np.newaxis, :, np.newaxis], x, x.dtype.type(0)) for x in new
-                ]
-            pairs = [quantize_named(name, x) for name, x in zip("kv", new, strict=True)]
-            new = [numbers for numbers, _ in pairs] + [scale for _, scale in pairs]
+        kind = self._arguments
+        new = [kind.check_new("k", k, kind.head_dim), kind.check_new("v", v, kind.value_dim)]
+        given = new[0].shape[2]
+        if new[1].shape[2] != given:
+            refuse("v", f"{new[1].shape[2]} tokens", f"{given} as in k")
+        if kind.window is not None and given > kind.window:
+            refuse("k", f"{given} tokens", f"at most the window's {kind.window} at once")
+        counts = None if lengths is None else kind.check_numbers("lengths", lengths, given)
+        if counts is not None and counts.count(given) == len(counts):
+            counts = None
+        if kind.quantize:
+            new = _quantized(new, counts)
+        self._tokens = self._tokens.appended(new, counts)
 
-        arrays, begins = self._with_room_for(counts)
-        first = self._places(self._lengths, begins)
-        is_uniform = self._batch > 0 and np.all(counts == tokens) and np.all(first == first[0])
-        for stored, x in zip(arrays, new, strict=True):
-            if is_uniform:
-                stored[:, :, first[0] : first[0] + tokens] = x
-                continue
-            for i, count in enumerate(counts):
-                stored[i, :, first[i] : first[i] + count] = x[i, :, :count]
-        # One step, which an interrupt cannot divide.
-        self.__dict__.update(_arrays=arrays, _begins=begins, _lengths=self._lengths + counts)
-
-    def attend(self, q: ArrayLike, **options: Any) -> Any:
+    def attend(
+        self,
+        q: ArrayLike,
+        *,
+        is_causal: bool = True,
+        q_offset: int | ArrayLike | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        alibi_slopes: ArrayLike | None = None,
+        sinks: ArrayLike | None = None,
+        q_lengths: int | ArrayLike | None = None,
+        layout: Literal["bhld", "blhd"] = "bhld",
+        return_lse: bool = False,
+        out: NDArray[Any] | None = None,
+        num_threads: int | None = None,
+        **unknown: Any,
+    ) -> Any:
         """Attend to what the cache holds.
+
+        Where the queries are, if neither `q_offset` nor `q_lengths` says it: after an `append` with
+        `lengths` that gave some sequence fewer tokens than others could get, as many queries as it
+        had tokens, padding included, are those of these tokens. The first query's position is the
+        length before, and queries of padding get zeros. In all other cases, also after `truncate`,
+        the last query is at the end of its sequence.
 
         Parameters
         ----------
         q : array_like, shape (batch, Hq, Lq, head_dim)
-            The queries of the last tokens: the last one stands at the end of its sequence, unless
-            `q_offset` says otherwise. After an `append` with `lengths`, whose padding is on the
-            right, that is ``q_offset=`` the lengths before it.
-        **options
-            As of `attention`, but for `mask`, `bias`, `kv_lengths`, `k_scale` and `v_scale`;
-            `is_causal` is True by default, and `window` belongs to a cache without one.
+            Queries, in the cache's dtype. Hq is a multiple of the cache's heads.
+        is_causal : bool, default True
+            As of `attention`.
+        q_offset : int or array_like of int, shape (batch,), optional
+            Position of the first query. All queries are valid then, unless `q_lengths` is given.
+        window : tuple (left, right), optional
+            As of `attention`. Not if the cache has a window.
+        q_lengths : int or array_like of int, shape (batch,), optional
+            Number of valid queries. The last valid one is at the end, unless `q_offset` is given.
+        scale, softcap, alibi_slopes, sinks, layout, return_lse, out, num_threads
+            As of `attention`.
 
         Returns
         -------
@@ -242,90 +243,93 @@ class KVCache:
         Raises
         ------
         TypeError, ValueError
-            As `attention`, and if a window's tokens that a query needs have been forgotten.
-        """
-        for name in ("mask", "bias", "kv_lengths", "k_scale", "v_scale"):
-            if options.get(name) is not None:
-                refuse_kind(name, "an array", "none: the cache knows its keys")
-        options = {"is_causal": True} | options
-        queries = as_array("q", q)
-        layout = options.get("layout", "bhld")
-        check_layout(layout)
-        if queries.ndim != 4 or queries.shape[0] != self._batch:
-            axes = "heads, length" if layout == "bhld" else "length, heads"
-            refuse("q", f"shape {queries.shape}", f"({self._batch}, {axes}, {self.k.shape[3]})")
-        rows = queries.shape[2 if layout == "bhld" else 1]
-        offset = ints_per_batch(
-            "q_offset", options.get("q_offset"), (self._batch,), -MAX_POSITION, MAX_POSITION
-        )
-        first = self._lengths - rows if offset is None else offset
-        if self._window is None:
-            everything = slice(None, int(self._used().max(initial=0)))
-            return self._attend_to(queries, everything, np.int64(0), first, options)
-        if options.get("window") is not None:
-            refuse("window", repr(options["window"]), "none: the cache has one")
-        if rows > 0:
-            self._check_window("q", f"{rows} queries from position {{}} on", first)
-        recent = slice(self._keep_first, int(self._used().max(initial=0)))
-        windowed = options | {"window": (self._window - 1, None)}
-        if self._keep_first == 0:
-            return self._attend_to(queries, recent, self._begins, first, windowed)
-        # Two sets of keys with positions of their own; the sinks belong to one of them.
-        return_lse = flag("return_lse", options.get("return_lse", False))
-        with_lse = {"return_lse": True, "out": None}
-        out = options.get("out")
-        if out is not None:
-            value_dim = self._arrays[1].shape[3]
-            check_out(out, (*queries.shape[:3], value_dim), queries.dtype)
-            stored = dict(zip(("k", "v"), self._arrays, strict=False))
-            check_overlap(out, {"q": queries} | stored)
-        old = self._attend_to(
-            queries, slice(0, self._keep_first), np.int64(0), first,
-            options | with_lse | {"sinks": None},
-        )  # fmt: skip
-        new = self._attend_to(queries, recent, self._begins, first, windowed | with_lse)
-        merged, lse = merge_states(*old, *new, out=out)
-        return (merged, lse) if return_lse else merged
+            As `attention`, and if a query needs tokens that the window has forgotten. Those that
+            were appended last can be asked, and the last ``max_rollback + 1``.
 
-    def truncate(self, n: int) -> None:
-        """Forget all but the first `n` tokens of every sequence, as if they had not come yet.
+        See Also
+        --------
+        attention : what each option means.
+
+        Examples
+        --------
+        Prompts of 5 and 3 tokens, padded on the right to one batch, then a token for both:
+
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 4, 6, 8), dtype=np.float32)
+        >>> cache = na.KVCache(2, 4, 8)
+        >>> cache.append(k[:, :, :5], v[:, :, :5], lengths=[5, 3])
+        >>> prompts = cache.attend(q[:, :, :5])
+        >>> bool(prompts[1, :, :3].any()), bool(prompts[1, :, 3:].any())
+        (True, False)
+        >>> cache.append(k[:, :, 5:], v[:, :, 5:])
+        >>> cache.lengths, cache.attend(q[:, :, 5:]).shape
+        (array([6, 4]), (2, 4, 1, 8))
+        """
+        if unknown:
+            check_unknown(unknown)
+        if window is not None and self._window is not None:
+            refuse("window", repr(window), "none: the cache has one")
+        tokens = self._tokens
+        array = self._arguments.check_queries(q, layout)
+        queries = place(tokens, array, layout, q_offset, q_lengths)
+        if out is not None:
+            check_apart(out, tokens.arrays)
+        options = Options(
+            is_causal, window, scale, softcap, alibi_slopes, sinks, layout, return_lse, out,
+            num_threads,
+        )  # fmt: skip
+        return attend_to_tokens(tokens, queries, options)
+
+    def truncate(self, n: int | ArrayLike) -> None:
+        """Forget all but the first tokens of every sequence, as if the others had not come yet.
+
+        Parameters
+        ----------
+        n : int or array_like of int, shape (batch,)
+            How many tokens to keep, of all sequences or of each. Shorter sequences stay as they
+            are.
 
         Raises
         ------
         TypeError, ValueError
-            If `n` is no int, negative, or so small that a window's tokens would be missing.
-        """
-        n = at_least("n", n, 0)
-        lengths = np.minimum(self._lengths, n)
-        if self._window is not None:
-            shorter = lengths < self._lengths
-            # The last of them has to see its window still.
-            kept = lengths > self._keep_first  # the first tokens see each other alone
-            last = np.where(shorter & kept, lengths - 1, self._lengths)
-            self._check_window("n", f"{n}, whose last token's position is {{}}", last)
-        # Where none but first tokens are left, the others begin anew.
-        begins = np.where(lengths <= self._keep_first, self._keep_first, self._begins)
-        self.__dict__.update(_begins=begins, _lengths=lengths)
+            If `n` is no such number, or if a cache with a window would have to take back more than
+            `max_rollback` tokens, counted from the largest length that the sequence has had. It can
+            always begin anew, with no token or with up to `keep_first`.
 
-    def __repr__(self) -> str:
-        keys = self._arrays[0]
-        batch, kv_heads, _, head_dim = keys.shape
-        window = "" if self._window is None else f", window={self._window}"
-        sizes = f"{batch}, {kv_heads}, {head_dim}, dtype={keys.dtype.name}{window}"
-        return f"KVCache({sizes}): lengths {self._lengths.tolist()}"
+        Examples
+        --------
+        Speculative decoding appends four drafts and keeps those that it accepts:
+
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> k, v = np.random.default_rng(0).standard_normal((2, 2, 4, 9, 8), dtype=np.float32)
+        >>> cache = na.KVCache(2, 4, 8, window=6, max_rollback=4)
+        >>> for i in range(5):
+        ...     cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+        >>> cache.append(k[:, :, 5:], v[:, :, 5:])
+        >>> cache.truncate([6, 8])
+        >>> cache.lengths
+        array([6, 8])
+        """
+        self._tokens = self._tokens.truncated(self._arguments.check_numbers("n", n, 2**63 - 1))
 
     def reset(self) -> None:
         """Forget all tokens, but keep the memory."""
-        self._lengths = np.zeros(self._batch, np.int64)
-        self._begins = np.full(self._batch, self._keep_first, np.int64)
+        self._tokens = self._make_tokens(self._tokens.arrays)
 
-    def select(self, indices: ArrayLike) -> KVCache:
+    def select(self, indices: ArrayLike) -> Self:
         """Return a cache of copies of some sequences, as beam search needs them.
 
         Parameters
         ----------
         indices : array_like of int, shape (n,)
             The sequences, in any order and as often as wanted.
+
+        Returns
+        -------
+        cache : KVCache
+            Of the same class. Other attributes than a cache's own are the same objects.
 
         Raises
         ------
@@ -336,128 +340,108 @@ class KVCache:
         if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
             seen = f"dtype {chosen.dtype}, shape {chosen.shape}"
             refuse_kind("indices", seen, "a list of ints")
-        outside = (chosen < -self._batch) | (chosen >= self._batch)
+        batch = self._arguments.batch
+        outside = (chosen < -batch) | (chosen >= batch)
         if outside.any():
             at = int(np.argmax(outside))
-            refuse("indices", f"{chosen[at]} at {at}", f"numbers of {self._batch} sequences")
-        chosen = chosen.astype(np.int64)
-        other = object.__new__(KVCache)
-        other.__dict__.update(self.__dict__)
-        other._batch = len(chosen)
-        other._arrays = [x[chosen] for x in self._arrays]
-        other._lengths = self._lengths[chosen]
-        other._begins = self._begins[chosen]
+            refuse("indices", f"{chosen[at]} at {at}", f"numbers of {batch} sequences")
+        sequences = [int(i) % batch for i in chosen]
+        other = object.__new__(type(self))
+        _set_attributes(other, _attributes(self))
+        other._arguments = replace(self._arguments, batch=len(sequences), capacity=0)
+        other._tokens = self._tokens.selected(sequences, SPARE_PLACES)
         return other
 
-    def copy(self) -> KVCache:
+    def copy(self) -> Self:
         """Return a cache with the same tokens in memory of its own."""
-        return self.select(np.arange(self._batch))
+        return self.select(np.arange(self._arguments.batch))
 
-    __copy__ = copy
+    def __copy__(self) -> Self:
+        return self.copy()
+
+    def __getstate__(self) -> dict[str, Any]:
+        tokens = self._tokens.selected(list(range(self._arguments.batch)))
+        others = _attributes(self)
+        del others["_arguments"], others["_tokens"]
+        return {
+            "version": _STATE_VERSION,
+            "arguments": asdict(replace(self._arguments, capacity=0)),
+            "numbers": tokens.numbers(),
+            "padded": tokens.padded,
+            "arrays": tokens.arrays,
+            "others": others,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        version = state.get("version") if isinstance(state, dict) else None
+        if version != _STATE_VERSION:
+            refuse("state", f"version {version!r} of a KVCache", f"version {_STATE_VERSION}")
+        try:
+            KVCache.__init__(self, **state["arguments"])
+            numbers = [
+                self._arguments.check_numbers("state", each, UNLIMITED) for each in state["numbers"]
+            ]
+            # Arrays that came in buffers of their own may be read-only.
+            arrays = [np.require(x, requirements=["W"]) for x in state["arrays"]]
+            tokens = self._make_tokens(arrays, numbers, state["padded"])
+            others = dict(state["others"])
+        except (KeyError, TypeError, ValueError) as error:
+            refuse("state", f"what is none of a KVCache ({error!r})", "what was pickled")
+        seen, wanted = [(x.shape, x.dtype) for x in arrays], self._arguments.arrays(tokens.used)
+        if seen != wanted:
+            refuse("state", f"arrays of {seen}", f"arrays of {wanted}")
+        if not all(np.isfinite(scales).all() for scales in arrays[2:]):
+            refuse("state", "a scale that is not finite", "finite numbers")
+        self._tokens = tokens
+        _set_attributes(self, others)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._arguments}): lengths {self._tokens.lengths}"
 
     # ---- inside -------------------------------------------------------------------------------
 
+    @property
+    def _window(self) -> int | None:
+        return self._arguments.window
+
+    def _make_tokens(
+        self,
+        arrays: Iterable[Array],
+        numbers: Sequence[list[int]] | None = None,
+        padded: int | None = None,
+    ) -> Tokens:
+        """Make tokens of arrays; without numbers there are none yet."""
+        kind = self._arguments
+        lengths, before, shortest = numbers or [[0] * kind.batch] * 3
+        limits = UNLIMITED, 0, UNLIMITED
+        if kind.window is not None:
+            limits = kind.window, kind.keep_first, kind.max_rollback
+        return Tokens(tuple(arrays), *limits, lengths, before, shortest, padded)
+
     def _view(self, number: int) -> Array:
-        view = self._arrays[number][:, :, : self._used().max(initial=0)]
+        tokens = self._tokens
+        view = tokens.arrays[number][:, :, : tokens.used]
         view.flags.writeable = False
         return view
 
-    def _check_window(self, name: str, seen: str, positions: NDArray[np.int64]) -> None:
-        """Refuse queries from `positions` on that need tokens which have been forgotten."""
-        assert self._window is not None
-        oldest = np.maximum(positions - (self._window - 1), self._keep_first)
-        forgotten = oldest < self._begins
-        if forgotten.any():
-            at = int(np.argmax(forgotten))
-            needed = (
-                f"tokens from {oldest[at]} on, but the cache has those from {self._begins[at]} on"
-            )
-            refuse(name, seen.format(positions[at]) + f", which see {needed}", "later positions")
 
-    def _places(self, lengths: NDArray[np.int64], begins: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return how many places the tokens take: the first ones, then those from `begins` on."""
-        kept = np.minimum(lengths, self._keep_first)
-        places: NDArray[np.int64] = kept + np.maximum(lengths - begins, 0)
-        return places
+def _quantized(new: list[Array], counts: list[int] | None) -> list[Array]:
+    """Return keys and values of 8 bits, then their scales."""
+    if counts is not None:  # padding may be anything
+        is_new = np.arange(new[0].shape[2]) < np.array(counts)[:, np.newaxis]
+        new = [np.where(is_new[:, np.newaxis, :, np.newaxis], x, x.dtype.type(0)) for x in new]
+    with np.errstate(all="ignore"):
+        pairs = [quantize_named(name, x) for name, x in zip("kv", new, strict=True)]
+    return [numbers for numbers, _ in pairs] + [scale for _, scale in pairs]
 
-    def _used(self) -> NDArray[np.int64]:
-        return self._places(self._lengths, self._begins)
 
-    def _with_room_for(self, counts: NDArray[np.int64]) -> tuple[list[Array], NDArray[np.int64]]:
-        """Return arrays with free places for so many tokens more, and what begins are then."""
+def _attributes(cache: KVCache) -> dict[str, Any]:
+    """Return all attributes, also those that a subclass has in slots."""
+    state = object.__getstate__(cache)
+    parts = state if isinstance(state, tuple) else (state,)
+    return {name: value for part in parts if part for name, value in part.items()}
 
-        def needed(begins: NDArray[np.int64]) -> int:
-            return int(self._places(self._lengths + counts, begins).max(initial=0))
 
-        begins, capacity = self._begins, self._arrays[0].shape[2]
-        if needed(begins) <= capacity:
-            return self._arrays, begins
-        grown = max(needed(begins), 2 * capacity, 16)
-        if self._window is not None:
-            # Twice the window, of which half is free after forgetting: a token moves once or twice.
-            most = self._keep_first + 2 * self._window
-            if needed(begins) > most:
-                begins = np.maximum(begins, self._lengths - self._window)
-            grown = max(needed(begins), min(grown, most))
-        return [self._moved(x, grown, begins) for x in self._arrays], begins
-
-    def _moved(self, x: Array, capacity: int, begins: NDArray[np.int64]) -> Array:
-        """Return a larger copy of an array, in which what is kept begins at `begins`."""
-        make = np.zeros if x.ndim == 3 else np.empty
-        to = make((*x.shape[:2], capacity, *x.shape[3:]), x.dtype)
-        keep, used = self._keep_first, self._used()
-        for i, (shift, last) in enumerate(zip(begins - self._begins, used, strict=True)):
-            to[i, :, : min(keep, last)] = x[i, :, : min(keep, last)]
-            if keep + shift < last:
-                to[i, :, keep : last - shift] = x[i, :, keep + shift : last]
-        return to
-
-    def _checked(self, name: str, x: ArrayLike) -> Array:
-        array = as_array(name, x)
-        stored = self._arrays[0 if name == "k" else 1]
-        wanted = (
-            self._batch,
-            self._heads,
-            array.shape[2] if array.ndim == 4 else 0,
-            stored.shape[3],
-        )
-        if array.dtype != self._dtype:
-            refuse_kind(name, f"dtype {array.dtype.name}", f"{self._dtype.name} as the cache")
-        if array.shape != wanted:
-            axes = f"({self._batch}, {self._heads}, tokens, {stored.shape[3]})"
-            refuse(name, f"shape {array.shape}", axes)
-        return array
-
-    def _counts(self, lengths: ArrayLike | None, tokens: int) -> NDArray[np.int64]:
-        if lengths is None:
-            return np.full(self._batch, tokens, np.int64)
-        counts = snapshot("lengths", lengths)
-        if counts.dtype.kind not in "iu" and counts.size:
-            refuse_kind("lengths", f"dtype {counts.dtype}", "ints")
-        if counts.shape != (self._batch,):
-            refuse("lengths", f"shape {counts.shape}", f"({self._batch},)")
-        outside = (counts < 0) | (counts > tokens)
-        if outside.any():
-            at = int(np.argmax(outside))
-            refuse("lengths", f"{counts[at]} at {at}", f"0 to {tokens}, the tokens given")
-        return counts.astype(np.int64)
-
-    def _attend_to(
-        self,
-        q: Array,
-        places: slice,
-        begins: NDArray[np.int64] | np.int64,
-        first: NDArray[np.int64],
-        options: dict[str, Any],
-    ) -> Any:
-        """Attend to the tokens in `places`, of which the first stands at position `begins`, with
-        queries from position `first` on."""
-        k, v = (x[:, :, places] for x in self._arrays[:2])
-        scales = dict(zip(("k_scale", "v_scale"), self._arrays[2:], strict=False))
-        scales = {name: x[:, :, places] for name, x in scales.items()}
-        lengths = np.clip(self._lengths - begins, 0, k.shape[2])
-        if options.get("layout") == "blhd":
-            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-            scales = {name: x.swapaxes(1, 2) for name, x in scales.items()}
-        positions = {"kv_lengths": lengths, "q_offset": first - begins}
-        return attention(q, k, v, **(options | scales | positions))
+def _set_attributes(cache: KVCache, attributes: dict[str, Any]) -> None:
+    for name, value in attributes.items():
+        object.__setattr__(cache, name, value)

@@ -1,0 +1,146 @@
+"""What a cache is made with and what it is given, checked."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ._arguments import MAX_DIM, ints_per_batch
+from ._checks import (
+    ACCEPTED_DTYPES,
+    as_array,
+    at_least,
+    check_layout,
+    check_overlap,
+    dtype_name,
+    flag,
+    is_accepted,
+    refuse,
+    refuse_kind,
+    refuse_unknown,
+    snapshot,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    Array = NDArray[Any]
+
+# A window, and what can be taken back, where nothing is forgotten.
+UNLIMITED = 2**62
+
+
+@dataclass(slots=True)
+class CacheArguments:
+    """The arguments of `KVCache`."""
+
+    batch: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: np.dtype[Any]
+    quantize: bool = False
+    capacity: int = 0
+    window: int | None = None
+    keep_first: int = 0
+    max_rollback: int = 16
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("batch", 0), ("kv_heads", 1), ("head_dim", 1), ("value_dim", 1), ("capacity", 0),
+        ):  # fmt: skip
+            number = at_least(name, getattr(self, name), least)
+            if number > MAX_DIM:
+                refuse(name, str(number), f"at most {MAX_DIM}")
+            setattr(self, name, number)
+        self.quantize = flag("quantize", self.quantize)
+        if self.window is not None:
+            self.window = min(at_least("window", self.window, 1), UNLIMITED)
+        self.keep_first = min(at_least("keep_first", self.keep_first, 0), UNLIMITED)
+        if self.keep_first and self.window is None:
+            refuse("keep_first", str(self.keep_first), "0 where there is no window")
+        self.max_rollback = min(at_least("max_rollback", self.max_rollback, 0), UNLIMITED)
+
+    def __str__(self) -> str:
+        """Return what to write in parentheses: sizes, dtype, and what differs from its default."""
+        shown = [str(self.batch), str(self.kv_heads), str(self.head_dim)]
+        if self.value_dim != self.head_dim:
+            shown.append(str(self.value_dim))
+        shown.append(f"dtype={self.dtype}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.default not in (MISSING, value):
+                shown.append(f"{field.name}={value}")
+        return ", ".join(shown)
+
+    def arrays(self, capacity: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+        """Return shapes and dtypes of keys, values, and scales of both, for so many tokens."""
+        rows = (self.batch, self.kv_heads, capacity)
+        stored = np.dtype(np.int8) if self.quantize else self.dtype
+        found: list[tuple[tuple[int, ...], np.dtype[Any]]]
+        found = [((*rows, dim), stored) for dim in (self.head_dim, self.value_dim)]
+        return found + [(rows, np.dtype(np.float32))] * (2 if self.quantize else 0)
+
+    def check_new(self, name: str, x: ArrayLike, dim: int) -> Array:
+        """Return keys or values to append."""
+        array = as_array(name, x)
+        if array.dtype != self.dtype:
+            refuse_kind(name, dtype_name(array), f"{self.dtype.name} as the cache")
+        shape = array.shape
+        if len(shape) != 4 or shape[:2] != (self.batch, self.kv_heads) or shape[3] != dim:
+            refuse(name, f"shape {shape}", f"({self.batch}, {self.kv_heads}, tokens, {dim})")
+        return array
+
+    def check_queries(self, q: ArrayLike, layout: str) -> Array:
+        check_layout(layout)
+        queries = q if type(q) is np.ndarray else as_array("q", q)
+        if queries.dtype != self.dtype:
+            refuse_kind("q", dtype_name(queries), f"{self.dtype.name} as the cache")
+        shape = queries.shape
+        if len(shape) != 4 or shape[0] != self.batch or shape[3] != self.head_dim:
+            axes = "heads, length" if layout == "bhld" else "length, heads"
+            refuse("q", f"shape {shape}", f"({self.batch}, {axes}, {self.head_dim})")
+        heads = shape[1 if layout == "bhld" else 2]
+        if heads % self.kv_heads != 0:
+            refuse("q", f"{heads} heads", f"a multiple of the cache's {self.kv_heads}")
+        return queries
+
+    def check_numbers(self, name: str, values: int | ArrayLike, most: int) -> list[int]:
+        """Return an int from 0 on for each sequence."""
+        array = snapshot(name, values)
+        if array.ndim > 0 and array.shape != (self.batch,):
+            refuse(name, f"shape {array.shape}", f"an int, or ({self.batch},)")
+        numbers = ints_per_batch(name, array, (self.batch,), 0, most)
+        assert numbers is not None
+        return list(map(int, numbers))
+
+
+def check_unknown(options: dict[str, Any]) -> None:
+    """Refuse what `KVCache.attend` does not take; None is nothing."""
+    for name in ("mask", "bias", "kv_lengths", "k_scale", "v_scale"):
+        if options.pop(name, None) is not None:
+            refuse_kind(name, "an array", "none: the cache knows its keys")
+    if options:
+        refuse_unknown("KVCache.attend", options)
+
+
+def check_apart(out: object, arrays: tuple[Array, ...]) -> None:
+    """Refuse an `out` in the memory of a cache."""
+    if isinstance(out, np.ndarray) and any(np.may_share_memory(out, x) for x in arrays):
+        names = [f"the cache's {what}" for what in ("keys", "values", "k_scale", "v_scale")]
+        check_overlap(out, dict(zip(names, arrays, strict=False)))
+
+
+def accepted_dtype(dtype: object) -> np.dtype[Any]:
+    accepted = "one of " + ", ".join(ACCEPTED_DTYPES)
+    if dtype is None:  # which NumPy takes for float64
+        refuse_kind("dtype", "None", accepted)
+    try:
+        found: np.dtype[Any] = np.dtype(dtype)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        refuse_kind("dtype", repr(dtype), accepted)
+    if not is_accepted(found):
+        refuse_kind("dtype", str(found), accepted)
+    return found

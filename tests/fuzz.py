@@ -10,9 +10,11 @@ the call under way is kept in the file that --last names.
 from __future__ import annotations
 
 import argparse
+import copy
 import faulthandler
 import inspect
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -347,75 +349,117 @@ def check_paged(call):
     compare(out, expected, plain, call)
 
 
+class CachedSequence:
+    """What a cache was given of one sequence, as numbers of float64."""
+
+    def __init__(self, k, v):
+        self.k, self.v = k, v
+        self.before = self.largest = 0
+
+    def length(self):
+        return self.k.shape[1]
+
+    def append(self, k, v):
+        self.before = self.length()
+        self.k, self.v = (
+            np.concatenate([old, new.astype(np.float64)], axis=1)
+            for old, new in ((self.k, k), (self.v, v))
+        )
+        self.largest = max(self.largest, self.length())
+
+    def truncate(self, n, keep_first):
+        self.k, self.v = self.k[:, :n], self.v[:, :n]
+        if self.length() <= keep_first:
+            self.largest = self.length()
+
+
 def check_cache(call):
-    """Check attention after a random history of appends, truncations and selections."""
+    """Check attention after a random history of appends, truncations and copies."""
     rng = call.rng
-    _, (query_length, _), (dim, value_dim) = call.heads, call.lengths, call.dims
-    heads, kv_heads = call.heads
+    (heads, kv_heads), (query_length, _), (dim, value_dim) = call.heads, call.lengths, call.dims
     window = int(rng.integers(1, 40)) if rng.random() < 0.4 else None
     keep_first = int(rng.integers(0, 5)) if window else 0
-    cache = na.KVCache(
-        call.batch, kv_heads, dim, value_dim, dtype=np.dtype(call.dtype), quantize=call.int8,
-        window=window, keep_first=keep_first,
+    max_rollback = int(rng.integers(0, 20))
+    cache = run(
+        call, na.KVCache, call.batch, kv_heads, dim, value_dim, dtype=np.dtype(call.dtype),
+        quantize=call.int8, window=window, keep_first=keep_first, max_rollback=max_rollback,
     )  # fmt: skip
-    kept = [[np.zeros((kv_heads, 0, n)) for n in call.dims] for _ in range(call.batch)]
+
+    def change(name, *arguments):
+        if call.wrong is not None:  # a wrong argument may be a right one
+            run(call, getattr(cache.copy(), name), *arguments)
+        return getattr(cache, name)(*arguments)
+
+    kept = [
+        CachedSequence(*(np.zeros((kv_heads, 0, n)) for n in call.dims)) for _ in range(call.batch)
+    ]
+    padded = None  # how many tokens were appended last, if some sequences got fewer
     for _ in range(int(rng.integers(1, 6))):
         what = rng.random()
         if what < 0.7:
-            n = int(rng.integers(1, 1 + min(39, window or 39)))
-            k, v = (
-                array(call, call.batch, kv_heads, n, dim),
-                array(call, call.batch, kv_heads, n, value_dim),
-            )
+            n = query_length if rng.random() < 0.3 else int(rng.integers(1, 40))
+            n = min(n, window or n)
+            k = array(call, call.batch, kv_heads, n, dim)
+            v = array(call, call.batch, kv_heads, n, value_dim)
             lengths = rng.integers(0, n + 1, call.batch)
-            cache.append(k, v, lengths=lengths)
+            change("append", k, v, lengths)
+            padded = n if (lengths < n).any() else None
             if call.int8:
                 k, v = (rounded(*na.quantize_kv(x), np.float64) for x in (k, v))
             for i, m in enumerate(lengths):
-                kept[i] = [
-                    np.concatenate([old, new[i, :, :m].astype(np.float64)], axis=1)
-                    for old, new in zip(kept[i], (k, v), strict=True)
-                ]
+                kept[i].append(k[i, :, :m], v[i, :, :m])
         elif what < 0.85:
-            n = int(rng.integers(0, 30))
+            n = rng.integers(0, 50, call.batch)
+            may_be = [
+                window is None or m >= min(x.length(), x.largest - max_rollback) or m <= keep_first
+                for m, x in zip(n, kept, strict=True)
+            ]
             try:
-                cache.truncate(n)
+                change("truncate", n)
             except ValueError as error:
-                if window is None or "tokens from" not in str(error):
+                if all(may_be) or "max_rollback" not in str(error):
                     raise
-            else:
-                kept = [[x[:, :n] for x in pair] for pair in kept]
-        else:
+                continue
+            assert all(may_be), f"{n} took back more than {max_rollback}"
+            padded = None
+            for m, x in zip(n, kept, strict=True):
+                x.truncate(m, keep_first)
+        elif what < 0.95:
             rows = rng.integers(0, call.batch, call.batch)
-            cache = cache.select(rows)
-            kept = [kept[i] for i in rows]
-    assert cache.lengths.tolist() == [x[0].shape[1] for x in kept]
+            cache = change("select", rows)
+            kept = [copy.copy(kept[i]) for i in rows]
+        else:
+            cache = pickle.loads(pickle.dumps(cache))
+    assert cache.lengths.tolist() == [x.length() for x in kept]
     q = array(call, call.batch, heads, query_length, dim)
     options = options_of(call)
-    for name in (
-        "kv_lengths",
-        "q_lengths",
-        "q_offset",
-        "is_causal",
-        *(["window"] if window else []),
-    ):
+    counts = options.pop("q_lengths", None)
+    for name in ("kv_lengths", "q_offset", "is_causal", *(["window"] if window else [])):
         options.pop(name, None)
+    where = {} if counts is None else {"q_lengths": counts}
+    if counts is None and padded == query_length:
+        counts = [x.length() - x.before for x in kept]
+    counts = [query_length] * call.batch if counts is None else counts
     try:
-        out = run(call, cache.attend, q, **options)
+        out = run(
+            call, cache.attend, *moved(call, q), **options, **where, layout=call.layout,
+            num_threads=call.threads,
+        )  # fmt: skip
     except ValueError as error:
         if window is None or "tokens from" not in str(error):
             raise
         return
-    for i, (k, v) in enumerate(kept):
+    for one, rows, x, count in zip(*moved(call, out), q, kept, counts, strict=True):
         seen = {}
         if window is not None:
-            keys = np.arange(k.shape[1])
-            positions = k.shape[1] - query_length + np.arange(query_length)[:, np.newaxis]
+            keys = np.arange(x.length())
+            positions = x.length() - count + np.arange(count)[:, np.newaxis]
             seen["mask"] = (keys < keep_first) | (keys > positions - window)
         (expected, _), (plain, _) = expectations(
-            q[i], k, v, options | seen | {"is_causal": True}, call.dtype
+            rows[:, :count], x.k, x.v, options | seen | {"is_causal": True}, call.dtype
         )
-        compare(out[i], expected, plain, call)
+        compare(one[:, :count], expected, plain, call)
+        assert not one[:, count:].any()
 
 
 def check_merging(call):

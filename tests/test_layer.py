@@ -60,10 +60,10 @@ def test_self_attention(any_backend, rng, sizes, dtype):
     for options, theirs in (
         ({}, {}),
         ({"is_causal": True}, {"is_causal": True}),
-        ({"lengths": [9, 5]}, {"kv_lengths": [9, 5]}),
+        ({"lengths": [9, 5]}, {"kv_lengths": [9, 5], "q_lengths": [9, 5]}),
         (
-            {"lengths": [9, 5], "is_causal": True},
-            {"kv_lengths": [9, 5], "is_causal": True, "q_offset": 0},
+            {"lengths": 5, "is_causal": True},
+            {"kv_lengths": 5, "q_lengths": 5, "is_causal": True, "q_offset": 0},
         ),
         ({"window": (2, 1), "softcap": 2.0}, {"window": (2, 1), "softcap": 2.0}),
         ({"mask": np.tri(9, dtype=bool)}, {"mask": np.tri(9, dtype=bool)}),
@@ -93,6 +93,43 @@ def test_cross_attention_and_weights(any_backend, rng):
     np.testing.assert_allclose(layer(x, keys), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"window": (2, 1)}, {"mask": np.eye(9, dtype=bool)}],
+    ids=str,
+)
+def test_padding_changes_nothing_and_attends_to_nothing(any_backend, rng, options):
+    layer = fill(na.MultiHeadAttention(24, 4, kv_heads=2, rotary=True, qk_norm=True, rng=1), rng)
+    x = numbers(rng, 3, 9, 24)
+    lengths = [9, 5, 0]
+    for i, n in enumerate(lengths):
+        x[i, n:] = np.nan
+    out, weights = layer(x, lengths=lengths, return_weights=True, **options)
+    for i, n in enumerate(lengths):
+        own = options | {name: mask[:n, :n] for name, mask in options.items() if name == "mask"}
+        alone, pattern = layer(x[i, :n], return_weights=True, **own)
+        np.testing.assert_allclose(out[i, :n], alone, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(weights[i, :, :n, :n], pattern, rtol=0, atol=2e-6)
+        bias = np.broadcast_to(layer.parameters()["o_bias"], (9 - n, 24))
+        np.testing.assert_array_equal(out[i, n:], bias)
+        np.testing.assert_array_equal(weights[i, :, n:], 0)
+        np.testing.assert_array_equal(weights[i, :, :, n:], 0)
+
+
+def test_lengths_of_a_context_are_those_of_its_keys_alone(backend, rng):
+    layer = fill(na.MultiHeadAttention(24, 4, rng=1), rng)
+    x, context = numbers(rng, 2, 4, 24), numbers(rng, 2, 6, 24)
+    out = layer(x, context, lengths=[6, 3])
+    np.testing.assert_allclose(out[1], layer(x[1], context[1, :3]), rtol=0, atol=2e-6)
+    one = layer(x[:, :1], context, lengths=[6, 3], is_causal=True)  # the last token
+    np.testing.assert_allclose(one[1], layer(x[1, :1], context[1, :3]), rtol=0, atol=2e-6)
+    for options in ({"is_causal": True}, {"window": (2, 0)}):
+        with pytest.raises(
+            ValueError, match=r"^lengths: got lengths of the context beside is_causal"
+        ):
+            layer(x, context, lengths=[6, 3], **options)
+
+
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("rotary", [None, True])
 def test_cache(backend, rng, window, rotary):
@@ -109,6 +146,38 @@ def test_cache(backend, rng, window, rotary):
     alone = layer(np.concatenate([x[1:, :2], x[1:, 5:6]], axis=1), is_causal=True)
     np.testing.assert_allclose(first[1, :2], alone[0, :2], rtol=0, atol=2e-5)
     np.testing.assert_allclose(second[1], alone[0, 2:], rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(
+        first[1, 2:], np.broadcast_to(layer.parameters()["o_bias"], (3, 24))
+    )
+
+
+@pytest.mark.parametrize("sizes", [{}, {"window": 8}, {"window": 4, "keep_first": 2}], ids=str)
+def test_a_cache_takes_one_length_for_all(backend, rng, sizes):
+    layer = fill(na.MultiHeadAttention(24, 4, rotary=True, rng=1), rng)
+    x = numbers(rng, 2, 4, 24)
+    caches = [na.KVCache(2, 4, 6, **sizes) for _ in range(2)]
+    outs = [layer(x, cache=caches[0], lengths=3), layer(x, cache=caches[1], lengths=[3, 3])]
+    np.testing.assert_array_equal(*outs)
+    np.testing.assert_allclose(outs[0][:, :3], layer(x[:, :3], is_causal=True), rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(outs[0][:, 3], np.tile(layer.parameters()["o_bias"], (2, 1)))
+    assert [c.lengths.tolist() for c in caches] == [[3, 3]] * 2
+
+
+def test_a_cache_is_causal_unless_told_otherwise(any_backend, rng):
+    layer = fill(na.MultiHeadAttention(24, 4, rotary=True, rng=1), rng)
+    x = numbers(rng, 2, 7, 24)
+    mask = np.tri(7, dtype=bool)
+    mask[4:, 4:] = True
+    for options, own in (
+        ({}, {"is_causal": True}),
+        ({"is_causal": True}, {"is_causal": True}),
+        ({"is_causal": np.False_}, {"mask": mask}),
+    ):
+        cache = na.KVCache(2, 4, 6)
+        layer(x[:, :4], cache=cache)
+        out = layer(x[:, 4:], cache=cache, **options)
+        expected = by_hand(layer.parameters(), x, x, x, 4, 4, rotary={}, **own)
+        np.testing.assert_allclose(out, expected[:, 4:], rtol=0, atol=2e-5)
 
 
 def test_parameters_save_and_load(rng, tmp_path):
@@ -263,7 +332,8 @@ def test_torch(rng, sizes):
         ((24, 4), {"rotary": {"dim": 3}}, ValueError, "rotary: got 'dim', expected only base"),
         ((24, 4), {"rotary": {"rotary_dim": 5}}, ValueError, "rotary_dim: got 5, expected an even"),
         ((24, 8), {"rotary": 3}, TypeError, "rotary: got int, expected True or a mapping"),
-        ((24, 4), {"bias": 1}, TypeError, "bias: got 1, expected True or False"),
+        ((24, 4), {"bias": 1}, TypeError, "bias: got 1 (int), expected True or False"),
+        ((24, 4), {"qk_norm": "no"}, TypeError, "qk_norm: got 'no' (str), expected True or False"),
         ((24, 4), {"context_dim": 0}, ValueError, "context_dim: got 0, expected at least 1"),
     ],
 )
@@ -298,11 +368,55 @@ def test_bad_calls(rng):
             "context: got an array, expected None beside",
         ),
         (lambda: layer(x, return_weights=1), TypeError, "return_weights: got 1"),
-        (lambda: layer(x, lengths=[6, 1]), ValueError, "kv_lengths: got 6"),
+        (lambda: layer(x, is_causal=1), TypeError, "is_causal: got 1"),
+        (lambda: layer(x.astype(">f4")), TypeError, "x: got dtype float32 of foreign byte order"),
+        (
+            lambda: layer(x[(np.newaxis,) * 29]),
+            ValueError,
+            "x: got 32 axes, expected at most 31",
+        ),
+        (lambda: layer(x, lengths=[6, 1]), ValueError, "lengths: got 6 at (0,), expected 0 to 5"),
+        (lambda: layer(x, lengths=[1, 2, 3]), ValueError, "lengths: got shape (3,), expected one"),
+        (lambda: layer(x, lengths=2.5), TypeError, "lengths: got dtype float64, expected ints"),
+        (lambda: layer(x, x[:, :3], lengths=4), ValueError, "lengths: got 4, expected 0 to 3"),
+        (
+            lambda: layer(x, cache=na.KVCache(2, 4, 6), lengths=6),
+            ValueError,
+            "lengths: got 6, expected 0 to 5",
+        ),
+        (
+            lambda: layer(x, x[[0, 0, 0]]),
+            ValueError,
+            "context: got shapes (3, 5, 24) and (3, 5, 24) beside x of (2, 5, 24), expected",
+        ),
+        (
+            lambda: layer(x, (x, x[:, :3])),
+            ValueError,
+            "context: got keys (2, 5, 24) and values (2, 3, 24), expected as many tokens",
+        ),
+        (
+            lambda: layer(x, cache=na.KVCache(2, 2, 6)),
+            ValueError,
+            "cache: got kv_heads, head_dim and value_dim (2, 6, 6), expected (4, 6, 6) as the",
+        ),
+        (
+            lambda: layer(x, cache=na.KVCache(2, 4, 6, dtype="float64")),
+            TypeError,
+            "cache: got dtype float64, expected float32 as the layer",
+        ),
+        (
+            lambda: layer(x, cache=na.KVCache(2, 4, 6, window=3)),
+            ValueError,
+            "x: got 5 tokens, expected at most the 3 of the cache's window at once",
+        ),
+        (lambda: layer(x, attn_mask=None), TypeError, "'attn_mask'; did you mean `mask=`"),
+        (lambda: layer(x, key_padding_mask=None), TypeError, "did you mean `lengths=`"),
+        (lambda: layer(x, anything=None), TypeError, "MultiHeadAttention() got an unexpected"),
     ):
         with pytest.raises(error) as raised:
             call()
         assert message in str(raised.value)
+        assert "kv_lengths" not in str(raised.value)
 
 
 def test_parameter_count():

@@ -55,10 +55,12 @@ _ELSEWHERE = {
 }
 
 
-def refuse_unknown(function: str, arguments: Iterable[str]) -> NoReturn:
+def refuse_unknown(
+    function: str, arguments: Iterable[str], meanings: Mapping[str, str] = _ELSEWHERE
+) -> NoReturn:
     """Refuse arguments that a function does not have, and say what may have been meant."""
     for name in arguments:
-        meant = _ELSEWHERE.get(name)
+        meant = meanings.get(name)
         hint = "" if meant is None else f"; did you mean {meant}? See Porting in the documentation"
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
     raise AssertionError("no arguments")

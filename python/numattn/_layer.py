@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from . import _layer_weights
-from ._arguments import check_options
+from ._arguments import MAX_AXES, UNBOUNDED, check_options, ints_per_batch
 from ._attention import attention
-from ._checks import as_array, at_least, refuse, refuse_kind
+from ._checks import (
+    as_array,
+    at_least,
+    dtype_name,
+    flag,
+    refuse,
+    refuse_kind,
+    refuse_unknown,
+)
 from ._kv_cache import KVCache
 from ._rotary import make_rotation
 from ._stages import attention_weights
@@ -24,6 +32,24 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 _NORM_EPSILON = 1e-6
+
+# What PyTorch's layer, Hugging Face's layers and `attention` call the arguments of a call.
+_ELSEWHERE = {
+    "attn_mask": "`mask=` (bool, True = attend; PyTorch's is True where it masks)",
+    "attention_mask": "`lengths=`, or `mask=` (bool, True = attend)",
+    "key_padding_mask": "`lengths=`, or `mask=~key_padding_mask[:, None, None, :]`",
+    "kv_lengths": "`lengths=`",
+    "q_lengths": "`lengths=`",
+    "causal": "`is_causal=`",
+    "need_weights": "`return_weights=`",
+    "average_attn_weights": "`return_weights=`, and the mean over axis -3",
+    "output_attentions": "`return_weights=`",
+    "past_key_values": "`cache=`",
+    "past_key_value": "`cache=`",
+    "sliding_window": "`window=(sliding_window - 1, 0)`",
+    "key": "`context=`",
+    "value": "`context=(keys, values)`",
+}
 
 
 class MultiHeadAttention:
@@ -121,9 +147,7 @@ class MultiHeadAttention:
             "value_dim", self._head_dim if value_dim is None else value_dim, 1
         )
         self._context_dims = _context_dims(self._embed_dim if context_dim is None else context_dim)
-        for name, flag in (("bias", bias), ("qk_norm", qk_norm)):
-            if not isinstance(flag, bool):
-                refuse_kind(name, repr(flag), "True or False")
+        has_bias, has_norms = flag("bias", bias), flag("qk_norm", qk_norm)
         self._rotary = _rotary_options(rotary, self._head_dim)
         self._dtype = np.dtype(dtype)
         if self._dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
@@ -131,7 +155,7 @@ class MultiHeadAttention:
         generator = np.random.default_rng(rng)
         self._parameters = {
             name: self._initial(name, shape, generator)
-            for name, shape in self._shapes(bias, qk_norm).items()
+            for name, shape in self._shapes(has_bias, has_norms).items()
         }
 
     def _shapes(self, bias: bool, qk_norm: bool) -> dict[str, tuple[int, ...]]:
@@ -327,13 +351,14 @@ class MultiHeadAttention:
         x: ArrayLike,
         context: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
         *,
-        is_causal: bool = False,
+        is_causal: bool | None = None,
         mask: ArrayLike | None = None,
         lengths: int | ArrayLike | None = None,
         window: tuple[int | None, int | None] | None = None,
         softcap: float | None = None,
         cache: KVCache | None = None,
         return_weights: bool = False,
+        **unknown: Any,
     ) -> Any:
         """Attend.
 
@@ -344,14 +369,19 @@ class MultiHeadAttention:
         context : array_like, shape (..., Lk, context_dim), or two of them, optional
             What keys and values are made of: cross-attention. Two are for keys and for values.
             Default: `x`.
-        is_causal, mask, window, softcap
+        is_causal : bool, optional
+            Attend to no later token. Default: True with a cache, else False. False with a cache
+            lets the tokens of `x` see each other in both directions, and all tokens before them.
+        mask, window, softcap
             As of `attention`.
         lengths : int or array_like of int, optional
-            How many tokens of the context (of `x` in self-attention) are valid in each batch item,
-            the others being padding on the right. With a cache, how many tokens of `x` are new.
+            How many tokens are valid, for all or per batch item, the others being padding on the
+            right: tokens of `x`, or of the context in cross-attention. Nobody attends to padding,
+            and padding of `x` attends to nothing: its rows of `out` are the output bias. With a
+            cache, only valid tokens are appended. Default: all.
         cache : KVCache, optional
-            The keys and values of the tokens before: those of `x` are appended, and attention is
-            causal. x is (batch, L, embed_dim) then.
+            The keys and values of the tokens before; those of `x` are appended. x is (batch, L,
+            embed_dim) then.
         return_weights : bool, default False
             Also return the weights (..., heads, L, Lk), which are then held in memory.
 
@@ -363,70 +393,115 @@ class MultiHeadAttention:
 
         Raises
         ------
-        TypeError, ValueError
-            If something does not fit.
+        TypeError
+            If an argument is of the wrong kind.
+        ValueError
+            If a shape or a value does not fit, or `lengths` of a context leave open where the
+            tokens of `x` are, which `is_causal` and `window` need to know. A cache is then as it
+            was.
+
+        Examples
+        --------
+        Two sentences of 10 and 7 tokens, padded on the right to one batch:
+
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> layer = na.MultiHeadAttention(64, 4, rotary=True, rng=0)
+        >>> x = np.random.default_rng(0).standard_normal((2, 10, 64), dtype=np.float32)
+        >>> out = layer(x, is_causal=True, lengths=[10, 7])
+        >>> bool(np.allclose(out[1, :7], layer(x[1, :7], is_causal=True), atol=1e-5))
+        True
+
+        The same, token after token:
+
+        >>> cache = na.KVCache(2, 4, 16)
+        >>> steps = [layer(x[:, i : i + 1], cache=cache) for i in range(10)]
+        >>> bool(np.allclose(np.concatenate(steps, axis=1)[0], out[0], atol=1e-5))
+        True
         """
+        if unknown:
+            refuse_unknown("MultiHeadAttention", unknown, _ELSEWHERE)
         x = self._checked("x", x, self._embed_dim)
-        if not isinstance(return_weights, bool):
-            refuse_kind("return_weights", repr(return_weights), "True or False")
+        is_causal = cache is not None if is_causal is None else flag("is_causal", is_causal)
+        limits = check_options(
+            self._dtype, self._heads, self._head_dim, is_causal, window, None, softcap, None, None,
+            None,
+        )  # fmt: skip
+        is_positional = (limits["window_left"], limits["window_right"]) != (UNBOUNDED, UNBOUNDED)
+        options: dict[str, Any] = {
+            "is_causal": is_causal, "window": window, "softcap": softcap, "layout": "blhd",
+        }  # fmt: skip
+        wants_weights = flag("return_weights", return_weights)
         if cache is not None:
             for name, value in (("context", context), ("mask", mask)):
                 if value is not None:
                     refuse_kind(name, "an array", "None beside a cache")
-            if return_weights:
+            if wants_weights:
                 refuse("return_weights", "True", "False beside a cache")
-            return self._with_cache(x, lengths, window, softcap, cache)
+            return self._with_cache(x, lengths, options, cache)
         if context is None:
-            sources = (x, x)
             if self._context_dims != (self._embed_dim, self._embed_dim):
                 refuse_kind("context", "None", f"embeddings of {self._context_dims[0]} elements")
+            keys = values = x
         else:
-            if self._rotary is not None:
-                refuse("context", "an array", "None: rotary positions are those of one text")
-            pair = context if isinstance(context, tuple) else (context, context)
-            if len(pair) != 2:
-                refuse("context", f"{len(pair)} arrays", "one, or two: for keys and for values")
-            dims = self._context_dims
-            sources = (
-                self._checked("context", pair[0], dims[0]),
-                self._checked("context", pair[1], dims[1]),
-            )
-        q, k, v = self._projected(x, *sources, None)
-        options: dict[str, Any] = {
-            "is_causal": is_causal,
-            "mask": mask,
-            "window": window,
-            "softcap": softcap,
-            "kv_lengths": lengths,
+            keys, values = self._contexts(context)
+        valid = ints_per_batch("lengths", lengths, _batch(x, keys, values), 0, keys.shape[-2])
+        if context is None:
             # A token's position does not depend on how many are valid.
-            "q_offset": 0 if context is None else None,
-            "layout": "blhd",
-        }
+            options |= {"q_lengths": valid, "q_offset": 0}
+        elif valid is not None and is_positional and x.shape[-2] > 1:
+            seen = (
+                f"lengths of the context beside is_causal or window and {x.shape[-2]} tokens of x, "
+                "which leave open at which positions these are"
+            )
+            refuse("lengths", seen, "a `mask` instead of is_causal and window")
+        options |= {"mask": mask, "kv_lengths": valid}
+        q, k, v = self._projected(x, keys, values, None)
         out = self._merged(attention(q, k, v, **options))
-        return (out, attention_weights(q, k, **options)) if return_weights else out
+        return (out, attention_weights(q, k, **options)) if wants_weights else out
 
-    def _with_cache(
-        self, x: Array, lengths: Any, window: Any, softcap: Any, cache: KVCache
-    ) -> Array:
+    def _contexts(self, context: ArrayLike | tuple[ArrayLike, ArrayLike]) -> tuple[Array, Array]:
+        """Return what keys and values are made of."""
+        if self._rotary is not None:
+            refuse("context", "an array", "None: rotary positions are those of one text")
+        pair = context if isinstance(context, tuple) else (context, context)
+        if len(pair) != 2:
+            refuse("context", f"{len(pair)} arrays", "one, or two: for keys and for values")
+        dims = self._context_dims
+        keys = self._checked("context", pair[0], dims[0])
+        values = self._checked("context", pair[1], dims[1])
+        if keys.shape[-2] != values.shape[-2]:
+            shapes = f"keys {keys.shape} and values {values.shape}"
+            refuse("context", shapes, "as many tokens for values as for keys")
+        return keys, values
+
+    def _with_cache(self, x: Array, lengths: Any, options: dict[str, Any], cache: KVCache) -> Array:
+        # What the cache would refuse is refused while it is as it was.
         if not isinstance(cache, KVCache):
             refuse_kind("cache", type(cache).__name__, "a KVCache")
-        if x.ndim != 3 or x.shape[0] != len(cache.lengths):
-            expected = f"({len(cache.lengths)}, length, {self._embed_dim}) as the cache's batch"
+        if cache._dtype != self._dtype:
+            refuse_kind("cache", f"dtype {cache._dtype.name}", f"{self._dtype.name} as the layer")
+        sizes = (cache.k.shape[1], cache.k.shape[3], cache.v.shape[3])
+        if sizes != (self._kv_heads, self._head_dim, self._value_dim):
+            names = "kv_heads, head_dim and value_dim"
+            expected = f"({self._kv_heads}, {self._head_dim}, {self._value_dim}) as the layer"
+            refuse("cache", f"{names} {sizes}", expected)
+        batch = len(cache.lengths)
+        if x.ndim != 3 or x.shape[0] != batch:
+            expected = f"({batch}, length, {self._embed_dim}) as the cache's batch"
             refuse("x", f"shape {x.shape}", expected)
-        # What `attend` would refuse is refused while the cache is as it was.
-        if window is not None and cache._window is not None:
-            refuse("window", repr(window), "none: the cache has one")
-        check_options(
-            self._dtype, self._heads, self._head_dim, True, window, None, softcap, None, None, None
-        )
+        if cache._window is not None:
+            if options["window"] is not None:
+                refuse("window", repr(options["window"]), "none: the cache has one")
+            if x.shape[1] > cache._window:
+                expected = f"at most the {cache._window} of the cache's window at once"
+                refuse("x", f"{x.shape[1]} tokens", expected)
+        valid = ints_per_batch("lengths", lengths, (batch,), 0, x.shape[1])
         before = cache.lengths
         positions = before[:, np.newaxis] + np.arange(x.shape[1])
         q, k, v = self._projected(x, x, x, positions)
-        cache.append(k.swapaxes(1, 2), v.swapaxes(1, 2), lengths=lengths)
-        out = cache.attend(
-            q, layout="blhd", softcap=softcap, window=window, q_offset=before, is_causal=True
-        )
-        return self._merged(out)
+        cache.append(k.swapaxes(1, 2), v.swapaxes(1, 2), lengths=valid)
+        return self._merged(cache.attend(q, q_offset=before, q_lengths=valid, **options))
 
     def _projected(
         self, x: Array, of_keys: Array, of_values: Array, positions: Array | None
@@ -464,10 +539,21 @@ class MultiHeadAttention:
     def _checked(self, name: str, x: ArrayLike, dim: int) -> Array:
         array = as_array(name, x)
         if array.dtype != self._dtype:
-            refuse_kind(name, f"dtype {array.dtype.name}", f"{self._dtype.name} as the layer")
+            refuse_kind(name, dtype_name(array), f"{self._dtype.name} as the layer")
         if array.ndim < 2 or array.shape[-1] != dim:
             refuse(name, f"shape {array.shape}", f"(..., length, {dim})")
+        if array.ndim >= MAX_AXES:
+            refuse(name, f"{array.ndim} axes", f"at most {MAX_AXES - 1}")
         return array
+
+
+def _batch(x: Array, keys: Array, values: Array) -> tuple[int, ...]:
+    """Return the shape of the leading axes."""
+    try:
+        return np.broadcast_shapes(*(a.shape[:-2] for a in (x, keys, values)))
+    except ValueError:
+        shapes = f"shapes {keys.shape} and {values.shape} beside x of {x.shape}"
+        refuse("context", shapes, "leading axes that broadcast")
 
 
 def _context_dims(value: object) -> tuple[int, int]:

@@ -116,6 +116,62 @@ def test_padding_changes_nothing_and_attends_to_nothing(any_backend, rng, option
         np.testing.assert_array_equal(weights[i, :, :, n:], 0)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [("float32", size) for size in (1e-40, 1e-30, 1e-6, 1, 1e15, 1e19, 1e25, 3e38)]
+    + [("float64", size) for size in (1e-150, 1e-30, 1, 1e19, 1e160, 1e308)],
+)
+def test_norms_of_any_finite_vector(rng, dtype, size):
+    layer = na.MultiHeadAttention(4, 1, bias=False, qk_norm=True, dtype=dtype, rng=0)
+    for name, array in layer.parameters().items():
+        array[...] = np.eye(4) if name.endswith("weight") else [1, -2, 3, 0.5]
+    x = (rng.uniform(-1, 1, (3, 4)) * size).astype(dtype)
+    x[0, 0], x[1] = size, [size, 0, size, -size]
+    q, k, _ = layer._projected(x, x, x, None)
+    _, weights = layer(x, return_weights=True)
+    exact = x.astype(np.float64)
+    largest = np.abs(exact).max(-1, keepdims=True)
+    mean = ((exact / largest) ** 2).mean(-1, keepdims=True) + 1e-6 / largest / largest
+    norms = exact / largest / np.sqrt(mean) * [1, -2, 3, 0.5]
+    tolerance = 1e-6 if dtype == "float32" else 1e-15
+    # Denormal numbers have few digits.
+    tiny = np.finfo(dtype).tiny
+    for vectors in (q, k):
+        np.testing.assert_allclose(vectors[:, 0], norms, rtol=4 * tolerance, atol=tiny)
+    logits = norms @ norms.T / 2
+    expected = np.exp(logits - logits.max(-1, keepdims=True))
+    expected /= expected.sum(-1, keepdims=True)
+    np.testing.assert_allclose(weights[0], expected, rtol=20 * tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [0, 1e-44, 1e-38, 1e-20, 1, 1e19, 3e38, np.inf])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"rotary": True, "qk_norm": True}, {"rotary": {"base": 1e300}}], ids=str
+)
+def test_the_callers_way_with_floating_point_errors_changes_nothing(any_backend, rng, sizes, size):
+    def results():
+        own = np.random.default_rng(5)
+        layer = na.MultiHeadAttention(24, 4, **sizes, rng=1)
+        with np.errstate(all="ignore"):
+            x = numbers(own, 2, 5, 24) * np.float32(size)
+        yield layer(x)
+        yield from layer(x, is_causal=True, lengths=[5, 2], return_weights=True)
+        yield from layer(x, softcap=2.0, window=(2, 0), return_weights=True)
+        if "rotary" not in sizes:
+            yield layer(x, x[:, :3])
+        for window in (None, 4):
+            cache = na.KVCache(2, 4, 6, window=window)
+            yield layer(x[:, :4], cache=cache, lengths=[4, 3])
+            yield layer(x[:, 4:], cache=cache)
+
+    with np.errstate(all="ignore"):
+        expected = list(results())
+    with np.errstate(all="raise"):
+        raising = list(results())
+    for ours, theirs in zip(raising, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_lengths_of_a_context_are_those_of_its_keys_alone(backend, rng):
     layer = fill(na.MultiHeadAttention(24, 4, rng=1), rng)
     x, context = numbers(rng, 2, 4, 24), numbers(rng, 2, 6, 24)

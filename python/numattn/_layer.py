@@ -178,7 +178,8 @@ class MultiHeadAttention:
             return np.zeros(shape, self._dtype)
         if name.endswith("_norm"):
             return np.ones(shape, self._dtype)
-        return (rng.standard_normal(shape) / math.sqrt(shape[0])).astype(self._dtype)
+        with np.errstate(under="ignore"):
+            return (rng.standard_normal(shape) / math.sqrt(shape[0])).astype(self._dtype)
 
     def __repr__(self) -> str:
         return (
@@ -510,24 +511,26 @@ class MultiHeadAttention:
         q = self._product("q", x, (self._heads, self._head_dim))
         k = self._product("k", of_keys, (self._kv_heads, self._head_dim))
         v = self._product("v", of_values, (self._kv_heads, self._value_dim))
-        for name, array in (("q_norm", q), ("k_norm", k)):
-            if name in self._parameters:
-                square = np.mean(np.square(array), axis=-1, keepdims=True)
-                array /= np.sqrt(square + np.asarray(_NORM_EPSILON, self._dtype))
-                array *= self._parameters[name]
-        if self._rotary is not None:
-            vectors = [array.swapaxes(-3, -2) for array in (q, k)]  # heads first
-            rotation = make_rotation(vectors[0].shape, self._dtype, positions, **self._rotary)
-            for heads in vectors:
-                rotation.apply(heads, heads)
+        # NaN and infinity in the input are the user's business, as in `attention`.
+        with np.errstate(all="ignore"):
+            for name, array in (("q_norm", q), ("k_norm", k)):
+                if name in self._parameters:
+                    _divide_by_root_mean_square(array)
+                    array *= self._parameters[name]
+            if self._rotary is not None:
+                vectors = [array.swapaxes(-3, -2) for array in (q, k)]  # heads first
+                rotation = make_rotation(vectors[0].shape, self._dtype, positions, **self._rotary)
+                for heads in vectors:
+                    rotation.apply(heads, heads)
         return q, k, v
 
     def _product(self, name: str, x: Array, heads: tuple[int, ...]) -> Array:
         """Return x times a matrix, its last axis in two."""
-        rows = x.reshape(-1, x.shape[-1]) @ self._parameters[f"{name}_weight"]
-        bias = self._parameters.get(f"{name}_bias")
-        if bias is not None:
-            rows += bias
+        with np.errstate(all="ignore"):
+            rows = x.reshape(-1, x.shape[-1]) @ self._parameters[f"{name}_weight"]
+            bias = self._parameters.get(f"{name}_bias")
+            if bias is not None:
+                rows += bias
         product: Array = rows.reshape(*x.shape[:-1], *heads)
         return product
 
@@ -554,6 +557,18 @@ def _batch(x: Array, keys: Array, values: Array) -> tuple[int, ...]:
     except ValueError:
         shapes = f"shapes {keys.shape} and {values.shape} beside x of {x.shape}"
         refuse("context", shapes, "leading axes that broadcast")
+
+
+def _divide_by_root_mean_square(vectors: Array) -> None:
+    """Divide each vector of the last axis by its root mean square, in place."""
+    # Squares of numbers beyond 1e19 overflow in float32. Powers of two change no digit.
+    largest = np.maximum(vectors.max(axis=-1, keepdims=True), -vectors.min(axis=-1, keepdims=True))
+    _, exponents = np.frexp(largest)
+    most = np.finfo(vectors.dtype).maxexp - 2  # whose reciprocal is a normal number
+    scale = np.ldexp(vectors.dtype.type(1), -np.clip(exponents, 0, most))
+    vectors *= scale
+    square = np.mean(np.square(vectors), axis=-1, keepdims=True)
+    vectors /= np.sqrt(square + vectors.dtype.type(_NORM_EPSILON) * scale * scale)
 
 
 def _context_dims(value: object) -> tuple[int, int]:

@@ -1,5 +1,8 @@
 """Promise: `MultiHeadAttention` is the layer of the models, for their weights."""
 
+import json
+import tracemalloc
+
 import numattn as na
 import numpy as np
 import pytest
@@ -263,11 +266,107 @@ def test_parameters_save_and_load(rng, tmp_path):
         na.MultiHeadAttention.load(tmp_path / "text")
     with pytest.raises(OSError, match="nothing"):
         na.MultiHeadAttention.load(tmp_path / "nothing")
-    import safetensors.numpy
 
-    safetensors.numpy.save_file({"x": np.zeros(1)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="expected a file that `save` wrote"):
-        na.MultiHeadAttention.load(tmp_path / "other")
+
+def test_options_of_numpy_are_saved(tmp_path):
+    pytest.importorskip("safetensors")
+    scaling = {"type": "linear", "factor": np.float32(2)}
+    rotary = {"base": np.float32(500), "rotary_dim": np.int64(4), "interleaved": np.True_}
+    layer = na.MultiHeadAttention(
+        np.int64(24), 4, rotary=rotary | {"scaling": scaling}, bias=np.False_, qk_norm=np.True_
+    )
+    x = np.ones((3, 24), np.float32) * np.arange(24, dtype=np.float32)
+    before = layer(x)
+    scaling["factor"] = 7  # of the caller
+    layer.save(tmp_path / "layer")
+    np.testing.assert_array_equal(na.MultiHeadAttention.load(tmp_path / "layer")(x), before)
+
+
+LAYER = {
+    "embed_dim": 8, "num_heads": 2, "kv_heads": 2, "head_dim": 4, "value_dim": 4,
+    "context_dim": [8, 8], "bias": False, "rotary": None, "qk_norm": False, "dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (None, "metadata: got no numattn.MultiHeadAttention"),
+        ("{", "numattn.MultiHeadAttention: got no JSON"),
+        ("[" * 100_000, "numattn.MultiHeadAttention: got no JSON"),
+        ("[1]", "numattn.MultiHeadAttention: got list, expected a mapping"),
+        ({"head_dim": ...}, "head_dim: got nothing, expected it among"),
+        ({"dropout": 0.5}, "got 'dropout', expected only embed_dim, num_heads"),
+        ({"embed_dim": "8"}, "embed_dim: got '8' (str), expected an int"),
+        ({"kv_heads": None}, "kv_heads: got None (NoneType), expected an int"),
+        ({"kv_heads": 0}, "kv_heads: got 0, expected at least 1"),
+        ({"bias": 0}, "bias: got 0 (int), expected True or False"),
+        ({"bias": True}, "q_bias: got nothing among"),
+        ({"context_dim": 8}, "context_dim: got 8, expected two ints"),
+        ({"context_dim": [8, "8"]}, "context_dim: got '8' (str), expected an int"),
+        ({"rotary": {"base": "x"}}, "base: got 'x' (str), expected a real number"),
+        ({"rotary": {"theta": 1}}, "rotary: got 'theta', expected only base"),
+        ({"rotary": 3}, "rotary: got int, expected True or a mapping"),
+        ({"dtype": "float64"}, "_weight: got dtype F32, expected float64"),
+        ({"dtype": None}, "dtype: got None, expected float32 or float64"),
+        ({"dtype": "float16"}, "dtype: got 'float16', expected float32 or float64"),
+        ({"embed_dim": 10**6, "context_dim": [10**6] * 2}, "q_weight: got shape (8, 8), expected"),
+        ({"head_dim": 10**12, "rotary": {}}, "q_weight: got shape (8, 8), expected (8, 2000000000"),
+        ({"num_heads": 10**30}, "q_weight: got shape (8, 8), expected (8, 4000000000"),
+        ({"qk_norm": True}, "q_norm: got nothing among"),
+    ],
+)
+def test_files_whose_header_is_wrong(tmp_path, monkeypatch, header, message):
+    package = pytest.importorskip("safetensors.numpy")
+    if isinstance(header, dict):
+        header = {k: v for k, v in (LAYER | header).items() if v is not ...}
+        header = json.dumps(header)
+    arrays = {f"{name}_weight": np.ones((8, 8), np.float32) for name in "qkvo"}
+    path = tmp_path / "layer.safetensors"
+    metadata = {} if header is None else {"numattn.MultiHeadAttention": header}
+    package.save_file(arrays, path, metadata=metadata)
+    monkeypatch.setattr(np.random, "default_rng", None)  # nothing is drawn
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"^path: got .*layer\.safetensors") as raised:
+            na.MultiHeadAttention.load(path)
+        assert tracemalloc.get_traced_memory()[1] < 2e7
+    finally:
+        tracemalloc.stop()
+    assert message in str(raised.value)
+
+
+def test_weights_that_are_given_are_not_drawn(tmp_path, monkeypatch, rng):
+    package = pytest.importorskip("safetensors.numpy")
+    arrays = {f"{name}_weight": numbers(rng, 8, 8) for name in "qkvo"}
+    path = tmp_path / "layer.safetensors"
+    package.save_file(arrays, path, metadata={"numattn.MultiHeadAttention": json.dumps(LAYER)})
+    monkeypatch.setattr(np.random, "default_rng", None)
+    layers = [
+        na.MultiHeadAttention.load(path),
+        na.MultiHeadAttention.from_weights(*(x.T for x in arrays.values()), num_heads=2),
+    ]
+    for layer in layers:
+        assert layer.parameters().keys() == arrays.keys()
+        for name, x in layer.parameters().items():
+            np.testing.assert_array_equal(x, arrays[name])
+            assert x.flags.c_contiguous
+            assert x.flags.writeable
+            assert not np.shares_memory(x, arrays[name])
+    package.save_file(
+        arrays | {"x": np.ones(1, np.float32)},
+        path,
+        metadata={"numattn.MultiHeadAttention": json.dumps(LAYER)},
+    )
+    with pytest.raises(ValueError, match=r"path: got .*arrays: got 'x', expected only q_weight"):
+        na.MultiHeadAttention.load(path)
+
+
+class Refusing:
+    """An array of another library, which is nowhere that NumPy could read it."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("on the device")
 
 
 def test_from_weights(rng):
@@ -284,6 +383,9 @@ def test_from_weights(rng):
         ("v_weight", (13, 10), "v_weight: got shape (13, 10), expected rows for 2 heads"),
         ("o_weight", (24, 25), "o_weight: got shape (24, 25), expected (24, 24)"),
         ("o_weight", (24,), "o_weight: got shape (24,), expected two axes"),
+        ("q_weight", (0, 24), "q_weight: got shape (0, 24), expected two axes, none of them empty"),
+        ("k_weight", (3, 10), "k_weight: got shape (3, 10), expected 8 rows: 1 heads of 8"),
+        ("k_weight", (24, 10), "k_weight: got shape (24, 10), expected rows for a divisor of the"),
     ]
     for name, shape, message in names:
         with pytest.raises(ValueError) as raised:  # noqa: PT011
@@ -291,8 +393,29 @@ def test_from_weights(rng):
                 **weights | {name: numbers(rng, *shape)}, num_heads=4
             )
         assert message in str(raised.value)
-    with pytest.raises(ValueError, match=r"q_bias: got shape \(3,\), expected \(32,\)"):
-        na.MultiHeadAttention.from_weights(*weights.values(), num_heads=4, q_bias=np.ones(3))
+    for options, error, message in (
+        ({"q_bias": np.ones(3)}, ValueError, "q_bias: got shape (3,), expected (32,)"),
+        ({"o_bias": np.ones((2, 24))}, ValueError, "o_bias: got shape (2, 24), expected (24,)"),
+        ({"q_norm": np.ones((8, 1)), "k_norm": np.ones(8)}, ValueError, "got shape (8, 1), expe"),
+        ({"q_norm": np.ones(8)}, ValueError, "q_norm, k_norm: got one of them, expected both"),
+        ({"k_bias": np.ma.ones(16)}, TypeError, "k_bias: got a masked array"),
+        ({"k_weight": np.ma.ones((16, 10))}, TypeError, "k_weight: got a masked array"),
+        ({"v_bias": Refusing()}, TypeError, "v_bias: got Refusing that refuses to become an"),
+        ({"o_bias": np.full(24, 1e300)}, ValueError, "o_bias: got numbers too large for float32"),
+        ({"kv_heads": 3}, ValueError, "k_weight: got shape (16, 10), expected 24 rows: 3 heads"),
+        ({"dtype": "half"}, TypeError, "dtype: got float16, expected float32 or float64"),
+        ({"dtype": "text"}, TypeError, "dtype: got 'text', expected float32 or float64"),
+    ):
+        with pytest.raises(error) as raised:
+            na.MultiHeadAttention.from_weights(**weights | {"num_heads": 4} | options)
+        assert message in str(raised.value)
+    for call in (layer, lambda refusing: layer(x, refusing)):
+        with pytest.raises(TypeError, match=r"^(x|context): got Refusing that refuses"):
+            call(Refusing())
+    small = na.MultiHeadAttention.from_weights(
+        *weights.values(), num_heads=4, o_bias=np.full(24, 1e-300)
+    )
+    assert np.all(small.parameters()["o_bias"] == 0)
 
 
 def state_dict(rng, embed_dim=24, kdim=None, vdim=None):

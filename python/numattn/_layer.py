@@ -15,6 +15,8 @@ from ._checks import (
     at_least,
     dtype_name,
     flag,
+    integer,
+    real,
     refuse,
     refuse_kind,
     refuse_unknown,
@@ -25,7 +27,7 @@ from ._stages import attention_weights
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
@@ -133,33 +135,68 @@ class MultiHeadAttention:
         dtype: DTypeLike = np.float32,
         rng: np.random.Generator | int | None = None,
     ) -> None:
+        shapes = self._set_sizes(
+            embed_dim, num_heads, kv_heads, head_dim, value_dim, context_dim, bias, qk_norm, dtype
+        )
+        self._rotary = _rotary_options(rotary, self._head_dim)
+        try:
+            generator = np.random.default_rng(rng)
+        except (TypeError, ValueError) as error:
+            refuse_kind("rng", f"{rng!r} ({error})", "a numpy.random.Generator or a seed")
+        self._parameters = {
+            name: self._initial(name, shape, generator) for name, shape in shapes.items()
+        }
+
+    @classmethod
+    def _of_arrays(
+        cls,
+        given: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], Array],
+        *,
+        rotary: bool | Mapping[str, Any] | None,
+        are_transposed: bool = False,
+        **sizes: Any,
+    ) -> Self:
+        """Make a layer of copies of the arrays that `read` gives by the names of parameters.
+
+        Nothing is read before their shapes, which are `given`, have been checked.
+        """
+        layer = cls.__new__(cls)
+        shapes = layer._set_sizes(**sizes)
+        _layer_weights.check_shapes(given, shapes, are_transposed)
+        layer._rotary = _rotary_options(rotary, layer._head_dim)
+        layer._parameters = {
+            name: _layer_weights.converted(name, read(name), layer._dtype) for name in shapes
+        }
+        return layer
+
+    def _set_sizes(
+        self, embed_dim: Any, num_heads: Any, kv_heads: Any, head_dim: Any, value_dim: Any,
+        context_dim: Any, bias: Any, qk_norm: Any, dtype: Any,
+    ) -> dict[str, tuple[int, ...]]:  # fmt: skip
+        """Check and keep sizes; return the parameters' shapes by name."""
         self._embed_dim = at_least("embed_dim", embed_dim, 1)
         self._heads = at_least("num_heads", num_heads, 1)
         self._kv_heads = self._heads if kv_heads is None else at_least("kv_heads", kv_heads, 1)
         if self._heads % self._kv_heads:
             refuse("kv_heads", str(kv_heads), f"a divisor of num_heads, which is {num_heads}")
-        if head_dim is None and embed_dim % num_heads:
+        if head_dim is None and self._embed_dim % self._heads:
             refuse("embed_dim", str(embed_dim), f"a multiple of num_heads {num_heads}, or head_dim")
         self._head_dim = at_least(
-            "head_dim", embed_dim // num_heads if head_dim is None else head_dim, 1
+            "head_dim", self._embed_dim // self._heads if head_dim is None else head_dim, 1
         )
         self._value_dim = at_least(
             "value_dim", self._head_dim if value_dim is None else value_dim, 1
         )
-        self._context_dims = _context_dims(self._embed_dim if context_dim is None else context_dim)
-        has_bias, has_norms = flag("bias", bias), flag("qk_norm", qk_norm)
-        self._rotary = _rotary_options(rotary, self._head_dim)
-        self._dtype = np.dtype(dtype)
+        of_keys, of_values = self._context_dims = _context_dims(
+            self._embed_dim if context_dim is None else context_dim
+        )
+        try:
+            self._dtype = np.dtype(dtype)
+        except TypeError:
+            refuse_kind("dtype", repr(dtype), "float32 or float64")
         if self._dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
             refuse_kind("dtype", str(self._dtype), "float32 or float64")
-        generator = np.random.default_rng(rng)
-        self._parameters = {
-            name: self._initial(name, shape, generator)
-            for name, shape in self._shapes(has_bias, has_norms).items()
-        }
-
-    def _shapes(self, bias: bool, qk_norm: bool) -> dict[str, tuple[int, ...]]:
-        of_keys, of_values = self._context_dims
         weights = {
             "q": (self._embed_dim, self._heads * self._head_dim),
             "k": (of_keys, self._kv_heads * self._head_dim),
@@ -167,9 +204,9 @@ class MultiHeadAttention:
             "o": (self._heads * self._value_dim, self._embed_dim),
         }
         shapes: dict[str, tuple[int, ...]] = {f"{n}_weight": s for n, s in weights.items()}
-        if bias:
+        if flag("bias", bias):
             shapes |= {f"{name}_bias": shape[1:] for name, shape in weights.items()}
-        if qk_norm:
+        if flag("qk_norm", qk_norm):
             shapes |= {"q_norm": (self._head_dim,), "k_norm": (self._head_dim,)}
         return shapes
 
@@ -236,12 +273,11 @@ class MultiHeadAttention:
         OSError
             If the file cannot be read.
         ValueError
-            If it is no such file, or an array is missing or misshapen.
+            If it is no such file: its sizes are missing, unknown or of the wrong kind, or its
+            arrays are not what they say. Nothing of these sizes is allocated then.
         """
-        description, arrays = _layer_weights.load(path)
-        layer = cls(**description)
-        _layer_weights.copy(arrays, layer._parameters)
-        return layer
+        with _layer_weights.opened(path) as (shapes, read, description):
+            return cls._of_arrays(shapes, read, **description)
 
     @classmethod
     def from_weights(
@@ -299,23 +335,26 @@ class MultiHeadAttention:
         if dtype is None:
             is_double = matrices["q_weight"].dtype == np.float64
             dtype = np.float64 if is_double else np.float32
-        layer = cls(
-            embed_dim,
-            heads,
-            **options,
-            bias=any(x is not None for x in biases.values()),
-            rotary=rotary,
-            qk_norm=q_norm is not None,
-            dtype=dtype,
-            rng=0,
-        )
         arrays = {name: x.T for name, x in matrices.items()}
-        for name, x in (biases | norms).items():
-            if name in layer._parameters:
-                default = layer._parameters[name]
-                arrays[name] = default if x is None else _layer_weights.numbers(name, x)
-        _layer_weights.copy(arrays, layer._parameters, are_transposed=True)
-        return layer
+        if any(x is not None for x in biases.values()):
+            for name, x in biases.items():
+                rows = len(matrices[name.replace("bias", "weight")])
+                arrays[name] = np.zeros(rows) if x is None else _layer_weights.numbers(name, x)
+        for name, x in norms.items():
+            if x is not None:
+                arrays[name] = _layer_weights.numbers(name, x)
+        return cls._of_arrays(
+            {name: x.shape for name, x in arrays.items()},
+            arrays.__getitem__,
+            embed_dim=embed_dim,
+            num_heads=heads,
+            **options,
+            bias="q_bias" in arrays,
+            rotary=rotary,
+            qk_norm="q_norm" in arrays,
+            dtype=dtype,
+            are_transposed=True,
+        )
 
     @classmethod
     def from_torch(
@@ -579,14 +618,33 @@ def _context_dims(value: object) -> tuple[int, int]:
 
 def _rotary_options(rotary: object, head_dim: int) -> dict[str, Any] | None:
     """Return options of `make_rotation`, checked by using them."""
-    if rotary is None or rotary is False:
+    if rotary is None:
         return None
+    if isinstance(rotary, (bool, np.bool_)):
+        return {} if rotary else None
     try:
-        options = {} if rotary is True else dict(rotary)  # type: ignore[call-overload]
+        given = dict(rotary)  # type: ignore[call-overload]
     except (TypeError, ValueError):
         refuse_kind("rotary", type(rotary).__name__, "True or a mapping of options")
-    for name in options:
-        if name not in ("base", "rotary_dim", "interleaved", "scaling"):
-            refuse("rotary", repr(name), "only base, rotary_dim, interleaved and scaling")
+    # Numbers of Python, which `save` can write.
+    plain: dict[Any, Callable[[str, object], Any]] = {
+        "base": real, "rotary_dim": integer, "interleaved": flag, "scaling": _plain_scaling,
+    }  # fmt: skip
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in plain:
+            refuse("rotary", repr(name), "only " + ", ".join(plain))
+        options[name] = None if value is None else plain[name](name, value)
     make_rotation((1, 0, head_dim), np.dtype(np.float32), None, **options)
     return options
+
+
+def _plain_scaling(name: str, scaling: object) -> dict[str, Any]:
+    try:
+        given = dict(scaling)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        refuse_kind(name, type(scaling).__name__, "a mapping such as {'type': 'linear', ...}")
+    return {
+        key: value if value is None or isinstance(value, str) else real(f"{name}[{key!r}]", value)
+        for key, value in given.items()
+    }

@@ -3,47 +3,62 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from ._checks import ACCEPTED_DTYPES, at_least, refuse, refuse_kind
+from ._checks import ACCEPTED_DTYPES, as_array, at_least, refuse, refuse_kind
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import ArrayLike, NDArray
 
     Array = NDArray[Any]
 
 _METADATA = "numattn.MultiHeadAttention"
+_OPTIONS = (
+    "embed_dim", "num_heads", "kv_heads", "head_dim", "value_dim", "context_dim", "bias", "rotary",
+    "qk_norm", "dtype",
+)  # fmt: skip
+_DTYPES = {"float32": "F32", "float64": "F64"}
 _TORCH_NAMES = (
     "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias",
     "out_proj.weight", "out_proj.bias", "bias_k", "bias_v",
 )  # fmt: skip
 
 
-def copy(
-    arrays: Mapping[str, Array], parameters: Mapping[str, Array], *, are_transposed: bool = False
+def check_shapes(
+    given: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    are_transposed: bool,
 ) -> None:
-    """Copy arrays into all parameters of a layer; an error names shapes as they were given."""
-    for name, to in parameters.items():
-        x = _present(arrays, name)
-        if x.shape != to.shape:
-            flip = -1 if are_transposed and x.ndim == 2 else 1
-            refuse(name, f"shape {x.shape[::flip]}", str(to.shape[::flip]))
-        to[...] = x
-    for name in arrays:
-        if name not in parameters:
-            refuse("arrays", repr(name), "only " + ", ".join(parameters))
+    """Check that there are the arrays of a layer; an error names shapes as the user gave them."""
+    for name, shape in expected.items():
+        if name not in given:
+            refuse_missing(name, given)
+        if given[name] != shape:
+            flip = -1 if are_transposed and name.endswith("_weight") else 1
+            refuse(name, f"shape {given[name][::flip]}", str(shape[::flip]))
+    for name in given:
+        if name not in expected:
+            refuse("arrays", repr(name), "only " + ", ".join(expected))
 
 
-def _present(arrays: Mapping[str, Array], name: str) -> Array:
-    if arrays.get(name) is None:
-        there = ", ".join(f"{n} {x.shape}" for n, x in arrays.items())
-        refuse(name, f"nothing among {there or 'no arrays'}", "an array of that name")
-    return arrays[name]
+def refuse_missing(name: str, given: Mapping[str, tuple[int, ...]]) -> NoReturn:
+    there = ", ".join(f"{n} {shape}" for n, shape in given.items())
+    refuse(name, f"nothing among {there or 'no arrays'}", "an array of that name")
+
+
+def converted(name: str, x: Array, dtype: np.dtype[Any]) -> Array:
+    """Return a copy of a dtype, row after row."""
+    with np.errstate(all="ignore"):
+        copy = np.array(x, dtype, order="C")
+    if x.dtype.itemsize > dtype.itemsize and np.any(np.isinf(copy) & np.isfinite(x)):
+        refuse(name, f"numbers too large for {dtype.name}", "smaller ones, or dtype float64")
+    return copy
 
 
 # ---- files of safetensors ----------------------------------------------------------------------
@@ -57,20 +72,53 @@ def save(
     _safetensors().numpy.save_file(arrays, path, metadata={_METADATA: json.dumps(description)})
 
 
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Return the options of a layer and its parameters."""
+@contextmanager
+def opened(
+    path: str | os.PathLike[str],
+) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Array], dict[str, Any]]]:
+    """Give the shapes of the arrays in a file, what reads one by its name, and the layer's options.
+
+    Errors of the file, and of a layer made of it, name the file.
+    """
     package = _safetensors()
     try:
         with package.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except package.SafetensorError as error:
-        refuse("path", f"{path} ({error})", "a file of safetensors")
-    if _METADATA not in metadata:
-        refuse("path", f"{path} without a layer's sizes", "a file that `save` wrote")
-    description = json.loads(metadata[_METADATA])
-    description["context_dim"] = tuple(description["context_dim"])
-    return description, arrays
+            if _METADATA not in metadata:
+                refuse("metadata", f"no {_METADATA}", "a layer's sizes")
+            description = _description(metadata[_METADATA])
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            for name, x in slices.items():
+                if x.get_dtype() != _DTYPES[description["dtype"]]:
+                    refuse_kind(name, f"dtype {x.get_dtype()}", f"{description['dtype']}")
+            shapes = {name: tuple(x.get_shape()) for name, x in slices.items()}
+            yield shapes, file.get_tensor, description
+    except (package.SafetensorError, TypeError, ValueError) as error:
+        refuse("path", f"{path} ({error})", "a file that `save` wrote")
+
+
+def _description(text: str) -> dict[str, Any]:
+    """Return the options of a layer."""
+    try:
+        description = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        refuse(_METADATA, f"no JSON ({error})", "JSON")
+    if not isinstance(description, dict):
+        refuse_kind(_METADATA, type(description).__name__, "a mapping")
+    for name in _OPTIONS:
+        if name not in description:
+            refuse(name, "nothing", "it among a layer's sizes")
+    for name in description:
+        if name not in _OPTIONS:
+            refuse(_METADATA, repr(name), "only " + ", ".join(_OPTIONS))
+    for name in _OPTIONS[:5]:
+        at_least(name, description[name], 1)
+    pair = description["context_dim"]
+    if not isinstance(pair, list) or len(pair) != 2:
+        refuse_kind("context_dim", repr(pair), "two ints")
+    if description["dtype"] not in list(_DTYPES):
+        refuse("dtype", repr(description["dtype"]), " or ".join(_DTYPES))
+    return description | {"context_dim": tuple(pair)}
 
 
 def _safetensors() -> Any:
@@ -102,10 +150,14 @@ def sizes(
         refuse("q_weight", f"shape {shapes['q_weight']}", f"rows for {heads} heads")
     head_dim = shapes["q_weight"][0] // heads
     if kv_heads is None:
-        kv_heads = shapes["k_weight"][0] // max(head_dim, 1)
-    groups = at_least("kv_heads", kv_heads, 1)
+        groups = max(shapes["k_weight"][0] // head_dim, 1)
+    else:
+        groups = at_least("kv_heads", kv_heads, 1)
     if shapes["k_weight"][0] != groups * head_dim:
         expected = f"{groups * head_dim} rows: {groups} heads of {head_dim}"
+        refuse("k_weight", f"shape {shapes['k_weight']}", expected)
+    if kv_heads is None and heads % groups:
+        expected = f"rows for a divisor of the {heads} heads of {head_dim}"
         refuse("k_weight", f"shape {shapes['k_weight']}", expected)
     if shapes["v_weight"][0] % groups:
         refuse("v_weight", f"shape {shapes['v_weight']}", f"rows for {groups} heads")
@@ -123,7 +175,7 @@ def sizes(
 
 def numbers(name: str, x: ArrayLike) -> Array:
     """Return an array of real numbers, also of a tensor of PyTorch."""
-    array = _from_tensor(x)
+    array = _from_tensor(name, x)
     if array.dtype.name not in ACCEPTED_DTYPES and array.dtype.kind not in "iu":
         refuse_kind(name, f"dtype {array.dtype.name}", "real numbers")
     return array
@@ -131,24 +183,30 @@ def numbers(name: str, x: ArrayLike) -> Array:
 
 def _float_matrix(name: str, x: ArrayLike) -> Array:
     array = numbers(name, x)
-    if array.ndim != 2:
-        refuse(name, f"shape {array.shape}", "two axes")
+    if array.ndim != 2 or array.size == 0:
+        refuse(name, f"shape {array.shape}", "two axes, none of them empty")
     return array
 
 
-def _from_tensor(x: Any) -> Array:
+def _from_tensor(name: str, x: Any) -> Array:
     """Return an array of what may be a tensor of PyTorch, also of its 16-bit floats."""
     if hasattr(x, "detach"):
-        x = (
-            x.detach().cpu().double()
-            if str(x.dtype) == "torch.float64"
-            else x.detach().cpu().float()
-        )
-        x = x.numpy()
-    return np.asarray(x)
+        try:
+            x = x.detach().cpu()
+            x = (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
+        except (TypeError, RuntimeError) as error:  # of no memory, or in 8 bits
+            seen = f"{type(x).__name__} that refuses to become an array ({error})"
+            refuse_kind(name, seen, "a tensor with numbers, converted to float32")
+    return as_array(name, x)
 
 
 # ---- PyTorch -----------------------------------------------------------------------------------
+
+
+def _present(arrays: Mapping[str, Array], name: str) -> Array:
+    if name not in arrays:
+        refuse_missing(name, {n: x.shape for n, x in arrays.items()})
+    return arrays[name]
 
 
 def of_torch(module: Any, num_heads: int | None) -> dict[str, Any]:
@@ -163,7 +221,7 @@ def of_torch(module: Any, num_heads: int | None) -> dict[str, Any]:
         num_heads = getattr(module, "num_heads", None)
         if num_heads is None:
             refuse_kind("num_heads", "None", "the number of heads beside a state_dict")
-    arrays = {name: _from_tensor(x) for name, x in state.items()}
+    arrays = {name: _from_tensor(name, x) for name, x in state.items()}
     for name in ("bias_k", "bias_v"):
         if arrays.get(name) is not None:
             refuse("module", f"{name} (add_bias_kv=True)", "a module without it")

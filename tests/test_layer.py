@@ -266,6 +266,11 @@ def test_parameters_save_and_load(rng, tmp_path):
         na.MultiHeadAttention.load(tmp_path / "text")
     with pytest.raises(OSError, match="nothing"):
         na.MultiHeadAttention.load(tmp_path / "nothing")
+    with pytest.raises(OSError, match=r"path: .*layer cannot be written"):
+        layer.save(tmp_path / "nothing" / "layer")
+    for call in (layer.save, na.MultiHeadAttention.load):
+        with pytest.raises(TypeError, match=r"path: got 3 \(int\), expected a str"):
+            call(3)
 
 
 def test_options_of_numpy_are_saved(tmp_path):
@@ -447,7 +452,13 @@ def test_from_a_state_dict(rng):
         ({"in_proj_bias": numbers(rng, 70)}, 4, ValueError, "in_proj_bias: got shape (70,)"),
         ({"out_proj.weight": None}, 4, ValueError, "out_proj.weight: got nothing among"),
         ({"bias_k": numbers(rng, 1, 1, 24)}, 4, ValueError, "bias_k"),
-        ({}, 5, ValueError, "q_weight: got shape (24, 24), expected rows for 5 heads"),
+        ({"in_proj_bias": np.ones(72) * 1j}, 4, TypeError, "in_proj_bias: got dtype complex128"),
+        ({"in_proj_bias": np.ma.ones(72)}, 4, TypeError, "in_proj_bias: got a masked array"),
+        ({"in_proj_bias": Refusing()}, 4, TypeError, "in_proj_bias: got Refusing that refuses"),
+        ({"out_proj.bias": np.ones((1, 24))}, 4, ValueError, "out_proj.bias: got shape (1, 24), e"),
+        ({"out_proj.weight": np.ones((24, 23))}, 4, ValueError, "expected (24, 24)"),
+        ({"k_proj_weight": np.ones((24, 9))}, 4, ValueError, "in_proj_weight and k_proj_weight"),
+        ({}, 5, ValueError, "num_heads: got 5, expected a divisor of embed_dim, which is 24"),
     ]
     for change, heads, error, message in cases:
         changed = {k: v for k, v in (state | change).items() if v is not None}
@@ -460,6 +471,43 @@ def test_from_a_state_dict(rng):
     del separate["v_proj_weight"]
     with pytest.raises(ValueError, match="v_proj_weight: got nothing among q_proj_weight"):
         na.MultiHeadAttention.from_torch(separate, 4)
+
+
+class Module:
+    """What `from_torch` asks of a module of PyTorch."""
+
+    def __init__(self, state, **attributes):
+        self.state_dict = lambda: state
+        self.__dict__.update(attributes)
+
+
+def test_a_module_says_how_it_is_called(rng):
+    state = state_dict(rng)
+    layer = na.MultiHeadAttention.from_torch(Module(state, num_heads=4, batch_first=True))
+    same = na.MultiHeadAttention.from_torch(state, 4)
+    x = numbers(rng, 2, 7, 24)
+    np.testing.assert_array_equal(layer(x), same(x))
+    within = {f"self_attn.{name}": array for name, array in state.items()}
+    two = within | {f"multihead_attn.{name}": array for name, array in state.items()}
+    rest = {"linear1.weight": np.ones((3, 3)), "norm1.bias": np.ones(3)}
+    for module, heads, error, message in (
+        (Module(state, num_heads=4, batch_first=False), None, ValueError, "batch_first=False, exp"),
+        (Module(state, num_heads=4, batch_first=True), 8, ValueError, "num_heads: got 8, expected"),
+        (
+            Module(within | rest),
+            None,
+            TypeError,
+            "module: got Module, expected a torch.nn.Multihea",
+        ),
+        (Module(within | rest), 4, TypeError, "MultiheadAttention: pass `module.self_attn`"),
+        (Module(two | rest), 4, TypeError, "`module.self_attn`, `module.multihead_attn`"),
+        (within | rest, 4, ValueError, "module: got names that begin with 'self_attn', expected"),
+        (Module({"weight": np.ones(3)}), None, ValueError, "module: got 'weight', expected only"),
+        ({3: np.ones(3)}, 4, ValueError, "module: got 3, expected only"),
+    ):
+        with pytest.raises(error) as raised:
+            na.MultiHeadAttention.from_torch(module, heads)
+        assert message in str(raised.value)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"kdim": 10, "vdim": 14}, {"bias": False}], ids=str)
@@ -496,8 +544,13 @@ def test_torch(rng, sizes):
             for layer in layers:
                 context = None if keys is x else (keys, values)
                 out, weights = layer(x, context, return_weights=True, **ours)
-                np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
-                np.testing.assert_allclose(weights, pattern, rtol=0, atol=1e-5)
+                # PyTorch's padding attends to valid keys.
+                own = lengths if context is None and "lengths" in ours else [9, 9, 9]
+                for i, n in enumerate(own):
+                    np.testing.assert_allclose(out[i, :n], expected[i, :n], rtol=0, atol=1e-5)
+                    np.testing.assert_allclose(
+                        weights[i, :, :n], pattern[i, :, :n], rtol=0, atol=1e-5
+                    )
 
 
 @pytest.mark.parametrize(

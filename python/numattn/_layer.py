@@ -365,22 +365,41 @@ class MultiHeadAttention:
         Parameters
         ----------
         module : torch.nn.MultiheadAttention or mapping
-            The module, or its ``state_dict()``, also of arrays.
+            The module, with ``batch_first=True``, or its ``state_dict()``, also of arrays. Of a
+            model pass the part, such as ``encoder_layer.self_attn``.
         num_heads : int, optional
-            Needed with a state_dict, which does not say.
+            Needed with a state_dict, which does not say. Default: the module's.
         dtype : dtype, default float32
             Of the layer.
 
         Raises
         ------
         TypeError, ValueError
-            If weights are missing, misshapen, or of a kind that has no place here (`bias_k`).
+            If weights are missing, misshapen, or of a kind that has no place here (`bias_k`), or
+            the module has ``batch_first=False``: a layer of it would take other axes than it.
+
+        See Also
+        --------
+        from_weights : separate matrices, as Hugging Face models hold them.
 
         Notes
         -----
         The layer takes (batch, length, embed_dim), as PyTorch does with ``batch_first=True``, has
-        no dropout, and gives weights per head. Its ``lengths`` stand for PyTorch's
-        ``key_padding_mask``, and a mask is True where PyTorch's is False.
+        no dropout, and gives weights per head. Pass ``lengths`` for PyTorch's
+        ``key_padding_mask``: rows of padding, where PyTorch attends to the valid keys, attend to
+        nothing here. A mask is True where PyTorch's is False.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> rng = np.random.default_rng(0)
+        >>> state = {  # torch.nn.MultiheadAttention(64, 4, bias=False).state_dict()
+        ...     "in_proj_weight": rng.standard_normal((192, 64), dtype=np.float32),
+        ...     "out_proj.weight": rng.standard_normal((64, 64), dtype=np.float32),
+        ... }
+        >>> na.MultiHeadAttention.from_torch(state, 4)
+        MultiHeadAttention(64, 4, kv_heads=4, head_dim=16, value_dim=16, dtype=float32)
         """
         return cls.from_weights(**_layer_weights.of_torch(module, num_heads), dtype=dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -11,7 +12,6 @@ import numpy as np
 from ._checks import ACCEPTED_DTYPES, as_array, at_least, refuse, refuse_kind
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import ArrayLike, NDArray
@@ -69,7 +69,12 @@ def save(
 ) -> None:
     """Write parameters, and the options of the layer that has them."""
     arrays = {name: np.ascontiguousarray(x) for name, x in parameters.items()}
-    _safetensors().numpy.save_file(arrays, path, metadata={_METADATA: json.dumps(description)})
+    package = _safetensors()
+    filename = _file_name(path)
+    try:
+        package.numpy.save_file(arrays, filename, metadata={_METADATA: json.dumps(description)})
+    except package.SafetensorError as error:
+        raise OSError(f"path: {filename} cannot be written ({error})") from error
 
 
 @contextmanager
@@ -81,8 +86,9 @@ def opened(
     Errors of the file, and of a layer made of it, name the file.
     """
     package = _safetensors()
+    filename = _file_name(path)
     try:
-        with package.safe_open(path, framework="numpy") as file:
+        with package.safe_open(filename, framework="numpy") as file:
             metadata = file.metadata() or {}
             if _METADATA not in metadata:
                 refuse("metadata", f"no {_METADATA}", "a layer's sizes")
@@ -94,7 +100,14 @@ def opened(
             shapes = {name: tuple(x.get_shape()) for name, x in slices.items()}
             yield shapes, file.get_tensor, description
     except (package.SafetensorError, TypeError, ValueError) as error:
-        refuse("path", f"{path} ({error})", "a file that `save` wrote")
+        refuse("path", f"{filename} ({error})", "a file that `save` wrote")
+
+
+def _file_name(path: str | os.PathLike[str]) -> str:
+    try:
+        return os.fsdecode(path)
+    except TypeError:
+        refuse_kind("path", f"{path!r} ({type(path).__name__})", "a str or a pathlib.Path")
 
 
 def _description(text: str) -> dict[str, Any]:
@@ -203,6 +216,22 @@ def _from_tensor(name: str, x: Any) -> Array:
 # ---- PyTorch -----------------------------------------------------------------------------------
 
 
+def _refuse_parts(module: Any, state: Mapping[str, Any], is_state: bool) -> None:
+    """Refuse what has attention as a part, and say how to pass that."""
+    ends = (".in_proj_weight", ".q_proj_weight")
+    dotted = [name for name in map(str, state) if name.endswith(ends)]
+    parts = [name.rpartition(".")[0] for name in dotted]
+    if not parts:
+        return
+    if is_state:
+        prefix = f"{parts[0]}."
+        start = f"{{name.removeprefix({prefix!r}): x for name, x in state.items() "
+        expected = f"the weights of one attention: {start}if name.startswith({prefix!r})}}"
+        refuse("module", f"names that begin with {', '.join(map(repr, parts))}", expected)
+    names = ", ".join(f"`module.{name}`" for name in parts[:3])
+    refuse_kind("module", type(module).__name__, f"a torch.nn.MultiheadAttention: pass {names}")
+
+
 def _present(arrays: Mapping[str, Array], name: str) -> Array:
     if name not in arrays:
         refuse_missing(name, {n: x.shape for n, x in arrays.items()})
@@ -213,43 +242,64 @@ def of_torch(module: Any, num_heads: int | None) -> dict[str, Any]:
     """Return the arguments of `MultiHeadAttention.from_weights` for a layer of PyTorch."""
     if getattr(module, "add_zero_attn", False):
         refuse("module", "add_zero_attn=True", "a module without it")
-    if not hasattr(module, "keys") and not hasattr(module, "state_dict"):
+    is_state = hasattr(module, "keys")
+    if not is_state and not hasattr(module, "state_dict"):
         seen = type(module).__name__
         refuse_kind("module", seen, "a torch.nn.MultiheadAttention or its state_dict")
-    state = module if hasattr(module, "keys") else module.state_dict()
-    if num_heads is None:
-        num_heads = getattr(module, "num_heads", None)
-        if num_heads is None:
-            refuse_kind("num_heads", "None", "the number of heads beside a state_dict")
-    arrays = {name: _from_tensor(name, x) for name, x in state.items()}
-    for name in ("bias_k", "bias_v"):
-        if arrays.get(name) is not None:
-            refuse("module", f"{name} (add_bias_kv=True)", "a module without it")
-    for name in arrays:
+    state = module if is_state else module.state_dict()
+    _refuse_parts(module, state, is_state)
+    for name in state:
         if name not in _TORCH_NAMES:
-            refuse("module", repr(name), "only " + ", ".join(_TORCH_NAMES))
+            expected = "only " + ", ".join(_TORCH_NAMES) + " (`from_weights` takes others)"
+            refuse("module", repr(name), expected)
+    for name in ("bias_k", "bias_v"):
+        if state.get(name) is not None:
+            refuse("module", f"{name} (add_bias_kv=True)", "a module without it")
+    if not getattr(module, "batch_first", True):
+        expected = (
+            "batch_first=True, because the layer takes (batch, length, embed_dim): pass "
+            "`module.state_dict(), module.num_heads`, and call the layer with x.swapaxes(0, 1)"
+        )
+        refuse("module", "batch_first=False", expected)
+    heads_of_module = getattr(module, "num_heads", None)
+    if num_heads is None:
+        if heads_of_module is None:
+            refuse_kind("num_heads", "None", "the number of heads beside a state_dict")
+        num_heads = heads_of_module
+    num_heads = at_least("num_heads", num_heads, 1)
+    if heads_of_module not in (None, num_heads):
+        refuse("num_heads", str(num_heads), f"{heads_of_module} as in the module")
+    arrays = _torch_arrays(state, num_heads)
     if "in_proj_weight" in arrays:
-        packed = arrays["in_proj_weight"]
-        if packed.ndim != 2 or packed.shape[0] != 3 * packed.shape[1]:
-            refuse("in_proj_weight", f"shape {packed.shape}", "(3 * embed_dim, embed_dim)")
-        weights = dict(zip("qkv", np.split(packed, 3), strict=True))
+        weights = np.split(arrays["in_proj_weight"], 3)
     else:
-        weights = {name: _present(arrays, f"{name}_proj_weight") for name in "qkv"}
-    biases: dict[str, Array | None] = dict.fromkeys("qkv")
+        weights = [_present(arrays, f"{name}_proj_weight") for name in "qkv"]
+    biases: list[Any] = [None] * 3
     if "in_proj_bias" in arrays:
-        packed = arrays["in_proj_bias"]
-        if packed.shape != (3 * weights["q"].shape[0],):
-            refuse("in_proj_bias", f"shape {packed.shape}", f"({3 * weights['q'].shape[0]},)")
-        biases = dict(zip("qkv", np.split(packed, 3), strict=True))
+        biases = np.split(arrays["in_proj_bias"], 3)
     return {
-        "q_weight": weights["q"],
-        "k_weight": weights["k"],
-        "v_weight": weights["v"],
+        **dict(zip(("q_weight", "k_weight", "v_weight"), weights, strict=True)),
         "o_weight": _present(arrays, "out_proj.weight"),
         "num_heads": num_heads,
         "kv_heads": num_heads,
-        "q_bias": biases["q"],
-        "k_bias": biases["k"],
-        "v_bias": biases["v"],
+        **dict(zip(("q_bias", "k_bias", "v_bias"), biases, strict=True)),
         "o_bias": arrays.get("out_proj.bias"),
     }
+
+
+def _torch_arrays(state: Mapping[str, Any], num_heads: int) -> dict[str, Array]:
+    """Return the arrays of a state_dict, whose shapes fit each other."""
+    arrays = {name: numbers(name, x) for name, x in state.items() if x is not None}
+    first = "in_proj_weight" if "in_proj_weight" in arrays else "q_proj_weight"
+    embed_dim = _float_matrix(first, _present(arrays, first)).shape[1]
+    for name, x in arrays.items():
+        rows = 3 * embed_dim if name.startswith("in_proj") else embed_dim
+        columns = x.shape[-1:] if name in ("k_proj_weight", "v_proj_weight") else (embed_dim,)
+        expected = (rows,) if name.endswith("bias") else (rows, *columns)
+        if x.shape != expected:
+            refuse(name, f"shape {x.shape}", str(expected))
+        if first == "in_proj_weight" and name.endswith("_proj_weight") and name != first:
+            refuse("module", f"{first} and {name}", "one of them")
+    if embed_dim % num_heads:
+        refuse("num_heads", str(num_heads), f"a divisor of embed_dim, which is {embed_dim}")
+    return arrays

@@ -117,7 +117,7 @@ bench-sequences: $(BUILT) $(VENV)/bench
 bench-layers: $(BUILT) $(VENV)/bench
 	$(BIN)/python benchmarks/layers.py $(ARGS)
 
-bench-grid: $(BUILT)
+bench-grid: $(BUILT) $(VENV)/group-test
 	$(BIN)/python benchmarks/grid.py $(ARGS)
 
 clean:

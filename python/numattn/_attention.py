@@ -178,17 +178,17 @@ def attention(
     `q`, `k` and `v` have one dtype: float16, bfloat16 (of ``ml_dtypes``), float32 or float64; `k`
     and `v` may be int8 with scales instead.
     16-bit floats are computed in float32 and rounded at the end. Finite values give a finite
-    result, be they the largest ones. On CPUs with AVX512_BF16 the weights of bfloat16 values are rounded to
-    bfloat16 too (not their sum), and products and sums below 1.2e-38 count as 0, so that values
-    below some 1e-36 lose digits.
+    result, be they the largest ones. On CPUs with AVX512_BF16 the weights of bfloat16 values are
+    rounded to bfloat16 too (not their sum), and products and sums below 1.2e-38 count as 0, so that
+    values below some 1e-36 lose digits.
 
     A masked key is never read into a result, be it NaN; a NaN that is attended to shows. For the
     same machine and ISA level the bits of a result of the compiled kernels depend on the inputs'
     values alone: not on the number of threads, the other batch items, the arrays' strides or how
-    the caller's thread rounds. Their scratch memory is proportional to the number of threads, plus a byte for each tile of a dense
-    mask (96 keys by 8, 16 or 64 queries on generic, AVX2 or AVX-512, half as many in float64), and
-    where few queries attend to many keys the size of their result for every 1536 keys that are
-    read; NumPy's is linear in the lengths.
+    the caller's thread rounds. Their scratch memory is proportional to the number of threads, plus
+    a byte for each tile of a dense mask (96 keys by 8, 16 or 64 queries on generic, AVX2 or
+    AVX-512, half as many in float64), and where few queries attend to many keys the size of their
+    result for every 1536 keys that are read; NumPy's is linear in the lengths.
 
     The method is the online softmax of Milakov and Gimelshein [1]_ over blocks of keys, as in
     FlashAttention [2]_. The attention itself is that of Vaswani et al. [3]_.

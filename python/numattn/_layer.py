@@ -538,8 +538,9 @@ class MultiHeadAttention:
         # What the cache would refuse is refused while it is as it was.
         if not isinstance(cache, KVCache):
             refuse_kind("cache", type(cache).__name__, "a KVCache")
-        if cache._dtype != self._dtype:
-            refuse_kind("cache", f"dtype {cache._dtype.name}", f"{self._dtype.name} as the layer")
+        dtype = cache._arguments.dtype
+        if dtype != self._dtype:
+            refuse_kind("cache", f"dtype {dtype.name}", f"{self._dtype.name} as the layer")
         sizes = (cache.k.shape[1], cache.k.shape[3], cache.v.shape[3])
         if sizes != (self._kv_heads, self._head_dim, self._value_dim):
             names = "kv_heads, head_dim and value_dim"

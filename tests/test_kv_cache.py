@@ -462,6 +462,48 @@ def test_what_can_be_taken_back_does_not_depend_on_memory(rng, keep_first, max_r
                 n = part.stop
 
 
+@pytest.mark.parametrize("layout", ["bhld", "blhd"])
+@pytest.mark.parametrize("amplitude", [1, 30])
+def test_first_tokens_and_window_merged(dtype, rng, layout, amplitude):
+    """One row attends to nothing, some to first tokens alone, others to both parts."""
+    q, k, v = tokens(rng, batch=1, length=9)
+    q, k, v = (amplitude * q).astype(dtype), k.astype(dtype), v.astype(dtype)
+    cache = na.KVCache(1, 2, 8, 12, dtype=dtype, window=3, keep_first=2)
+    for part in (slice(0, 3), slice(3, 6), slice(6, 8)):
+        cache.append(k[:, :, part], v[:, :, part])
+    queries = q if layout == "bhld" else q.swapaxes(1, 2)
+    options = {"q_offset": -1, "layout": layout, "return_lse": True}
+    out, lse = cache.attend(queries, **options)
+    with np.errstate(all="raise"):
+        given = np.empty_like(out)
+        assert cache.attend(queries, out=given, **options)[0] is given
+    np.testing.assert_array_equal(given.astype(float), out.astype(float))
+    if layout == "blhd":
+        out, lse = out.swapaxes(1, 2), lse.swapaxes(1, 2)
+    p, j = np.arange(-1, 8)[:, None], np.arange(8)
+    mask = (j <= p) & ((j > p - 3) | (j < 2))
+    expected = reference.attention(q, k[:, :, :8], v[:, :, :8], mask=mask)
+    assert out.dtype == dtype
+    assert lse.dtype == (np.float64 if dtype == np.float64 else np.float32)
+    assert not out[:, :, 0].any()
+    tolerance = {8: 1e-13, 4: 5e-6, 2: 3e-2}[dtype.itemsize]
+    np.testing.assert_allclose(out.astype(float), expected[0], rtol=0, atol=tolerance)
+    lse_tolerance = 1e-14 if dtype == np.float64 else 1e-6
+    np.testing.assert_allclose(lse, expected[1], rtol=lse_tolerance, atol=lse_tolerance)
+
+
+def test_first_tokens_and_window_of_the_largest_values(dtype, rng):
+    q, k, v = (x.astype(dtype) for x in tokens(rng, batch=1, length=40, dv=8))
+    largest = float(finfo(dtype).max)
+    v[...] = largest
+    cache = na.KVCache(1, 2, 8, dtype=dtype, window=10, keep_first=7)
+    for part in (slice(i, i + 10) for i in range(0, 40, 10)):
+        cache.append(k[:, :, part], v[:, :, part])
+        out = cache.attend(q[:, :, part]).astype(float)
+        np.testing.assert_allclose(out, largest, rtol=1e-2 if dtype.itemsize == 2 else 1e-6)
+        assert np.isfinite(out).all()
+
+
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize(
     "limits", [{}, {"window": 6}, {"window": 6, "keep_first": 2}], ids=["all", "window", "first"]
@@ -471,7 +513,7 @@ def test_padded_appends_know_where_their_queries_are(backend, rng, quantize, lim
     """Each sequence by itself, without padding, gives the same; padding gives zeros."""
     options = {"alibi_slopes": [0.1, 0.2, 0, 0.3], "sinks": [0.5, -1, 2, 0], "layout": layout}
     if limits.get("keep_first"):
-        options.pop("alibi_slopes" if layout == "bhld" else "sinks")  # by mask and in two parts
+        options.pop("alibi_slopes" if layout == "bhld" else "sinks")
     cache = na.KVCache(3, 2, 8, 12, quantize=quantize, **limits)
     alone = [na.KVCache(1, 2, 8, 12, quantize=quantize, **limits) for _ in range(3)]
 

@@ -81,8 +81,8 @@ class KVCache:
     `copy`, the module `copy`, pickles) hold the tokens that are kept and zeros: nothing that was
     forgotten, and no free places to speak of.
 
-    With `keep_first`, many queries or ALiBi beyond the window take two parts, which are merged:
-    float16 and bfloat16 results are rounded once more then. The first tokens beside a window are
+    With `keep_first`, once a sequence is longer than those and the window, results are merged from
+    two parts, and float16 and bfloat16 ones rounded once more. The first tokens beside a window are
     the attention sinks of Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
     ICLR 2024; positions here are those of the whole text.
 
@@ -430,8 +430,7 @@ def _quantized(new: list[Array], counts: list[int] | None) -> list[Array]:
     if counts is not None:  # padding may be anything
         is_new = np.arange(new[0].shape[2]) < np.array(counts)[:, np.newaxis]
         new = [np.where(is_new[:, np.newaxis, :, np.newaxis], x, x.dtype.type(0)) for x in new]
-    with np.errstate(all="ignore"):
-        pairs = [quantize_named(name, x) for name, x in zip("kv", new, strict=True)]
+    pairs = [quantize_named(name, x) for name, x in zip("kv", new, strict=True)]
     return [numbers for numbers, _ in pairs] + [scale for _, scale in pairs]
 
 

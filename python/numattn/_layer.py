@@ -100,12 +100,17 @@ class MultiHeadAttention:
 
     See Also
     --------
-    attention, KVCache, rotary_embedding, parameter_count
+    attention : attention alone, with more options.
+    KVCache : keys and values of the tokens so far.
+    rotary_embedding : what `rotary` does to queries and keys.
+    parameter_count : how many numbers such layers hold.
 
     Notes
     -----
     The layer of Vaswani et al., "Attention Is All You Need", NeurIPS 2017. The products with the
-    matrices are NumPy's; what they give is read and written by the kernels where it lies.
+    matrices are NumPy's; what they give is read and written by the kernels where it lies. `qk_norm`
+    is the norm of Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019, with an
+    epsilon of 1e-6. NaN and infinity go where arithmetic takes them, whatever ``np.seterr`` says.
 
     Examples
     --------
@@ -141,8 +146,10 @@ class MultiHeadAttention:
         self._rotary = _rotary_options(rotary, self._head_dim)
         try:
             generator = np.random.default_rng(rng)
-        except (TypeError, ValueError) as error:
+        except TypeError as error:
             refuse_kind("rng", f"{rng!r} ({error})", "a numpy.random.Generator or a seed")
+        except ValueError as error:
+            refuse("rng", f"{rng!r} ({error})", "a seed of at least 0")
         self._parameters = {
             name: self._initial(name, shape, generator) for name, shape in shapes.items()
         }
@@ -232,6 +239,14 @@ class MultiHeadAttention:
         ``q_weight`` (embed_dim, heads * head_dim), ``k_weight`` and ``v_weight`` (context_dim,
         kv_heads * head_dim or value_dim), ``o_weight`` (heads * value_dim, embed_dim), so that
         ``q = x @ q_weight + q_bias``; ``q_norm`` and ``k_norm`` (head_dim,).
+
+        Examples
+        --------
+        >>> import numattn as na
+        >>> layer = na.MultiHeadAttention(64, 4, bias=False, rng=0)
+        >>> layer.parameters()["o_weight"][...] = 0
+        >>> [(name, x.shape) for name, x in layer.parameters().items()][:2]
+        [('q_weight', (64, 64)), ('k_weight', (64, 64))]
         """
         return dict(self._parameters)
 
@@ -243,10 +258,23 @@ class MultiHeadAttention:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write parameters and sizes to a safetensors file.
 
+        Parameters
+        ----------
+        path : str or path-like
+            Where to write it; a file that is there is replaced.
+
         Raises
         ------
         ImportError
             If safetensors is missing: ``pip install 'numattn[weights]'``.
+        OSError
+            If the file cannot be written.
+        TypeError
+            If `path` is no path.
+
+        See Also
+        --------
+        load : read it.
         """
         description = {
             "embed_dim": self._embed_dim,
@@ -266,6 +294,11 @@ class MultiHeadAttention:
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a layer that `save` wrote.
 
+        Parameters
+        ----------
+        path : str or path-like
+            The file.
+
         Raises
         ------
         ImportError
@@ -275,6 +308,12 @@ class MultiHeadAttention:
         ValueError
             If it is no such file: its sizes are missing, unknown or of the wrong kind, or its
             arrays are not what they say. Nothing of these sizes is allocated then.
+        TypeError
+            If `path` is no path.
+
+        See Also
+        --------
+        save : write it.
         """
         with _layer_weights.opened(path) as (shapes, read, description):
             return cls._of_arrays(shapes, read, **description)
@@ -321,8 +360,26 @@ class MultiHeadAttention:
 
         Raises
         ------
-        TypeError, ValueError
-            If shapes do not fit, by name.
+        TypeError
+            If an argument is of the wrong kind, such as a masked array or complex numbers.
+        ValueError
+            If shapes do not fit, or a number is too large for `dtype`.
+
+        See Also
+        --------
+        from_torch : the weights of a ``torch.nn.MultiheadAttention``.
+
+        Examples
+        --------
+        Eight query heads and two heads of keys and values, with embeddings of 64 elements:
+
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> rng = np.random.default_rng(0)
+        >>> q, o = rng.standard_normal((2, 64, 64), dtype=np.float32)
+        >>> k, v = rng.standard_normal((2, 16, 64), dtype=np.float32)
+        >>> na.MultiHeadAttention.from_weights(q, k, v, o, num_heads=8, rotary=True)
+        MultiHeadAttention(64, 8, kv_heads=2, head_dim=8, value_dim=8, dtype=float32)
         """
         matrices = _layer_weights.float_matrices(
             q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, o_weight=o_weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -228,7 +229,8 @@ def _refuse_parts(module: Any, state: Mapping[str, Any], is_state: bool) -> None
         start = f"{{name.removeprefix({prefix!r}): x for name, x in state.items() "
         expected = f"the weights of one attention: {start}if name.startswith({prefix!r})}}"
         refuse("module", f"names that begin with {', '.join(map(repr, parts))}", expected)
-    names = ", ".join(f"`module.{name}`" for name in parts[:3])
+    paths = [re.sub(r"\.(\d+)", r"[\1]", f"module.{name}") for name in parts]
+    names = " or ".join(f"`{path}`" for path in paths[:3])
     refuse_kind("module", type(module).__name__, f"a torch.nn.MultiheadAttention: pass {names}")
 
 

@@ -10,8 +10,8 @@ WERROR ?= OFF
 export SKBUILD_CMAKE_DEFINE := CMAKE_COMPILE_WARNING_AS_ERROR=$(WERROR)
 SOURCES := $(shell find csrc python CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 
-.PHONY: all demo docs test test-parallel test-native sanitize emulate fuzz wheel test-wheels test-slow lint format \
-  bench bench-sequences bench-layers bench-grid clean
+.PHONY: all demo docs test test-parallel test-native sanitize emulate fuzz wheel test-wheels \
+  test-models test-slow lint format bench bench-sequences bench-layers bench-grid clean
 all: $(BUILT)
 
 $(VENV)/created:
@@ -91,6 +91,10 @@ test-wheels: $(VENV)/group-wheel
 	$(wheels) $(ARGS)
 
 wheels = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/wheels.py
+
+# Against PyTorch and transformers, which weigh some hundred megabytes.
+test-models: $(BUILT) $(VENV)/group-test $(VENV)/group-models
+	NUMATTN_BACKEND=native $(BIN)/python -m pytest $(addprefix tests/test_,layer.py porting.py rotary.py)
 
 test-slow: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest -m slow

@@ -6,6 +6,7 @@ import warnings
 import numattn as na
 import numpy as np
 import pytest
+from numattn import _rope_types, _rotary
 
 
 def rotated(x, positions, base=10000.0, rotary_dim=None, interleaved=False, frequencies=None):
@@ -144,7 +145,35 @@ def test_onnx_cases(any_backend):
         ({"positions": np.zeros((3, 9))}, ValueError, ["positions", "(3, 9)", "(2, 9)"]),
         ({"positions": ["a"] * 9}, TypeError, ["positions"]),
         ({"positions": [np.nan] * 9}, ValueError, ["positions", "finite"]),
-        ({"scaling": {"type": "yarn"}}, ValueError, ["scaling", "yarn", "llama3"]),
+        ({"scaling": {"type": "moon"}}, ValueError, ["scaling", "moon", "llama3"]),
+        ({"scaling": {"type": "yarn"}}, ValueError, ["scaling", "factor", "yarn"]),
+        ({"scaling": {"factor": 2}}, ValueError, ["scaling", "rope_type"]),
+        ({"scaling": {"type": "linear", "rope_type": "yarn"}}, ValueError, ["rope_type", "yarn"]),
+        ({"scaling": {"rope_theta": 5.0}, "base": 6.0}, ValueError, ["base", "5.0", "6.0"]),
+        ({"scaling": {"rope_theta": -5.0}}, ValueError, ["rope_theta", "-5.0"]),
+        ({"scaling": {"partial_rotary_factor": 2}}, ValueError, ["partial_rotary_factor", "2"]),
+        (
+            {"scaling": {"partial_rotary_factor": 0.5}, "rotary_dim": 4},
+            ValueError,
+            ["rotary_dim", "4", "0.5", "8"],
+        ),
+        ({"frequencies": [1.0] * 9}, ValueError, ["frequencies", "(9,)", "8"]),
+        ({"frequencies": [1.0], "base": 5.0}, TypeError, ["frequencies", "base"]),
+        ({"frequencies": [np.inf]}, ValueError, ["frequencies", "finite"]),
+        ({"frequencies": [1.0], "rotary_dim": 4}, ValueError, ["frequencies", "1", "2"]),
+        (
+            {
+                "scaling": {
+                    "type": "longrope",
+                    "short_factor": [1.0],
+                    "long_factor": [1.0],
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 4,
+                }
+            },
+            ValueError,
+            ["long_factor", "1 numbers", "8"],
+        ),
         ({"scaling": {"type": "linear"}}, ValueError, ["scaling", "factor"]),
         ({"scaling": {"type": "linear", "factor": 0}}, ValueError, ["factor", "0"]),
         ({"scaling": {"type": "linear", "scale": 2}}, ValueError, ["scaling", "scale"]),
@@ -167,3 +196,136 @@ def test_x_of_a_wrong_kind():
         na.rotary_embedding(np.zeros((3, 4), int))
     with pytest.raises(ValueError, match=r"x: got shape \(4,\)"):
         na.rotary_embedding(np.zeros(4))
+
+
+# What configurations have, and what transformers computes for 128 elements; the lengths are seen.
+LONG = {
+    "short_factor": np.linspace(1, 3, 32).tolist(),
+    "long_factor": np.linspace(2, 40, 32).tolist(),
+    "original_max_position_embeddings": 4096,
+}
+ROPE = {
+    "default": {"rope_type": "default", "rope_theta": 500.0},
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "partial": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
+    "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "factor": 2.0},
+    "yarn": {
+        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 2048,
+    },
+    "yarn of DeepSeek": {
+        "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096,
+        "mscale": 0.8, "mscale_all_dim": 0.4, "beta_fast": 20.0, "beta_slow": 2.0,
+    },
+    "yarn, smooth": {
+        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 2048,
+        "truncate": False, "attention_factor": 1.3,
+    },
+    "longrope": LONG | {"rope_type": "longrope", "factor": 8.0},
+    "longrope of Phi": LONG | {"rope_type": "longrope"},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192, "rope_theta": 500000.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROPE)
+@pytest.mark.parametrize("length", [100, 9000])
+def test_frequencies_of_transformers(name, length):
+    rope = pytest.importorskip("transformers.modeling_rope_utils")
+    from transformers import LlamaConfig
+
+    given = {"rope_theta": 10000.0} | ROPE[name]
+    config = LlamaConfig(
+        hidden_size=256, num_attention_heads=4, head_dim=64, max_position_embeddings=4096,
+        rope_parameters=dict(given),
+    )  # fmt: skip
+    if given["rope_type"] == "default":
+        expected = 500.0 ** (-np.arange(0, 64, 2) / 64)
+        factor = 1.0
+    else:
+        compute = rope.ROPE_INIT_FUNCTIONS[given["rope_type"]]
+        frequencies, factor = compute(config, "cpu", seq_len=length)
+        expected = frequencies.double().numpy()
+    mapping = dict(given)
+    if name in ("dynamic", "longrope of Phi"):
+        mapping["max_position_embeddings"] = 4096
+    kind, share = _rope_types.rope_type(mapping, None)
+    waves = kind.waves(int(64 * share), length)
+    np.testing.assert_allclose(waves.frequencies, expected, rtol=2e-6)
+    assert waves.attention_factor == pytest.approx(float(factor), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ROPE)
+def test_every_type_rotates_by_its_frequencies(backend, rng, name):
+    x = rng.standard_normal((2, 3, 50, 64), dtype=np.float32)
+    mapping = dict(ROPE[name])
+    if name in ("dynamic", "longrope of Phi"):
+        mapping["max_position_embeddings"] = 16384 if "longrope" in name else 30
+    kind, share = _rope_types.rope_type(mapping, None)
+    waves = kind.waves(int(64 * share), 50)
+    pairs = len(waves.frequencies)
+    angles = np.arange(50)[:, np.newaxis] * waves.frequencies
+    a, b = (x[..., i * pairs : (i + 1) * pairs].astype(np.float64) for i in (0, 1))
+    expected = x.astype(np.float64)
+    expected[..., :pairs] = waves.attention_factor * (a * np.cos(angles) - b * np.sin(angles))
+    expected[..., pairs : 2 * pairs] = waves.attention_factor * (
+        b * np.cos(angles) + a * np.sin(angles)
+    )
+    out = na.rotary_embedding(x, scaling=mapping)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5)
+    if waves.attention_factor == 1:
+        same = na.rotary_embedding(x, frequencies=waves.frequencies)
+        np.testing.assert_array_equal(same, out)
+
+
+def test_dynamic_waves_follow_the_length():
+    """As published: the base grows with the length beyond what was trained with."""
+    mapping = {"rope_type": "dynamic", "factor": 2.0, "max_position_embeddings": 100}
+    kind, _ = _rope_types.rope_type(mapping, None)
+    short, long = kind.waves(4, 50), kind.waves(4, 300)
+    np.testing.assert_allclose(short.frequencies, [1, 0.01])
+    np.testing.assert_allclose(long.frequencies, [1, 1 / np.sqrt(10000 * (2 * 3 - 1) ** 2)])
+    x = np.ones((1, 4), np.float32)
+    far = na.rotary_embedding(x, [299], scaling=mapping)
+    np.testing.assert_allclose(
+        far, na.rotary_embedding(x, [299], frequencies=long.frequencies), rtol=1e-6
+    )
+
+
+def test_tables_are_extended_and_bounded(rng, monkeypatch):
+    computed = []
+    angles = _rotary._angles
+
+    def counted(waves, positions, precision):
+        computed.append(positions.size)
+        return angles(waves, positions, precision)
+
+    monkeypatch.setattr(_rotary, "_angles", counted)
+    monkeypatch.setattr(_rotary, "_tables", _rotary._Tables(1 << 20))
+    x = rng.standard_normal((1, 700, 64), dtype=np.float32)
+    outs = {n: na.rotary_embedding(x[:, :n]) for n in (500, 499, 501, 700, 3)}
+    assert computed == [500, 1, 199]
+    for n, out in outs.items():
+        fresh = na.rotary_embedding(x[:, :n], np.arange(n))
+        np.testing.assert_array_equal(out, fresh)
+    for base in range(2, 40):
+        na.rotary_embedding(x, base=float(base))
+    assert 0 < _rotary._tables.nbytes <= 1 << 20
+    huge = np.zeros((1, 9000, 64), np.float32)
+    na.rotary_embedding(huge)  # more than is kept
+    assert _rotary._tables.nbytes <= 1 << 20
+    assert not _rotary._tables.of(_rope_types.Waves(np.ones(2), 1.0), 0, np.float32)[0].size
+
+
+def test_numpy_s_error_state_changes_nothing(backend, rng):
+    x = (rng.standard_normal((1, 5, 8)) * 1e-38).astype(np.float32)
+    calls = [
+        {"base": 1e300}, {"positions": [1e-320] * 5}, {"positions": [1e300] * 5}, {},
+        {"scaling": {"type": "linear", "factor": 1e300}},
+    ]  # fmt: skip
+    for options in calls:
+        plain = na.rotary_embedding(x, **options)
+        with np.errstate(all="raise"):
+            np.testing.assert_array_equal(na.rotary_embedding(x, **options), plain)

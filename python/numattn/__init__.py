@@ -6,11 +6,12 @@ another in one array or lie in pages; `merge_states` merges attention over sets 
 `set_num_threads` and `get_num_threads` say with how many threads, and `show_runtime` and
 `runtime_info` tell what this process runs on. `qk_scores`, `masked_softmax` and `aggregate_values`
 are the stages by themselves, `attention_weights` and `attention_received` what they give.
-`MultiHeadAttention` is the layer of a model around attention, `rotary_embedding` its positions,
-`parameter_count` its size; `numattn.plot` draws.
+`MultiHeadAttention` is the layer of a model around attention, `rotary_embedding` and `alibi_slopes`
+its positions, `parameter_count` its size; `numattn.plot` draws.
 """
 
 from . import _threadpoolctl
+from ._alibi import alibi_slopes
 from ._attention import attention
 from ._kv_cache import KVCache
 from ._layer import MultiHeadAttention
@@ -28,6 +29,7 @@ __all__ = [
     "MultiHeadAttention",
     "__version__",
     "aggregate_values",
+    "alibi_slopes",
     "attention",
     "attention_paged",
     "attention_received",

@@ -78,7 +78,7 @@ class MultiHeadAttention:
         Add a learned vector after each matrix.
     rotary : bool or mapping, optional
         Rotate queries and keys by their positions; a mapping has options of `rotary_embedding`:
-        base, rotary_dim, interleaved, scaling. For self-attention only.
+        base, rotary_dim, interleaved, scaling, frequencies. For self-attention only.
     qk_norm : bool, default False
         Divide each head's queries and keys by their root mean square, and multiply them by a
         learned vector.
@@ -706,6 +706,7 @@ def _rotary_options(rotary: object, head_dim: int) -> dict[str, Any] | None:
     # Numbers of Python, which `save` can write.
     plain: dict[Any, Callable[[str, object], Any]] = {
         "base": real, "rotary_dim": integer, "interleaved": flag, "scaling": _plain_scaling,
+        "frequencies": _plain_numbers,
     }  # fmt: skip
     options: dict[str, Any] = {}
     for name, value in given.items():
@@ -721,7 +722,16 @@ def _plain_scaling(name: str, scaling: object) -> dict[str, Any]:
         given = dict(scaling)  # type: ignore[call-overload]
     except (TypeError, ValueError):
         refuse_kind(name, type(scaling).__name__, "a mapping such as {'type': 'linear', ...}")
-    return {
-        key: value if value is None or isinstance(value, str) else real(f"{name}[{key!r}]", value)
-        for key, value in given.items()
-    }
+    return {key: _plain_value(f"{name}[{key!r}]", value) for key, value in given.items()}
+
+
+def _plain_value(name: str, value: object) -> Any:
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, np.bool_):
+        return bool(value)
+    return _plain_numbers(name, value) if np.ndim(value) else real(name, value)  # type: ignore[arg-type]
+
+
+def _plain_numbers(name: str, values: object) -> list[float]:
+    return [real(name, x) for x in as_array(name, values).ravel()]  # type: ignore[arg-type]

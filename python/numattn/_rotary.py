@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import threading
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,14 +14,15 @@ from ._checks import (
     check_layout,
     check_out,
     check_overlap,
+    flag,
     float_array,
     heads_first,
     integer,
-    real,
     refuse,
     refuse_kind,
     same_elements,
 )
+from ._rope_types import Waves, rope_type
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,23 +31,16 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# Llama 3's defaults, as its models' configurations have them.
-_LLAMA3: dict[str, float | None] = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
 
 def rotary_embedding(
     x: ArrayLike,
     positions: ArrayLike | None = None,
     *,
-    base: float = 10000.0,
+    base: float | None = None,
     rotary_dim: int | None = None,
     interleaved: bool = False,
     scaling: Mapping[str, Any] | None = None,
+    frequencies: ArrayLike | None = None,
     layout: Literal["bhld", "blhd"] = "bhld",
     out: Array | None = None,
 ) -> Array:
@@ -71,10 +64,15 @@ def rotary_embedding(
         Pairs are neighbours, ``(0, 1), (2, 3), ...``; else half of `rotary_dim` apart, as in
         Llama's and Hugging Face's models.
     scaling : mapping, optional
-        ``{"type": "linear", "factor": f}`` divides positions by f. ``{"type": "llama3", "factor":
-        8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings":
-        8192}`` (these are the defaults) slows down the long waves only, as Llama 3.1 does. The key
-        may be "rope_type" instead of "type".
+        What models' configurations have as ``rope_scaling`` or ``rope_parameters``. "rope_type" (or
+        "type") says how the waves differ from ``base ** (-2 * i / rotary_dim)``: "default" (not),
+        "linear", "proportional", "dynamic", "yarn", "longrope" or "llama3"; the other keys are the
+        numbers of that type. "rope_theta" is `base`, and "partial_rotary_factor" the share of D that is
+        `rotary_dim`. Where a configuration has "max_position_embeddings" or
+        "original_max_position_embeddings" outside of the mapping, put them in ("dynamic" needs the
+        former, "yarn" and "longrope" the latter).
+    frequencies : array_like of float, shape (rotary_dim / 2,), optional
+        Radians for each position, in place of `base` and `scaling`.
     layout : {"bhld", "blhd"}, default "bhld"
         "blhd" takes and gives (..., L, H, D).
     out : ndarray, optional
@@ -84,7 +82,7 @@ def rotary_embedding(
     -------
     ndarray
         Of the shape and dtype of `x`. Angles are computed in float64; the rotation in float32,
-        or in float64 for float64.
+        or in float64 for float64. "yarn" and "longrope" also scale the vectors.
 
     Raises
     ------
@@ -95,10 +93,17 @@ def rotary_embedding(
 
     See Also
     --------
-    attention, MultiHeadAttention
+    attention : takes what this gives.
+    MultiHeadAttention : rotates its queries and keys by ``rotary=``.
 
     Notes
     -----
+    The waves of "dynamic" and "longrope" depend on the length of the text, which is the largest
+    position of the call plus one. Keys that a cache has keep the rotation that they were appended
+    with, as in Hugging Face's models: pass ready `frequencies` where that is not wanted.
+
+    Cosines and sines of positions from 0 on are kept for further calls, 32 MiB of them at most.
+
     The method is that of Su et al., "RoFormer: Enhanced Transformer with Rotary Position
     Embedding", 2021. With the same cosines and sines it is ONNX's RotaryEmbedding.
 
@@ -119,6 +124,7 @@ def rotary_embedding(
     rotation = make_rotation(
         vectors.shape, array.dtype, positions,
         base=base, rotary_dim=rotary_dim, interleaved=interleaved, scaling=scaling,
+        frequencies=frequencies,
     )  # fmt: skip
     if out is None:
         out = np.empty(array.shape, array.dtype)
@@ -152,29 +158,59 @@ def make_rotation(
     dtype: np.dtype[Any],
     positions: ArrayLike | None,
     *,
-    base: float = 10000.0,
+    base: float | None = None,
     rotary_dim: int | None = None,
     interleaved: bool = False,
     scaling: Mapping[str, Any] | None = None,
+    frequencies: ArrayLike | None = None,
 ) -> Rotation:
     """Check the options of `rotary_embedding` for vectors of a shape (batch..., heads, L, D)."""
     length, dim = shape[-2:]
-    rotated = dim if rotary_dim is None else integer("rotary_dim", rotary_dim)
+    interleaved = flag("interleaved", interleaved)
+    precision = np.float64 if dtype == np.float64 else np.float32
+    p = None if positions is None else _positions(positions, shape[:-3], length)
+    with np.errstate(all="ignore"):
+        if frequencies is None:
+            kind, share = rope_type(scaling, base)
+            rotated = _rotated(dim, rotary_dim, share)
+            seen = length if p is None else int(min(p.max(initial=-1), 2**62)) + 1
+            waves = kind.waves(rotated, seen)
+        else:
+            if base is not None or scaling is not None:
+                refuse_kind("frequencies", "an array", "None beside base or scaling")
+            waves = Waves(_own_frequencies(frequencies, dim, rotary_dim), 1.0)
+        cos, sin = (
+            _tables.of(waves, length, precision) if p is None else _angles(waves, p, precision)
+        )
+    return Rotation(cos, sin, interleaved)
+
+
+def _rotated(dim: int, rotary_dim: int | None, share: float) -> int:
+    """Return how many elements are rotated."""
+    by_share = int(dim * share)
+    rotated = by_share if rotary_dim is None else integer("rotary_dim", rotary_dim)
+    if share < 1 and rotated != by_share:
+        seen = f"{rotated} beside a partial_rotary_factor of {share}"
+        refuse("rotary_dim", seen, f"None, or {by_share}, that share of {dim}")
     if not 2 <= rotated <= dim or rotated % 2:
         refuse("rotary_dim", str(rotated), f"an even number from 2 to {dim}, the size of a vector")
-    base = real("base", base)
-    if base <= 0:
-        refuse("base", str(base), "a positive number")
-    if not isinstance(interleaved, bool):
-        refuse_kind("interleaved", repr(interleaved), "True or False")
-    kind, parameters = _scaling(scaling)
-    precision = np.float64 if dtype == np.float64 else np.float32
-    if positions is None:
-        cos, sin = _cached_angles(length, rotated, base, kind, parameters, precision)
-    else:
-        p = _positions(positions, shape[:-3], length)
-        cos, sin = _angles(p, rotated, base, kind, parameters, precision)
-    return Rotation(cos, sin, interleaved)
+    return rotated
+
+
+def _own_frequencies(
+    frequencies: ArrayLike, dim: int, rotary_dim: int | None
+) -> NDArray[np.float64]:
+    array = as_array("frequencies", frequencies)
+    if array.dtype.kind not in "iuf":
+        refuse_kind("frequencies", f"dtype {array.dtype.name}", "real numbers")
+    pairs = dim // 2 if rotary_dim is None else integer("rotary_dim", rotary_dim) // 2
+    if array.ndim != 1 or not 1 <= array.size <= dim // 2:
+        refuse("frequencies", f"shape {array.shape}", f"at most {dim // 2}, one for each pair")
+    if rotary_dim is not None and array.size != pairs:
+        refuse("frequencies", f"{array.size} numbers", f"{pairs}, half of rotary_dim")
+    if not np.isfinite(array).all():
+        refuse("frequencies", "a number that is not finite", "finite numbers")
+    return array.astype(np.float64)
 
 
 def _positions(positions: ArrayLike, batch: tuple[int, ...], length: int) -> NDArray[np.float64]:
@@ -194,65 +230,49 @@ def _positions(positions: ArrayLike, batch: tuple[int, ...], length: int) -> NDA
     return p
 
 
-def _scaling(scaling: Mapping[str, Any] | None) -> tuple[str, tuple[float, ...]]:
-    if scaling is None:
-        return "none", ()
-    try:
-        given = dict(scaling)
-    except (TypeError, ValueError):
-        refuse_kind("scaling", type(scaling).__name__, "a mapping such as {'type': 'linear', ...}")
-    kind = given.pop("type", None) or given.pop("rope_type", None)
-    given.pop("rope_type", None)
-    known: dict[Any, dict[str, float | None]] = {"linear": {"factor": None}, "llama3": _LLAMA3}
-    if kind not in known:
-        refuse("scaling", f"type {kind!r}", "'linear' or 'llama3'")
-    for name in given:
-        if name not in known[kind]:
-            refuse("scaling", f"{name!r}", "only " + ", ".join(known[kind]))
-    values = []
-    for name, default in known[kind].items():
-        value = given.get(name, default)
-        if value is None:
-            refuse("scaling", f"no {name!r}", f"it, for type {kind!r}")
-        value = real(f"scaling[{name!r}]", value)
-        if not value > 0:
-            refuse(f"scaling[{name!r}]", str(value), "a positive number")
-        values.append(value)
-    if kind == "llama3" and not values[1] < values[2]:
-        seen = f"low_freq_factor {values[1]} and high_freq_factor {values[2]}"
-        refuse("scaling", seen, "the former to be less")
-    return kind, tuple(values)
-
-
-def _frequencies(
-    rotary_dim: int, base: float, kind: str, parameters: tuple[float, ...]
-) -> NDArray[np.float64]:
-    frequencies = base ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
-    if kind == "linear":
-        return frequencies / parameters[0]
-    if kind == "llama3":
-        factor, low, high, original = parameters
-        waves = original * frequencies / (2 * math.pi)  # in the length of the first training
-        share = np.clip((waves - low) / (high - low), 0, 1)
-        return frequencies * (share + (1 - share) / factor)
-    return frequencies
-
-
-def _angles(
-    positions: NDArray[np.float64], rotary_dim: int, base: float, kind: str,
-    parameters: tuple[float, ...], precision: type,
-) -> tuple[Array, Array]:  # fmt: skip
+def _angles(waves: Waves, positions: NDArray[np.float64], precision: type) -> tuple[Array, Array]:
     """Return cosines and sines, (..., L, rotary_dim / 2)."""
-    angles = positions[..., np.newaxis] * _frequencies(rotary_dim, base, kind, parameters)
-    return np.cos(angles).astype(precision), np.sin(angles).astype(precision)
+    angles = positions[..., np.newaxis] * waves.frequencies
+    factor = waves.attention_factor
+    return (np.cos(angles) * factor).astype(precision), (np.sin(angles) * factor).astype(precision)
 
 
-# Some models' angles: they cost more than the rotation.
-@lru_cache(maxsize=8)
-def _cached_angles(
-    length: int, rotary_dim: int, base: float, kind: str, parameters: tuple[float, ...],
-    precision: type,
-) -> tuple[Array, Array]:  # fmt: skip
-    return _angles(
-        np.arange(length, dtype=np.float64), rotary_dim, base, kind, parameters, precision
-    )
+class _Tables:
+    """Cosines and sines of positions 0, 1, ...: they cost more than the rotation."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._lock = threading.Lock()
+        self._tables: dict[object, tuple[Array, Array]] = {}  # the last used at the end
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cos.nbytes + sin.nbytes for cos, sin in self._tables.values())
+
+    def of(self, waves: Waves, length: int, precision: type) -> tuple[Array, Array]:
+        """Return tables for so many positions: of a longer one, or the former one extended."""
+        key = (waves.frequencies.tobytes(), waves.attention_factor, precision)
+        with self._lock:
+            tables = self._tables.pop(key, None)
+        there = 0 if tables is None else len(tables[0])
+        if there < length:
+            new = _angles(waves, np.arange(there, length, dtype=np.float64), precision)
+            if tables is None:
+                tables = new
+            else:
+                tables = np.concatenate([tables[0], new[0]]), np.concatenate([tables[1], new[1]])
+            for table in tables:
+                table.flags.writeable = False
+        assert tables is not None or length == 0
+        if tables is None:
+            return _angles(waves, np.zeros(0), precision)
+        if sum(table.nbytes for table in tables) <= self._most_bytes:
+            with self._lock:
+                self._tables[key] = tables
+                while self.nbytes > self._most_bytes:
+                    del self._tables[next(iter(self._tables))]
+        cos, sin = tables
+        return cos[:length], sin[:length]
+
+
+_tables = _Tables(32 << 20)

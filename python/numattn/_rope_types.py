@@ -1,0 +1,251 @@
+"""The frequencies of rotary embedding: the types of scaling that models' configurations name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ._checks import as_array, flag, real, refuse, refuse_kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from numpy.typing import NDArray
+
+    Frequencies = NDArray[np.float64]
+
+_BASE = 10000.0
+# In any mapping, beside what its type takes.
+_COMMON = ("rope_theta", "partial_rotary_factor")
+_REQUIRED = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Waves:
+    """What a position is multiplied by, and what cosines and sines are."""
+
+    frequencies: Frequencies  # (rotary_dim / 2,), radians for each position
+    attention_factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class RopeType:
+    """One type of scaling, its numbers checked; `waves` knows the rest when it is known."""
+
+    name: str
+    values: dict[str, Any]
+    base: float
+
+    def waves(self, rotary_dim: int, length: int) -> Waves:
+        """Return frequencies for texts of so many tokens."""
+        return _TYPES[self.name][1](self.values, self.base, rotary_dim, length)
+
+
+def rope_type(scaling: Mapping[str, Any] | None, base: float | None) -> tuple[RopeType, float]:
+    """Check mapping and base; return the type, and the share of a vector that is rotated."""
+    given: dict[str, Any] = {}
+    if scaling is not None:
+        try:
+            given = dict(scaling)
+        except (TypeError, ValueError):
+            seen = type(scaling).__name__
+            refuse_kind("scaling", seen, "a mapping such as {'rope_type': 'linear', ...}")
+    names = {given.pop(key) for key in ("rope_type", "type") if given.get(key) is not None}
+    for key in ("rope_type", "type"):
+        given.pop(key, None)
+    if len(names) > 1:
+        refuse("scaling", f"rope_type and type {sorted(map(repr, names))}", "one of them")
+    if not names and scaling is not None and not set(_COMMON) & set(given):
+        refuse("scaling", "no 'rope_type'", "one of " + ", ".join(map(repr, _TYPES)))
+    name = names.pop() if names else "default"
+    if name not in _TYPES:
+        refuse("scaling", f"rope_type {name!r}", "one of " + ", ".join(map(repr, _TYPES)))
+    theta, share = given.pop("rope_theta", None), given.pop("partial_rotary_factor", None)
+    known = _TYPES[name][0]
+    for key in given:
+        if key not in known:
+            wanted = ", ".join([*_COMMON, *known])
+            refuse("scaling", repr(key), f"only {wanted} with rope_type {name!r}")
+    values = {key: _value(key, given.get(key), default, name) for key, default in known.items()}
+    if name == "llama3" and not values["low_freq_factor"] < values["high_freq_factor"]:
+        seen = "low_freq_factor {low_freq_factor} and high_freq_factor {high_freq_factor}"
+        refuse("scaling", seen.format(**values), "the former to be less")
+    share = 1.0 if share is None else _share(share)
+    if name == "proportional":  # whose pairs are those of whole vectors
+        values["share"], share = share, 1.0
+    return RopeType(name, values, _base(base, theta)), share
+
+
+def _base(base: float | None, theta: object) -> float:
+    numbers = {}
+    for name, value in (("base", base), ("scaling['rope_theta']", theta)):
+        if value is not None:
+            numbers[name] = real(name, value)
+            if not numbers[name] > 0:
+                refuse(name, str(value), "a positive number")
+    if len(set(numbers.values())) > 1:
+        seen = " and ".join(f"{name} {value}" for name, value in numbers.items())
+        refuse("base", seen, "one number: pass one of them")
+    return next(iter(numbers.values()), _BASE)
+
+
+def _share(value: object) -> float:
+    share = real("scaling['partial_rotary_factor']", value)
+    if not 0 < share <= 1:
+        refuse("scaling['partial_rotary_factor']", str(value), "more than 0, at most 1")
+    return share
+
+
+def _value(key: str, value: Any, default: Any, type_name: str) -> Any:
+    name = f"scaling[{key!r}]"
+    if value is None:
+        if default is _REQUIRED:
+            refuse("scaling", f"no {key!r}", f"it, for rope_type {type_name!r}")
+        return default
+    if key == "truncate":
+        return flag(name, value)
+    if key in ("short_factor", "long_factor"):
+        factors = as_array(name, value)
+        if factors.ndim != 1 or factors.dtype.kind not in "iuf":
+            refuse_kind(name, f"dtype {factors.dtype}, shape {factors.shape}", "a list of numbers")
+        if not np.all(np.isfinite(factors) & (factors > 0)):
+            refuse(name, "a number that is not positive and finite", "positive numbers")
+        return tuple(factors.astype(np.float64).tolist())
+    number = real(name, value)
+    if not number > 0:
+        refuse(name, str(value), "a positive number")
+    return number
+
+
+def _plain(base: float, rotary_dim: int) -> Frequencies:
+    frequencies: Frequencies = base ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
+    return frequencies
+
+
+def _default(values: dict[str, Any], base: float, rotary_dim: int, length: int) -> Waves:
+    return Waves(_plain(base, rotary_dim), 1.0)
+
+
+def _linear(values: dict[str, Any], base: float, rotary_dim: int, length: int) -> Waves:
+    return Waves(_plain(base, rotary_dim) / values["factor"], 1.0)
+
+
+def _proportional(values: dict[str, Any], base: float, rotary_dim: int, length: int) -> Waves:
+    """Rotate a share of the pairs; the others have a frequency of 0."""
+    frequencies = _plain(base, rotary_dim) / values["factor"]
+    frequencies[int(values["share"] * rotary_dim // 2) :] = 0
+    return Waves(frequencies, 1.0)
+
+
+def _dynamic(values: dict[str, Any], base: float, rotary_dim: int, length: int) -> Waves:
+    """Stretch the waves as far as the text is longer than what the model was trained with."""
+    factor, trained = values["factor"], values["max_position_embeddings"]
+    stretch = factor * max(length, trained) / trained - (factor - 1)
+    power = rotary_dim / (rotary_dim - 2) if rotary_dim > 2 else 1.0
+    return Waves(_plain(base * stretch**power, rotary_dim), 1.0)
+
+
+def _llama3(values: dict[str, Any], base: float, rotary_dim: int, length: int) -> Waves:
+    """Slow down the waves that the training saw less than some times."""
+    frequencies = _plain(base, rotary_dim)
+    low, high = values["low_freq_factor"], values["high_freq_factor"]
+    seen = values["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    share = np.clip((seen - low) / (high - low), 0, 1)
+    return Waves(frequencies * (share + (1 - share) / values["factor"]), 1.0)
+
+
+def _yarn(values: dict[str, Any], base: float, rotary_dim: int, length: int) -> Waves:
+    """Slow down the waves that the training saw less than `beta_slow` times, leave alone those that
+    it saw more than `beta_fast` times, and go from one to the other pair by pair."""
+    trained = values["original_max_position_embeddings"]
+
+    def pair_of(times: float) -> float:
+        return rotary_dim * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    first, last = pair_of(values["beta_fast"]), pair_of(values["beta_slow"])
+    if values["truncate"]:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotary_dim - 1)
+    if first == last:
+        last += 0.001  # a step
+    slow = np.clip((np.arange(rotary_dim // 2) - first) / (last - first), 0, 1)
+    frequencies = _plain(base, rotary_dim)
+    frequencies = frequencies * (1 - slow) + frequencies / values["factor"] * slow
+
+    def temperature(scale: float) -> float:
+        factor = values["factor"]
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    factor = values["attention_factor"]
+    if factor is None:
+        factor = temperature(1.0)
+        if values["mscale"] is not None and values["mscale_all_dim"] is not None:
+            factor = temperature(values["mscale"]) / temperature(values["mscale_all_dim"])
+    return Waves(frequencies, factor)
+
+
+def _longrope(values: dict[str, Any], base: float, rotary_dim: int, length: int) -> Waves:
+    """Divide each wave by a factor of its own; long texts have other ones than short texts."""
+    trained = values["original_max_position_embeddings"]
+    name = "long_factor" if length > trained else "short_factor"
+    if len(values[name]) != rotary_dim // 2:
+        seen = f"{len(values[name])} numbers"
+        refuse(f"scaling[{name!r}]", seen, f"{rotary_dim // 2}, one for each pair")
+    stretch, factor = values["factor"], values["attention_factor"]
+    if stretch is None and values["max_position_embeddings"] is not None:
+        stretch = values["max_position_embeddings"] / trained
+    if factor is None:
+        if stretch is None:
+            refuse(
+                "scaling",
+                "neither 'attention_factor' nor 'factor'",
+                "one of them, or 'max_position_embeddings'",
+            )
+        factor = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(trained))
+    return Waves(_plain(base, rotary_dim) / np.array(values[name]), factor)
+
+
+# The numbers that each type takes, with their defaults, and how it makes frequencies.
+_TYPES: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any], float, int, int], Waves]]] = {
+    "default": ({}, _default),
+    "linear": ({"factor": _REQUIRED}, _linear),
+    "proportional": ({"factor": 1.0}, _proportional),
+    "dynamic": ({"factor": _REQUIRED, "max_position_embeddings": _REQUIRED}, _dynamic),
+    # Llama 3's defaults, as its models' configurations have them.
+    "llama3": (
+        {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        _llama3,
+    ),
+    "yarn": (
+        {
+            "factor": _REQUIRED,
+            "original_max_position_embeddings": _REQUIRED,
+            "attention_factor": None,
+            "mscale": None,
+            "mscale_all_dim": None,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": True,
+        },
+        _yarn,
+    ),
+    "longrope": (
+        {
+            "short_factor": _REQUIRED,
+            "long_factor": _REQUIRED,
+            "original_max_position_embeddings": _REQUIRED,
+            "factor": None,
+            "attention_factor": None,
+            "max_position_embeddings": None,
+        },
+        _longrope,
+    ),
+}

@@ -77,7 +77,8 @@ def attend_to_tokens(tokens: Tokens, queries: Queries, options: Options) -> Any:
         return _attend_to(
             tokens, everything, tokens.places, queries, queries.first, options.window, options
         )
-    _check_sight(tokens, queries)
+    if queries.first != tokens.before:  # tokens appended last see what they need
+        _check_sight(tokens, queries)
     if tokens.keep_first == 0:
         return _attend_to_recent(tokens, queries, options)
     return _attend_in_two_parts(tokens, queries, options)
@@ -140,7 +141,8 @@ def _merged(a: Array, lse_a: Array, b: Array, lse_b: Array) -> tuple[Array, Arra
     merged = a * (share_a / total)[..., np.newaxis]
     merged += b * (share_b / total)[..., np.newaxis]
     # Rounding alone carries it out of what lies between both, be it beyond the largest number.
-    return np.clip(merged, np.minimum(a, b), np.maximum(a, b)), lse
+    merged = np.maximum(merged, np.minimum(a, b))
+    return np.minimum(merged, np.maximum(a, b)), lse
 
 
 def _attend_to(

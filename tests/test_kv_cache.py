@@ -189,6 +189,7 @@ def test_bad_arguments(rng):
         ((2, 0, 8), {}, ValueError, "kv_heads: got 0, expected at least 1"),
         ((2, 2, 8.0), {}, TypeError, "head_dim: got 8.0"),
         ((2, 2, 8), {"dtype": int}, TypeError, "dtype: got int64, expected one of"),
+        ((2, 2, 8), {"dtype": "f4,("}, TypeError, "dtype: got 'f4,(', expected one of"),
         ((2, 2, 8), {"dtype": "foo"}, TypeError, "dtype: got 'foo', expected one of"),
         ((2, 2, 8), {"dtype": ">f4"}, TypeError, "dtype: got >f4, expected one of"),
         ((2, 2, 8), {"keep_first": 2}, ValueError, "keep_first: got 2, expected 0 where"),

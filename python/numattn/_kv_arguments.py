@@ -139,7 +139,7 @@ def accepted_dtype(dtype: object) -> np.dtype[Any]:
         refuse_kind("dtype", "None", accepted)
     try:
         found: np.dtype[Any] = np.dtype(dtype)  # type: ignore[call-overload]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, SyntaxError):
         refuse_kind("dtype", repr(dtype), accepted)
     if not is_accepted(found):
         refuse_kind("dtype", str(found), accepted)

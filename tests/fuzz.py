@@ -124,6 +124,11 @@ def calls(draw):
 
 def run(call, function, /, *positional, **arguments):
     """Call a function; with an argument of a wrong kind first, if the call has one."""
+    try_wrong(call, function, *positional, **arguments)
+    return function(*positional, **arguments)
+
+
+def try_wrong(call, function, /, *positional, **arguments):
     if call.wrong is not None:
         names = list(inspect.signature(function).parameters)
         bound = dict(zip(names, positional, strict=False)) | arguments
@@ -134,7 +139,6 @@ def run(call, function, /, *positional, **arguments):
             # It says what came and what was expected, and is no accident on the way.
             if type(error) not in (TypeError, ValueError) or "got " not in str(error):
                 raise
-    return function(*positional, **arguments)
 
 
 def array(call, batch, heads, length, dim):
@@ -380,14 +384,16 @@ def check_cache(call):
     window = int(rng.integers(1, 40)) if rng.random() < 0.4 else None
     keep_first = int(rng.integers(0, 5)) if window else 0
     max_rollback = int(rng.integers(0, 20))
-    cache = run(
-        call, na.KVCache, call.batch, kv_heads, dim, value_dim, dtype=np.dtype(call.dtype),
-        quantize=call.int8, window=window, keep_first=keep_first, max_rollback=max_rollback,
-    )  # fmt: skip
+    arguments = {
+        "batch": call.batch, "kv_heads": kv_heads, "head_dim": dim, "value_dim": value_dim,
+        "dtype": np.dtype(call.dtype), "quantize": call.int8, "window": window,
+        "keep_first": keep_first, "max_rollback": max_rollback,
+    }  # fmt: skip
+    try_wrong(call, na.KVCache, **arguments)
+    cache = na.KVCache(**arguments)
 
     def change(name, *arguments):
-        if call.wrong is not None:  # a wrong argument may be a right one
-            run(call, getattr(cache.copy(), name), *arguments)
+        try_wrong(call, getattr(cache.copy(), name), *arguments)  # which may change a copy
         return getattr(cache, name)(*arguments)
 
     kept = [

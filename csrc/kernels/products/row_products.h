@@ -108,16 +108,18 @@ template <class Units, class Type, int kVectors>
 void load_values(const char* const* v_rows, bool is_whole, int64_t d, int64_t count,
                  typename Units::Units (&values)[kVectors]) {
   using Vectors = typename Units::Vectors;
-  const auto* const first = reinterpret_cast<const Type*>(v_rows[0]) + d;
+  const auto* first = reinterpret_cast<const Type*>(v_rows[0]) + d;
+  // One address for all vectors: the compiler would keep an offset for each of them, on the stack.
+  __asm__("" : "+r"(first));
   if constexpr (Units::kElements == 1) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kVectors; ++i) {
       values[i] = load_up_to<Vectors>(first + i * Vectors::kLanes, count - i * Vectors::kLanes);
     }
   } else {
     static_assert(Units::kElements == 2);
     const auto* const second = reinterpret_cast<const Type*>(v_rows[is_whole ? 1 : 0]) + d;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kVectors; i += 2) {
       const int64_t at = i * Vectors::kLanes;
       const int64_t left = count - at < kStep<Units> ? count - at : kStep<Units>;
@@ -167,7 +169,7 @@ template <class Units, class Type, int kRows, int kVectors, bool kIsPlain>
   typename Units::Vec sums[kRows][kVectors];
 #pragma GCC unroll 4
   for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kVectors; ++i) {
       const int64_t at = d + i * Vectors::kLanes;
       sums[row][i] = carry.begins ? Vectors::zero()
@@ -186,7 +188,7 @@ template <class Units, class Type, int kRows, int kVectors, bool kIsPlain>
       const unsigned here =
           kIsPlain ? kAll : attended_elements<kPerUnit>(attended, key, keys, first_row + row);
       if (here == 0) continue;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < kVectors; ++i) {
         const auto value = here == kAll ? values[i] : Units::only(values[i], here);
         sums[row][i] = Units::multiply_add(factor, value, sums[row][i]);
@@ -200,7 +202,7 @@ template <class Units, class Type, int kRows, int kVectors, bool kIsPlain>
 #pragma GCC unroll 4
   for (int row = 0; row < kRows; ++row) {
     const auto factor = Vectors::set(rescale[row]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kVectors; ++i) {
       const int64_t left = count - i * Vectors::kLanes;
       const int64_t at = row * value_dim + d + i * Vectors::kLanes;
@@ -216,13 +218,27 @@ template <class Units, class Type, int kRows, int kVectors, bool kIsPlain>
   fetch_ahead = fetch;
 }
 
+// Vectors of V that add_values takes from a key at a time: the fewer rows, the more vectors have
+// registers for their sums. One row with two vectors takes 1.5 times as long as with eight (Zen 3).
+template <class Vectors>
+constexpr int value_vectors(int rows) {
+  const int together = Vectors::kRegisters / 2 / rows / 2 * 2;  // units may come in pairs
+  return together > RegisterTile<Vectors>::kVectors ? together : RegisterTile<Vectors>::kVectors;
+}
+
 // How often add_values goes through a block of V.
 template <class Units>
 int64_t value_passes(int64_t rows, int64_t value_dim) {
   using Vectors = typename Units::Vectors;
-  constexpr int kElements = RegisterTile<Vectors>::kLanes;
-  return (rows + kRowsTogether<Vectors> - 1) / kRowsTogether<Vectors> *
-         ((value_dim + kElements - 1) / kElements);
+  int64_t passes = 0;
+  for (int64_t row = 0; row < rows; row += kRowsTogether<Vectors>) {
+    const int64_t left = rows - row;
+    const int together =
+        left < kRowsTogether<Vectors> ? static_cast<int>(left) : kRowsTogether<Vectors>;
+    const int64_t elements = value_vectors<Vectors>(together) * Vectors::kLanes;
+    passes += (value_dim + elements - 1) / elements;
+  }
+  return passes;
 }
 
 // The same for whole rows of V.
@@ -232,21 +248,21 @@ void aggregate_rows(const char* const* v_rows, int64_t keys, FetchAhead& fetch,
                     int64_t first_row, int64_t value_dim, const typename Units::Scalar* rescale,
                     Carry<typename Units::Scalar> carry, typename Units::Scalar* output) {
   using Vectors = typename Units::Vectors;
-  constexpr int kMost = RegisterTile<Vectors>::kLanes;
+  constexpr int kVectors = value_vectors<Vectors>(kRows);
+  constexpr int kMost = kVectors * Vectors::kLanes;
   for (int64_t d = 0; d < value_dim; d += kMost) {
     const int64_t count = value_dim - d < kMost ? value_dim - d : kMost;
     if (count == kMost && !attended) {
-      add_values<Units, Type, kRows, RegisterTile<Vectors>::kVectors, true>(
-          v_rows, keys, fetch, d, count, weights, width, nullptr, first_row, value_dim, rescale,
-          carry, output);
+      add_values<Units, Type, kRows, kVectors, true>(v_rows, keys, fetch, d, count, weights, width,
+                                                     nullptr, first_row, value_dim, rescale, carry,
+                                                     output);
       continue;
     }
-    with_constant<RegisterTile<Vectors>::kVectors>(
-        (count + Vectors::kLanes - 1) / Vectors::kLanes, [&](auto vectors) {
-          add_values<Units, Type, kRows, vectors.value, false>(v_rows, keys, fetch, d, count,
-                                                               weights, width, attended, first_row,
-                                                               value_dim, rescale, carry, output);
-        });
+    with_constant<kVectors>((count + Vectors::kLanes - 1) / Vectors::kLanes, [&](auto vectors) {
+      add_values<Units, Type, kRows, vectors.value, false>(v_rows, keys, fetch, d, count, weights,
+                                                           width, attended, first_row, value_dim,
+                                                           rescale, carry, output);
+    });
   }
 }
 

@@ -351,6 +351,16 @@ def test_stages_speak_of_their_own_arguments():
         na.attention_weights(Q, K.astype(float))
 
 
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_one_head_has_pairs_of_two_axes(backend, name):
+    x = zeros(5, 8)
+    pairs = np.ones((1, 5, 5), bool if name == "mask" else np.float32)
+    message = rf"^{name}: got shape \(1, 5, 5\), expected one that broadcasts to \(Lq, Lk\)"
+    with pytest.raises(ValueError, match=message):
+        na.attention(x, x, x, **{name: pairs})
+    na.attention(x, x, x, **{name: pairs[0]})
+
+
 def test_out_may_be_a_matrix(backend, rng):
     x = rng.standard_normal((5, 8), dtype=np.float32)
     with pytest.warns(PendingDeprecationWarning):

@@ -165,14 +165,16 @@ cdef bint _numbers_of_heads(
 
 
 cdef bint _pairs(
-    View* to, int64_t* batch_strides, cnp.ndarray x, const Problem* problem, bint is_mask
+    View* to, int64_t* batch_strides, cnp.ndarray x, const Problem* problem, bint is_one_head,
+    bint is_mask,
 ) noexcept:
-    """Fill in what broadcasts to (batch..., query heads, queries, keys); False if it does not."""
+    """Fill in what broadcasts to (batch..., query heads, queries, keys), without heads for arrays
+    of two axes; False if it does not."""
     cdef int ndim = cnp.PyArray_NDIM(x)
     cdef int pairs_ndim = problem.batch_axes + 3
     cdef int axis, at
     cdef int64_t wanted, length, stride
-    if ndim > pairs_ndim:
+    if ndim > pairs_ndim - is_one_head:
         return False
     to.data = <char*>cnp.PyArray_DATA(x)
     to.head_stride = to.row_stride = to.column_stride = 0
@@ -391,13 +393,15 @@ def attention_common(
         problem.q_offset = positions.data()
     if mask is not None:
         if not _is_plain(mask, cnp.NPY_BOOL) or not _pairs(
-            &problem.options.mask, problem.mask_batch_strides, <cnp.ndarray>mask, &problem, True
+            &problem.options.mask, problem.mask_batch_strides, <cnp.ndarray>mask, &problem,
+            shape.heads_axis < 0, True,
         ):
             return None
     if bias is not None:
         problem.options.bias_is_float32 = _is_plain(bias, cnp.NPY_FLOAT32)
         if not (problem.options.bias_is_float32 or _is_plain(bias, number)) or not _pairs(
-            &problem.options.bias, problem.bias_batch_strides, <cnp.ndarray>bias, &problem, False
+            &problem.options.bias, problem.bias_batch_strides, <cnp.ndarray>bias, &problem,
+            shape.heads_axis < 0, False,
         ):
             return None
     if problem.k_is_int8 and not _accept_scales(

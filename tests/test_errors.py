@@ -286,7 +286,7 @@ def test_lengths_of_keys_alone_do_not_say_where_queries_are(backend, name):
         assert "`q_offset=kv_lengths - Lq`" in str(caught.value)
         call(q_lengths=[5, 3])
         call(q_offset=[2, -2])
-    na.attention(Q[:, :, :1], K, V, **options)  # one query stands at the last valid key
+    na.attention(Q[:, :, :1], K, V, **options)  # one query is at the last valid key
     na.attention(Q, K, V, kv_lengths=[7, 3], window=(None, None))  # no position matters
 
 

@@ -46,6 +46,7 @@ CASES = {
         TypeError,
         "q: got dtype int64, expected one",
     ),
+    "no values": ({"v": None}, TypeError, "v: got None, expected an array"),
     "complex": ({"v": zeros(2, 2, 7, 6, dtype=complex)}, TypeError, "v: got dtype complex128"),
     "objects": ({"k": K.astype(object)}, TypeError, "k: got dtype object, expected one of float16"),
     "strings": ({"k": "no array"}, TypeError, "k: got dtype str"),

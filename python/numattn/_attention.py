@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from . import _arguments, _runtime
-from ._checks import refuse_unknown
+from ._checks import refuse_kind, refuse_unknown
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -242,6 +242,8 @@ def attend(*arguments: Any) -> Any:
         result = _runtime.attention_common(*arguments)
         if result is not None:
             return result
+    if arguments[2] is None:  # which `check` takes for a stage without values
+        refuse_kind("v", "None", "an array")
     return compute(_arguments.check(*arguments))
 
 

@@ -162,8 +162,10 @@ struct SmallHeads {
         if ((of_keys[key] & 1) == 0) attended &= ~(uint64_t{1} << key);
       }
     }
-    for (int64_t key = 0; key < kWidth; ++key) {
-      if ((attended >> key & 1) == 0) logits[key] = static_cast<Scalar>(-__builtin_inf());
+    const Vec nothing = Vectors::set(static_cast<Scalar>(-__builtin_inf()));
+    for (int64_t key = 0; key < count; key += Vectors::kLanes) {
+      const Vec kept = Vectors::select_bits(attended >> key, Vectors::load(logits + key), nothing);
+      Vectors::store(logits + key, kept);
     }
     return attended;
   }
@@ -172,6 +174,17 @@ struct SmallHeads {
   // are to be multiplied; writes the log-sum-exp to `lse` unless it is null.
   static Scalar weigh(const Task& task, Scalar* logits, char* lse) {
     const int64_t keys = task.valid_keys;
+    const auto sink = static_cast<Scalar>(sink_of(task, 0));
+    const auto write_lse = [&](Scalar maximum, Scalar sum) {
+      if (!lse) return;
+      const Scalar of_row = log_sum_exp(maximum, sum, softmax_scale(task), 0);
+      __builtin_memcpy(lse, &of_row, sizeof(of_row));
+    };
+    // The weight of a single key needs no logit: its value does not wait for it.
+    if (keys == 1 && logits[0] - logits[0] == 0 && is_minus_infinity(sink)) {
+      write_lse(logits[0], 1);
+      return logits[0] = 1;
+    }
     Vec highest = Vectors::set(static_cast<Scalar>(-__builtin_inf()));
     for (int64_t key = 0; key < keys; key += Vectors::kLanes) {
       highest = Vectors::max(highest, Vectors::load(logits + key));
@@ -195,7 +208,6 @@ struct SmallHeads {
     }
     Scalar sum = Vectors::sum(sums);
     Scalar shrink = 1;  // under a sink that is larger
-    const auto sink = static_cast<Scalar>(sink_of(task, 0));
     if (!is_minus_infinity(sink)) {
       const Scalar of_logits = maximum;
       if (sink > maximum) maximum = sink;
@@ -207,10 +219,7 @@ struct SmallHeads {
       shrink = weight(of_logits);
       sum = sum * shrink + weight(sink);
     }
-    if (lse) {
-      const Scalar of_row = log_sum_exp(maximum, sum, softmax_scale(task), 0);
-      __builtin_memcpy(lse, &of_row, sizeof(of_row));
-    }
+    write_lse(maximum, sum);
     return shrink * softmax_share(sum);
   }
 
@@ -241,11 +250,13 @@ struct SmallHeads {
       }
       for (int64_t key = 0; any >> key != 0; ++key) {
         Vec values[kCount];
+        // One address for all vectors: the compiler would keep one for each of them, on the stack.
+        const Scalar* from = v.row(key) + d;
+        __asm__("" : "+r"(from));
 #pragma GCC unroll 4
         for (int i = 0; i < kCount; ++i) {
-          const Scalar* const from = v.row(key) + d + i * Vectors::kLanes;
-          values[i] =
-              kIsWhole ? Vectors::load(from) : Vectors::load_first(from, task.value_dim - d);
+          values[i] = kIsWhole ? Vectors::load(from + i * Vectors::kLanes)
+                               : Vectors::load_first(from, task.value_dim - d);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
@@ -260,14 +271,15 @@ struct SmallHeads {
       }
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        char* const to = task.out.data + (row + r) * task.out.row_stride;
+        char* to = task.out.data + (row + r) * task.out.row_stride + d * task.out.column_stride;
+        __asm__("" : "+r"(to));
         const Vec factor = Vectors::set(factors[row + r] * grow);
 #pragma GCC unroll 4
         for (int i = 0; i < kCount; ++i) {
           const Vec product = kExponent == 0 ? Vectors::mul(sums[r][i], factor)
                                              : finite_product<Vectors>(sums[r][i], factor);
           check.add(product);
-          store_elements<Vectors, Element>(to + (d + i * Vectors::kLanes) * task.out.column_stride,
+          store_elements<Vectors, Element>(to + i * Vectors::kLanes * task.out.column_stride,
                                            task.out.column_stride, product,
                                            kIsWhole ? Vectors::kLanes : task.value_dim - d);
         }
@@ -337,7 +349,9 @@ struct SmallHeads {
         alone.q = moved(task.q, head);
         alone.out = moved(task.out, head);
         alone.lse = moved(task.lse, head);
-        alone.options = options_from_head(task.options, head);
+        if (task.options.alibi_slopes)
+          alone.options.alibi_slopes = task.options.alibi_slopes + head;
+        if (task.options.sinks) alone.options.sinks = task.options.sinks + head;
         alone.options.mask = moved(task.options.mask, head);
         alone.options.bias = moved(task.options.bias, head);
         attend(alone, k, v, scratch);

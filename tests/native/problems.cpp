@@ -457,7 +457,9 @@ double RandomProblem::error_share() const {
   double largest = 0;
   const auto compare = [&](double actual, double expected, double size) {
     if (std::isinf(expected) ? actual == expected : std::abs(actual - expected) == 0) return;
-    if (std::abs(actual - expected) <= smallest_step(kind_)) return;
+    // Each weight may be so small that it has been rounded to a whole number of these steps.
+    const auto steps = static_cast<double>(std::max<int64_t>(problem.key_length, 1));
+    if (std::abs(actual - expected) <= steps * smallest_step(kind_)) return;
     const double share = std::abs(actual - expected) / (rounding(kind_) * size);
     largest = std::max(largest, share >= 0 ? share : kInfinity);  // not so for NaN
   };

@@ -83,7 +83,7 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
       case Driver::prefill:
         return kernels.prefill_scratch_bytes(rows, task.head_dim, task.value_dim);
       case Driver::decode:
-        return kernels.decode_scratch_bytes(task.kv_heads, rows, task.head_dim, task.value_dim);
+        return kernels.decode_scratch_bytes(task);
       case Driver::small_heads:
         return kernels.small_scratch_bytes(task.head_dim, task.value_dim);
       case Driver::stage:

@@ -1,22 +1,21 @@
 // Attention for few queries and a chunk of keys: all query heads that share a KV head together, so
-// that each byte of K and V is read once. The chunks of a head, fixed by the problem alone, are
-// computed by any thread and merged in their order.
+// that each byte of K and V is read once. All keys of the chunk get their logits, then their
+// weights, then the values are added up. The chunks of a head, fixed by the problem alone, are
+// computed by any thread and merged in their order (decode_state.h).
 //
-// Logits are [key][row], a row being a query of one of the heads (options/lane_map.h). The products
-// come from row_products.h, until the rows fill the lanes.
+// Logits are [key][row], a row being a query of one of the heads (options/lane_map.h).
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/block_sizes.h"
 #include "kernels/constant.h"
-#include "kernels/decode_scratch.h"
 #include "kernels/decode_state.h"
 #include "kernels/memory/arena.h"
 #include "kernels/memory/key_rows.h"
+#include "kernels/memory/strided.h"
 #include "kernels/options/apply_options.h"
 #include "kernels/options/lane_masks.h"
-#include "kernels/products/qk_matmul.h"
 #include "kernels/products/row_products.h"
 #include "kernels/simd/arithmetic.h"
 #include "kernels/softmax/online_softmax.h"
@@ -31,90 +30,132 @@ struct Decode {
   using QkUnits = typename Arithmetic::QkUnits;
   using ValueUnits = typename Arithmetic::ValueUnits;
   using Scalar = typename Vectors::Scalar;
-  using QkUnit = typename QkUnits::Unit;
   using ValueUnit = typename ValueUnits::Unit;
-  using Scratch = DecodeScratch<Arithmetic, Element>;
-  using Head = typename Scratch::Head;
-  static constexpr int kMaxRows = Scratch::kMaxRows;
-  static constexpr int kTogether = kRowsTogether<Vectors>;
+  using State = DecodeState<Vectors, Element>;
+  static constexpr int kMaxRows = 2 * Vectors::kLanes;
+  static_assert(kMaxRows <= 64, "a lane mask has 64 bits");
+
+  // One KV head, with the rows of its query heads.
+  struct Head {
+    Task task;
+    State state;
+    typename QkUnits::Element* queries;  // [row][d], negated where the scale is negative
+    Scalar* logits;                      // [key][row], then weights
+  };
+  struct Scratch {
+    Head* heads;  // [KV head]
+    Scalar* highest;
+    Scalar* rescale;     // [lane]
+    uint64_t* attended;  // [key], a bit for each row
+    char* copy;          // of a chunk of K or V, if their rows have gaps
+    Scalar* sums;        // for qk_row_transposed
+    char* zeros;         // a row of V
+  };
+
+  // Read as they lie, which for many rows would take longer than copies.
+  static bool has_transposed_keys(const Task& task) {
+    return !task.k.is_int8 && is_transposed<Element>(task.k) && rows_of(task).count() <= 4;
+  }
+
+  static Scratch lay_out(Arena& arena, const Task& task) {
+    const int64_t rows = rows_of(task).count();
+    const int64_t lanes = lanes_of_rows<Vectors>(rows);
+    Scratch scratch;
+    arena.take(scratch.heads, task.kv_heads);
+    for (int64_t i = 0; i < task.kv_heads; ++i) {
+      Head counted;
+      Head& head = scratch.heads ? scratch.heads[i] : counted;
+      arena.take(head.queries, rows * task.head_dim);
+      arena.take(head.logits, (kKeysPerChunk + 1) * width_of_rows(rows) + lanes);
+    }
+    arena.take(scratch.highest, lanes);
+    arena.take(scratch.rescale, lanes);
+    arena.take(scratch.attended, kKeysPerChunk);
+    constexpr auto kSize = static_cast<int64_t>(sizeof(Element));
+    const bool transposed = has_transposed_keys(task);
+    int64_t dims = has_gaps<Element>(task.k) && !transposed ? task.head_dim : 0;
+    if (has_gaps<Element>(task.v) && task.value_dim > dims) dims = task.value_dim;
+    arena.take(scratch.copy, kKeysPerChunk * dims * kSize);
+    arena.take(scratch.sums,
+               transposed ? Vectors::kLanes * sums_of_lane<QkUnits>(kKeysPerChunk) : 0);
+    arena.take(scratch.zeros, task.value_dim * kSize);
+    return scratch;
+  }
+  static int64_t scratch_bytes(const Task& task) {
+    Arena arena{nullptr, 0};
+    lay_out(arena, task);
+    return arena.used;
+  }
+
+  static void begin(const Task& task, Head& head) {
+    head.task = task;
+    const QueryRows rows = rows_of(task);
+    head.state = State::at(task.state, rows.count(), task.value_dim);
+    head.state.clear(rows.count(), task.value_dim, task.weight_exponent);
+    const int64_t stride = task.q.column_stride;
+    const auto sign = Vectors::set(static_cast<Scalar>(query_sign(task)));
+    for (int64_t row = 0; row < rows.count(); ++row) {
+      const char* const q =
+          task.q.data + rows.head(row) * task.q.head_stride + rows.query(row) * task.q.row_stride;
+      for (int64_t d = 0; d < task.head_dim; d += Vectors::kLanes) {
+        const int64_t left = task.head_dim - d;
+        const int64_t count = left < Vectors::kLanes ? left : Vectors::kLanes;
+        const auto elements = load_elements<Vectors, Element>(q + d * stride, stride, count);
+        store_up_to<Vectors>(head.queries + row * task.head_dim + d, Vectors::mul(elements, sign),
+                             count);
+      }
+    }
+  }
 
   // ---- QK^T -----------------------------------------------------------------------------------
 
-  struct Keys : KeySpan {
-    const char* const* k_rows;  // of the first KV head
-    const char* const* v_rows;
-  };
-
-  // Calls `step` with the first key of each turn, and the number of its keys.
-  template <class Step>
-  static void for_turns(int64_t keys, int64_t keys_per_turn, Step step) {
-    for (int64_t key = 0; key < keys; key += keys_per_turn) {
-      step(key, keys - key < keys_per_turn ? keys - key : keys_per_turn);
-    }
-  }
-  // Calls `step` with the first row of each group of rows and their number as a constant.
-  template <class Step>
-  static void for_rows(int64_t rows, Step step) {
-    for (int64_t row = 0; row < rows; row += kTogether) {
-      with_constant<kTogether>(rows - row, [&](auto together) { step(row, together); });
-    }
-  }
-
-  // With rows in the lanes.
   template <int kWidth>
-  static void multiply_lanes(const Head& head, const Scratch& scratch, int64_t first_key,
-                             int64_t count, int64_t keys_ahead, Scalar* logits) {
-    auto* const copy = reinterpret_cast<QkUnit*>(scratch.copies.elements);
-    const auto k = k_block<QkUnits, Element>(head.task.k, first_key, count, copy);
-    const int64_t ahead =
-        k.data == copy ? 0 : keys_ahead * k.stride * static_cast<int64_t>(sizeof(QkUnit));
-    qk_matmul<QkUnits, kWidth / Vectors::kLanes>(
-        {k.data, k.stride, ahead, head.query_lanes, units_of<QkUnits>(head.task.head_dim)}, count,
-        logits);
-  }
-
-  template <int kWidth>
-  static void multiply_queries(const Task& task, const Scratch& scratch, const Keys& keys) {
+  static void multiply_queries(const Task& task, const Scratch& scratch, const KeySpan& keys) {
     const int64_t rows = rows_of(task).count();
-    const int64_t passes = Scratch::fills_lanes(rows) ? 1 : (rows + kTogether - 1) / kTogether;
-    // Turns are whole register tiles.
-    const int64_t tile = Scratch::fills_lanes(rows) ? 3 * kKeysPerTurn
-                         : rows < kTogether         ? Vectors::kLanes / rows
-                                                    : Vectors::kLanes / kTogether;
-    const int64_t keys_per_turn =
-        task.kv_heads > 1 ? (kKeysPerTurn + tile - 1) / tile * tile : kKeysPerDecodeBlock;
-    for_turns(keys.count, keys_per_turn, [&](int64_t key, int64_t count) {
-      FetchAhead fetch(task.k, task.kv_heads, keys.k_rows + key, count,
-                       task.kv_heads * passes * count);
-      for (int64_t i = 0; i < task.kv_heads; ++i) {
-        const Head& head = scratch.heads[i];
-        Scalar* const logits = head.logits + key * kWidth;
-        if constexpr (Scratch::fills_lanes(kWidth)) {
-          if (task.kv_heads > 1) fetch.next(static_cast<int>(count));
-          multiply_lanes<kWidth>(head, scratch, keys.first + key, count,
-                                 task.kv_heads > 1 ? 0 : keys_ahead(task.k, 1), logits);
-        } else {
-          with_rows<Vectors, Element>(task.k, keys.k_rows + key, i * task.k.rows.head_stride, count,
-                                      scratch.copies,
-                                      [&]<class Type>(const char* const* k, Stored<Type>) {
-                                        for_rows(rows, [&](int64_t row, auto together) {
-                                          qk_rows<QkUnits, Type, together.value>(
-                                              k, count, fetch, head.queries + row * task.head_dim,
-                                              task.head_dim, kWidth, logits + row);
-                                        });
-                                      });
-        }
+    if (has_transposed_keys(task)) {
+      for (int64_t row = 0; row < rows; ++row) {
+        qk_row_transposed<QkUnits, Element>(
+            key_row(task.k, keys.first), task.k.rows.column_stride, keys.count,
+            scratch.heads[0].queries + row * task.head_dim, task.head_dim, scratch.sums,
+            scratch.heads[0].logits + row, kWidth);
       }
+      return;
+    }
+    const ChunkRows k = chunk_rows<Vectors, Element>(task.k, keys.first, keys.count, scratch.copy);
+    with_stored_type<Int8, Element>(task.k.is_int8, [&]<class Type>(Stored<Type>) {
+      for_parts(keys.count, [&](const Parts& parts) {
+        for_turns(k, parts, [&](int64_t turn, const char* const* of_turn) {
+          for (int64_t i = 0; i < task.kv_heads; ++i) {
+            const Head& head = scratch.heads[i];
+            const int64_t offset = i * task.k.rows.head_stride;
+            Scalar* const logits = head.logits + (parts.first + turn) * kWidth;
+            for_row_groups<Vectors>(rows, [&](int64_t row, auto together) {
+              const auto* const queries = head.queries + row * task.head_dim;
+              if (parts.count == kKeysPerTurn) {
+                qk_rows<QkUnits, Type, together.value, kKeysPerTurn>(
+                    of_turn, offset, queries, task.head_dim, logits + row, parts.keys * kWidth);
+                return;
+              }
+              for (int key = 0; key < parts.count; ++key) {
+                qk_rows<QkUnits, Type, together.value, 1>(of_turn + key, offset, queries,
+                                                          task.head_dim,
+                                                          logits + key * kWidth + row, kWidth);
+              }
+            });
+          }
+        });
+      });
     });
   }
 
   // ---- softmax --------------------------------------------------------------------------------
 
+  // `attended` is null where all rows attend to all keys.
   template <class Map>
-  static void weigh(const Head& head, const Scratch& scratch, const Keys& keys) {
+  static void weigh(const Head& head, const Scratch& scratch, const KeySpan& keys,
+                    const uint64_t* attended) {
     Scalar* const logits = head.logits;
-    int64_t steps = Map::steps(keys.count);
-    while (steps % ValueUnits::kElements != 0) ++steps;
+    const int64_t steps = Map::steps(keys.count);
     // Pad the last step with masked keys.
     for (int64_t i = keys.count * Map::kWidth; i < steps * Map::kLanes; ++i) {
       logits[i] = static_cast<Scalar>(-__builtin_inf());
@@ -127,131 +168,160 @@ struct Decode {
       Scalar& of_row = highest[Map::row(lane)];
       if (!(of_row > highest[lane])) of_row = highest[lane];
     }
-    for (int lane = Map::kWidth; lane < Map::kLanes; ++lane)
+    for (int lane = Map::kWidth; lane < Map::kLanes; ++lane) {
       highest[lane] = highest[Map::row(lane)];
-    add_block<ScalarUnits<Vectors>, Map::kVectors>(logits, steps, softmax_scale(head.task),
-                                                   head.task.weight_exponent, highest, head.state,
-                                                   head.rescale);
-    if (head.task.v.scales.data) scale_keys<Map>(head.task.v, keys, logits);
+    }
+    // In blocks, for the sake of the sum's rounding error.
+    for (int64_t step = 0; step < steps; step += kKeysPerBlock) {
+      add_block<ScalarUnits<Vectors>, Map::kVectors>(
+          logits + step * Map::kLanes, steps - step < kKeysPerBlock ? steps - step : kKeysPerBlock,
+          softmax_scale(head.task), head.task.weight_exponent, highest, head.state,
+          scratch.rescale);
+    }
+    if (head.task.v.scales.data) {
+      scale_keys<Map>(head.task.v, keys, logits);
+      if (attended) apply_mask<Map>(attended, keys.count, logits, Scalar{0});
+    }
     if constexpr (ValueUnits::kElements > 1) {
-      static_assert(ValueUnits::kElements == 2);
-      const auto order = ValueUnits::order_of_keys(Map::kWidth);
-      auto* const weights = reinterpret_cast<ValueUnit*>(logits);
-      for (int64_t step = 0; step < steps; step += ValueUnits::kElements) {
-        for (int lane = 0; lane < Map::kLanes; lane += Vectors::kLanes) {
-          const Scalar* const from = logits + step * Map::kLanes + lane;
-          ValueUnits::store(
-              weights + step / ValueUnits::kElements * Map::kLanes + lane,
-              ValueUnits::join_keys(Vectors::load(from), Vectors::load(from + Map::kLanes), order));
-        }
+      for_parts(keys.count, [&](const Parts& parts) { join_weights(parts, Map::kWidth, logits); });
+    }
+  }
+
+  // In place, weights [key][row] become [unit of a turn's keys][turn][row].
+  static void join_weights(const Parts& parts, int64_t width, Scalar* weights) {
+    static_assert(ValueUnits::kElements <= 2);
+    Scalar* const from = weights + parts.first * width;
+    const int64_t of_part = parts.keys * width;
+    for (int key = 0; key < parts.count; key += 2) {
+      Scalar* const first = from + key * of_part;
+      for (int64_t i = 0; i < of_part; i += Vectors::kLanes) {
+        const typename Vectors::Vec pair[2] = {
+            Vectors::load(first + i),
+            key + 1 < parts.count ? Vectors::load(first + of_part + i) : Vectors::zero()};
+        store_up_to<ValueUnits>(reinterpret_cast<ValueUnit*>(first) + i,
+                                ValueUnits::join_rounded(pair), of_part - i);
       }
     }
   }
 
   // ---- value aggregation ----------------------------------------------------------------------
 
-  static void aggregate(const Task& task, const Scratch& scratch, const Keys& keys, int64_t width,
+  // Where `attended` is given, V may be NaN or infinite at keys that a row does not attend to, so
+  // that a weight of 0 is not enough: zeros take the place of these keys.
+  static void aggregate(const Task& task, const Scratch& scratch, const ChunkRows& v, int64_t count,
                         const uint64_t* attended) {
-    // Their sum is added to the output. With one KV head their rows stay in the nearest cache for
-    // all passes.
-    constexpr int64_t kKeysPerSum = 32;
-    static_assert(kKeysPerSum % kValuesPerTurn == 0);
-    constexpr int kPerUnit = ValueUnits::kElements;
     const int64_t rows = rows_of(task).count();
-    const int64_t passes = value_passes<ValueUnits>(rows, task.value_dim);
-    Scalar ones[kMaxRows];
-    for (Scalar& one : ones) one = 1;
-    const int64_t keys_per_turn = task.kv_heads > 1 ? kValuesPerTurn : kKeysPerSum;
-    for_turns(keys.count, keys_per_turn, [&](int64_t key, int64_t count) {
-      const bool begins = key % kKeysPerSum == 0;
-      const bool ends = (key + count) % kKeysPerSum == 0 || key + count == keys.count;
-      FetchAhead fetch(task.v, task.kv_heads, keys.v_rows + key, count,
-                       task.kv_heads * passes * units_of<ValueUnits>(count) * kPerUnit);
-      for (int64_t i = 0; i < task.kv_heads; ++i) {
-        const Head& head = scratch.heads[i];
-        const auto* const weights =
-            reinterpret_cast<const ValueUnit*>(head.logits) + key / kPerUnit * width;
-        const Scalar* const rescale = key < kKeysPerSum ? head.rescale : ones;
-        with_rows<Vectors, Element>(
-            task.v, keys.v_rows + key, i * task.v.rows.head_stride, count, scratch.copies,
-            [&]<class Type>(const char* const* v, Stored<Type>) {
-              for_rows(rows, [&](int64_t row, auto together) {
-                aggregate_rows<ValueUnits, Type, together.value>(
-                    v, count, fetch, weights + row, width, attended ? attended + key : nullptr, row,
-                    task.value_dim, rescale + row, {head.sums + row * task.value_dim, begins, ends},
-                    head.state.output + row * task.value_dim);
-              });
+    const int64_t width = width_of_rows(rows);
+    with_stored_type<Int8, Element>(task.v.is_int8, [&]<class Type>(Stored<Type>) {
+      for_parts(count, [&](const Parts& parts) {
+        for_turns(v, parts, [&](int64_t turn, const char* const* of_turn) {
+          for (int64_t i = 0; i < task.kv_heads; ++i) {
+            const Head& head = scratch.heads[i];
+            const int64_t offset = i * task.v.rows.head_stride;
+            const auto* const weights =
+                reinterpret_cast<const ValueUnit*>(head.logits) + (parts.first + turn) * width;
+            const int64_t stride = ValueUnits::kElements * parts.keys * width;
+            for (int64_t row = 0; attended && row < rows; ++row) {
+              const char* of_row[kKeysPerTurn];
+              for (int key = 0; key < parts.count; ++key) {
+                const uint64_t by = attended[parts.first + key * parts.keys + turn];
+                of_row[key] = by >> row & 1 ? of_turn[key] + offset : scratch.zeros;
+              }
+              aggregate_rows<ValueUnits, Type, 1>(
+                  {of_row, 0, parts.count, weights + row, stride, task.value_dim},
+                  head.state.output + row * task.value_dim);
+            }
+            if (attended) continue;
+            for_row_groups<Vectors>(rows, [&](int64_t row, auto together) {
+              aggregate_rows<ValueUnits, Type, together.value>(
+                  {of_turn, offset, parts.count, weights + row, stride, task.value_dim},
+                  head.state.output + row * task.value_dim);
             });
-      }
+          }
+        });
+      });
     });
   }
 
-  // ---- one block of keys, then the chunk ------------------------------------------------------
+  // Returns a bit for each head whose output is not finite.
+  static uint64_t find_largest(const Task& task, const Scratch& scratch) {
+    uint64_t not_finite = 0;
+    for (int64_t i = 0; i < task.kv_heads; ++i) {
+      const State& state = scratch.heads[i].state;
+      state.find_largest(rows_of(task).count(), task.value_dim);
+      if (!(*state.largest < __builtin_inff())) not_finite |= uint64_t{1} << i;
+    }
+    return not_finite;
+  }
 
+  // ---- the chunk ------------------------------------------------------------------------------
+
+  // Clears what limits and the dense mask leave out; keys at either end that no row attends to are
+  // taken from `keys`.
+  static uint64_t* find_attended_keys(const Task& task, uint64_t* attended, KeySpan& keys) {
+    for (int64_t key = 0; key < keys.count; key += kKeysPerBlock) {
+      KeySpan block = keys;
+      block.first += key;
+      block.count = keys.count - key < kKeysPerBlock ? keys.count - key : kKeysPerBlock;
+      find_attended<kKeysPerBlock>(task, rows_of(task), block, attended + key);
+    }
+    while (keys.count > 0 && attended[keys.count - 1] == 0) --keys.count;
+    for (; keys.count > 0 && *attended == 0; ++attended, ++keys.first) --keys.count;
+    return attended;
+  }
+
+  // Returns a bit for each head whose output is not finite.
   template <int kWidth>
-  static void attend(const Task& task, const Scratch& scratch, Keys keys) {
+  static uint64_t attend(const Task& task, const Scratch& scratch, KeySpan keys) {
     using Map = LaneMap<Vectors, kWidth>;
     const Map map{rows_of(task)};
-    uint64_t bits[kKeysPerDecodeBlock];
-    uint64_t* attended = bits;  // [key]
     const bool masked = !keys.within_limits || !keys.mask_is_full;
-    if (masked) {
-      find_attended<kKeysPerDecodeBlock>(task, map.rows, keys, attended);
-      while (keys.count > 0 && attended[keys.count - 1] == 0) --keys.count;
-      if (keys.count == 0) return;
-      for (; attended[0] == 0; ++attended, ++keys.first, --keys.count) {
-        ++keys.k_rows;
-        ++keys.v_rows;
-      }
-    }
+    uint64_t* attended = scratch.attended;
+    if (masked) attended = find_attended_keys(task, attended, keys);
+    if (keys.count == 0) return 0;
     multiply_queries<kWidth>(task, scratch, keys);
     for (int64_t i = 0; i < task.kv_heads; ++i) {
       const Head& head = scratch.heads[i];
-      apply_options<Element>(head.task, map, keys, head.logits);
+      if (!has_plain_logits(head.task)) apply_options<Element>(head.task, map, keys, head.logits);
       if (masked) apply_mask<Map>(attended, keys.count, head.logits);
-      weigh<Map>(head, scratch, keys);
+      weigh<Map>(head, scratch, keys, masked ? attended : nullptr);
     }
+    const ChunkRows v = chunk_rows<Vectors, Element>(task.v, keys.first, keys.count, scratch.copy);
+    aggregate(task, scratch, v, keys.count, nullptr);
+    uint64_t not_finite = find_largest(task, scratch);
     const View& bias = task.options.bias;
-    for (int64_t key = 0; !masked && bias.data && key < keys.count; ++key) {
+    if (not_finite == 0 || !(masked || bias.data)) return not_finite;
+    for (int64_t key = 0; !masked && key < keys.count; ++key) {
       attended[key] = lowest_bits(map.rows.count());
     }
     if (bias.data) keep_unbiased<Element>(task.options, map.rows, keys, attended);
-    aggregate(task, scratch, keys, kWidth, masked || bias.data ? attended : nullptr);
+    for (int64_t i = 0; i < task.kv_heads; ++i) {
+      scratch.heads[i].state.clear_output(map.rows.count(), task.value_dim);
+    }
+    __builtin_memset(scratch.zeros, 0, static_cast<size_t>(task.value_dim) * sizeof(Element));
+    aggregate(task, scratch, v, keys.count, attended);
+    return find_largest(task, scratch);
   }
 
   // The keys of task.tile_keys[0], into the states at task.state.
   static bool run(const Task& task) {
-    const int64_t rows = rows_of(task).count();
+    if (task.should_stop(task.stop_context)) return false;
     Arena arena{static_cast<char*>(task.scratch), 0};
-    const Scratch scratch =
-        Scratch::lay_out(arena, task.kv_heads, rows, task.head_dim, task.value_dim);
-    for (int64_t i = 0; i < task.kv_heads; ++i) scratch.heads[i].begin(task_of_head(task, i));
-
+    const Scratch scratch = lay_out(arena, task);
+    for (int64_t i = 0; i < task.kv_heads; ++i) begin(task_of_head(task, i), scratch.heads[i]);
     const TileKeys& all = task.tile_keys[0];
     if (all.begin >= all.end) return true;
-    find_rows(task.k, task.kv_heads, all.begin, all.end, scratch.k_rows);
-    find_rows(task.v, task.kv_heads, all.begin, all.end, scratch.v_rows);
-    for (int64_t first = all.begin, end; first < all.end; first = end) {
-      if (task.should_stop(task.stop_context)) return false;
-      const int64_t block_end = (first / kKeysPerDecodeBlock + 1) * kKeysPerDecodeBlock;
-      end = block_end < all.end ? block_end : all.end;
-      const Keys keys{{first, end - first, all.full_begin <= first && end <= all.full_end,
-                       task.options.mask.data == nullptr},
-                      scratch.k_rows + (first - all.begin),
-                      scratch.v_rows + (first - all.begin)};
-      with_power_of_two<kMaxRows>(width_of_rows(rows),
-                                  [&](auto width) { attend<width.value>(task, scratch, keys); });
-    }
-    uint64_t overflowed = 0;  // a bit for each head
-    for (int64_t i = 0; i < task.kv_heads; ++i) {
-      const auto& state = scratch.heads[i].state;
-      state.find_largest(rows, task.value_dim);
-      if (!(*state.largest < __builtin_inff())) overflowed |= uint64_t{1} << i;
-    }
-    for (int64_t i = 0; task.weight_exponent == 0 && overflowed >> i != 0; ++i) {
-      if ((overflowed >> i & 1) == 0) continue;
+    const KeySpan keys{all.begin, all.end - all.begin,
+                       all.full_begin <= all.begin && all.end <= all.full_end,
+                       task.options.mask.data == nullptr};
+    uint64_t not_finite = 0;
+    with_power_of_two<kMaxRows>(width_of_rows(rows_of(task).count()), [&](auto width) {
+      not_finite = attend<width.value>(task, scratch, keys);
+    });
+    for (int64_t i = 0; task.weight_exponent == 0 && not_finite >> i != 0; ++i) {
+      if ((not_finite >> i & 1) == 0) continue;
       Task again = task_of_head(task, i);
-      again.weight_exponent = exponent_for(all.end - all.begin);
+      again.weight_exponent = exponent_for(keys.count);
       if (!run(again)) return false;
     }
     return true;

@@ -79,10 +79,14 @@ struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
 
   // Sinks are added when the chunks are merged.
   void clear(int64_t rows, int64_t value_dim, int64_t weight_exponent) const {
-    for (int64_t i = 0; i < rows * value_dim; ++i) output[i] = 0;
+    clear_output(rows, value_dim);
     *largest = 0;
     *exponent = weight_exponent;
     this->begin(lanes_of_rows<Vectors>(rows), -__builtin_inf(), 0);
+  }
+
+  void clear_output(int64_t rows, int64_t value_dim) const {
+    for (int64_t i = 0; i < rows * value_dim; ++i) output[i] = 0;
   }
 
   // When all keys of the chunk are in.

@@ -26,8 +26,7 @@ struct DtypeKernels {
   // bytes apart (aligned to 64), into out and lse.
   int max_decode_rows;
   int keys_per_chunk;
-  int64_t (*decode_scratch_bytes)(int64_t kv_heads, int64_t rows, int64_t head_dim,
-                                  int64_t value_dim);
+  int64_t (*decode_scratch_bytes)(const Task& task);
   int64_t (*decode_state_bytes)(int64_t rows, int64_t value_dim);
   bool (*decode)(const Task& task);  // false if it was stopped
   void (*decode_finish)(const Task& task, int64_t chunks, int64_t state_stride);

@@ -14,7 +14,7 @@ constexpr double kFlopsPerThread = 5e5;
 // The flops that take as long as reading a byte of K or V from memory.
 constexpr double kFlopsPerByte = 10;
 // Group adjacent heads until a key spans 4 KiB: enough for the hardware prefetcher, small enough
-// for a turn's keys to stay in L2.
+// for a turn's keys to stay in the first cache.
 constexpr int64_t kBytesOfAdjacentHeads = 4096;
 // Each head adds its own queries and logits to the scratch.
 constexpr int64_t kMostAdjacentHeads = 16;
@@ -73,8 +73,8 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
   threads_ =
       static_cast<int>(std::clamp(work / kFlopsPerThread, 1.0, static_cast<double>(num_threads)));
 
-  // Each tile and each KV head is computed in the same way, however many are in a work item (Carry
-  // in row_products.h): the number of threads may decide here without changing a bit of the result.
+  // Each tile and each KV head is computed in the same way, however many are in a work item:
+  // the number of threads may decide here without changing a bit of the result.
   int64_t tiles = kernels.max_tiles_per_block;
   kv_heads_per_item_ = max_decode_rows_ > 0 ? adjacent_kv_heads() : 1;
   small_kv_heads_per_item_ = std::clamp<int64_t>(

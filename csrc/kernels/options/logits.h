@@ -130,11 +130,12 @@ void add_alibi(const Map& map, const Task& task, const KeySpan& keys,
   }
 }
 
-// Where a row does not attend to a key the logit becomes -inf, whatever it was.
+// Where a row does not attend to a key the logit becomes -inf, or `instead`, whatever it was.
 template <class Map>
-void apply_mask(const uint64_t* attended, int64_t keys, typename Map::Vectors::Scalar* logits) {
+void apply_mask(const uint64_t* attended, int64_t keys, typename Map::Vectors::Scalar* logits,
+                typename Map::Vectors::Scalar instead = -__builtin_inff()) {
   using Vectors = typename Map::Vectors;
-  const auto masked = Vectors::set(-__builtin_inff());
+  const auto masked = Vectors::set(instead);
   for (int64_t step = 0; step < Map::steps(keys); ++step) {
     uint64_t lanes = 0;  // a bit for each lane of the step
     for (int i = 0; i < Map::kKeysPerStep; ++i) {

@@ -1,24 +1,30 @@
-// The two products for so few queries that lanes over queries would be mostly empty: the lanes are
-// elements of a vector. K and V are read in place, each byte once, and widened or paired in
-// registers; nothing is packed or transposed. A row is a query of one head.
+// The two products for few queries: K and V are read once, where they lie, and the lanes are
+// elements of a row. Nothing is packed or transposed, and elements are widened or paired in
+// registers. A row of queries is a query of one head.
 #pragma once
 
 #include <cstdint>
 
-#include "kernels/block_sizes.h"
 #include "kernels/constant.h"
-#include "kernels/memory/key_rows.h"
 #include "kernels/memory/strided.h"
 #include "kernels/simd/arithmetic.h"
 
 namespace numattn {
 namespace {
 
-// Rows that go through K or V together: as many as leave registers for the sums.
+// Rows of queries that go through K or V together: as many as leave registers for the sums.
 template <class Vectors>
 constexpr int kRowsTogether = Vectors::kLanes < 4 ? Vectors::kLanes : 4;
 
-// Elements of a vector that one multiply_add takes.
+// Calls `step` with the first row of each group of rows and their number as a constant.
+template <class Vectors, class Step>
+void for_row_groups(int64_t rows, Step step) {
+  for (int64_t row = 0; row < rows; row += kRowsTogether<Vectors>) {
+    with_constant<kRowsTogether<Vectors>>(rows - row, [&](auto together) { step(row, together); });
+  }
+}
+
+// Elements of a row that one multiply_add takes.
 template <class Units>
 constexpr int kStep = Units::Vectors::kLanes * Units::kElements;
 
@@ -35,80 +41,64 @@ typename Vectors::Vec sum_each(typename Vectors::Vec (&x)[Vectors::kLanes]) {
   return x[0];
 }
 
-// products [key][row] = K [key][d] . queries [row][d], for kKeys keys and kRows rows, in lanes.
+// logits [key][row] = K [key][d] . queries [row][d], for kKeys rows of K, which begin `offset`
+// bytes after `keys`, and kRows rows of queries; logits are `stride` apart from key to key.
 template <class Units, class Type, int kRows, int kKeys>
-typename Units::Vec dot_products(const char* const* k_rows, const typename Units::Element* queries,
-                                 int64_t head_dim) {
+void qk_rows(const char* const* keys, int64_t offset, const typename Units::Element* queries,
+             int64_t head_dim, typename Units::Scalar* logits, int64_t stride) {
   using Vectors = typename Units::Vectors;
-  static_assert(kRows * kKeys <= Vectors::kLanes);
-  // Two keys share the loads of the queries; more would read too many rows at a time.
-  constexpr int kTogether = kKeys % 2 == 0 ? 2 : 1;
-  typename Units::Vec sums[Vectors::kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < Vectors::kLanes; ++i) sums[i] = Vectors::zero();
+  // Keys that share the loads of the queries.
+  constexpr int kMost = Vectors::kRegisters / 2 / kRows;
+  constexpr int kFit = Vectors::kLanes / kRows < kMost ? Vectors::kLanes / kRows : kMost;
+  constexpr int kTogether = kKeys == 1 || kFit < 2 ? 1 : kFit < 4 ? 2 : 4;
+  constexpr int kPerSum = kKeys == 1 ? 1 : Vectors::kLanes / kRows / kTogether * kTogether;
 #pragma GCC unroll 8
-  for (int first = 0; first < kKeys; first += kTogether) {
-    const auto add = [&](int64_t d, int64_t count) __attribute__((always_inline)) {
-      typename Units::Units key[kTogether];
-#pragma GCC unroll 4
-      for (int i = 0; i < kTogether; ++i) {
-        key[i] = Units::load_units(reinterpret_cast<const Type*>(k_rows[first + i]) + d, count);
-      }
-#pragma GCC unroll 4
-      for (int row = 0; row < kRows; ++row) {
-        const auto query = Units::load_units(queries + row * head_dim + d, count);
-#pragma GCC unroll 4
-        for (int i = 0; i < kTogether; ++i) {
-          auto& sum = sums[(first + i) * kRows + row];
-          sum = Units::multiply_add(key[i], query, sum);
-        }
-      }
-    };
-    int64_t d = 0;
-    for (; d + kStep<Units> <= head_dim; d += kStep<Units>) add(d, kStep<Units>);
-    if (d < head_dim) add(d, head_dim - d);
-  }
-  return sum_each<Vectors>(sums);
-}
-
-// logits [key][row] = K [key][d] . queries [row][d] for `keys` keys and kRows rows; logits are
-// `width` apart from key to key.
-template <class Units, class Type, int kRows>
-void qk_rows(const char* const* k_rows, int64_t keys, FetchAhead& fetch_ahead,
-             const typename Units::Element* queries, int64_t head_dim, int64_t width,
-             typename Units::Scalar* logits) {
-  using Vectors = typename Units::Vectors;
-  constexpr int kKeys = Vectors::kLanes / kRows;
-  using Scalar = typename Units::Scalar;
-  FetchAhead fetch = fetch_ahead;
-  const auto multiply = [&](int64_t key, auto together) {
-    fetch.next(together.value);
-    const auto products =
-        dot_products<Units, Type, kRows, together.value>(k_rows + key, queries, head_dim);
-    if (width == kRows) {
-      store_up_to<Vectors>(logits + key * kRows, products, together.value * kRows);
-      return;
-    }
-    Scalar lanes[Vectors::kLanes];
-    Vectors::store(lanes, products);
+  for (int first = 0; first < kKeys; first += kPerSum) {
+    constexpr int kCount = kPerSum < kKeys ? kPerSum : kKeys;
+    typename Units::Vec sums[Vectors::kLanes];  // [key * kRows + row]
 #pragma GCC unroll 16
-    for (int i = 0; i < together.value; ++i) {
-      __builtin_memcpy(logits + (key + i) * width, lanes + i * kRows, kRows * sizeof(Scalar));
+    for (int i = 0; i < Vectors::kLanes; ++i) sums[i] = Vectors::zero();
+#pragma GCC unroll 8
+    for (int key = 0; key < kCount; key += kTogether) {
+      const Type* from[kTogether];
+#pragma GCC unroll 8
+      for (int i = 0; i < kTogether; ++i) {
+        from[i] = reinterpret_cast<const Type*>(keys[first + key + i] + offset);
+      }
+      const auto add = [&](int64_t d, int64_t count) __attribute__((always_inline)) {
+        typename Units::Units of_key[kTogether];
+#pragma GCC unroll 8
+        for (int i = 0; i < kTogether; ++i) of_key[i] = Units::load_units(from[i] + d, count);
+#pragma GCC unroll 4
+        for (int row = 0; row < kRows; ++row) {
+          const auto query = Units::load_units(queries + row * head_dim + d, count);
+#pragma GCC unroll 8
+          for (int i = 0; i < kTogether; ++i) {
+            auto& sum = sums[(key + i) * kRows + row];
+            sum = Units::multiply_add(of_key[i], query, sum);
+          }
+        }
+      };
+      int64_t d = 0;
+      for (; d + kStep<Units> <= head_dim; d += kStep<Units>) add(d, kStep<Units>);
+      if (d < head_dim) add(d, head_dim - d);
     }
-  };
-  int64_t key = 0;
-  for (; key + kKeys <= keys; key += kKeys) multiply(key, Constant<kKeys>{});
-  for (; key < keys; ++key) multiply(key, Constant<1>{});
-  fetch_ahead = fetch;
+    typename Units::Scalar lanes[Vectors::kLanes];
+    Vectors::store(lanes, sum_each<Vectors>(sums));
+#pragma GCC unroll 16
+    for (int key = 0; key < kCount; ++key) {
+      __builtin_memcpy(logits + (first + key) * stride, lanes + key * kRows,
+                       kRows * sizeof(typename Units::Scalar));
+    }
+  }
 }
 
-// A unit of V's rows, elements [d, d + count) of each, as kVectors vectors. Unless it is whole, the
-// unit is the last one and has one row less.
+// A unit of rows, of V or of transposed K, from `first` and `second` on, as kVectors vectors of
+// `count` elements. A unit of one row has no second one: null.
 template <class Units, class Type, int kVectors>
-void load_values(const char* const* v_rows, bool is_whole, int64_t d, int64_t count,
+void load_values(const Type* first, const Type* second, int64_t count,
                  typename Units::Units (&values)[kVectors]) {
   using Vectors = typename Units::Vectors;
-  const auto* first = reinterpret_cast<const Type*>(v_rows[0]) + d;
   // One address for all vectors: the compiler would keep an offset for each of them, on the stack.
   __asm__("" : "+r"(first));
   if constexpr (Units::kElements == 1) {
@@ -118,152 +108,172 @@ void load_values(const char* const* v_rows, bool is_whole, int64_t d, int64_t co
     }
   } else {
     static_assert(Units::kElements == 2);
-    const auto* const second = reinterpret_cast<const Type*>(v_rows[is_whole ? 1 : 0]) + d;
 #pragma GCC unroll 16
     for (int i = 0; i < kVectors; i += 2) {
       const int64_t at = i * Vectors::kLanes;
       const int64_t left = count - at < kStep<Units> ? count - at : kStep<Units>;
       typename Units::Units pair[2];
-      Units::load_rows(first + at, left, second + at, is_whole ? left : 0, pair);
+      Units::load_rows(first + at, left, second ? second + at : first, second ? left : 0, pair);
       values[i] = pair[0];
       if (i + 1 < kVectors) values[i + 1] = pair[1];
     }
   }
 }
 
-// Which elements of a unit of keys a row attends to: attended [key] has a bit for each row, or is
-// null if all rows attend. A weight of 0 is not enough where a value is NaN or infinite.
-template <int kPerUnit>
-unsigned attended_elements(const uint64_t* attended, int64_t key, int64_t keys, int64_t row) {
-  if (!attended) return (1u << kPerUnit) - 1;
-  unsigned bits = 0;
-  for (int i = 0; i < kPerUnit && key + i < keys; ++i) {
-    bits |= static_cast<unsigned>(attended[key + i] >> row & 1) << i;
-  }
-  return bits;
-}
+// The same for K as it lies transposed, [d][key] with `k_stride` bytes from d to d, and one row of
+// queries. Lanes are keys; the bits are those of qk_rows. Each row of K is read for all keys, since
+// short pieces would be slow to read: the sums have to find room in the second cache.
 
-// Sums over keys that are interrupted where several heads take turns: [row][d] in between. The bits
-// are the same as without a break.
-template <class Scalar>
-struct Carry {
-  Scalar* sums;  // unused if the sum begins and ends in one turn
-  bool begins, ends;
-};
-
-// output [row][d] = output * rescale [row] + weights [unit of keys][row] * V [key][d], for kVectors
-// vectors from element d on, which have `elements` elements; weights are `width` apart from unit to
-// unit. kIsPlain: nothing is masked, and the vectors are full.
-template <class Units, class Type, int kRows, int kVectors, bool kIsPlain>
-[[gnu::noinline]] void add_values(const char* const* v_rows, int64_t keys, FetchAhead& fetch_ahead,
-                                  int64_t d, int64_t elements, const typename Units::Unit* weights,
-                                  int64_t width, const uint64_t* attended, int64_t first_row,
-                                  int64_t value_dim, const typename Units::Scalar* rescale,
-                                  Carry<typename Units::Scalar> carry,
-                                  typename Units::Scalar* output) {
+// sums [lane of a row of K][key] += query [d] * K [d][key] for kLanes units of d; `begins`: =.
+template <class Units, class Type, int kLanes>
+void add_transposed(const char* k, int64_t k_stride, int64_t keys,
+                    const typename Units::Element* query, int64_t dims,
+                    typename Units::Scalar* sums, int64_t sums_stride, bool begins) {
   using Vectors = typename Units::Vectors;
   constexpr int kPerUnit = Units::kElements;
-  constexpr unsigned kAll = (1u << kPerUnit) - 1;
-  const int64_t count = kIsPlain ? kVectors * Vectors::kLanes : elements;
-  FetchAhead fetch = fetch_ahead;  // so that the compiler has it in registers
+  const Type* rows[kLanes * kPerUnit] = {};
+  typename Units::Units of_query[kLanes];
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; ++i) {
+    typename Units::Unit unit{};
+    for (int64_t d = i * kPerUnit; d < (i + 1) * kPerUnit && d < dims; ++d) {
+      rows[d] = reinterpret_cast<const Type*>(k + d * k_stride);
+      __builtin_memcpy(reinterpret_cast<char*>(&unit) + d % kPerUnit * sizeof(*query), query + d,
+                       sizeof(*query));
+    }
+    of_query[i] = Units::set(unit);
+  }
+  for (int64_t key = 0; key < keys; key += kStep<Units>) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kLanes; ++i) {
+      const Type* const first = rows[i * kPerUnit] + key;
+      const Type* second = nullptr;
+      if (kPerUnit > 1 && rows[i * kPerUnit + 1]) second = rows[i * kPerUnit + 1] + key;
+      typename Units::Units values[kPerUnit];
+      load_values<Units, Type>(first, second, keys - key, values);
+#pragma GCC unroll 2
+      for (int half = 0; half < kPerUnit; ++half) {
+        auto* const at = sums + i * sums_stride + key + half * Vectors::kLanes;
+        const auto sum = begins ? Vectors::zero() : Vectors::load(at);
+        Vectors::store(at, Units::multiply_add(values[half], of_query[i], sum));
+      }
+    }
+  }
+}
+
+// The room that `sums` needs for each lane of a vector.
+template <class Units>
+constexpr int64_t sums_of_lane(int64_t keys) {
+  return (keys + kStep<Units> - 1) / kStep<Units> * kStep<Units>;
+}
+template <class Units, class Type>
+void qk_row_transposed(const char* k, int64_t k_stride, int64_t keys,
+                       const typename Units::Element* query, int64_t head_dim,
+                       typename Units::Scalar* sums, typename Units::Scalar* logits,
+                       int64_t stride) {
+  using Vectors = typename Units::Vectors;
+  constexpr int kLanes = Vectors::kLanes;
+  // Rows of K that are read at once, for the hardware prefetcher's sake.
+  constexpr int kAtOnce = kLanes < 4 ? kLanes : 4;
+  const int64_t of_lane = sums_of_lane<Units>(keys);
+  const int64_t used = units_of<Units>(head_dim);
+  for (int64_t i = used * of_lane; i < kLanes * of_lane; i += kLanes) {
+    Vectors::store(sums + i, Vectors::zero());
+  }
+  int lane = 0;
+  for (int64_t d = 0; d < head_dim; d += kAtOnce * Units::kElements) {
+    with_constant<kAtOnce>(units_of<Units>(head_dim - d), [&](auto at_once) {
+      add_transposed<Units, Type, at_once.value>(k + d * k_stride, k_stride, keys, query + d,
+                                                 head_dim - d, sums + lane * of_lane, of_lane,
+                                                 d < kStep<Units>);
+    });
+    lane = (lane + kAtOnce) % kLanes;
+  }
+  for (int64_t key = 0; key < keys; key += kLanes) {
+    typename Vectors::Vec lanes[kLanes];  // [lane of a row of K][key], then [key][lane]
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) lanes[i] = Vectors::load(sums + i * of_lane + key);
+    Vectors::transpose(lanes);
+    typename Units::Scalar products[kLanes];
+    Vectors::store(products, sum_each<Vectors>(lanes));
+    for (int64_t i = 0; i < kLanes && key + i < keys; ++i) {
+      logits[(key + i) * stride] = products[i];
+    }
+  }
+}
+
+// A turn of `count` rows of V, which begin `offset` bytes after `keys`. The weights [unit of
+// keys][row] are `stride` apart from unit to unit.
+template <class Units>
+struct ValuesOfTurn {
+  const char* const* keys;
+  int64_t offset;
+  int count;
+  const typename Units::Unit* weights;
+  int64_t stride;
+  int64_t value_dim;
+};
+
+// output [row][d] += weights [unit of keys][row] * V [key][d] for kRows rows, and `elements`
+// elements of them, in kVectors vectors, from d on. The turn is summed up by itself first: the
+// rounding error grows with the number of turns.
+template <class Units, class Type, int kRows, int kVectors>
+[[gnu::always_inline]] inline void add_values(const ValuesOfTurn<Units>& turn, int64_t d,
+                                              int64_t elements, typename Units::Scalar* output) {
+  using Vectors = typename Units::Vectors;
   typename Units::Vec sums[kRows][kVectors];
 #pragma GCC unroll 4
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kVectors; ++i) {
-      const int64_t at = d + i * Vectors::kLanes;
-      sums[row][i] = carry.begins ? Vectors::zero()
-                                  : load_up_to<Vectors>(carry.sums + row * value_dim + at,
-                                                        count - i * Vectors::kLanes);
-    }
+    for (int i = 0; i < kVectors; ++i) sums[row][i] = Vectors::zero();
   }
-  const typename Units::Unit* weight = weights;
-  const auto add = [&](int64_t key, auto whole) __attribute__((always_inline)) {
-    fetch.next(kPerUnit);
+  const typename Units::Unit* weights = turn.weights;
+  for (int key = 0; key < turn.count; key += Units::kElements, weights += turn.stride) {
+    const auto row_of = [&](int i) {
+      return key + i < turn.count
+                 ? reinterpret_cast<const Type*>(turn.keys[key + i] + turn.offset) + d
+                 : nullptr;
+    };
     typename Units::Units values[kVectors];
-    load_values<Units, Type>(v_rows + key, whole.value == 1, d, count, values);
+    load_values<Units, Type>(row_of(0), Units::kElements > 1 ? row_of(1) : nullptr, elements,
+                             values);
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) {
-      const auto factor = Units::set(weight[row]);
-      const unsigned here =
-          kIsPlain ? kAll : attended_elements<kPerUnit>(attended, key, keys, first_row + row);
-      if (here == 0) continue;
+      const auto weight = Units::set(weights[row]);
 #pragma GCC unroll 16
       for (int i = 0; i < kVectors; ++i) {
-        const auto value = here == kAll ? values[i] : Units::only(values[i], here);
-        sums[row][i] = Units::multiply_add(factor, value, sums[row][i]);
+        sums[row][i] = Units::multiply_add(weight, values[i], sums[row][i]);
       }
     }
-    weight += width;
-  };
-  int64_t key = 0;
-  for (; key + kPerUnit <= keys; key += kPerUnit) add(key, Constant<1>{});
-  if (kPerUnit > 1 && key < keys) add(key, Constant<0>{});
+  }
 #pragma GCC unroll 4
   for (int row = 0; row < kRows; ++row) {
-    const auto factor = Vectors::set(rescale[row]);
 #pragma GCC unroll 16
     for (int i = 0; i < kVectors; ++i) {
-      const int64_t left = count - i * Vectors::kLanes;
-      const int64_t at = row * value_dim + d + i * Vectors::kLanes;
-      if (!carry.ends) {
-        store_up_to<Vectors>(carry.sums + at, sums[row][i], left);
-        continue;
-      }
-      auto* const to = output + at;
-      store_up_to<Vectors>(to, Vectors::fma(load_up_to<Vectors>(to, left), factor, sums[row][i]),
-                           left);
+      auto* const to = output + row * turn.value_dim + d + i * Vectors::kLanes;
+      const int64_t left = elements - i * Vectors::kLanes;
+      store_up_to<Vectors>(to, Vectors::add(load_up_to<Vectors>(to, left), sums[row][i]), left);
     }
   }
-  fetch_ahead = fetch;
 }
 
-// Vectors of V that add_values takes from a key at a time: the fewer rows, the more vectors have
-// registers for their sums. One row with two vectors takes 1.5 times as long as with eight (Zen 3).
-template <class Vectors>
-constexpr int value_vectors(int rows) {
-  const int together = Vectors::kRegisters / 2 / rows / 2 * 2;  // units may come in pairs
-  return together > RegisterTile<Vectors>::kVectors ? together : RegisterTile<Vectors>::kVectors;
-}
-
-// How often add_values goes through a block of V.
-template <class Units>
-int64_t value_passes(int64_t rows, int64_t value_dim) {
-  using Vectors = typename Units::Vectors;
-  int64_t passes = 0;
-  for (int64_t row = 0; row < rows; row += kRowsTogether<Vectors>) {
-    const int64_t left = rows - row;
-    const int together =
-        left < kRowsTogether<Vectors> ? static_cast<int>(left) : kRowsTogether<Vectors>;
-    const int64_t elements = value_vectors<Vectors>(together) * Vectors::kLanes;
-    passes += (value_dim + elements - 1) / elements;
-  }
-  return passes;
-}
-
-// The same for whole rows of V.
+// The same for all elements. The fewer rows, the more vectors have registers for their sums: one
+// row with two vectors takes 1.5 times as long as with eight (Zen 3).
 template <class Units, class Type, int kRows>
-void aggregate_rows(const char* const* v_rows, int64_t keys, FetchAhead& fetch,
-                    const typename Units::Unit* weights, int64_t width, const uint64_t* attended,
-                    int64_t first_row, int64_t value_dim, const typename Units::Scalar* rescale,
-                    Carry<typename Units::Scalar> carry, typename Units::Scalar* output) {
+[[gnu::noinline]] void aggregate_rows(const ValuesOfTurn<Units> turn,
+                                      typename Units::Scalar* output) {
   using Vectors = typename Units::Vectors;
-  constexpr int kVectors = value_vectors<Vectors>(kRows);
-  constexpr int kMost = kVectors * Vectors::kLanes;
-  for (int64_t d = 0; d < value_dim; d += kMost) {
-    const int64_t count = value_dim - d < kMost ? value_dim - d : kMost;
-    if (count == kMost && !attended) {
-      add_values<Units, Type, kRows, kVectors, true>(v_rows, keys, fetch, d, count, weights, width,
-                                                     nullptr, first_row, value_dim, rescale, carry,
-                                                     output);
-      continue;
-    }
-    with_constant<kVectors>((count + Vectors::kLanes - 1) / Vectors::kLanes, [&](auto vectors) {
-      add_values<Units, Type, kRows, vectors.value, false>(v_rows, keys, fetch, d, count, weights,
-                                                           width, attended, first_row, value_dim,
-                                                           rescale, carry, output);
-    });
+  constexpr int kVectors = Vectors::kRegisters / 2 / kRows / 2 * 2;  // units may come in pairs
+  constexpr int kElements = kVectors * Vectors::kLanes;
+  int64_t d = 0;
+  for (; d + kElements <= turn.value_dim; d += kElements) {
+    add_values<Units, Type, kRows, kVectors>(turn, d, kElements, output);
   }
+  if (d == turn.value_dim) return;
+  const int64_t left = turn.value_dim - d;
+  with_constant<kVectors>((left + Vectors::kLanes - 1) / Vectors::kLanes, [&](auto vectors) {
+    add_values<Units, Type, kRows, vectors.value>(turn, d, left, output);
+  });
 }
 
 }  // namespace

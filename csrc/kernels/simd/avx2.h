@@ -75,6 +75,24 @@ struct Float32 {
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
   }
 
+  // All lanes of x[i] added up become lane i: half the shuffles of transposing first.
+  static Vec sum_each(const Vec (&x)[kLanes]) {
+    Vec pairs[4];  // of x[2 * i] and x[2 * i + 1], two numbers to be added of each in every half
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      pairs[i] = add(_mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]),
+                     _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    }
+    Vec halves[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      halves[i] = add(_mm256_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0x44),
+                      _mm256_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0xee));
+    }
+    return add(_mm256_permute2f128_ps(halves[0], halves[1], 0x20),
+               _mm256_permute2f128_ps(halves[0], halves[1], 0x31));
+  }
+
   // `magnitude`, which is not negative, with the sign of `sign`.
   static Vec copy_sign(Vec magnitude, Vec sign) {
     return _mm256_or_ps(magnitude, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f)));

@@ -299,8 +299,10 @@ def test_a_mask_that_may_mean_the_batch_is_warned_of(backend, rng):
     np.testing.assert_array_equal(out, na.attention(x, x, x, mask=mask[np.newaxis]))
     x = rng.standard_normal((3, 2, 3, 8), dtype=np.float32)  # as many as queries
     mask = np.ones((3, 3), bool)
-    with pytest.warns(UserWarning, match=r"mask: shape \(3, 3\) is taken as \(Lq, Lk\)"):
-        na.attention(x, x, x, mask=mask)
+    for call in (na.attention, lambda q, k, _, **options: na.attention_weights(q, k, **options)):
+        with pytest.warns(UserWarning, match=r"mask: .* is taken as \(Lq, Lk\)") as caught:
+            call(x, x, x, mask=mask)
+        assert caught[0].filename == __file__  # and no file of the package
     na.attention(x, x, x, mask=mask[:, np.newaxis, np.newaxis])
     na.attention(x[:2], x[:2], x[:2], mask=mask)
     na.attention(x[0], x[0], x[0], mask=mask)

@@ -8,7 +8,6 @@ which differ in where the rows are, are checked in `_sequence_arguments`.
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +29,7 @@ from ._checks import (
     refuse_kind,
     snapshot,
     thread_count,
+    warn,
 )
 
 if TYPE_CHECKING:
@@ -279,12 +279,10 @@ def _check_meaning_of_axes(
     name, size = ("Hq", query_heads) if mask.ndim == 3 else ("Lq", query_length)
     if size == batch[0]:
         axes = "[:, np.newaxis]" if mask.ndim == 3 else "[:, np.newaxis, np.newaxis]"
-        warnings.warn(
+        warn(
             f"mask: shape {mask.shape} is taken as ({'Hq, ' * (mask.ndim - 2)}Lq, Lk), but the "
             f"batch has {batch[0]} items too; if its first axis is the batch, pass `mask{axes}`, "
-            f"if it is {name}, `mask[np.newaxis]`",
-            UserWarning,
-            stacklevel=4,
+            f"if it is {name}, `mask[np.newaxis]`"
         )
 
 

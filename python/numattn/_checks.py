@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
+import warnings
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,6 +32,14 @@ def refuse(name: str, seen: str, expected: str) -> NoReturn:
 
 def refuse_kind(name: str, seen: str, expected: str) -> NoReturn:
     raise TypeError(f"{name}: got {seen}, expected {expected}")
+
+
+def warn(message: str) -> None:
+    """Warn whoever called the package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 # What other libraries call their arguments, and what to write here; docs/porting.rst has them all.

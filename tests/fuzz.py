@@ -75,7 +75,7 @@ ENTRIES = [
     "attention_weights", "attention_received", "qk_scores", "merge_states", "masked_softmax",
     "aggregate_values", "rotary_embedding",
 ]  # fmt: skip
-NO_PAIRS = ("attention_varlen", "attention_paged", "KVCache", "merge_states", "aggregate_values")
+NO_PAIRS = ("attention_varlen", "attention_paged", "merge_states", "aggregate_values")
 WRONG = [
     None, "text", -1, 2**70, 1.5, float("nan"), [], [1, 2, 3], np.zeros(0), np.zeros((2, 3)),
     np.float32(1), np.array(["a"]), np.array([None]), np.zeros((1, 1, 1, 1, 1, 1), bool), True,
@@ -147,9 +147,10 @@ def array(call, batch, heads, length, dim):
     return rows.astype(call.dtype)[..., :: call.step, :]
 
 
-def options_of(call):
+def options_of(call, key_length=None):
     rng = call.rng
-    heads, (query_length, key_length) = call.heads[0], call.lengths
+    heads, query_length = call.heads[0], call.lengths[0]
+    key_length = call.lengths[1] if key_length is None else key_length
     pairs = (call.batch, heads, query_length, key_length)
     shape = tuple(n if rng.random() < 0.6 else 1 for n in pairs)
     bias = rng.standard_normal(shape).astype(rng.choice([call.dtype, "float32"]))
@@ -438,7 +439,8 @@ def check_cache(call):
             cache = pickle.loads(pickle.dumps(cache))
     assert cache.lengths.tolist() == [x.length() for x in kept]
     q = array(call, call.batch, heads, query_length, dim)
-    options = options_of(call)
+    length = max(x.length() for x in kept)
+    options = options_of(call, length)
     counts = options.pop("q_lengths", None)
     for name in ("kv_lengths", "q_offset", "is_causal", *(["window"] if window else [])):
         options.pop(name, None)
@@ -455,12 +457,17 @@ def check_cache(call):
         if window is None or "tokens from" not in str(error):
             raise
         return
-    for one, rows, x, count in zip(*moved(call, out), q, kept, counts, strict=True):
-        seen = {}
+    pairs = {
+        name: np.broadcast_to(options.pop(name), (call.batch, heads, query_length, length))
+        for name in ("mask", "bias") if name in options
+    }  # fmt: skip
+    for i, (one, rows, x, count) in enumerate(zip(*moved(call, out), q, kept, counts, strict=True)):
+        seen = {name: pair[i, :, :count, : x.length()] for name, pair in pairs.items()}
         if window is not None:
             keys = np.arange(x.length())
             positions = x.length() - count + np.arange(count)[:, np.newaxis]
-            seen["mask"] = (keys < keep_first) | (keys > positions - window)
+            is_near = (keys < keep_first) | (keys > positions - window)
+            seen["mask"] = seen.get("mask", True) & is_near
         (expected, _), (plain, _) = expectations(
             rows[:, :count], x.k, x.v, options | seen | {"is_causal": True}, call.dtype
         )

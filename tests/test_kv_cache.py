@@ -229,7 +229,16 @@ def test_bad_arguments(rng):
         (lambda: cache.attend(one, q_offset=0.5), TypeError, "q_offset: got dtype float64"),
         (lambda: cache.attend(one, q_lengths=2), ValueError, "q_lengths: got 2, expected 0 to 1"),
         (lambda: cache.attend(one, window=(1, 1)), ValueError, "window: got (1, 1), expected none"),
-        (lambda: cache.attend(one, mask=one > 0), TypeError, "mask: got an array, expected none"),
+        (lambda: cache.attend(one, mask=one), TypeError, "mask: got dtype float32, expected bool"),
+        (
+            lambda: cache.attend(one, mask=one > 0),
+            ValueError,
+            "mask: got shape (2, 4, 1, 8), expected one that broadcasts to (batch, Hq, Lq, T) = "
+            "(2, 4, 1, 10), T tokens so far",
+        ),
+        (lambda: cache.attend(one, bias=one > 0), TypeError, "bias: got dtype bool, expected flo"),
+        (lambda: cache.attend(one, bias=one[..., :2]), ValueError, "bias: got shape (2, 4, 1, 2),"),
+        (lambda: cache.attend(one, bias=one[np.newaxis]), ValueError, "bias: got shape (1, 2, 4,"),
         (lambda: cache.attend(one, kv_lengths=3), TypeError, "kv_lengths: got an array, expected"),
         (lambda: cache.attend(one, layout="no"), ValueError, "layout: got 'no', expected one of"),
         (lambda: cache.attend(one, scale="a"), TypeError, "scale: got 'a'"),

@@ -174,10 +174,10 @@ def check(
     mask_ = None if mask is None else as_array("mask", mask)
     if mask_ is not None:
         check_mask(mask_)
-        _check_meaning_of_axes(mask_, batch, query_heads, query_length)
+        check_meaning_of_axes(mask_, batch, query_heads, query_length)
     bias_ = None if bias is None else as_array("bias", bias)
     if bias_ is not None:
-        _check_bias_dtype(bias_, dtype)
+        check_bias(bias_, dtype)
 
     options = check_options(
         dtype, query_heads, head_dim, is_causal, window, scale, softcap, alibi_slopes, sinks,
@@ -267,8 +267,8 @@ def check_mask(mask: Array) -> None:
     refuse_kind("mask", dtype_name(mask), f"bool, True = attend ({hint})")
 
 
-def _check_meaning_of_axes(
-    mask: Array, batch: tuple[int, ...], query_heads: int, query_length: int
+def check_meaning_of_axes(
+    mask: Array, batch: tuple[int, ...], query_heads: int, query_length: int, keys: str = "Lk"
 ) -> None:
     """Warn of a mask whose first axis may have been meant to be the batch.
 
@@ -280,9 +280,9 @@ def _check_meaning_of_axes(
     if size == batch[0]:
         axes = "[:, np.newaxis]" if mask.ndim == 3 else "[:, np.newaxis, np.newaxis]"
         warn(
-            f"mask: shape {mask.shape} is taken as ({'Hq, ' * (mask.ndim - 2)}Lq, Lk), but the "
-            f"batch has {batch[0]} items too; if its first axis is the batch, pass `mask{axes}`, "
-            f"if it is {name}, `mask[np.newaxis]`"
+            f"mask: shape {mask.shape} is taken as ({'Hq, ' * (mask.ndim - 2)}Lq, {keys}), but "
+            f"the batch has {batch[0]} items too; if its first axis is the batch, pass "
+            f"`mask{axes}`, if it is {name}, `mask[np.newaxis]`"
         )
 
 
@@ -338,7 +338,7 @@ def _broadcast_scales(
     return _broadcast(scales if layout == "bhld" else scales.swapaxes(-2, -1), shape)
 
 
-def _check_bias_dtype(bias: Array, dtype: np.dtype[Any]) -> None:
+def check_bias(bias: Array, dtype: np.dtype[Any]) -> None:
     accepted = tuple(dict.fromkeys((dtype.name, "float32")))
     if bias.dtype.name not in accepted or not bias.dtype.isnative:
         hint = " (a bool mask is `mask`)" if bias.dtype == np.bool_ else ""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._arguments import MAX_DIM, ints_per_batch
+from ._arguments import MAX_DIM, check_bias, check_mask, check_meaning_of_axes, ints_per_batch
 from ._checks import (
     ACCEPTED_DTYPES,
     as_array,
@@ -117,9 +117,40 @@ class CacheArguments:
         return list(map(int, numbers))
 
 
+def check_pairs(
+    mask: ArrayLike | None,
+    bias: ArrayLike | None,
+    dtype: np.dtype[Any],
+    pairs: tuple[int, int, int, int],
+) -> tuple[Array | None, Array | None]:
+    """Return mask and bias with the axes of `pairs`, (batch, Hq, Lq, T), each so long or 1."""
+    mask_ = bias_ = None
+    if mask is not None:
+        mask_ = as_array("mask", mask)
+        check_mask(mask_)
+        check_meaning_of_axes(mask_, pairs[:1], pairs[1], pairs[2], "T")
+        mask_ = _with_all_axes("mask", mask_, pairs)
+    if bias is not None:
+        bias_ = as_array("bias", bias)
+        check_bias(bias_, dtype)
+        bias_ = _with_all_axes("bias", bias_, pairs)
+    return mask_, bias_
+
+
+def _with_all_axes(name: str, x: Array, pairs: tuple[int, ...]) -> Array:
+    missing = len(pairs) - x.ndim
+    fits = missing >= 0 and all(
+        n in (1, wanted) for n, wanted in zip(x.shape, pairs[missing:], strict=True)
+    )
+    if not fits:
+        expected = f"one that broadcasts to (batch, Hq, Lq, T) = {pairs}, T tokens so far"
+        refuse(name, f"shape {x.shape}", expected)
+    return x[(np.newaxis,) * missing]
+
+
 def check_unknown(options: dict[str, Any]) -> None:
     """Refuse what `KVCache.attend` does not take; None is nothing."""
-    for name in ("mask", "bias", "kv_lengths", "k_scale", "v_scale"):
+    for name in ("kv_lengths", "k_scale", "v_scale"):
         if options.pop(name, None) is not None:
             refuse_kind(name, "an array", "none: the cache knows its keys")
     if options:

@@ -24,6 +24,8 @@ _MOST = MAX_POSITION // 2
 class Options(NamedTuple):
     """The options of `attention` that a cache does not set by itself."""
 
+    mask: Array | None  # (batch or 1, Hq or 1, Lq or 1, T or 1): columns are positions of the text
+    bias: Array | None
     is_causal: bool
     window: tuple[int | None, int | None] | None
     scale: float | None
@@ -104,7 +106,32 @@ def _attend_to_recent(tokens: Tokens, queries: Queries, options: Options) -> Any
     first = [position - begin for position, begin in zip(queries.first, begins, strict=True)]
     recent = slice(tokens.keep_first, max(tokens.used, tokens.keep_first))
     window = (tokens.window - 1, None)
+    options = _of_tokens(options, begins, lengths)
     return _attend_to(tokens, recent, lengths, queries, first, window, options)
+
+
+def _of_tokens(options: Options, begins: list[int], lengths: list[int]) -> Options:
+    """Leave the columns of mask and bias that belong to `lengths` tokens of each sequence, from the
+    position ``begins[sequence]`` on."""
+    if options.mask is None and options.bias is None:
+        return options
+    return options._replace(
+        mask=_columns(options.mask, begins, lengths), bias=_columns(options.bias, begins, lengths)
+    )
+
+
+def _columns(x: Array | None, begins: list[int], lengths: list[int]) -> Array | None:
+    if x is None or x.shape[3] == 1:
+        return x
+    most = max(lengths, default=0)
+    if len(set(begins)) < 2:
+        begin = max(begins, default=0)
+        return x[..., begin : begin + most]
+    found = np.zeros((len(begins), *x.shape[1:3], most), x.dtype)
+    rows = np.broadcast_to(x, (len(begins), *x.shape[1:]))
+    for to, row, begin, length in zip(found, rows, begins, lengths, strict=True):
+        to[..., :length] = row[..., begin : begin + length]
+    return found
 
 
 def _attend_in_two_parts(tokens: Tokens, queries: Queries, options: Options) -> Any:
@@ -112,13 +139,12 @@ def _attend_in_two_parts(tokens: Tokens, queries: Queries, options: Options) -> 
     return_lse, out = flag("return_lse", options.return_lse), options.out
     if out is not None:
         check_out(out, (*queries.q.shape[:3], tokens.arrays[1].shape[3]), queries.q.dtype)
-        check_overlap(out, {"q": queries.q})
+        check_overlap(out, {"q": queries.q, "mask": options.mask, "bias": options.bias})
     parts = options._replace(return_lse=True, out=None)
     first = slice(min(tokens.used, tokens.keep_first))
     lengths = [min(length, tokens.keep_first) for length in tokens.lengths]
-    old = _attend_to(
-        tokens, first, lengths, queries, queries.first, None, parts._replace(sinks=None)
-    )
+    of_first = _of_tokens(parts._replace(sinks=None), [0] * len(lengths), lengths)
+    old = _attend_to(tokens, first, lengths, queries, queries.first, None, of_first)
     new = _attend_to_recent(tokens, queries, parts)
     with np.errstate(all="ignore"):
         merged, lse = _merged(*old, *new)
@@ -161,10 +187,11 @@ def _attend_to(
         arrays = [x.swapaxes(1, 2) for x in arrays]
     k, v, k_scale, v_scale = arrays if len(arrays) == 4 else (*arrays, None, None)
     (
-        is_causal, _, scale, softcap, alibi_slopes, sinks, layout, return_lse, out, num_threads,
+        mask, bias, is_causal, _, scale, softcap, alibi_slopes, sinks, layout, return_lse, out,
+        num_threads,
     ) = options  # fmt: skip
     return attend(
-        queries.q, k, v, None, None, is_causal, first, window, scale, softcap, alibi_slopes, sinks,
+        queries.q, k, v, mask, bias, is_causal, first, window, scale, softcap, alibi_slopes, sinks,
         lengths, queries.counts, layout, return_lse, out, num_threads, k_scale, v_scale,
         True,  # the scales are finite
     )  # fmt: skip

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 
 from ._checks import refuse, refuse_kind, snapshot
-from ._kv_arguments import UNLIMITED, CacheArguments, accepted_dtype, check_apart, check_unknown
+from ._kv_arguments import (
+    UNLIMITED,
+    CacheArguments,
+    accepted_dtype,
+    check_apart,
+    check_pairs,
+    check_unknown,
+)
 from ._kv_attend import Options, attend_to_tokens, place
 from ._kv_tokens import SPARE_PLACES, Tokens
 from ._quantize import quantize_named
@@ -198,6 +205,8 @@ class KVCache:
         self,
         q: ArrayLike,
         *,
+        mask: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
         is_causal: bool = True,
         q_offset: int | ArrayLike | None = None,
         window: tuple[int | None, int | None] | None = None,
@@ -224,8 +233,15 @@ class KVCache:
         ----------
         q : array_like, shape (batch, Hq, Lq, head_dim)
             Queries, in the cache's dtype. Hq is a multiple of the cache's heads.
+        mask : array_like of bool, optional
+            True where a query attends to a token. Broadcasts to (batch, Hq, Lq, T), whatever the
+            layout, where T is ``lengths.max()`` and column ``j`` is the token at position ``j`` of
+            the text. Columns of tokens that a window has forgotten, or that are beyond a shorter
+            sequence, count for nothing.
+        bias : array_like of float, optional
+            Added to the logits, as of `attention`. Broadcasts like `mask`.
         is_causal : bool, default True
-            As of `attention`.
+            As of `attention`; holds together with `mask`.
         q_offset : int or array_like of int, shape (batch,), optional
             Position of the first query. All queries are valid then, unless `q_lengths` is given.
         window : tuple (left, right), optional
@@ -265,6 +281,17 @@ class KVCache:
         >>> cache.append(k[:, :, 5:], v[:, :, 5:])
         >>> cache.lengths, cache.attend(q[:, :, 5:]).shape
         (array([6, 4]), (2, 4, 1, 8))
+
+        The same prompts padded on the left, where a mask says which tokens are padding:
+
+        >>> left = na.KVCache(2, 4, 8)
+        >>> for x in (k, v):
+        ...     x[1, :, 2:5] = x[1, :, :3]
+        >>> left.append(k, v)
+        >>> is_token = np.arange(6) >= np.array([[0], [2]])  # (batch, T)
+        >>> out = left.attend(q[:, :, 5:], mask=is_token[:, np.newaxis, np.newaxis])
+        >>> bool(np.allclose(out, cache.attend(q[:, :, 5:]), atol=1e-6))
+        True
         """
         if unknown:
             check_unknown(unknown)
@@ -273,11 +300,15 @@ class KVCache:
         tokens = self._tokens
         array = self._arguments.check_queries(q, layout)
         queries = place(tokens, array, layout, q_offset, q_lengths)
+        if mask is not None or bias is not None:
+            heads = array.shape[1 if layout == "bhld" else 2]
+            pairs = (len(tokens.lengths), heads, queries.rows, max(tokens.lengths, default=0))
+            mask, bias = check_pairs(mask, bias, array.dtype, pairs)
         if out is not None:
             check_apart(out, tokens.arrays)
         options = Options(
-            is_causal, window, scale, softcap, alibi_slopes, sinks, layout, return_lse, out,
-            num_threads,
+            mask, bias, is_causal, window, scale, softcap, alibi_slopes, sinks, layout, return_lse,
+            out, num_threads,
         )  # fmt: skip
         return attend_to_tokens(tokens, queries, options)
 

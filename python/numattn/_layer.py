@@ -21,6 +21,7 @@ from ._checks import (
     refuse_kind,
     refuse_unknown,
 )
+from ._kv_arguments import check_pairs
 from ._kv_cache import KVCache
 from ._rotary import make_rotation
 from ._stages import attention_weights
@@ -489,7 +490,9 @@ class MultiHeadAttention:
             Attend to no later token. Default: True with a cache, else False. False with a cache
             lets the tokens of `x` see each other in both directions, and all tokens before them.
         mask, window, softcap
-            As of `attention`.
+            As of `attention`. With a cache, a mask is one of `KVCache.attend`: it broadcasts to
+            (batch, heads, L, T), where T counts the longest sequence's tokens, those of `x`
+            included.
         lengths : int or array_like of int, optional
             How many tokens are valid, for all or per batch item, the others being padding on the
             right: tokens of `x`, or of the context in cross-attention. Nobody attends to padding,
@@ -549,12 +552,11 @@ class MultiHeadAttention:
         }  # fmt: skip
         wants_weights = flag("return_weights", return_weights)
         if cache is not None:
-            for name, value in (("context", context), ("mask", mask)):
-                if value is not None:
-                    refuse_kind(name, "an array", "None beside a cache")
+            if context is not None:
+                refuse_kind("context", "an array", "None beside a cache")
             if wants_weights:
                 refuse("return_weights", "True", "False beside a cache")
-            return self._with_cache(x, lengths, options, cache)
+            return self._with_cache(x, lengths, options | {"mask": mask}, cache)
         if context is None:
             if self._context_dims != (self._embed_dim, self._embed_dim):
                 refuse_kind("context", "None", f"embeddings of {self._context_dims[0]} elements")
@@ -615,6 +617,10 @@ class MultiHeadAttention:
                 refuse("x", f"{x.shape[1]} tokens", expected)
         valid = ints_per_batch("lengths", lengths, (batch,), 0, x.shape[1])
         before = cache.lengths
+        if options["mask"] is not None:
+            after = before + (x.shape[1] if valid is None else valid)
+            pairs = (batch, self._heads, x.shape[1], int(after.max(initial=0)))
+            options["mask"], _ = check_pairs(options["mask"], None, dtype, pairs)
         positions = before[:, np.newaxis] + np.arange(x.shape[1])
         q, k, v = self._projected(x, x, x, positions)
         cache.append(k.swapaxes(1, 2), v.swapaxes(1, 2), lengths=valid)

@@ -121,7 +121,7 @@ def test_reference_has_everything_public():
         if callable(getattr(na, name, None) or getattr(plot, name, None)):
             assert name in documented, name
     for cls in (na.KVCache, na.MultiHeadAttention):
-        for name, member in vars(cls).items():
-            is_method = inspect.isfunction(member) or isinstance(member, classmethod)
+        for name, member in inspect.getmembers(cls):
+            is_method = inspect.isfunction(member) or inspect.ismethod(member)
             if is_method and (not name.startswith("_") or name == "__call__"):
                 assert name in documented, f"{cls.__name__}.{name}"

@@ -1,0 +1,282 @@
+"""Keys and values of a batch of growing sequences: taken in, taken back and copied."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from ._checks import refuse, refuse_kind, snapshot
+from ._kv_arguments import UNLIMITED, CacheArguments, accepted_dtype
+from ._kv_tokens import SPARE_PLACES, Tokens
+from ._quantize import quantize_named
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+    Array = NDArray[Any]
+
+# Of what a pickle holds.
+_STATE_VERSION = 1
+
+
+class KVStore:
+    """What a `KVCache` keeps of its sequences; attention is its own."""
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        *,
+        dtype: DTypeLike = np.float32,
+        quantize: bool = False,
+        capacity: int = 0,
+        window: int | None = None,
+        keep_first: int = 0,
+        max_rollback: int = 16,
+    ) -> None:
+        self._arguments = CacheArguments(
+            batch, kv_heads, head_dim, head_dim if value_dim is None else value_dim,
+            accepted_dtype(dtype), quantize, capacity, window, keep_first, max_rollback,
+        )  # fmt: skip
+        try:
+            arrays = [np.zeros(*each) for each in self._arguments.arrays(self._arguments.capacity)]
+        except ValueError as error:  # sizes whose product is beyond 64 bits
+            raise MemoryError(str(error)) from None
+        self._tokens = self._make_tokens(arrays)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens appended to each sequence so far, forgotten ones included."""
+        return np.array(self._tokens.lengths, np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that keys, values and scales take, free places included."""
+        return sum(x.nbytes for x in self._tokens.arrays)
+
+    @property
+    def k(self) -> Array:
+        """The keys that are kept, (batch, kv_heads, tokens, head_dim)."""
+        return self._view(0)
+
+    @property
+    def v(self) -> Array:
+        """The values that are kept, (batch, kv_heads, tokens, value_dim)."""
+        return self._view(1)
+
+    @property
+    def k_scale(self) -> Array | None:
+        """The scales of 8-bit keys, (batch, kv_heads, tokens)."""
+        return self._view(2) if self._arguments.quantize else None
+
+    @property
+    def v_scale(self) -> Array | None:
+        """The scales of 8-bit values, (batch, kv_heads, tokens)."""
+        return self._view(3) if self._arguments.quantize else None
+
+    def append(self, k: ArrayLike, v: ArrayLike, lengths: int | ArrayLike | None = None) -> None:
+        """Append tokens to every sequence.
+
+        Parameters
+        ----------
+        k, v : array_like, shape (batch, kv_heads, tokens, head_dim or value_dim)
+            Keys and values in the cache's dtype.
+        lengths : int or array_like of int, shape (batch,), optional
+            How many of the tokens each sequence gets; the others are padding, and may be anything.
+            Default: all.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If something does not fit; the cache is then as it was. With a window, no more tokens
+            than it at once: what lies further back would be gone before a query could see it. Cut a
+            longer text into pieces, and attend after each.
+
+        See Also
+        --------
+        attend : attends to what was appended.
+        truncate : takes tokens back.
+        """
+        kind = self._arguments
+        new = [kind.check_new("k", k, kind.head_dim), kind.check_new("v", v, kind.value_dim)]
+        given = new[0].shape[2]
+        if new[1].shape[2] != given:
+            refuse("v", f"{new[1].shape[2]} tokens", f"{given} as in k")
+        if kind.window is not None and given > kind.window:
+            refuse("k", f"{given} tokens", f"at most the window's {kind.window} at once")
+        counts = None if lengths is None else kind.check_numbers("lengths", lengths, given)
+        if counts is not None and counts.count(given) == len(counts):
+            counts = None
+        if kind.quantize:
+            new = _quantized(new, counts)
+        self._tokens = self._tokens.appended(new, counts)
+
+    def truncate(self, n: int | ArrayLike) -> None:
+        """Forget all but the first tokens of every sequence, as if the others had not come yet.
+
+        Parameters
+        ----------
+        n : int or array_like of int, shape (batch,)
+            How many tokens to keep, of all sequences or of each. Shorter sequences stay as they
+            are.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `n` is no such number, or if a cache with a window would have to take back more than
+            `max_rollback` tokens, counted from the largest length that the sequence has had. It can
+            always begin anew, with no token or with up to `keep_first`.
+
+        Examples
+        --------
+        Speculative decoding appends four drafts and keeps those that it accepts:
+
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> k, v = np.random.default_rng(0).standard_normal((2, 2, 4, 9, 8), dtype=np.float32)
+        >>> cache = na.KVCache(2, 4, 8, window=6, max_rollback=4)
+        >>> for i in range(5):
+        ...     cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+        >>> cache.append(k[:, :, 5:], v[:, :, 5:])
+        >>> cache.truncate([6, 8])
+        >>> cache.lengths
+        array([6, 8])
+        """
+        self._tokens = self._tokens.truncated(self._arguments.check_numbers("n", n, 2**63 - 1))
+
+    def reset(self) -> None:
+        """Forget all tokens, but keep the memory."""
+        self._tokens = self._make_tokens(self._tokens.arrays)
+
+    def select(self, indices: ArrayLike) -> Self:
+        """Return a cache of copies of some sequences, as beam search needs them.
+
+        Parameters
+        ----------
+        indices : array_like of int, shape (n,)
+            The sequences, in any order and as often as wanted.
+
+        Returns
+        -------
+        cache : KVCache
+            Of the same class. Other attributes than a cache's own are the same objects.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `indices` is no list of ints, or one of them is no sequence.
+        """
+        chosen = snapshot("indices", indices)
+        if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
+            seen = f"dtype {chosen.dtype}, shape {chosen.shape}"
+            refuse_kind("indices", seen, "a list of ints")
+        batch = self._arguments.batch
+        outside = (chosen < -batch) | (chosen >= batch)
+        if outside.any():
+            at = int(np.argmax(outside))
+            refuse("indices", f"{chosen[at]} at {at}", f"numbers of {batch} sequences")
+        sequences = [int(i) % batch for i in chosen]
+        other = object.__new__(type(self))
+        _set_attributes(other, _attributes(self))
+        other._arguments = replace(self._arguments, batch=len(sequences), capacity=0)
+        other._tokens = self._tokens.selected(sequences, SPARE_PLACES)
+        return other
+
+    def copy(self) -> Self:
+        """Return a cache with the same tokens in memory of its own."""
+        return self.select(np.arange(self._arguments.batch))
+
+    def __copy__(self) -> Self:
+        return self.copy()
+
+    def __getstate__(self) -> dict[str, Any]:
+        tokens = self._tokens.selected(list(range(self._arguments.batch)))
+        others = _attributes(self)
+        del others["_arguments"], others["_tokens"]
+        return {
+            "version": _STATE_VERSION,
+            "arguments": asdict(replace(self._arguments, capacity=0)),
+            "numbers": tokens.numbers(),
+            "padded": tokens.padded,
+            "arrays": tokens.arrays,
+            "others": others,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        version = state.get("version") if isinstance(state, dict) else None
+        if version != _STATE_VERSION:
+            refuse("state", f"version {version!r} of a KVCache", f"version {_STATE_VERSION}")
+        try:
+            KVStore.__init__(self, **state["arguments"])
+            numbers = [
+                self._arguments.check_numbers("state", each, UNLIMITED) for each in state["numbers"]
+            ]
+            # Arrays that came in buffers of their own may be read-only.
+            arrays = [np.require(x, requirements=["W"]) for x in state["arrays"]]
+            tokens = self._make_tokens(arrays, numbers, state["padded"])
+            others = dict(state["others"])
+        except (KeyError, TypeError, ValueError) as error:
+            refuse("state", f"what is none of a KVCache ({error!r})", "what was pickled")
+        seen, wanted = [(x.shape, x.dtype) for x in arrays], self._arguments.arrays(tokens.used)
+        if seen != wanted:
+            refuse("state", f"arrays of {seen}", f"arrays of {wanted}")
+        if not all(np.isfinite(scales).all() for scales in arrays[2:]):
+            refuse("state", "a scale that is not finite", "finite numbers")
+        self._tokens = tokens
+        _set_attributes(self, others)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._arguments}): lengths {self._tokens.lengths}"
+
+    # ---- inside -------------------------------------------------------------------------------
+
+    @property
+    def _window(self) -> int | None:
+        return self._arguments.window
+
+    def _make_tokens(
+        self,
+        arrays: Iterable[Array],
+        numbers: Sequence[list[int]] | None = None,
+        padded: int | None = None,
+    ) -> Tokens:
+        """Make tokens of arrays; without numbers there are none yet."""
+        kind = self._arguments
+        lengths, before, shortest = numbers or [[0] * kind.batch] * 3
+        limits = UNLIMITED, 0, UNLIMITED
+        if kind.window is not None:
+            limits = kind.window, kind.keep_first, kind.max_rollback
+        return Tokens(tuple(arrays), *limits, lengths, before, shortest, padded)
+
+    def _view(self, number: int) -> Array:
+        tokens = self._tokens
+        view = tokens.arrays[number][:, :, : tokens.used]
+        view.flags.writeable = False
+        return view
+
+
+def _quantized(new: list[Array], counts: list[int] | None) -> list[Array]:
+    """Return keys and values of 8 bits, then their scales."""
+    if counts is not None:  # padding may be anything
+        is_new = np.arange(new[0].shape[2]) < np.array(counts)[:, np.newaxis]
+        new = [np.where(is_new[:, np.newaxis, :, np.newaxis], x, x.dtype.type(0)) for x in new]
+    pairs = [quantize_named(name, x) for name, x in zip("kv", new, strict=True)]
+    return [numbers for numbers, _ in pairs] + [scale for _, scale in pairs]
+
+
+def _attributes(cache: KVStore) -> dict[str, Any]:
+    """Return all attributes, also those that a subclass has in slots."""
+    state = object.__getstate__(cache)
+    parts = state if isinstance(state, tuple) else (state,)
+    return {name: value for part in parts if part for name, value in part.items()}
+
+
+def _set_attributes(cache: KVStore, attributes: dict[str, Any]) -> None:
+    for name, value in attributes.items():
+        object.__setattr__(cache, name, value)

@@ -433,7 +433,11 @@ def check_cache(call):
                 x.truncate(m, keep_first)
         elif what < 0.95:
             rows = rng.integers(0, call.batch, call.batch)
-            cache = change("select", rows)
+            parts = np.split(rows, [int(rng.integers(0, call.batch + 1))])
+            if rng.random() < 0.5:
+                cache = change("select", rows)
+            else:
+                cache = change("concatenate", [cache.select(part) for part in parts])
             kept = [copy.copy(kept[i]) for i in rows]
         else:
             cache = pickle.loads(pickle.dumps(cache))

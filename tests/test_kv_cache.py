@@ -661,6 +661,7 @@ class Named(na.KVCache):
 
 COPIES = {
     "select": lambda cache: cache.select([0, 1]),
+    "concatenate": lambda cache: na.KVCache.concatenate([cache.select([0]), cache.select([1])]),
     "copy": lambda cache: cache.copy(),
     "copy.copy": copy.copy,
     "deepcopy": copy.deepcopy,
@@ -678,7 +679,7 @@ def test_copies_are_of_the_same_class(rng, way):
     other = COPIES[way](cache)
     assert type(other) is Named
     assert (other.name, other.layer) == (["x"], 3)
-    assert (other.name is cache.name) == (way in ("select", "copy", "copy.copy"))
+    assert (other.name is cache.name) == (way in ("select", "concatenate", "copy", "copy.copy"))
     np.testing.assert_array_equal(other.attend(q), expected)
     for _ in range(3):
         other.append(k, v)

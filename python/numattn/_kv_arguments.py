@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 # A window, and what can be taken back, where nothing is forgotten.
 UNLIMITED = 2**62
 
+# What caches have in common whose sequences can be in one.
+SHARED = (
+    "kv_heads", "head_dim", "value_dim", "dtype", "quantize", "window", "keep_first",
+    "max_rollback",
+)  # fmt: skip
+
 
 @dataclass(slots=True)
 class CacheArguments:

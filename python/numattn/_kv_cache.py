@@ -67,8 +67,8 @@ class KVCache(KVStore):
     -----
     Appending copies each token once, and on average about twice more when the memory grows or a
     window moves on. A failed or interrupted append leaves the cache as it was. Copies (`select`,
-    `copy`, the module `copy`, pickles) hold the tokens that are kept and zeros: nothing that was
-    forgotten, and no free places to speak of.
+    `concatenate`, `copy`, the module `copy`, pickles) hold the tokens that are kept and zeros:
+    nothing that was forgotten, and no free places to speak of.
 
     With `keep_first`, once a sequence is longer than those and the window, results are merged from
     two parts, and float16 and bfloat16 ones rounded once more. The first tokens beside a window are

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
 from ._checks import refuse, refuse_kind, snapshot
-from ._kv_arguments import UNLIMITED, CacheArguments, accepted_dtype
+from ._kv_arguments import SHARED, UNLIMITED, CacheArguments, accepted_dtype
 from ._kv_tokens import SPARE_PLACES, Tokens
 from ._quantize import quantize_named
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Of what a pickle holds.
 _STATE_VERSION = 1
+
+_Store = TypeVar("_Store", bound="KVStore")
 
 
 class KVStore:
@@ -171,6 +173,10 @@ class KVStore:
         ------
         TypeError, ValueError
             If `indices` is no list of ints, or one of them is no sequence.
+
+        See Also
+        --------
+        concatenate : the sequences of several caches in one.
         """
         chosen = snapshot("indices", indices)
         if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
@@ -186,6 +192,68 @@ class KVStore:
         _set_attributes(other, _attributes(self))
         other._arguments = replace(self._arguments, batch=len(sequences), capacity=0)
         other._tokens = self._tokens.selected(sequences, SPARE_PLACES)
+        return other
+
+    @staticmethod
+    def concatenate(caches: Iterable[_Store]) -> _Store:
+        """Return a cache of copies of the sequences of several caches, one after the other.
+
+        A server that generates for many lets sequences leave by `select` when they end, and join by
+        `concatenate` when their prompts are in.
+
+        Parameters
+        ----------
+        caches : iterable of KVCache
+            At least one. Their batches may differ, and nothing else that they were made with but
+            `capacity`.
+
+        Returns
+        -------
+        cache : KVCache
+            Of the first one's class. Other attributes than a cache's own are the first one's
+            objects.
+
+        Raises
+        ------
+        TypeError
+            If `caches` are no caches.
+        ValueError
+            If there are none, or one differs from the first: the error says in what.
+
+        See Also
+        --------
+        select : some sequences of a cache.
+
+        Notes
+        -----
+        Lengths, and what can be taken back, are each sequence's own as before. Where queries are
+        after an `append` with `lengths` (see `attend`) is kept if one `append` could have brought
+        all sequences what their own ones did; else the last query is at the end of its sequence.
+
+        Every token that is kept is copied once: let those that came meanwhile join together.
+
+        Examples
+        --------
+        One of two sequences has ended, and a prompt of four tokens takes its place:
+
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 3, 4, 6, 8), dtype=np.float32)
+        >>> running, new = na.KVCache(2, 4, 8), na.KVCache(1, 4, 8)
+        >>> running.append(k[:2, :, :5], v[:2, :, :5], lengths=[5, 3])
+        >>> new.append(k[2:, :, :4], v[2:, :, :4])
+        >>> running = na.KVCache.concatenate([running.select([0]), new])
+        >>> running.append(k[[0, 2], :, 5:], v[[0, 2], :, 5:])
+        >>> running.lengths, running.attend(q[[0, 2], :, 5:]).shape
+        (array([6, 5]), (2, 4, 1, 8))
+        """
+        parts = _checked_caches(caches)
+        first = parts[0]
+        batch = sum(each._arguments.batch for each in parts)
+        other = object.__new__(type(first))
+        _set_attributes(other, _attributes(first))
+        other._arguments = replace(first._arguments, batch=batch, capacity=0)
+        other._tokens = Tokens.joined([each._tokens for each in parts], SPARE_PLACES)
         return other
 
     def copy(self) -> Self:
@@ -268,6 +336,24 @@ def _quantized(new: list[Array], counts: list[int] | None) -> list[Array]:
         new = [np.where(is_new[:, np.newaxis, :, np.newaxis], x, x.dtype.type(0)) for x in new]
     pairs = [quantize_named(name, x) for name, x in zip("kv", new, strict=True)]
     return [numbers for numbers, _ in pairs] + [scale for _, scale in pairs]
+
+
+def _checked_caches(caches: Iterable[_Store]) -> list[_Store]:
+    """Return caches that agree in all that their tokens have in common."""
+    try:
+        found = list(caches)
+    except TypeError:
+        refuse_kind("caches", type(caches).__name__, "a list of KVCache")
+    if not found:
+        refuse("caches", "none", "at least one")
+    for i, each in enumerate(found):
+        if not isinstance(each, KVStore):
+            refuse_kind("caches", f"{type(each).__name__} at {i}", "a KVCache")
+        for name in SHARED:
+            value, wanted = (getattr(x._arguments, name) for x in (each, found[0]))
+            if value != wanted:
+                refuse("caches", f"{name}={value} at {i}", f"{wanted} as the first")
+    return found
 
 
 def _attributes(cache: KVStore) -> dict[str, Any]:

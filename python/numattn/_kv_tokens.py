@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -140,6 +141,27 @@ class Tokens:
         copied.arrays = self._moved(chosen, copied.begins, copied.used + spare)
         return copied
 
+    @staticmethod
+    def joined(parts: Sequence[Tokens], spare: int = 0) -> Tokens:
+        """Copy what is kept of the sequences of all parts, with so many free places."""
+        first = parts[0]
+        lengths, before, shortest = (
+            list(chain(*numbers)) for numbers in zip(*(x.numbers() for x in parts), strict=True)
+        )
+        joined = Tokens(
+            (), first.window, first.keep_first, first.max_rollback, lengths, before, shortest,
+            _padding_of_all(parts),
+        )  # fmt: skip
+        rows = len(lengths)
+        joined.arrays = tuple(_zeros(x, rows, joined.used + spare) for x in first.arrays)
+        begin = 0
+        for part in parts:
+            own = slice(begin, begin + len(part.lengths))
+            for to, x in zip(joined.arrays, part.arrays, strict=True):
+                part._move(x, range(len(part.lengths)), joined.begins[own], to[own])
+            begin = own.stop
+        return joined
+
     def _moved(self, chosen: Sequence[int], begins: list[int], capacity: int) -> tuple[Array, ...]:
         """Return copies of the arrays of some sequences, where they begin at `begins`."""
         return tuple(self._moved_array(x, chosen, begins, capacity) for x in self.arrays)
@@ -147,12 +169,38 @@ class Tokens:
     def _moved_array(
         self, x: Array, chosen: Sequence[int], begins: list[int], capacity: int
     ) -> Array:
-        to = np.zeros((len(chosen), x.shape[1], capacity, *x.shape[3:]), x.dtype)
-        for row, (i, begin) in enumerate(zip(chosen, begins, strict=True)):
+        to = _zeros(x, len(chosen), capacity)
+        self._move(x, chosen, begins, to)
+        return to
+
+    def _move(self, x: Array, chosen: Sequence[int], begins: list[int], to: Array) -> None:
+        for row, i, begin in zip(to, chosen, begins, strict=True):
             end = self.places[i]
             first = min(self.keep_first, end)
-            to[row, :, :first] = x[i, :, :first]
+            row[:, :first] = x[i, :, :first]
             shift = begin - self.begins[i]
             if first + shift < end:
-                to[row, :, first : end - shift] = x[i, :, first + shift : end]
-        return to
+                row[:, first : end - shift] = x[i, :, first + shift : end]
+
+
+def _zeros(x: Array, rows: int, capacity: int) -> Array:
+    """Return zeros as x for other numbers of sequences and places."""
+    return np.zeros((rows, x.shape[1], capacity, *x.shape[3:]), x.dtype)
+
+
+def _padding_of_all(parts: Sequence[Tokens]) -> int | None:
+    """Return `padded` of sequences that one append could have brought what their own ones did.
+
+    There is none where appends differed: queries that are those of one part's last tokens would be
+    anything in another's.
+    """
+    numbers = {part.padded for part in parts} - {None}
+    if len(numbers) != 1:
+        return None
+    padded = numbers.pop()
+    could_be = all(
+        part.padded == padded
+        or all(n - old == padded for n, old in zip(part.lengths, part.before, strict=True))
+        for part in parts
+    )
+    return padded if could_be else None

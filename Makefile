@@ -55,8 +55,8 @@ test: $(BUILT) $(VENV)/group-test
 # Tests that say nothing about the process as a whole, in four threads at once.
 test-parallel: $(BUILT) $(VENV)/group-parallel
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest --parallel-threads=4 $(addprefix tests/test_,\
-	  arrays.py errors.py kv_cache.py kv_concatenate.py kv_masks.py rotary.py \
-	  same_bits.py sequences.py)
+	  arrays.py errors.py kv_cache.py kv_concatenate.py kv_masks.py kv_pieces.py \
+	  rotary.py same_bits.py sequences.py)
 
 # The native library by itself, and what its objects hold.
 test-native: $(VENV)/group-native

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import faulthandler
+import functools
 import inspect
 import os
 import pickle
@@ -378,12 +379,11 @@ class CachedSequence:
             self.largest = self.length()
 
 
-def check_cache(call):
-    """Check attention after a random history of appends, truncations and copies."""
+def cache_with_history(call, window, keep_first):
+    """Return a cache after appends, truncations and copies, what its sequences have had, and how
+    many tokens were appended last, if some sequences got fewer."""
     rng = call.rng
-    (heads, kv_heads), (query_length, _), (dim, value_dim) = call.heads, call.lengths, call.dims
-    window = int(rng.integers(1, 40)) if rng.random() < 0.4 else None
-    keep_first = int(rng.integers(0, 5)) if window else 0
+    (_, kv_heads), (query_length, _), (dim, value_dim) = call.heads, call.lengths, call.dims
     max_rollback = int(rng.integers(0, 20))
     arguments = {
         "batch": call.batch, "kv_heads": kv_heads, "head_dim": dim, "value_dim": value_dim,
@@ -400,7 +400,7 @@ def check_cache(call):
     kept = [
         CachedSequence(*(np.zeros((kv_heads, 0, n)) for n in call.dims)) for _ in range(call.batch)
     ]
-    padded = None  # how many tokens were appended last, if some sequences got fewer
+    padded = None
     for _ in range(int(rng.integers(1, 6))):
         what = rng.random()
         if what < 0.7:
@@ -441,26 +441,52 @@ def check_cache(call):
             kept = [copy.copy(kept[i]) for i in rows]
         else:
             cache = pickle.loads(pickle.dumps(cache))
+    return cache, kept, padded
+
+
+def check_cache(call):
+    """Check attention to what a cache has, or to new tokens, after a random history."""
+    rng = call.rng
+    (heads, kv_heads), (query_length, _), (dim, _) = call.heads, call.lengths, call.dims
+    window = int(rng.integers(1, 40)) if rng.random() < 0.4 else None
+    keep_first = int(rng.integers(0, 5)) if window else 0
+    cache, kept, padded = cache_with_history(call, window, keep_first)
     assert cache.lengths.tolist() == [x.length() for x in kept]
     q = array(call, call.batch, heads, query_length, dim)
+    new = lengths = None
+    if rng.random() < 0.4:  # the queries of new tokens, which may be more than the window
+        new = [array(call, call.batch, kv_heads, query_length, n) for n in call.dims]
+        lengths = rng.integers(0, query_length + 1, call.batch)
+        rounded_new = new
+        if call.int8:
+            rounded_new = [rounded(*na.quantize_kv(x), np.float64) for x in new]
+        for i, m in enumerate(lengths):
+            kept[i].append(*(x[i, :, :m] for x in rounded_new))
     length = max(x.length() for x in kept)
     options = options_of(call, length)
     counts = options.pop("q_lengths", None)
     for name in ("kv_lengths", "q_offset", "is_causal", *(["window"] if window else [])):
         options.pop(name, None)
-    where = {} if counts is None else {"q_lengths": counts}
-    if counts is None and padded == query_length:
-        counts = [x.length() - x.before for x in kept]
-    counts = [query_length] * call.batch if counts is None else counts
-    try:
-        out = run(
-            call, cache.attend, *moved(call, q), **options, **where, layout=call.layout,
-            num_threads=call.threads,
-        )  # fmt: skip
-    except ValueError as error:
-        if window is None or "tokens from" not in str(error):
-            raise
-        return
+    layout = {"layout": call.layout, "num_threads": call.threads}
+    if new is not None:
+
+        @functools.wraps(cache.append_and_attend)
+        def of_a_copy(*positional, **arguments):
+            return cache.copy().append_and_attend(*positional, **arguments)
+
+        out = run(call, of_a_copy, *moved(call, q, *new), lengths, **options, **layout)
+        counts = lengths
+    else:
+        where = {} if counts is None else {"q_lengths": counts}
+        if counts is None and padded == query_length:
+            counts = [x.length() - x.before for x in kept]
+        counts = [query_length] * call.batch if counts is None else counts
+        try:
+            out = run(call, cache.attend, *moved(call, q), **options, **where, **layout)
+        except ValueError as error:
+            if window is None or "tokens from" not in str(error):
+                raise
+            return
     pairs = {
         name: np.broadcast_to(options.pop(name), (call.batch, heads, query_length, length))
         for name in ("mask", "bias") if name in options

@@ -813,7 +813,8 @@ def test_examples_of_methods():
         test for cls in na.KVCache.__mro__[:-1] for test in finder.find(cls, "KVCache", globs={})
     ]
     shown = {test.name for test in found if test.examples}
-    assert {"KVCache.attend", "KVCache.truncate"} <= shown
+    names = {"attend", "append_and_attend", "truncate", "concatenate"}
+    assert {f"KVCache.{name}" for name in names} <= shown
     runner = doctest.DocTestRunner()
     for test in found:
         assert runner.run(test).failed == 0

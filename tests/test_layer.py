@@ -644,9 +644,9 @@ def test_bad_calls(rng):
             "cache: got dtype float64, expected float32 as the layer",
         ),
         (
-            lambda: layer(x, cache=na.KVCache(2, 4, 6, window=3)),
+            lambda: layer(x, cache=na.KVCache(2, 4, 6, window=3), is_causal=False),
             ValueError,
-            "x: got 5 tokens, expected at most the 3 of the cache's window at once",
+            "is_causal: got False for 5 tokens, more than the window's 3, expected True",
         ),
         (lambda: layer(x, attn_mask=None), TypeError, "'attn_mask'; did you mean `mask=`"),
         (lambda: layer(x, key_padding_mask=None), TypeError, "did you mean `lengths=`"),

@@ -89,15 +89,39 @@ class CacheArguments:
         found = [((*rows, dim), stored) for dim in (self.head_dim, self.value_dim)]
         return found + [(rows, np.dtype(np.float32))] * (2 if self.quantize else 0)
 
-    def check_new(self, name: str, x: ArrayLike, dim: int) -> Array:
-        """Return keys or values to append."""
+    def check_tokens(
+        self, k: ArrayLike, v: ArrayLike, lengths: int | ArrayLike | None, layout: str, most: int
+    ) -> tuple[list[Array], list[int] | None]:
+        """Return keys and values to append, heads first, and how many tokens each sequence gets,
+        None for all."""
+        new = [
+            self._check_new("k", k, self.head_dim, layout),
+            self._check_new("v", v, self.value_dim, layout),
+        ]
+        given = new[0].shape[2]
+        if new[1].shape[2] != given:
+            refuse("v", f"{new[1].shape[2]} tokens", f"{given} as in k")
+        if given > most:
+            expected = f"at most the window's {most} at once; `append_and_attend` takes any number"
+            refuse("k", f"{given} tokens", expected)
+        counts = None if lengths is None else self.check_numbers("lengths", lengths, given)
+        if counts is not None and counts.count(given) == len(counts):
+            counts = None
+        return new, counts
+
+    def _check_new(self, name: str, x: ArrayLike, dim: int, layout: str) -> Array:
         array = as_array(name, x)
         if array.dtype != self.dtype:
             refuse_kind(name, dtype_name(array), f"{self.dtype.name} as the cache")
+        heads, tokens = (1, 2) if layout == "bhld" else (2, 1)
         shape = array.shape
-        if len(shape) != 4 or shape[:2] != (self.batch, self.kv_heads) or shape[3] != dim:
-            refuse(name, f"shape {shape}", f"({self.batch}, {self.kv_heads}, tokens, {dim})")
-        return array
+        if len(shape) != 4 or (shape[0], shape[heads], shape[3]) != (
+            self.batch, self.kv_heads, dim,
+        ):  # fmt: skip
+            axes = {0: self.batch, heads: self.kv_heads, tokens: "tokens", 3: dim}
+            expected = ", ".join(str(axes[axis]) for axis in range(4))
+            refuse(name, f"shape {shape}", f"({expected})")
+        return array if layout == "bhld" else array.swapaxes(1, 2)
 
     def check_queries(self, q: ArrayLike, layout: str) -> Array:
         check_layout(layout)
@@ -124,21 +148,22 @@ class CacheArguments:
 
 
 def check_pairs(
-    mask: ArrayLike | None,
-    bias: ArrayLike | None,
-    dtype: np.dtype[Any],
-    pairs: tuple[int, int, int, int],
+    mask: ArrayLike | None, bias: ArrayLike | None, q: Array, layout: str, lengths: list[int]
 ) -> tuple[Array | None, Array | None]:
-    """Return mask and bias with the axes of `pairs`, (batch, Hq, Lq, T), each so long or 1."""
+    """Return mask and bias with axes (batch, Hq, Lq, T), each so long or 1, for sequences of these
+    lengths."""
+    batch, *rest = q.shape[:3]
+    heads, rows = rest if layout == "bhld" else rest[::-1]
+    pairs = batch, heads, rows, max(lengths, default=0)
     mask_ = bias_ = None
     if mask is not None:
         mask_ = as_array("mask", mask)
         check_mask(mask_)
-        check_meaning_of_axes(mask_, pairs[:1], pairs[1], pairs[2], "T")
+        check_meaning_of_axes(mask_, (batch,), heads, rows, "T")
         mask_ = _with_all_axes("mask", mask_, pairs)
     if bias is not None:
         bias_ = as_array("bias", bias)
-        check_bias(bias_, dtype)
+        check_bias(bias_, q.dtype)
         bias_ = _with_all_axes("bias", bias_, pairs)
     return mask_, bias_
 
@@ -154,13 +179,16 @@ def _with_all_axes(name: str, x: Array, pairs: tuple[int, ...]) -> Array:
     return x[(np.newaxis,) * missing]
 
 
-def check_unknown(options: dict[str, Any]) -> None:
-    """Refuse what `KVCache.attend` does not take; None is nothing."""
+def check_unknown(method: str, options: dict[str, Any]) -> None:
+    """Refuse what a method of `KVCache` does not take; None is nothing."""
     for name in ("kv_lengths", "k_scale", "v_scale"):
         if options.pop(name, None) is not None:
             refuse_kind(name, "an array", "none: the cache knows its keys")
+    for name in ("q_offset", "q_lengths"):
+        if options.pop(name, None) is not None:
+            refuse_kind(name, "numbers", "none: the queries are those of the tokens in k")
     if options:
-        refuse_unknown("KVCache.attend", options)
+        refuse_unknown(f"KVCache.{method}", options)
 
 
 def check_apart(out: object, arrays: tuple[Array, ...]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from ._checks import refuse
-from ._kv_arguments import check_apart, check_pairs, check_unknown
+from ._checks import check_out, check_overlap, refuse
+from ._kv_arguments import UNLIMITED, check_apart, check_pairs, check_unknown
 from ._kv_attend import Options, attend_to_tokens, place
+from ._kv_pieces import append_in_pieces
 from ._kv_store import KVStore
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ class KVCache(KVStore):
         See Also
         --------
         attention : what each option means.
+        append_and_attend : both at once, for prompts of any length.
 
         Examples
         --------
@@ -185,16 +187,14 @@ class KVCache(KVStore):
         True
         """
         if unknown:
-            check_unknown(unknown)
+            check_unknown("attend", unknown)
         if window is not None and self._window is not None:
             refuse("window", repr(window), "none: the cache has one")
         tokens = self._tokens
         array = self._arguments.check_queries(q, layout)
         queries = place(tokens, array, layout, q_offset, q_lengths)
         if mask is not None or bias is not None:
-            heads = array.shape[1 if layout == "bhld" else 2]
-            pairs = (len(tokens.lengths), heads, queries.rows, max(tokens.lengths, default=0))
-            mask, bias = check_pairs(mask, bias, array.dtype, pairs)
+            mask, bias = check_pairs(mask, bias, array, layout, tokens.lengths)
         if out is not None:
             check_apart(out, tokens.arrays)
         options = Options(
@@ -202,3 +202,110 @@ class KVCache(KVStore):
             out, num_threads,
         )  # fmt: skip
         return attend_to_tokens(tokens, queries, options)
+
+    def append_and_attend(
+        self,
+        q: ArrayLike,
+        k: ArrayLike,
+        v: ArrayLike,
+        lengths: int | ArrayLike | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+        is_causal: bool = True,
+        window: tuple[int | None, int | None] | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        alibi_slopes: ArrayLike | None = None,
+        sinks: ArrayLike | None = None,
+        layout: Literal["bhld", "blhd"] = "bhld",
+        return_lse: bool = False,
+        out: NDArray[Any] | None = None,
+        num_threads: int | None = None,
+        **unknown: Any,
+    ) -> Any:
+        """Append tokens and attend with their queries, also more of them than the window.
+
+        The same as `append` and then `attend`; more tokens than a cache's window are appended and
+        attend in pieces of so many, one after the other, so that every query sees what it should.
+
+        Parameters
+        ----------
+        q : array_like, shape (batch, Hq, tokens, head_dim)
+            The queries of the tokens, in the cache's dtype.
+        k, v : array_like, shape (batch, kv_heads, tokens, head_dim or value_dim)
+            Their keys and values.
+        lengths : int or array_like of int, shape (batch,), optional
+            How many of the tokens each sequence gets; the others are padding, whose queries get
+            zeros. Default: all.
+        mask, bias : array_like, optional
+            As of `attend`, with the T that ``lengths.max()`` is afterwards.
+        is_causal : bool, default True
+            As of `attention`. False only for what fits into the window: of more, the first tokens
+            are gone when the last ones come.
+        layout : {"bhld", "blhd"}, default "bhld"
+            Of `q`, `k`, `v` and the result: "blhd" is (batch, tokens, heads, dim).
+        window, scale, softcap, alibi_slopes, sinks, return_lse, out, num_threads
+            As of `attend`.
+
+        Returns
+        -------
+        out : ndarray, shape (batch, Hq, tokens, value_dim)
+            And the lse with ``return_lse=True``, as `attention`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `append` and `attend`. The cache is then as it was, as after any other exception.
+
+        See Also
+        --------
+        append, attend : one after the other.
+
+        Notes
+        -----
+        What can be asked for and taken back afterwards is as if the pieces had been appended by
+        themselves. Pieces of padding alone are left out.
+
+        Examples
+        --------
+        A prompt of 20 tokens for a cache that keeps 6 of them, and the first one:
+
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 4, 20, 8), dtype=np.float32)
+        >>> cache = na.KVCache(1, 4, 8, window=6, keep_first=1, max_rollback=2)
+        >>> out = cache.append_and_attend(q, k, v)
+        >>> p, j = np.arange(20)[:, np.newaxis], np.arange(20)
+        >>> mask = (j > p - 6) | (j < 1)
+        >>> bool(np.allclose(out, na.attention(q, k, v, is_causal=True, mask=mask), atol=1e-6))
+        True
+        >>> cache.lengths, cache.k.shape[2] < 20
+        (array([20]), True)
+        """
+        if unknown:
+            check_unknown("append_and_attend", unknown)
+        if window is not None and self._window is not None:
+            refuse("window", repr(window), "none: the cache has one")
+        kind, tokens = self._arguments, self._tokens
+        queries = kind.check_queries(q, layout)
+        new, counts = kind.check_tokens(k, v, lengths, layout, UNLIMITED)
+        given, rows = new[0].shape[2], queries.shape[2 if layout == "bhld" else 1]
+        if rows != given:
+            refuse("q", f"{rows} queries", f"{given}, as many as tokens in k")
+        if mask is not None or bias is not None:
+            added = [given] * len(tokens.lengths) if counts is None else counts
+            after = [n + more for n, more in zip(tokens.lengths, added, strict=True)]
+            mask, bias = check_pairs(mask, bias, queries, layout, after)
+        if out is not None:
+            check_out(out, (*queries.shape[:3], kind.value_dim), queries.dtype)
+            check_apart(out, tokens.arrays)
+            inputs = {"q": queries, "k": new[0], "v": new[1], "mask": mask, "bias": bias}
+            check_overlap(out, inputs)
+        options = Options(
+            mask, bias, is_causal, window, scale, softcap, alibi_slopes, sinks, layout, return_lse,
+            out, num_threads,
+        )  # fmt: skip
+        new = self._stored(new, counts)
+        self._tokens, result = append_in_pieces(tokens, queries, new, counts, options)
+        return result

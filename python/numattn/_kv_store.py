@@ -97,27 +97,17 @@ class KVStore:
         ------
         TypeError, ValueError
             If something does not fit; the cache is then as it was. With a window, no more tokens
-            than it at once: what lies further back would be gone before a query could see it. Cut a
-            longer text into pieces, and attend after each.
+            than it at once: what lies further back would be gone before a query could see it.
 
         See Also
         --------
         attend : attends to what was appended.
+        append_and_attend : takes texts longer than the window.
         truncate : takes tokens back.
         """
-        kind = self._arguments
-        new = [kind.check_new("k", k, kind.head_dim), kind.check_new("v", v, kind.value_dim)]
-        given = new[0].shape[2]
-        if new[1].shape[2] != given:
-            refuse("v", f"{new[1].shape[2]} tokens", f"{given} as in k")
-        if kind.window is not None and given > kind.window:
-            refuse("k", f"{given} tokens", f"at most the window's {kind.window} at once")
-        counts = None if lengths is None else kind.check_numbers("lengths", lengths, given)
-        if counts is not None and counts.count(given) == len(counts):
-            counts = None
-        if kind.quantize:
-            new = _quantized(new, counts)
-        self._tokens = self._tokens.appended(new, counts)
+        most = self._tokens.window
+        new, counts = self._arguments.check_tokens(k, v, lengths, "bhld", most)
+        self._tokens = self._tokens.appended(self._stored(new, counts), counts)
 
     def truncate(self, n: int | ArrayLike) -> None:
         """Forget all but the first tokens of every sequence, as if the others had not come yet.
@@ -322,20 +312,21 @@ class KVStore:
             limits = kind.window, kind.keep_first, kind.max_rollback
         return Tokens(tuple(arrays), *limits, lengths, before, shortest, padded)
 
+    def _stored(self, new: list[Array], counts: list[int] | None) -> list[Array]:
+        """Return keys and values as they are kept: as they are, or of 8 bits with their scales."""
+        if not self._arguments.quantize:
+            return new
+        if counts is not None:  # padding may be anything
+            is_new = np.arange(new[0].shape[2]) < np.array(counts)[:, np.newaxis]
+            new = [np.where(is_new[:, np.newaxis, :, np.newaxis], x, x.dtype.type(0)) for x in new]
+        pairs = [quantize_named(name, x) for name, x in zip("kv", new, strict=True)]
+        return [numbers for numbers, _ in pairs] + [scale for _, scale in pairs]
+
     def _view(self, number: int) -> Array:
         tokens = self._tokens
         view = tokens.arrays[number][:, :, : tokens.used]
         view.flags.writeable = False
         return view
-
-
-def _quantized(new: list[Array], counts: list[int] | None) -> list[Array]:
-    """Return keys and values of 8 bits, then their scales."""
-    if counts is not None:  # padding may be anything
-        is_new = np.arange(new[0].shape[2]) < np.array(counts)[:, np.newaxis]
-        new = [np.where(is_new[:, np.newaxis, :, np.newaxis], x, x.dtype.type(0)) for x in new]
-    pairs = [quantize_named(name, x) for name, x in zip("kv", new, strict=True)]
-    return [numbers for numbers, _ in pairs] + [scale for _, scale in pairs]
 
 
 def _checked_caches(caches: Iterable[_Store]) -> list[_Store]:

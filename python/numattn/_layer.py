@@ -21,7 +21,6 @@ from ._checks import (
     refuse_kind,
     refuse_unknown,
 )
-from ._kv_arguments import check_pairs
 from ._kv_cache import KVCache
 from ._rotary import make_rotation
 from ._stages import attention_weights
@@ -499,8 +498,8 @@ class MultiHeadAttention:
             and padding of `x` attends to nothing: its rows of `out` are the output bias. With a
             cache, only valid tokens are appended. Default: all.
         cache : KVCache, optional
-            The keys and values of the tokens before; those of `x` are appended. x is (batch, L,
-            embed_dim) then.
+            The keys and values of the tokens before; those of `x` are appended, also more of them
+            than its window. x is (batch, L, embed_dim) then.
         return_weights : bool, default False
             Also return the weights (..., heads, L, Lk), which are then held in memory.
 
@@ -594,7 +593,6 @@ class MultiHeadAttention:
         return keys, values
 
     def _with_cache(self, x: Array, lengths: Any, options: dict[str, Any], cache: KVCache) -> Array:
-        # What the cache would refuse is refused while it is as it was.
         if not isinstance(cache, KVCache):
             refuse_kind("cache", type(cache).__name__, "a KVCache")
         dtype = cache._arguments.dtype
@@ -609,22 +607,10 @@ class MultiHeadAttention:
         if x.ndim != 3 or x.shape[0] != batch:
             expected = f"({batch}, length, {self._embed_dim}) as the cache's batch"
             refuse("x", f"shape {x.shape}", expected)
-        if cache._window is not None:
-            if options["window"] is not None:
-                refuse("window", repr(options["window"]), "none: the cache has one")
-            if x.shape[1] > cache._window:
-                expected = f"at most the {cache._window} of the cache's window at once"
-                refuse("x", f"{x.shape[1]} tokens", expected)
         valid = ints_per_batch("lengths", lengths, (batch,), 0, x.shape[1])
-        before = cache.lengths
-        if options["mask"] is not None:
-            after = before + (x.shape[1] if valid is None else valid)
-            pairs = (batch, self._heads, x.shape[1], int(after.max(initial=0)))
-            options["mask"], _ = check_pairs(options["mask"], None, dtype, pairs)
-        positions = before[:, np.newaxis] + np.arange(x.shape[1])
+        positions = cache.lengths[:, np.newaxis] + np.arange(x.shape[1])
         q, k, v = self._projected(x, x, x, positions)
-        cache.append(k.swapaxes(1, 2), v.swapaxes(1, 2), lengths=valid)
-        return self._merged(cache.attend(q, q_offset=before, q_lengths=valid, **options))
+        return self._merged(cache.append_and_attend(q, k, v, valid, **options))
 
     def _projected(
         self, x: Array, of_keys: Array, of_values: Array, positions: Array | None

@@ -59,9 +59,9 @@ concept UnitsOfProduct =
     sizeof(typename U::Units) == sizeof(typename U::Vectors::Vec) &&
     requires(typename U::Unit unit, typename U::Units units, const typename U::Unit* from,
              typename U::Unit* to, typename U::Vectors::Vec x, const typename U::Vectors::Vec* xs,
-             const typename U::Element* elements, int64_t count, int i, unsigned bits) {
+             const typename U::Element* elements, int64_t count, int i) {
       requires AllAre<typename U::Units, decltype(U::set(unit)), decltype(U::load(from)),
-                      decltype(U::load_first(from, count)), decltype(U::only(units, bits)),
+                      decltype(U::load_first(from, count)),
                       decltype(U::load_units(elements, count)), decltype(U::join(xs)),
                       decltype(U::join_rounded(xs))>;
       requires AllAre<void, decltype(U::store(to, units)),
@@ -97,8 +97,6 @@ struct ScalarUnits : VectorsOfLevel {
   // Element `i` of each unit.
   static Vec element(Units units, int) { return units; }
   static Scalar element(Unit unit, int) { return unit; }
-  // Units with 0 for the elements whose bit is not set.
-  static Units only(Units units, unsigned) { return units; }
   // Without the elements that are NaN or infinite: 0 in their place.
   static Unit finite(Unit unit) { return unit - unit == 0 ? unit : 0; }
 };

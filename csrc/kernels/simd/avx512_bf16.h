@@ -81,28 +81,6 @@ struct Bfloat16Pairs : Float32 {
       units[i] = join(elements);
     }
   }
-  static Units only(Units units, unsigned elements) {
-    return _mm512_and_si512(
-        units, _mm512_set1_epi32(static_cast<int>((elements & 1u ? 0xffffu : 0u) |
-                                                  (elements & 2u ? 0xffff0000u : 0u))));
-  }
-
-  // Two vectors of weights [key][row], with `width` rows or the first 16 of them, rounded and
-  // joined to [pair of keys][row]. `order` is order_of_keys(width).
-  static Units join_keys(Vec first_keys, Vec last_keys, Units order) {
-    return _mm512_permutexvar_epi16(
-        order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(last_keys, first_keys)));
-  }
-  static Units order_of_keys(int width) {
-    if (width > kLanes) width = kLanes;
-    uint16_t from[2 * kLanes];
-    for (int i = 0; i < 2 * kLanes; ++i) {
-      const int pair = i / 2 / width;
-      from[i] = static_cast<uint16_t>((2 * pair + i % 2) * width + i / 2 % width);
-    }
-    return _mm512_loadu_si512(from);
-  }
-
   static Units join(const Vec* elements) {
     return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(elements[0]), 16),
                            _mm512_castps_si512(elements[1]));

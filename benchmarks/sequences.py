@@ -1,6 +1,7 @@
 """What 8 bits, pages, ragged and uneven batches are worth: `make bench-sequences`.
 
-Ratios of calls that take turns in one process; medians of the rounds.
+Ratios of calls that take turns in one process; medians of the rounds. A share of reading is
+compared with reading the same arrays, with as many threads, in the same round.
 """
 
 from __future__ import annotations
@@ -43,19 +44,47 @@ def ratio(slow, fast):
     return median(seconds(slow) / seconds(fast) for _ in range(ROUNDS))
 
 
+def bytes_of(array):
+    """Return an array's memory as float32, all of it but the last few bytes."""
+    raw = array.reshape(-1).view(np.uint8)
+    return raw[: raw.size // 256 * 256].view(np.float32)
+
+
+def reading(arrays, threads):
+    """Return a call that reads the arrays once, each thread its part of all."""
+    parts = [np.array_split(bytes_of(x).reshape(-1, 64), threads) for x in arrays]
+    pool = ThreadPoolExecutor(threads)
+
+    def read(i):
+        for part in parts:
+            _core.read_floats(part[i].reshape(-1))
+
+    return lambda: list(pool.map(read, range(threads)))
+
+
 def caches():
-    """Return one query over 32,768 keys in several kinds of cache."""
-    q, k, v = (normal(1, h, n, 128, dtype=ml_dtypes.bfloat16) for h, n in
-               ((32, 1), (8, 32768), (8, 32768)))  # fmt: skip
+    """Return calls of one query over 32,768 keys in several kinds of cache, and what they read."""
+    shapes = (1, 32, 1, 128), (1, 8, 32768, 128), (1, 8, 32768, 128)
+    q32, k32, v32 = (normal(*shape) for shape in shapes)
+    q, k, v = (x.astype(ml_dtypes.bfloat16) for x in (q32, k32, v32))
+    q16, k16, v16 = (x.astype(np.float16) for x in (q32, k32, v32))
     (k8, k_scale), (v8, v_scale) = na.quantize_kv(k), na.quantize_kv(v)
     k_pages, v_pages = (
         np.ascontiguousarray(x[0].swapaxes(0, 1)).reshape(2048, 16, 8, 128) for x in (k, v)
     )
     table, lengths = np.arange(2048)[np.newaxis], [32768]
     return {
-        "bfloat16": lambda: na.attention(q, k, v),
-        "int8": lambda: na.attention(q, k8, v8, k_scale=k_scale, v_scale=v_scale),
-        "pages of 16": lambda: na.attention_paged(q, k_pages, v_pages, table, lengths),
+        "float32": (lambda: na.attention(q32, k32, v32), [k32, v32]),
+        "float16": (lambda: na.attention(q16, k16, v16), [k16, v16]),
+        "bfloat16": (lambda: na.attention(q, k, v), [k, v]),
+        "int8": (
+            lambda: na.attention(q, k8, v8, k_scale=k_scale, v_scale=v_scale),
+            [k8, v8, k_scale, v_scale],
+        ),
+        "pages of 16": (
+            lambda: na.attention_paged(q, k_pages, v_pages, table, lengths),
+            [k_pages, v_pages],
+        ),
     }
 
 
@@ -80,7 +109,10 @@ def uneven():
 
 def figures(threads):
     """Yield the name of each figure, what is aimed at, and its value."""
-    calls = caches()
+    calls = {}
+    for name, (call, arrays) in caches().items():
+        calls[name] = call
+        yield f"{name}, 32768 keys, share of reading", None, ratio(reading(arrays, threads), call)
     yield "int8 / bfloat16, 32768 keys", 1.6, ratio(calls["bfloat16"], calls["int8"])
     yield "pages of 16 / plain, 32768 keys", 0.9, ratio(calls["bfloat16"], calls["pages of 16"])
 

@@ -1,7 +1,7 @@
 // Attention for few queries and a chunk of keys: all query heads that share a KV head together, so
-// that each byte of K and V is read once. All keys of the chunk get their logits, then their
-// weights, then the values are added up. The chunks of a head, fixed by the problem alone, are
-// computed by any thread and merged in their order (decode_state.h).
+// that each byte of K and V is read from memory once. All keys of the chunk get their logits, then
+// their weights, then the values are added up. The chunks of a head, fixed by the problem alone,
+// are computed by any thread and merged in their order (decode_state.h).
 //
 // Logits are [key][row], a row being a query of one of the heads (options/lane_map.h).
 #pragma once
@@ -52,9 +52,12 @@ struct Decode {
     char* zeros;         // a row of V
   };
 
-  // Read as they lie, which for many rows would take longer than copies.
-  static bool has_transposed_keys(const Task& task) {
-    return !task.k.is_int8 && is_transposed<Element>(task.k) && rows_of(task).count() <= 4;
+  // Whether K is stored transposed and read as it lies, again by each row of queries: for many rows
+  // that would take longer than a copy.
+  static bool reads_transposed(const Task& task) {
+    constexpr int64_t kMaxRowsOfTransposed = 4;
+    return !task.k.is_int8 && is_transposed<Element>(task.k) &&
+           rows_of(task).count() <= kMaxRowsOfTransposed;
   }
 
   static Scratch lay_out(Arena& arena, const Task& task) {
@@ -72,7 +75,7 @@ struct Decode {
     arena.take(scratch.rescale, lanes);
     arena.take(scratch.attended, kKeysPerChunk);
     constexpr auto kSize = static_cast<int64_t>(sizeof(Element));
-    const bool transposed = has_transposed_keys(task);
+    const bool transposed = reads_transposed(task);
     int64_t dims = has_gaps<Element>(task.k) && !transposed ? task.head_dim : 0;
     if (has_gaps<Element>(task.v) && task.value_dim > dims) dims = task.value_dim;
     arena.take(scratch.copy, kKeysPerChunk * dims * kSize);
@@ -112,7 +115,7 @@ struct Decode {
   template <int kWidth>
   static void multiply_queries(const Task& task, const Scratch& scratch, const KeySpan& keys) {
     const int64_t rows = rows_of(task).count();
-    if (has_transposed_keys(task)) {
+    if (reads_transposed(task)) {
       for (int64_t row = 0; row < rows; ++row) {
         qk_row_transposed<QkUnits, Element>(
             key_row(task.k, keys.first), task.k.rows.column_stride, keys.count,
@@ -122,9 +125,10 @@ struct Decode {
       return;
     }
     const ChunkRows k = chunk_rows<Vectors, Element>(task.k, keys.first, keys.count, scratch.copy);
-    with_stored_type<Int8, Element>(task.k.is_int8, [&]<class Type>(Stored<Type>) {
-      for_parts(keys.count, [&](const Parts& parts) {
-        for_turns(k, parts, [&](int64_t turn, const char* const* of_turn) {
+    for_turns<Element>(
+        k, keys.count,
+        [&]<class Type>(Stored<Type>, const Parts& parts, int64_t turn,
+                        const char* const* of_turn) {
           for (int64_t i = 0; i < task.kv_heads; ++i) {
             const Head& head = scratch.heads[i];
             const int64_t offset = i * task.k.rows.head_stride;
@@ -144,8 +148,6 @@ struct Decode {
             });
           }
         });
-      });
-    });
   }
 
   // ---- softmax --------------------------------------------------------------------------------
@@ -212,35 +214,41 @@ struct Decode {
                         const uint64_t* attended) {
     const int64_t rows = rows_of(task).count();
     const int64_t width = width_of_rows(rows);
-    with_stored_type<Int8, Element>(task.v.is_int8, [&]<class Type>(Stored<Type>) {
-      for_parts(count, [&](const Parts& parts) {
-        for_turns(v, parts, [&](int64_t turn, const char* const* of_turn) {
+    for_turns<Element>(
+        v, count,
+        [&]<class Type>(Stored<Type>, const Parts& parts, int64_t turn,
+                        const char* const* of_turn) {
           for (int64_t i = 0; i < task.kv_heads; ++i) {
             const Head& head = scratch.heads[i];
-            const int64_t offset = i * task.v.rows.head_stride;
-            const auto* const weights =
-                reinterpret_cast<const ValueUnit*>(head.logits) + (parts.first + turn) * width;
-            const int64_t stride = ValueUnits::kElements * parts.keys * width;
-            for (int64_t row = 0; attended && row < rows; ++row) {
-              const char* of_row[kKeysPerTurn];
+            ValuesOfTurn<ValueUnits> values{
+                of_turn,
+                i * task.v.rows.head_stride,
+                parts.count,
+                reinterpret_cast<const ValueUnit*>(head.logits) + (parts.first + turn) * width,
+                ValueUnits::kElements * parts.keys * width,
+                task.value_dim};
+            if (!attended) {
+              const auto* const weights = values.weights;
+              for_row_groups<Vectors>(rows, [&](int64_t row, auto together) {
+                values.weights = weights + row;
+                aggregate_rows<ValueUnits, Type, together.value>(
+                    values, head.state.output + row * task.value_dim);
+              });
+              continue;
+            }
+            const char* of_row[kKeysPerTurn];
+            for (int64_t row = 0; row < rows; ++row, ++values.weights) {
               for (int key = 0; key < parts.count; ++key) {
                 const uint64_t by = attended[parts.first + key * parts.keys + turn];
-                of_row[key] = by >> row & 1 ? of_turn[key] + offset : scratch.zeros;
+                of_row[key] = by >> row & 1 ? of_turn[key] + values.offset : scratch.zeros;
               }
-              aggregate_rows<ValueUnits, Type, 1>(
-                  {of_row, 0, parts.count, weights + row, stride, task.value_dim},
-                  head.state.output + row * task.value_dim);
+              ValuesOfTurn<ValueUnits> of_one = values;
+              of_one.keys = of_row;
+              of_one.offset = 0;
+              aggregate_rows<ValueUnits, Type, 1>(of_one, head.state.output + row * task.value_dim);
             }
-            if (attended) continue;
-            for_row_groups<Vectors>(rows, [&](int64_t row, auto together) {
-              aggregate_rows<ValueUnits, Type, together.value>(
-                  {of_turn, offset, parts.count, weights + row, stride, task.value_dim},
-                  head.state.output + row * task.value_dim);
-            });
           }
         });
-      });
-    });
   }
 
   // Returns a bit for each head whose output is not finite.

@@ -349,9 +349,7 @@ struct SmallHeads {
         alone.q = moved(task.q, head);
         alone.out = moved(task.out, head);
         alone.lse = moved(task.lse, head);
-        if (task.options.alibi_slopes)
-          alone.options.alibi_slopes = task.options.alibi_slopes + head;
-        if (task.options.sinks) alone.options.sinks = task.options.sinks + head;
+        alone.options = options_from_head(task.options, head);
         alone.options.mask = moved(task.options.mask, head);
         alone.options.bias = moved(task.options.bias, head);
         attend(alone, k, v, scratch);

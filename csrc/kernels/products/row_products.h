@@ -1,6 +1,6 @@
-// The two products for few queries: K and V are read once, where they lie, and the lanes are
-// elements of a row. Nothing is packed or transposed, and elements are widened or paired in
-// registers. A row of queries is a query of one head.
+// The two products for few queries: K and V are read where they lie, elements are widened or paired
+// in registers, and the lanes are elements of a row. (Only where K is stored transposed are they
+// keys.) A row of queries is a query of one head.
 #pragma once
 
 #include <cstdint>
@@ -120,11 +120,10 @@ void load_values(const Type* first, const Type* second, int64_t count,
   }
 }
 
-// The same for K as it lies transposed, [d][key] with `k_stride` bytes from d to d, and one row of
-// queries. Lanes are keys; the bits are those of qk_rows. Each row of K is read for all keys, since
-// short pieces would be slow to read: the sums have to find room in the second cache.
-
-// sums [lane of a row of K][key] += query [d] * K [d][key] for kLanes units of d; `begins`: =.
+// sums [lane][key] += query [unit of d] * K [unit of d][key] for kLanes units of d, where a lane is
+// the one that a unit has in qk_rows; `begins`: = instead of +=. K is stored transposed, with
+// `k_stride` bytes from d to d. Each d is read for all keys, since short pieces would be slow to
+// read: the sums have to find room in the second cache.
 template <class Units, class Type, int kLanes>
 void add_transposed(const char* k, int64_t k_stride, int64_t keys,
                     const typename Units::Element* query, int64_t dims,
@@ -166,6 +165,8 @@ template <class Units>
 constexpr int64_t sums_of_lane(int64_t keys) {
   return (keys + kStep<Units> - 1) / kStep<Units> * kStep<Units>;
 }
+
+// logits [key] = K [d][key] . query [d], `stride` apart, with the bits that qk_rows gives.
 template <class Units, class Type>
 void qk_row_transposed(const char* k, int64_t k_stride, int64_t keys,
                        const typename Units::Element* query, int64_t head_dim,
@@ -173,7 +174,7 @@ void qk_row_transposed(const char* k, int64_t k_stride, int64_t keys,
                        int64_t stride) {
   using Vectors = typename Units::Vectors;
   constexpr int kLanes = Vectors::kLanes;
-  // Rows of K that are read at once, for the hardware prefetcher's sake.
+  // So many are read at once, for the hardware prefetcher's sake.
   constexpr int kAtOnce = kLanes < 4 ? kLanes : 4;
   const int64_t of_lane = sums_of_lane<Units>(keys);
   const int64_t used = units_of<Units>(head_dim);
@@ -190,7 +191,7 @@ void qk_row_transposed(const char* k, int64_t k_stride, int64_t keys,
     lane = (lane + kAtOnce) % kLanes;
   }
   for (int64_t key = 0; key < keys; key += kLanes) {
-    typename Vectors::Vec lanes[kLanes];  // [lane of a row of K][key], then [key][lane]
+    typename Vectors::Vec lanes[kLanes];  // [lane][key], then [key][lane]
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) lanes[i] = Vectors::load(sums + i * of_lane + key);
     Vectors::transpose(lanes);

@@ -81,6 +81,7 @@ struct Bfloat16Pairs : Float32 {
       units[i] = join(elements);
     }
   }
+
   static Units join(const Vec* elements) {
     return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(elements[0]), 16),
                            _mm512_castps_si512(elements[1]));

@@ -178,11 +178,7 @@ class KVStore:
             at = int(np.argmax(outside))
             refuse("indices", f"{chosen[at]} at {at}", f"numbers of {batch} sequences")
         sequences = [int(i) % batch for i in chosen]
-        other = object.__new__(type(self))
-        _set_attributes(other, _attributes(self))
-        other._arguments = replace(self._arguments, batch=len(sequences), capacity=0)
-        other._tokens = self._tokens.selected(sequences, SPARE_PLACES)
-        return other
+        return _with_tokens(self, self._tokens.selected(sequences, SPARE_PLACES))
 
     @staticmethod
     def concatenate(caches: Iterable[_Store]) -> _Store:
@@ -238,13 +234,8 @@ class KVStore:
         (array([6, 5]), (2, 4, 1, 8))
         """
         parts = _checked_caches(caches)
-        first = parts[0]
-        batch = sum(each._arguments.batch for each in parts)
-        other = object.__new__(type(first))
-        _set_attributes(other, _attributes(first))
-        other._arguments = replace(first._arguments, batch=batch, capacity=0)
-        other._tokens = Tokens.joined([each._tokens for each in parts], SPARE_PLACES)
-        return other
+        tokens = Tokens.joined([each._tokens for each in parts], SPARE_PLACES)
+        return _with_tokens(parts[0], tokens)
 
     def copy(self) -> Self:
         """Return a cache with the same tokens in memory of its own."""
@@ -345,6 +336,15 @@ def _checked_caches(caches: Iterable[_Store]) -> list[_Store]:
             if value != wanted:
                 refuse("caches", f"{name}={value} at {i}", f"{wanted} as the first")
     return found
+
+
+def _with_tokens(cache: _Store, tokens: Tokens) -> _Store:
+    """Return a cache like this one, its own attributes included, of other sequences."""
+    other = object.__new__(type(cache))
+    _set_attributes(other, _attributes(cache))
+    other._arguments = replace(cache._arguments, batch=len(tokens.lengths), capacity=0)
+    other._tokens = tokens
+    return other
 
 
 def _attributes(cache: KVStore) -> dict[str, Any]:

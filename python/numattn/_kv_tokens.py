@@ -191,8 +191,8 @@ def _zeros(x: Array, rows: int, capacity: int) -> Array:
 def _padding_of_all(parts: Sequence[Tokens]) -> int | None:
     """Return `padded` of sequences that one append could have brought what their own ones did.
 
-    There is none where appends differed: queries that are those of one part's last tokens would be
-    anything in another's.
+    There is none where appends differed: as many queries would belong to one part's last tokens and
+    to others of another part.
     """
     numbers = {part.padded for part in parts} - {None}
     if len(numbers) != 1:

@@ -41,3 +41,14 @@ def assert_within(actual, plain, expected, factor=2):
     error, bound = reference.error_and_bound(actual, plain, expected, factor)
     assert np.isfinite(error), "not finite where the reference is, or the other way round"
     assert error <= bound, f"error {error:.3g}, bound {bound:.3g} ({error / bound:.2f} of it)"
+
+
+def numbers(rng, *shape, dtype=np.float32):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def seen(positions, length, limits):
+    """Return which of the first tokens a cache's window and `keep_first` let queries see."""
+    p, j = np.asarray(positions)[:, np.newaxis], np.arange(length)
+    is_near = (j > p - limits.get("window", 10**9)) | (j < limits.get("keep_first", 0))
+    return (j <= p) & is_near

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numattn as na
 import numpy as np
 import pytest
+from checks import numbers
 from numattn import _kv_arguments
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -13,10 +14,6 @@ WINDOW = {"window": 6, "max_rollback": 2}
 LIMITS = pytest.mark.parametrize(
     "limits", [{}, WINDOW, WINDOW | {"keep_first": 2}], ids=["all", "window", "first"]
 )
-
-
-def numbers(rng, *shape, dtype=np.float32):
-    return rng.standard_normal(shape).astype(dtype)
 
 
 def make(batch, **options):

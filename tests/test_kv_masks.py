@@ -3,6 +3,7 @@
 import numattn as na
 import numpy as np
 import pytest
+from checks import numbers, seen
 from numattn import _arguments, _runtime
 from numattn import _reference as reference
 
@@ -12,17 +13,6 @@ WINDOW = {"window": 6, "max_rollback": 1}
 LIMITS = pytest.mark.parametrize(
     "limits", [{}, WINDOW, WINDOW | {"keep_first": 2}], ids=["all", "window", "first"]
 )
-
-
-def numbers(rng, *shape, dtype=np.float32):
-    return rng.standard_normal(shape).astype(dtype)
-
-
-def seen(positions, length, limits):
-    """Return which of the first tokens a window lets queries see."""
-    p, j = np.asarray(positions)[:, np.newaxis], np.arange(length)
-    is_near = (j > p - limits.get("window", 10**9)) | (j < limits.get("keep_first", 0))
-    return (j <= p) & is_near
 
 
 class Texts:
@@ -154,7 +144,7 @@ def test_a_prefix_that_all_queries_see(backend, rng):
 
 @LIMITS
 def test_a_tree_of_drafts(backend, rng, limits):
-    """Each branch gives what the texts along it give, whatever stands beside it."""
+    """Each branch gives what the texts along it give, whatever else was appended."""
     parents = [-1, 0, 0, 1, 2]  # of the drafts, -1 is the last token of the text
     texts = Texts(rng, limits)
     for counts in ([6, 2, 5], [6, 6, 6], [5, 5, 5]):

@@ -5,6 +5,7 @@ import copy
 import numattn as na
 import numpy as np
 import pytest
+from checks import seen
 from numattn import _kv_tokens
 from numattn import _reference as reference
 
@@ -34,10 +35,8 @@ def make(limits, batch=BATCH, **options):
     return na.KVCache(batch, KV_HEADS, DIM, VALUE_DIM, **limits, **options)
 
 
-def seen(length, limits):
-    p, j = np.arange(length)[:, np.newaxis], np.arange(length)
-    is_near = (j > p - limits.get("window", 10**9)) | (j < limits.get("keep_first", 0))
-    return (j <= p) & is_near
+def seen_by_all(length, limits):
+    return seen(np.arange(length), length, limits)
 
 
 def moved(layout, *arrays):
@@ -57,7 +56,7 @@ def state(cache):
 @pytest.mark.parametrize("quantize", [False, True])
 def test_a_text_of_any_length(backend, rng, limits, layout, quantize):
     q, k, v = tokens(rng, 45)
-    expected = reference.attention(q, k, v, mask=seen(45, limits), **OPTIONS)
+    expected = reference.attention(q, k, v, mask=seen_by_all(45, limits), **OPTIONS)
     cache = make(limits, quantize=quantize)
     outs, lses = [], []
     for part in (slice(0, 20), slice(20, 21), slice(21, 25), slice(25, 45), slice(45, 45)):
@@ -78,7 +77,7 @@ def test_every_dtype(dtype, rng, limits):
     q, k, v = tokens(rng, 23, dtype=dtype)
     cache = make(limits, dtype=dtype)
     out, lse = cache.append_and_attend(q, k, v, return_lse=True)
-    expected = reference.attention(q, k, v, mask=seen(23, limits))
+    expected = reference.attention(q, k, v, mask=seen_by_all(23, limits))
     assert out.dtype == dtype
     assert lse.dtype == (np.float64 if dtype == np.float64 else np.float32)
     tolerance = {8: 1e-13, 4: 1e-5, 2: 3e-2}[dtype.itemsize]
@@ -139,7 +138,7 @@ def test_masks_and_biases(backend, rng, limits, layout):
             own = (i, slice(None), slice(n), slice(start + n))
             expected, _ = reference.attention(
                 q[i, :, start : start + n], k[i, :, : start + n], v[i, :, : start + n],
-                mask=mask[own] & seen(start + n, limits)[start:], bias=bias[own],
+                mask=mask[own] & seen_by_all(start + n, limits)[start:], bias=bias[own],
             )  # fmt: skip
             np.testing.assert_allclose(out[i, :, :n], expected, rtol=0, atol=1e-5)
             assert not out[i, :, n:].any()
@@ -186,7 +185,7 @@ def test_memory_stays_that_of_the_window(rng, keep_first):
     cache.truncate(498)
     out = cache.append_and_attend(*(x[:, :, 498:] for x in (q, k, v)))
     expected, _ = reference.attention(
-        q, k, v, mask=seen(500, {"window": 8, "keep_first": keep_first})
+        q, k, v, mask=seen_by_all(500, {"window": 8, "keep_first": keep_first})
     )
     np.testing.assert_allclose(out, expected[:, :, 498:], rtol=0, atol=1e-5)
 
@@ -294,7 +293,7 @@ def test_an_interrupted_call_changes_nothing(rng, monkeypatch, limits):
     assert state(cache) == before
     monkeypatch.undo()
     out = cache.append_and_attend(*(x[:, :, 8:] for x in (q, k, v)))
-    expected, _ = reference.attention(q, k, v, mask=seen(40, limits))
+    expected, _ = reference.attention(q, k, v, mask=seen_by_all(40, limits))
     np.testing.assert_allclose(out, expected[:, :, 8:], rtol=0, atol=1e-5)
 
 
@@ -313,7 +312,7 @@ def test_a_layer_takes_a_prompt_of_any_length(backend, rng, sizes, rotary):
     layer = na.MultiHeadAttention(24, 4, kv_heads=2, rotary=rotary, rng=1)
     layer.parameters()["o_bias"][...] = rng.standard_normal(24)
     x = rng.standard_normal((2, 19, 24), dtype=np.float32)
-    whole = layer(x, mask=seen(19, sizes))
+    whole = layer(x, mask=seen_by_all(19, sizes))
     cache = na.KVCache(2, 2, 6, **sizes)
     outs = [layer(x[:, :17], cache=cache), layer(x[:, 17:], cache=cache)]
     np.testing.assert_allclose(np.concatenate(outs, axis=1), whole, rtol=0, atol=2e-5)
@@ -321,7 +320,7 @@ def test_a_layer_takes_a_prompt_of_any_length(backend, rng, sizes, rotary):
     ragged = na.KVCache(2, 2, 6, **sizes)
     first = layer(x[:, :17], cache=ragged, lengths=[17, 8], mask=mask)
     assert ragged.lengths.tolist() == [17, 8]
-    masked = layer(x[:, :17], mask=mask & seen(17, sizes))
+    masked = layer(x[:, :17], mask=mask & seen_by_all(17, sizes))
     np.testing.assert_allclose(first[0], masked[0], rtol=0, atol=2e-5)
     np.testing.assert_allclose(first[1, :8], masked[1, :8], rtol=0, atol=2e-5)
     np.testing.assert_array_equal(first[1, 8:], np.tile(layer.parameters()["o_bias"], (9, 1)))

@@ -490,8 +490,8 @@ class MultiHeadAttention:
             lets the tokens of `x` see each other in both directions, and all tokens before them.
         mask, window, softcap
             As of `attention`. With a cache, a mask is one of `KVCache.attend`: it broadcasts to
-            (batch, heads, L, T), where T counts the longest sequence's tokens, those of `x`
-            included.
+            (batch, heads, L, T), where T counts the longest sequence's tokens after `x` has been
+            appended.
         lengths : int or array_like of int, optional
             How many tokens are valid, for all or per batch item, the others being padding on the
             right: tokens of `x`, or of the context in cross-attention. Nobody attends to padding,

@@ -58,7 +58,8 @@ bool decode(Computation& computation, WorkItem& item, char* own_states, int64_t 
   const bool is_alone = item.chunks == 1;
   task.state = is_alone ? own_states : computation.state(item.state);
   task.state_head_stride = is_alone ? own_bytes : item.chunks * computation.state_bytes;
-  if (!kernels.decode(task)) return false;
+  const auto attend = item.driver == Driver::decode ? kernels.decode : kernels.decode_tiles;
+  if (!attend(task)) return false;
   if (is_alone) {
     kernels.decode_finish(task, 1, 0);
     return true;
@@ -84,6 +85,8 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
         return kernels.prefill_scratch_bytes(rows, task.head_dim, task.value_dim);
       case Driver::decode:
         return kernels.decode_scratch_bytes(task);
+      case Driver::decode_tiles:
+        return kernels.decode_tiles_scratch_bytes(task);
       case Driver::small_heads:
         return kernels.small_scratch_bytes(task.head_dim, task.value_dim);
       case Driver::stage:
@@ -91,9 +94,9 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
     }
     return kernels.stage_scratch_bytes(task.head_dim);
   }();
-  const int64_t state_bytes = item.driver == Driver::decode && item.chunks == 1
-                                  ? kernels.decode_state_bytes(rows, task.value_dim)
-                                  : 0;
+  const bool is_decoded = item.driver == Driver::decode || item.driver == Driver::decode_tiles;
+  const int64_t state_bytes =
+      is_decoded && item.chunks == 1 ? kernels.decode_state_bytes(rows, task.value_dim) : 0;
   const ThreadScratch scratch(scratch_bytes + task.kv_heads * state_bytes);
   if (!scratch.data()) {
     computation.out_of_memory.store(true, std::memory_order_relaxed);
@@ -110,6 +113,7 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
     case Driver::stage:
       return kernels.run_stage(task);
     case Driver::decode:
+    case Driver::decode_tiles:
       break;
   }
   return decode(computation, item, static_cast<char*>(scratch.data()) + scratch_bytes, state_bytes);

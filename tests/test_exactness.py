@@ -60,6 +60,42 @@ def test_grouped_heads(dtype, arrays, hq, hkv):
     assert_close_to_reference(q, k, v, is_causal=True)
 
 
+@pytest.mark.parametrize(("hq", "hkv"), [(7, 1), (16, 1), (34, 2), (20, 20), (128, 1)])
+@pytest.mark.parametrize("lq", [1, 2, 3, 5, 8, 15])
+def test_few_queries_of_many_heads(dtype, arrays, hq, hkv, lq):
+    """They fill the lanes of tiles together; chunks of keys are merged."""
+    many = {"is_causal": True, "sinks": np.linspace(-1, 1, hq), "alibi_slopes": [0.05] * hq}
+    for lk, options in ((33, {}), (1600, many)):
+        q, k, v = arrays(hq=hq, hkv=hkv, lq=lq, lk=lk, d=9, dv=17, dtype=dtype)
+        assert_close_to_reference(q, k, v, **options)
+
+
+@pytest.mark.parametrize("heads", [1, 16, 128])
+def test_values_that_are_part_of_the_keys(dtype, rng, heads):
+    """As absorbed latent attention has them, against keys and values made for each head."""
+    latent, rotary, size, tokens = 40, 8, 16, 1700
+    k = rng.standard_normal((1, tokens, latent + rotary)).astype(dtype)
+    q = rng.standard_normal((heads, 1, latent + rotary)).astype(dtype)
+    assert_close_to_reference(q, k, k[..., :latent], scale=0.2)
+    shared = na.attention(q, k, k[..., :latent])
+    np.testing.assert_array_equal(na.attention(q, k, k[..., :latent].copy()), shared)
+
+    k = k.astype(np.float64)
+    to_key, to_value = rng.standard_normal((2, heads, size, latent)) / 6
+    own = rng.standard_normal((heads, 1, size + rotary))
+    keys = np.einsum("hdc,tc->htd", to_key, k[0, :, :latent])
+    turned = np.broadcast_to(k[..., latent:], (heads, tokens, rotary))
+    plain, _ = reference.attention(
+        own,
+        np.concatenate([keys, turned], axis=-1),
+        np.einsum("hdc,tc->htd", to_value, k[0, :, :latent]),
+    )
+    q = np.concatenate([np.einsum("htd,hdc->htc", own[..., :size], to_key), own[..., size:]], -1)
+    mixed = na.attention(q, k, k[..., :latent], scale=own.shape[-1] ** -0.5)
+    out = np.einsum("htc,hdc->htd", mixed, to_value)
+    np.testing.assert_allclose(out, plain, rtol=0, atol=1e-12)
+
+
 def test_exp2_over_its_whole_range(isa):
     """All exponents, positive and negative, and the range of subnormal results densely."""
     bits = np.arange(0, 2**31, 997, dtype=np.int64).astype(np.int32)

@@ -36,9 +36,10 @@ def test_equal_keys_of_the_largest_value(dtype, keys, share):
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"sinks": [0.5, -1, 2, 3]}], ids=str)
-def test_mean_of_large_values(dtype, arrays, rng, options):
+@pytest.mark.parametrize("lq", [1, 6, 30])
+def test_mean_of_large_values(dtype, arrays, rng, lq, options):
     largest, eps, inner_eps = limits(dtype)
-    q, k, v = arrays(2, hq=4, hkv=2, lq=30, lk=60, d=16, amplitude=2, dtype=dtype)
+    q, k, v = arrays(2, hq=4, hkv=1, lq=lq, lk=60, d=16, amplitude=2, dtype=dtype)
     v = (rng.choice([-1, 1], v.shape) * np.longdouble(largest)).astype(dtype)
     expected, _ = reference.attention(q, k, v, **options, dtype=np.longdouble)
     out = na.attention(q, k, v, **options)

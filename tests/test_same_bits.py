@@ -1,5 +1,6 @@
 """Promise: the bits of a result depend on the inputs' values alone."""
 
+import ml_dtypes
 import numattn as na
 import numpy as np
 import pytest
@@ -43,6 +44,19 @@ def test_threads_with_long_sequences(native_dtype, arrays):
         for num_threads in (2, 5):
             actual = na.attention(q, k, v, **more, num_threads=num_threads)
             np.testing.assert_array_equal(actual, expected)
+
+
+def test_threads_with_many_heads(native_dtype, arrays):
+    """Few queries of so many heads that threads share those of one KV head."""
+    for heads, lq in ((7, 5), (34, 3), (128, 1)):
+        q, k, v = arrays(hq=heads, hkv=1, lq=lq, lk=1700, d=20, dtype=native_dtype)
+        v[0, 1000:1010] = ml_dtypes.finfo(native_dtype).max  # whose sums overflow
+        for more in ({"is_causal": True}, {"sinks": np.linspace(-1, 1, heads), "softcap": 3.0}):
+            expected = na.attention(q, k, v, **more, return_lse=True, num_threads=1)
+            for num_threads in (2, 3, 16):
+                actual = na.attention(q, k, v, **more, return_lse=True, num_threads=num_threads)
+                np.testing.assert_array_equal(actual[0], expected[0])
+                np.testing.assert_array_equal(actual[1], expected[1])
 
 
 def test_batch_neighbours(qkv, options):

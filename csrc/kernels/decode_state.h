@@ -55,14 +55,14 @@ struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
   using Vec = typename Vectors::Vec;
 
   Scalar* output;     // [row][d], not yet divided by the sum
-  Scalar* largest;    // [1], of the output's sizes, or infinity if it is not finite
-  int64_t* exponent;  // [1], of the weights (softmax/overflow.h)
+  Scalar* largest;    // [row], at least the largest size in its output; infinite if not finite
+  int64_t* exponent;  // [row], of the weights (softmax/overflow.h)
 
   static DecodeState lay_out(Arena& arena, int64_t rows, int64_t value_dim) {
     DecodeState state;
     arena.take(state.output, rows * value_dim);
-    arena.take(state.largest, 1);
-    arena.take(state.exponent, 1);
+    arena.take(state.largest, rows);
+    arena.take(state.exponent, rows);
     arena.take(state.maximum, lanes_of_rows<Vectors>(rows));
     arena.take(state.sum, lanes_of_rows<Vectors>(rows));
     return state;
@@ -80,8 +80,10 @@ struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
   // Sinks are added when the chunks are merged.
   void clear(int64_t rows, int64_t value_dim, int64_t weight_exponent) const {
     clear_output(rows, value_dim);
-    *largest = 0;
-    *exponent = weight_exponent;
+    for (int64_t row = 0; row < rows; ++row) {
+      largest[row] = 0;
+      exponent[row] = weight_exponent;
+    }
     this->begin(lanes_of_rows<Vectors>(rows), -__builtin_inf(), 0);
   }
 
@@ -89,20 +91,24 @@ struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
     for (int64_t i = 0; i < rows * value_dim; ++i) output[i] = 0;
   }
 
-  // When all keys of the chunk are in.
-  void find_largest(int64_t rows, int64_t value_dim) const {
+  // When all keys of the chunk are in for these rows, which share what is found. Returns whether
+  // all of their outputs are finite.
+  bool find_largest(int64_t first_row, int64_t rows, int64_t value_dim) const {
     FiniteCheck<Vectors> check;
     Vec most = Vectors::zero();
+    const Scalar* const from = output + first_row * value_dim;
     for (int64_t i = 0; i < rows * value_dim; i += Vectors::kLanes) {
-      const Vec x = load_up_to<Vectors>(output + i, rows * value_dim - i);
+      const Vec x = load_up_to<Vectors>(from + i, rows * value_dim - i);
       check.add(x);
       most = Vectors::max(Vectors::abs(x), most);
     }
     Scalar lanes[Vectors::kLanes];
     Vectors::store(lanes, most);
-    *largest = 0;
-    for (const Scalar x : lanes) *largest = x > *largest ? x : *largest;
-    if (!check.all_finite()) *largest = static_cast<Scalar>(__builtin_inf());
+    Scalar found = 0;
+    for (const Scalar x : lanes) found = x > found ? x : found;
+    if (!check.all_finite()) found = static_cast<Scalar>(__builtin_inf());
+    for (int64_t row = first_row; row < first_row + rows; ++row) largest[row] = found;
+    return check.all_finite();
   }
 
   // Merges the states of a task's chunks, which lie `bytes` apart, and writes out and lse. The
@@ -128,7 +134,7 @@ struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
       const Scalar here = state_of(chunk).maximum[row];
       if (here > maximum || here != here) maximum = here;
     }
-    const int64_t exponent = exponent_of_total(chunks, state_of);
+    const int64_t exponent = exponent_of_total(row, chunks, state_of);
     const Vec base = softmax_base_of<Vectors>(maximum);
     const Vec scale = softmax_factor<Vectors>(softmax_scale(task));
     const auto weight = [&](Scalar of, int64_t power) {
@@ -141,7 +147,7 @@ struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
     Scalar sum = is_minus_infinity(sink) ? Scalar{0} : first_lane(weight(sink, exponent));
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const DecodeState state = state_of(chunk);
-      const Vec factor = weight(state.maximum[row], exponent - *state.exponent);
+      const Vec factor = weight(state.maximum[row], exponent - state.exponent[row]);
       Scalar of_chunk = 0;
       for (int64_t lane = row; lane < lanes_of_rows<Vectors>(rows); lane += width_of_rows(rows)) {
         of_chunk += state.sum[lane];
@@ -158,18 +164,18 @@ struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
     write_row(task, row, total, maximum, sum, exponent);
   }
 
-  // 0, unless the chunks' outputs, or their sum, are too large for the weights that they were made
-  // with.
+  // 0, unless the chunks' outputs of a row, or their sum, are too large for the weights that they
+  // were made with.
   template <class StateOf>
-  static int64_t exponent_of_total(int64_t chunks, StateOf state_of) {
+  static int64_t exponent_of_total(int64_t row, int64_t chunks, StateOf state_of) {
     constexpr auto kLargest =
         static_cast<Scalar>(sizeof(Scalar) == sizeof(double) ? __DBL_MAX__ : __FLT_MAX__);
     Scalar largest = 0;
     int64_t exponent = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const DecodeState state = state_of(chunk);
-      if (*state.largest > largest) largest = *state.largest;
-      if (*state.exponent < exponent) exponent = *state.exponent;
+      if (state.largest[row] > largest) largest = state.largest[row];
+      if (state.exponent[row] < exponent) exponent = state.exponent[row];
     }
     if (exponent == 0 && largest < kLargest / static_cast<Scalar>(2 * chunks)) return 0;
     return exponent + exponent_for(chunks);

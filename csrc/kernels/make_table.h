@@ -3,6 +3,7 @@
 
 #include "kernels/block_sizes.h"
 #include "kernels/decode.h"
+#include "kernels/decode_tiles.h"
 #include "kernels/memory/stored_types.h"
 #include "kernels/prefill.h"
 #include "kernels/rows.h"
@@ -22,6 +23,7 @@ constexpr DtypeKernels kernels_for() {
   using Vectors = typename Arithmetic::Vectors;
   using OfTiles = Prefill<Arithmetic, Element>;
   using OfRows = Decode<Arithmetic, Element>;
+  using OfGroups = DecodeTiles<Arithmetic, Element>;
   using OfSmall = SmallHeads<Vectors, Element>;
   using OfStages = Stages<Arithmetic, Element>;
   return {
@@ -31,10 +33,13 @@ constexpr DtypeKernels kernels_for() {
       .prefill_scratch_bytes = OfTiles::scratch_bytes,
       .prefill = OfTiles::run,
       .max_decode_rows = OfRows::kMaxRows,
+      .max_decode_queries = OfGroups::kMaxQueries,
       .keys_per_chunk = static_cast<int>(kKeysPerChunk),
       .decode_scratch_bytes = OfRows::scratch_bytes,
-      .decode_state_bytes = OfRows::State::bytes,
       .decode = OfRows::run,
+      .decode_tiles_scratch_bytes = OfGroups::scratch_bytes,
+      .decode_tiles = OfGroups::run,
+      .decode_state_bytes = OfRows::State::bytes,
       .decode_finish = OfRows::State::finish,
       .max_small_queries = OfSmall::kMaxQueries,
       .max_small_keys = OfSmall::kMaxKeys,

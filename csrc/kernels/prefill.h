@@ -1,6 +1,7 @@
-// Attention for tiles of queries, the lanes of every vector being queries. Keys come in blocks.
-// Each block goes through QK^T, options and masks, softmax and value aggregation for each tile
-// before the next one is read.
+// Attention for tiles of queries, the lanes of every vector being queries: of one head, or a few of
+// each of the heads that share K and V (decode_tiles.h). Keys come in blocks. Each block goes
+// through QK^T, options and masks, softmax and value aggregation for each tile before the next one
+// is read.
 #pragma once
 
 #include <cstdint>
@@ -44,25 +45,37 @@ struct Prefill {
     QkUnit* k_copy;            // [key][unit of d]
     ValueUnit* v_copy;         // [unit of keys][d]
     ValueUnit* finite_values;  // [unit of keys][d]
+    Element* q_copy;           // [row][d], for tiles of several heads
     int64_t bytes;
   };
 
-  static Scratch lay_out(void* base, int64_t queries, int64_t head_dim, int64_t value_dim) {
+  // As many heads as fit into a tile with all of their queries.
+  static int64_t heads_per_tile(int64_t queries) {
+    return queries < kQueriesPerTile ? kQueriesPerTile / queries : 1;
+  }
+
+  static Scratch lay_out(void* base, int64_t heads, int64_t queries, int64_t head_dim,
+                         int64_t value_dim) {
     Arena arena{static_cast<char*>(base), 0};
     Scratch scratch{};
     arena.take(scratch.logits, int64_t{kKeysPerBlock} * kQueriesPerTile);
     arena.take(scratch.rescale, kQueriesPerTile);
     arena.take(scratch.highest, kQueriesPerTile);
-    for (int64_t first = 0; first < queries; first += kQueriesPerTile) {
-      const int64_t left = queries - first;
-      Tile& tile = scratch.tiles[scratch.tile_count++];
-      tile = {};
-      tile.rows = {first, left < kQueriesPerTile ? left : kQueriesPerTile, 1};
-      tile.lay_out(arena, head_dim, value_dim);
+    const int64_t per_tile = heads_per_tile(queries);
+    for (int64_t head = 0; head < heads; head += per_tile) {
+      for (int64_t first = 0; first < queries; first += kQueriesPerTile) {
+        const int64_t left = queries - first;
+        Tile& tile = scratch.tiles[scratch.tile_count++];
+        tile = {};
+        tile.rows = {first, left < kQueriesPerTile ? left : kQueriesPerTile,
+                     heads - head < per_tile ? heads - head : per_tile, head};
+        tile.lay_out(arena, head_dim, value_dim);
+      }
     }
     arena.take(scratch.k_copy, kKeysPerBlock * units_of<QkUnits>(head_dim));
     arena.take(scratch.v_copy, units_of<ValueUnits>(kKeysPerBlock) * value_dim);
     arena.take(scratch.finite_values, units_of<ValueUnits>(kKeysPerBlock) * value_dim);
+    arena.take(scratch.q_copy, heads == 1 ? 0 : kQueriesPerTile * head_dim);
     // Last, because short sequences never touch them.
     for (int t = 0; t < scratch.tile_count; ++t) {
       Tile& tile = scratch.tiles[t];
@@ -73,7 +86,7 @@ struct Prefill {
   }
 
   static int64_t scratch_bytes(int64_t queries, int64_t head_dim, int64_t value_dim) {
-    return lay_out(nullptr, queries, head_dim, value_dim).bytes;
+    return lay_out(nullptr, 1, queries, head_dim, value_dim).bytes;
   }
 
   // ---- one tile, one key block ----------------------------------------------------------------
@@ -163,8 +176,9 @@ struct Prefill {
 
     const int64_t limit_of_first_query =
         task.first_position + tile.rows.first_query + task.options.window_right + 1;
-    const auto steps =
-        key_steps<kVectors, Vectors::kLanes>(limit_of_first_query - keys.first, keys.count);
+    const auto steps = tile.rows.heads > 1 ? all_steps<kVectors>(keys.count)
+                                           : key_steps<kVectors, Vectors::kLanes>(
+                                                 limit_of_first_query - keys.first, keys.count);
     // Options and masks change logits: then the highest are looked for afterwards.
     const bool final_logits = !masked && has_plain_logits(task);
     for (int lane = 0; lane < Map::kLanes; lane += Vectors::kLanes) {
@@ -193,7 +207,7 @@ struct Prefill {
       return;
     }
     for (int64_t key = 0; !masked && key < keys.count; ++key) {
-      attended[key] = lowest_bits(tile.rows.queries);
+      attended[key] = lowest_bits(tile.rows.count());
     }
     if (task.options.bias.data) keep_unbiased<Element>(task.options, tile.rows, keys, attended);
     aggregate_with_non_finite(values, steps_of_units, keys.count, task.value_dim, attended,
@@ -229,16 +243,31 @@ struct Prefill {
     return all;
   }
 
+  // Whether the elements of V are the first ones of K's rows.
+  static bool is_part_of_k(const Task& task) {
+    const KeyRows &k = task.k, &v = task.v;
+    return v.rows.data == k.rows.data && v.rows.row_stride == k.rows.row_stride &&
+           v.rows.column_stride == k.rows.column_stride && v.page_stride == k.page_stride &&
+           v.dims <= k.dims && !k.is_int8 && !v.is_int8;
+  }
+
   // K and V of a block; the other members are a tile's own.
   static void load(const Task& task, const Scratch& scratch, KeyRange range, Keys& keys) {
     const int64_t count = range.end - range.begin;
     keys.k = k_block<QkUnits, Element>(task.k, range.begin, count, scratch.k_copy);
+    keys.v_distance = 0;
+    if constexpr (QkUnits::kElements == 1 && ValueUnits::kElements == 1) {
+      if (is_part_of_k(task)) {
+        keys.v = keys.k;
+        return;
+      }
+    }
     keys.v = v_block<ValueUnits, Element>(task.v, range.begin, count, scratch.v_copy);
     const bool both_in_place = keys.k.data != scratch.k_copy && keys.v.data != scratch.v_copy;
-    keys.v_distance = both_in_place && task.k.rows.row_stride == task.v.rows.row_stride
-                          ? static_cast<int64_t>(reinterpret_cast<uintptr_t>(keys.v.data) -
-                                                 reinterpret_cast<uintptr_t>(keys.k.data))
-                          : 0;
+    if (both_in_place && task.k.rows.row_stride == task.v.rows.row_stride) {
+      keys.v_distance = static_cast<int64_t>(reinterpret_cast<uintptr_t>(keys.v.data) -
+                                             reinterpret_cast<uintptr_t>(keys.k.data));
+    }
   }
 
   static void attend_block(const Task& task, const Scratch& scratch, int64_t block) {
@@ -249,9 +278,10 @@ struct Prefill {
       const Tile& tile = scratch.tiles[t];
       const TileKeys& tile_keys = task.tile_keys[t];
       KeyRange range = keys_in_block(tile_keys, block);
-      const BlockKind kind = task.options.mask.data
+      const BlockKind kind = !task.options.mask.data ? BlockKind::full
+                             : task.block_kinds
                                  ? task.block_kinds[t * task.block_kinds_stride + block]
-                                 : BlockKind::full;
+                                 : BlockKind::mixed;
       if (tile_keys.begin >= tile_keys.end || range.empty() || kind == BlockKind::empty) continue;
       if (!is_loaded) load(task, scratch, all, loaded);
       is_loaded = true;
@@ -288,32 +318,41 @@ struct Prefill {
   // The same for one of its tiles.
   static Task task_of_tile(const Task& task, const Tile& tile, int t) {
     Task alone = task;
-    const int64_t first = tile.rows.first_query;
-    Options& options = alone.options;
+    const QueryRows& rows = tile.rows;
+    Options& options = alone.options = options_from_head(task.options, rows.first_head);
     View* const views[] = {&alone.q, &alone.out, &alone.lse, &options.mask, &options.bias};
     for (View* const view : views) {
-      if (view->data) view->data += first * view->row_stride;
+      if (!view->data) continue;
+      view->data += rows.first_head * view->head_stride + rows.first_query * view->row_stride;
     }
-    alone.queries = tile.rows.queries;
-    alone.first_position += first;
+    alone.heads = rows.heads;
+    alone.queries = rows.queries;
+    alone.first_position += rows.first_query;
     alone.tile_keys[0] = task.tile_keys[t];
     if (task.block_kinds) alone.block_kinds += t * task.block_kinds_stride;
     return alone;
   }
 
+  static void begin(const Task& task, const Scratch& scratch, double sink) {
+    for (int t = 0; t < scratch.tile_count; ++t) {
+      const Tile& tile = scratch.tiles[t];
+      tile.with_vectors(
+          [&](auto vectors) { tile.template begin<vectors.value>(task, sink, scratch.q_copy); });
+    }
+  }
+
   static bool run(const Task& task) {
-    const Scratch scratch = lay_out(task.scratch, task.queries, task.head_dim, task.value_dim);
+    const Scratch scratch = lay_out(task.scratch, 1, task.queries, task.head_dim, task.value_dim);
+    begin(task, scratch, sink_of(task, 0));
     int64_t begin_key = INT64_MAX;
     int64_t end_key = 0;
     bool in_chunks = false;
     for (int t = 0; t < scratch.tile_count; ++t) {
-      const Tile& tile = scratch.tiles[t];
       const TileKeys& keys = task.tile_keys[t];
       if (keys.begin < keys.end) {
         begin_key = keys.begin < begin_key ? keys.begin : begin_key;
         end_key = keys.end > end_key ? keys.end : end_key;
       }
-      tile.with_vectors([&](auto vectors) { tile.template begin<vectors.value>(task); });
     }
 
     if (begin_key < end_key) {

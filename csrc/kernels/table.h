@@ -20,15 +20,21 @@ struct DtypeKernels {
   int64_t (*prefill_scratch_bytes)(int64_t rows, int64_t head_dim, int64_t value_dim);
   bool (*prefill)(const Task& task);  // false if it was stopped
 
-  // Few queries, up to so many rows for each KV head, with a chunk of their keys: tile_keys[0] goes
-  // into the states, one for each KV head. Chunks start at multiples of keys_per_chunk. Then
-  // decode_finish merges the states of the chunks, which begin at task.state and lie state_stride
-  // bytes apart (aligned to 64), into out and lse.
-  int max_decode_rows;
+  // Few queries, with a chunk of their keys. Chunks start at multiples of keys_per_chunk.
+  // - `decode`: up to max_decode_rows rows for each KV head; tile_keys[0] goes into the states, one
+  //   for each KV head.
+  // - `decode_tiles`: more rows, up to max_decode_queries queries of each head. As many heads as
+  //   fit share a tile; some heads of one KV head, or all heads of several, fill up to
+  //   kMaxTilesPerBlock tiles. tile_keys, all alike, go into the states.
+  // Then decode_finish merges the states of the chunks, which begin at task.state and lie
+  // state_stride bytes apart (aligned to 64), into out and lse.
+  int max_decode_rows, max_decode_queries;
   int keys_per_chunk;
   int64_t (*decode_scratch_bytes)(const Task& task);
-  int64_t (*decode_state_bytes)(int64_t rows, int64_t value_dim);
   bool (*decode)(const Task& task);  // false if it was stopped
+  int64_t (*decode_tiles_scratch_bytes)(const Task& task);
+  bool (*decode_tiles)(const Task& task);  // false if it was stopped
+  int64_t (*decode_state_bytes)(int64_t rows, int64_t value_dim);
   void (*decode_finish)(const Task& task, int64_t chunks, int64_t state_stride);
 
   // Heads of so few queries and keys, which are not int8: all heads of some KV heads, with all

@@ -28,14 +28,14 @@ struct Tile {
     Scalar* output;  // [d][lane], not yet divided by the sum
   };
 
-  QueryRows rows;                   // of one head
+  QueryRows rows;                   // of one head, or a few queries of several
   typename QkUnits::Unit* queries;  // [unit of d][lane], negated where the scale is negative
   State chunk;                      // the keys since the last end_chunk
   State total;                      // all keys before; used from the first end_chunk on
 
-  // Queries are padded to whole vectors of lanes.
+  // Rows are padded to whole vectors of lanes.
   int vectors() const {
-    return static_cast<int>((rows.queries + Vectors::kLanes - 1) / Vectors::kLanes);
+    return static_cast<int>((rows.count() + Vectors::kLanes - 1) / Vectors::kLanes);
   }
   int64_t lanes() const { return int64_t{vectors()} * Vectors::kLanes; }
   template <class Step>
@@ -54,13 +54,14 @@ struct Tile {
     arena.take(state.sum, lanes());
   }
 
+  // `copy` has room for a tile's rows of queries, if they may be of several heads.
   template <int kVectors>
-  void begin(const Task& task) const {
-    const View& q = task.q;
-    pack_queries<QkUnits, Element, kVectors>(q.data + rows.first_query * q.row_stride, q.row_stride,
-                                             q.column_stride, rows.queries, task.head_dim,
-                                             static_cast<Scalar>(query_sign(task)), queries);
-    chunk.begin(lanes(), sink_of(task, 0), task.weight_exponent);
+  void begin(const Task& task, double sink, Element* copy) const {
+    const View q = rows_of_queries(task, copy);
+    pack_queries<QkUnits, Element, kVectors>(q.data, q.row_stride, q.column_stride, rows.count(),
+                                             task.head_dim, static_cast<Scalar>(query_sign(task)),
+                                             queries);
+    chunk.begin(lanes(), sink, task.weight_exponent);
     for (int64_t i = 0; i < task.value_dim * lanes(); ++i) chunk.output[i] = 0;
   }
 
@@ -116,6 +117,28 @@ struct Tile {
   }
 
  private:
+  // The rows of q at even distances: copied, if they are not in memory.
+  View rows_of_queries(const Task& task, Element* copy) const {
+    View q = task.q;
+    q.data += rows.first_head * q.head_stride + rows.first_query * q.row_stride;
+    if (rows.heads == 1 || q.head_stride == rows.queries * q.row_stride) return q;
+    if (rows.queries == 1) {
+      q.row_stride = q.head_stride;
+      return q;
+    }
+    Element* to = copy;
+    for (int64_t head = 0; head < rows.heads; ++head) {
+      for (int64_t query = 0; query < rows.queries; ++query) {
+        const char* const from = q.data + head * q.head_stride + query * q.row_stride;
+        for (int64_t d = 0; d < task.head_dim; ++d) {
+          __builtin_memcpy(to++, from + d * q.column_stride, sizeof(Element));
+        }
+      }
+    }
+    constexpr auto kSize = static_cast<int64_t>(sizeof(Element));
+    return {reinterpret_cast<char*>(copy), 0, task.head_dim * kSize, kSize};
+  }
+
   template <int kVectors>
   static bool is_finite(const Task& task, const Scalar* output, const Scalar* factor) {
     if constexpr (std::same_as<Element, Float16Bits>) return true;  // float32 holds their sums

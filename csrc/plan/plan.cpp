@@ -25,11 +25,6 @@ int64_t largest_divisor(int64_t number, int64_t most) {
   return std::max<int64_t>(most, 1);
 }
 
-// Whether the lanes of a tile would be mostly empty.
-bool is_decoded(const Problem& problem, const DtypeKernels& kernels, int64_t queries) {
-  return problem.query_heads / problem.kv_heads * queries <= kernels.max_decode_rows;
-}
-
 bool is_small(const Problem& problem, const DtypeKernels& kernels, int64_t queries, int64_t keys) {
   return !problem.k_is_int8 && !problem.v_is_int8 && queries <= kernels.max_small_queries &&
          keys <= kernels.max_small_keys;
@@ -38,7 +33,7 @@ bool is_small(const Problem& problem, const DtypeKernels& kernels, int64_t queri
 }  // namespace
 
 bool Plan::has_no_prefill(const Problem& problem, const DtypeKernels& kernels) {
-  return problem.stage != Stage::attention || is_decoded(problem, kernels, problem.query_length) ||
+  return problem.stage != Stage::attention || problem.query_length <= kernels.max_decode_queries ||
          is_small(problem, kernels, problem.query_length, problem.key_length);
 }
 
@@ -47,7 +42,8 @@ Driver Plan::driver(const Sequence& sequence) const {
   if (is_small(problem_, kernels_, sequence.queries, sequence.valid_keys)) {
     return Driver::small_heads;
   }
-  return is_decoded(problem_, kernels_, sequence.queries) ? Driver::decode : Driver::prefill;
+  if (group() * sequence.queries <= kernels_.max_decode_rows) return Driver::decode;
+  return sequence.queries <= kernels_.max_decode_queries ? Driver::decode_tiles : Driver::prefill;
 }
 
 Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds* block_kinds,
@@ -61,9 +57,6 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
   double work = 0;
   const auto look_at = [&](const Sequence& sequence, double times) {
     work += times * cost(sequence);
-    if (driver(sequence) == Driver::decode) {
-      max_decode_rows_ = std::max(max_decode_rows_, group() * sequence.queries);
-    }
   };
   if (all_alike) {
     look_at(sequence(0), static_cast<double>(batch_items_));
@@ -75,21 +68,23 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
 
   // Each tile and each KV head is computed in the same way, however many are in a work item:
   // the number of threads may decide here without changing a bit of the result.
-  int64_t tiles = kernels.max_tiles_per_block;
-  kv_heads_per_item_ = max_decode_rows_ > 0 ? adjacent_kv_heads() : 1;
+  tiles_per_item_ = kernels.max_tiles_per_block;
+  adjacent_kv_heads_ = adjacent_kv_heads();
   small_kv_heads_per_item_ = std::clamp<int64_t>(
       batch_items_ * problem.kv_heads / (kItemsPerThread * threads_), 1, problem.kv_heads);
   const auto count = [&] {
-    queries_per_item_ = tiles * kernels.queries_per_tile;
     Counts all{0, 0};
     before_.clear();
+    max_decode_rows_ = 0;
     for (int64_t i = 0; !all_alike && i < batch_items_; ++i) {
       before_.push_back(all);
       const Counts more = counts(sequence(i));
       all = {all.items + more.items, all.states + more.states};
+      max_decode_rows_ = std::max(max_decode_rows_, decode_rows(sequence(i)));
     }
     if (all_alike) {
       const Counts each = counts(sequence(0));
+      max_decode_rows_ = decode_rows(sequence(0));
       all = {batch_items_ * each.items, batch_items_ * each.states};
     } else {
       before_.push_back(all);
@@ -98,9 +93,9 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
     states_ = all.states;
   };
   const auto divide = [&] {
-    if (tiles == 1 && kv_heads_per_item_ == 1) return false;
-    tiles = std::max<int64_t>(tiles / 2, 1);
-    kv_heads_per_item_ = largest_divisor(problem.kv_heads, kv_heads_per_item_ / 2);
+    if (tiles_per_item_ == 1 && adjacent_kv_heads_ == 1) return false;
+    tiles_per_item_ = std::max<int64_t>(tiles_per_item_ / 2, 1);
+    adjacent_kv_heads_ = largest_divisor(problem.kv_heads, adjacent_kv_heads_ / 2);
     return true;
   };
   for (count(); items_ < kItemsPerThread * threads_ && divide();) count();
@@ -149,6 +144,21 @@ Plan::Chunks Plan::chunks_read(const Sequence& sequence) const {
   return {first, std::max<int64_t>(1, quotient_up(keys.end, kernels_.keys_per_chunk) - first)};
 }
 
+Plan::HeadsPerItem Plan::heads_per_item(const Sequence& sequence) const {
+  if (driver(sequence) == Driver::decode) return {adjacent_kv_heads_, group()};
+  const int64_t of_tile = kernels_.queries_per_tile / std::max<int64_t>(sequence.queries, 1);
+  const int64_t tiles = quotient_up(group(), of_tile);
+  if (tiles > tiles_per_item_) return {1, of_tile * tiles_per_item_};
+  const int64_t most = std::min(adjacent_kv_heads_, tiles_per_item_ / tiles);
+  return {largest_divisor(problem_.kv_heads, most), group()};
+}
+
+int64_t Plan::decode_rows(const Sequence& sequence) const {
+  const Driver by = driver(sequence);
+  if (by != Driver::decode && by != Driver::decode_tiles) return 0;
+  return heads_per_item(sequence).query_heads * sequence.queries;
+}
+
 Plan::Counts Plan::counts(const Sequence& sequence) const {
   const Driver by = driver(sequence);
   if (problem_.stage == Stage::received) {
@@ -157,15 +167,16 @@ Plan::Counts Plan::counts(const Sequence& sequence) const {
     return {problem_.query_heads * chunks, 0};
   }
   if (by == Driver::prefill || by == Driver::stage) {
-    return {problem_.query_heads * quotient_up(sequence.queries, queries_per_item_), 0};
+    return {problem_.query_heads * quotient_up(sequence.queries, queries_per_item()), 0};
   }
   if (sequence.queries == 0) return {0, 0};
   if (by == Driver::small_heads) {
     return {quotient_up(problem_.kv_heads, small_kv_heads_per_item_), 0};
   }
   const int64_t chunks = chunks_read(sequence).count;
-  const int64_t states = problem_.kv_heads * chunks;
-  return {states / kv_heads_per_item_, chunks > 1 ? states : 0};
+  const HeadsPerItem heads = heads_per_item(sequence);
+  const int64_t states = problem_.kv_heads * quotient_up(group(), heads.query_heads) * chunks;
+  return {states / heads.kv_heads, chunks > 1 ? states : 0};
 }
 
 double Plan::cost(const Sequence& sequence) const {
@@ -234,14 +245,15 @@ void Plan::set_arrays(Task& task, const Sequence& sequence, int64_t head, int64_
 }
 
 void Plan::set_prefill(WorkItem& item, const Sequence& sequence, int64_t local) const {
-  const int64_t blocks = quotient_up(sequence.queries, queries_per_item_);
+  const int64_t queries_per_item = this->queries_per_item();
+  const int64_t blocks = quotient_up(sequence.queries, queries_per_item);
   const int64_t head = local / blocks;
   // Under a causal limit the last queries have the most keys.
   int64_t block = local % blocks;
   if (problem_.options.window_right != kUnbounded) block = blocks - 1 - block;
-  const int64_t first = block * queries_per_item_;
+  const int64_t first = block * queries_per_item;
   Task& task = item.task;
-  set_arrays(task, sequence, head, 1, first, std::min(queries_per_item_, sequence.queries - first));
+  set_arrays(task, sequence, head, 1, first, std::min(queries_per_item, sequence.queries - first));
   task.block_kinds =
       block_kinds_ ? block_kinds_->of_tile(sequence.batch_item, head, first) : nullptr;
   task.block_kinds_stride = block_kinds_ ? block_kinds_->tile_stride() : 0;
@@ -257,16 +269,21 @@ void Plan::set_decode(WorkItem& item, const Sequence& sequence, int64_t local) c
   const Chunks read = chunks_read(sequence);
   item.chunks = read.count;
   item.chunk = local % item.chunks;
-  const int64_t kv_head = local / item.chunks * kv_heads_per_item_;
-  item.state = kv_head * item.chunks + item.chunk;
+  const HeadsPerItem heads = heads_per_item(sequence);
+  const int64_t parts = quotient_up(group(), heads.query_heads);  // of a KV head
+  const int64_t part = local / item.chunks * heads.kv_heads;      // of all
+  item.state = part * item.chunks + item.chunk;
+  const int64_t first_head = part % parts * heads.query_heads;
   Task& task = item.task;
-  set_arrays(task, sequence, kv_head * group(), group(), 0, sequence.queries);
-  task.kv_heads = kv_heads_per_item_;
+  set_arrays(task, sequence, part / parts * group() + first_head,
+             std::min(heads.query_heads, group() - first_head), 0, sequence.queries);
+  task.kv_heads = heads.kv_heads;
+  task.block_kinds = nullptr;
   const int64_t begin = (read.first + item.chunk) * kernels_.keys_per_chunk;
   TileKeys keys = keys_of(sequence);
   keys.begin = std::max(keys.begin, begin);
   keys.end = std::min(keys.end, begin + kernels_.keys_per_chunk);
-  task.tile_keys[0] = keys;
+  std::fill_n(task.tile_keys, item.driver == Driver::decode ? 1 : tiles_per_item_, keys);
 }
 
 void Plan::set_small(WorkItem& item, const Sequence& sequence, int64_t local) const {
@@ -283,9 +300,9 @@ void Plan::set_stage(WorkItem& item, const Sequence& sequence, int64_t local) co
   const int64_t blocks = counts(sequence).items / problem_.query_heads;
   const int64_t head = local / blocks;
   const int64_t block = local % blocks;
-  const int64_t first_query = by_keys ? 0 : block * queries_per_item_;
+  const int64_t first_query = by_keys ? 0 : block * queries_per_item();
   const int64_t queries =
-      by_keys ? sequence.queries : std::min(queries_per_item_, sequence.queries - first_query);
+      by_keys ? sequence.queries : std::min(queries_per_item(), sequence.queries - first_query);
   set_arrays(task, sequence, head, 1, first_query, queries);
   task.keys_begin = by_keys ? block * kernels_.keys_per_chunk : 0;
   task.keys_end = by_keys
@@ -326,6 +343,7 @@ WorkItem Plan::item(int64_t number) const {
       set_small(item, here, local);
       break;
     case Driver::decode:
+    case Driver::decode_tiles:
       set_decode(item, here, local);
       item.state += before.states;
       break;

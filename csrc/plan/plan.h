@@ -4,9 +4,11 @@
 // head with all the keys that they attend to. Decode: where it has few, a work item is all queries
 // of the heads that share a KV head, with a chunk of the keys; whoever computes the last chunk
 // merges their states. KV heads whose rows are adjacent in memory go into one work item, so that
-// memory is read from beginning to end. Small heads: where both queries and keys are few, a work
-// item is as many heads of a batch item as make it worth a thread's while. Stages by themselves
-// take some queries of one head with all keys, or all queries with a chunk of the keys.
+// memory is read from beginning to end. Decode by tiles: where few queries are many with all heads
+// that share a KV head, a work item is some tiles of them, with a chunk of the keys. Small heads:
+// where both queries and keys are few, a work item is as many heads of a batch item as make it
+// worth a thread's while. Stages by themselves take some queries of one head with all keys, or all
+// queries with a chunk of the keys.
 #pragma once
 
 #include <cstdint>
@@ -19,14 +21,14 @@
 namespace numattn {
 
 // What computes a sequence.
-enum class Driver : uint8_t { prefill, decode, small_heads, stage };
+enum class Driver : uint8_t { prefill, decode, decode_tiles, small_heads, stage };
 
 struct WorkItem {
   Task task;  // without state, scratch and stop function: the executing thread has them
   Driver driver;
   // For decode: the number of chunks that a KV head reads, which of them this is, and the number of
-  // its state (for the first KV head) among all states [KV head][chunk]. A single chunk keeps its
-  // state in the thread's scratch.
+  // its state (for the first KV head) among all states [KV head][some heads][chunk]. A single chunk
+  // keeps its state in the thread's scratch.
   int64_t chunks, chunk, state;
 };
 
@@ -65,11 +67,18 @@ class Plan {
   struct Counts {
     int64_t items, states;
   };
+  // Of decode: some KV heads with all of their query heads, or one with whole tiles of them.
+  struct HeadsPerItem {
+    int64_t kv_heads, query_heads;
+  };
 
   // A matter of the sequence's own lengths, the heads and the options alone.
   Driver driver(const Sequence& sequence) const;
   int64_t group() const { return problem_.query_heads / problem_.kv_heads; }
   int64_t adjacent_kv_heads() const;
+  int64_t queries_per_item() const { return tiles_per_item_ * kernels_.queries_per_tile; }
+  HeadsPerItem heads_per_item(const Sequence& sequence) const;
+  int64_t decode_rows(const Sequence& sequence) const;  // of a work item; 0 if not decoded
   Sequence sequence(int64_t batch_item) const;
   Counts counts(const Sequence& sequence) const;
   // The keys that any query attends to, as far as limits decide.
@@ -95,8 +104,8 @@ class Plan {
   const DtypeKernels& kernels_;
   const BlockKinds* block_kinds_;
   int64_t batch_items_;
-  int64_t queries_per_item_;   // of prefill and stages
-  int64_t kv_heads_per_item_;  // of decode
+  int64_t tiles_per_item_;     // of prefill, stages and decode by tiles
+  int64_t adjacent_kv_heads_;  // of decode
   int64_t small_kv_heads_per_item_;
   int64_t items_, states_;
   int64_t max_decode_rows_ = 0;

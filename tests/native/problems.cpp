@@ -205,7 +205,7 @@ void RandomProblem::draw_sizes() {
   problem.batch_axes = 1;
   problem.batch_shape[0] = batch_;
   problem.kv_heads = 1 + below(4);
-  group_ = one_of<int64_t>({1, 1, 2, 4});
+  group_ = one_of<int64_t>({1, 1, 2, 4, 7, 20});
   problem.query_heads = problem.kv_heads * group_;
   problem.query_length = sometimes(0.3) ? 1 + below(4) : length();
   problem.key_length = sometimes(0.15) ? one_of<int64_t>({192, 193, 400, 1537, 3100}) : length();

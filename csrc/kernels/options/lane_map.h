@@ -13,12 +13,13 @@
 namespace numattn {
 namespace {
 
-// Consecutive queries of each head of a task.
+// Consecutive queries of each of some consecutive heads of a task.
 struct QueryRows {
   int64_t first_query, queries, heads;
+  int64_t first_head = 0;
 
   int64_t count() const { return heads * queries; }
-  int64_t head(int64_t row) const { return row / queries; }
+  int64_t head(int64_t row) const { return first_head + row / queries; }
   int64_t query(int64_t row) const { return first_query + row % queries; }
 };
 

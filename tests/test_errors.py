@@ -291,21 +291,62 @@ def test_lengths_of_keys_alone_do_not_say_where_queries_are(backend, name):
     na.attention(Q, K, V, kv_lengths=[7, 3], window=(None, None))  # no position matters
 
 
-def test_a_mask_that_may_mean_the_batch_is_warned_of(backend, rng):
+def pairs(rng, name, *shape):
+    """Return a mask or a bias."""
+    return rng.random(shape) < 0.7 if name == "mask" else rng.random(shape, dtype=np.float32)
+
+
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_pairs_that_may_mean_the_batch_are_warned_of(backend, rng, name):
     x = rng.standard_normal((4, 4, 3, 8), dtype=np.float32)  # as many batch items as heads
-    mask = rng.random((4, 3, 3)) < 0.7
-    with pytest.warns(UserWarning, match=r"mask: shape \(4, 3, 3\) is taken as \(Hq, Lq, Lk\)"):
-        out = na.attention(x, x, x, mask=mask)
-    np.testing.assert_array_equal(out, na.attention(x, x, x, mask=mask[np.newaxis]))
+    given = pairs(rng, name, 4, 3, 3)
+    message = rf"{name}: shape \(4, 3, 3\) is taken as \(Hq, Lq, Lk\), .* `{name}\[:, np.newaxis\]`"
+    with pytest.warns(UserWarning, match=message):
+        out = na.attention(x, x, x, **{name: given})
+    np.testing.assert_array_equal(out, na.attention(x, x, x, **{name: given[np.newaxis]}))
     x = rng.standard_normal((3, 2, 3, 8), dtype=np.float32)  # as many as queries
-    mask = np.ones((3, 3), bool)
+    given = pairs(rng, name, 3, 3)
     for call in (na.attention, lambda q, k, _, **options: na.attention_weights(q, k, **options)):
-        with pytest.warns(UserWarning, match=r"mask: .* is taken as \(Lq, Lk\)") as caught:
-            call(x, x, x, mask=mask)
+        message = rf"{name}: .* is taken as \(Lq, Lk\), .* `{name}\[:, np.newaxis, np.newaxis\]`"
+        with pytest.warns(UserWarning, match=message) as caught:
+            call(x, x, x, **{name: given})
+        assert len(caught) == 1
         assert caught[0].filename == __file__  # and no file of the package
-    na.attention(x, x, x, mask=mask[:, np.newaxis, np.newaxis])
-    na.attention(x[:2], x[:2], x[:2], mask=mask)
-    na.attention(x[0], x[0], x[0], mask=mask)
+    na.attention(x, x, x, **{name: given[:, np.newaxis, np.newaxis]})
+    na.attention(x[:2], x[:2], x[:2], **{name: given})
+    na.attention(x[0], x[0], x[0], **{name: given})
+
+
+@pytest.mark.parametrize("name", ["mask", "bias"])
+@pytest.mark.parametrize(
+    ("sizes", "shape", "inserted"),  # of the batch, heads and queries; None: not warned of
+    [
+        ((4, 3, 4, 3), (4, 3, 5), ":, :, np.newaxis, np.newaxis"),
+        ((3, 3, 3, 2), (3, 3, 2, 5), ":, :, np.newaxis"),
+        ((4, 1, 4, 3), (4, 1, 5), ":, :, np.newaxis, np.newaxis"),
+        ((2, 3, 4, 2, 3), (2, 3, 4, 2, 5), None),  # which would have to be (3, 4, 2, 3, 5)
+        ((4, 3, 4, 3), (1, 4, 3, 5), None),
+        ((4, 3, 4, 3), (4, 1, 5), None),  # a mask of the heads
+        ((4, 3, 4, 3), (3, 5), None),
+        ((1, 1, 4, 3), (1, 1, 5), None),
+        ((4, 3, 4, 3), (4, 3, 4, 3, 5), None),
+    ],
+)
+def test_several_batch_axes_are_compared_as_a_whole(backend, rng, name, sizes, shape, inserted):
+    q = rng.standard_normal((*sizes, 8), dtype=np.float32)
+    k, v = rng.standard_normal((2, *sizes[:-1], 5, 8), dtype=np.float32)
+    given = pairs(rng, name, *shape)
+    if inserted is None:
+        if shape[0] == sizes[0] == 2:  # which does not fit: the error says enough
+            with pytest.raises(ValueError, match=rf"^{name}: got shape"):
+                na.attention(q, k, v, **{name: given})
+        else:
+            na.attention(q, k, v, **{name: given})
+        return
+    with pytest.warns(UserWarning, match=re.escape(f"`{name}[{inserted}]`")) as caught:
+        out = na.attention(q, k, v, **{name: given})
+    assert len(caught) == 1
+    np.testing.assert_array_equal(out, na.attention(q, k, v, **{name: given[np.newaxis]}))
 
 
 @pytest.mark.parametrize(

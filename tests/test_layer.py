@@ -96,6 +96,20 @@ def test_cross_attention_and_weights(any_backend, rng):
     np.testing.assert_allclose(layer(x, keys), expected, rtol=0, atol=2e-5)
 
 
+def test_a_mask_that_may_mean_the_batch_is_warned_of_once(any_backend, rng):
+    layer = na.MultiHeadAttention(24, 4, rng=1)
+    x, mask = numbers(rng, 4, 3, 24), np.tri(3, dtype=bool) & np.ones((4, 1, 1), bool)
+    with pytest.warns(UserWarning, match=r"mask: .* is taken as \(Hq, Lq, Lk\)") as caught:
+        out, weights = layer(x, mask=mask, return_weights=True)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    expected, pattern = layer(x, mask=mask[np.newaxis], return_weights=True)
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(weights, pattern)
+    one = layer(x, mask=mask.tolist()[0], return_weights=True)[1]
+    np.testing.assert_array_equal(one, layer(x, mask=mask[0], return_weights=True)[1])
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"is_causal": True}, {"window": (2, 1)}, {"mask": np.eye(9, dtype=bool)}],

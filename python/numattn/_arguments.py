@@ -178,6 +178,7 @@ def check(
     bias_ = None if bias is None else as_array("bias", bias)
     if bias_ is not None:
         check_bias(bias_, dtype)
+        check_meaning_of_axes(bias_, batch, query_heads, query_length, name="bias")
 
     options = check_options(
         dtype, query_heads, head_dim, is_causal, window, scale, softcap, alibi_slopes, sinks,
@@ -268,22 +269,31 @@ def check_mask(mask: Array) -> None:
 
 
 def check_meaning_of_axes(
-    mask: Array, batch: tuple[int, ...], query_heads: int, query_length: int, keys: str = "Lk"
+    x: Array,
+    batch: tuple[int, ...],
+    query_heads: int,
+    query_length: int,
+    keys: str = "Lk",
+    name: str = "mask",
 ) -> None:
-    """Warn of a mask whose first axis may have been meant to be the batch.
+    """Warn of a mask or bias that lacks axes and fits, if its first axes are as those of the batch.
 
-    It is no error: a correct program must not fail at one batch size.
+    They may have been meant to be the batch's. It is no error: a correct program must not fail at
+    one batch size.
     """
-    if len(batch) != 1 or mask.ndim not in (2, 3) or batch[0] < 2 or mask.shape[0] != batch[0]:
+    missing = len(batch) + 3 - x.ndim
+    if missing < 1 or x.shape[: len(batch)] != batch or max(batch, default=1) < 2:
         return
-    name, size = ("Hq", query_heads) if mask.ndim == 3 else ("Lq", query_length)
-    if size == batch[0]:
-        axes = "[:, np.newaxis]" if mask.ndim == 3 else "[:, np.newaxis, np.newaxis]"
-        warn(
-            f"mask: shape {mask.shape} is taken as ({'Hq, ' * (mask.ndim - 2)}Lq, {keys}), but "
-            f"the batch has {batch[0]} items too; if its first axis is the batch, pass "
-            f"`mask{axes}`, if it is {name}, `mask[np.newaxis]`"
-        )
+    wanted = (*batch, query_heads, query_length)[missing:]
+    if not wanted or any(n not in (1, w) for n, w in zip(x.shape, wanted, strict=False)):
+        return
+    taken = ["...", "Hq", "Lq", keys][-x.ndim if x.ndim < 4 else 0 :]
+    inserted = ", ".join([":"] * len(batch) + ["np.newaxis"] * missing)
+    warn(
+        f"{name}: shape {x.shape} is taken as ({', '.join(taken)}), but the batch has the shape "
+        f"{batch}, as its first axes have; if they are the batch, pass `{name}[{inserted}]`, if "
+        f"not, `{name}[np.newaxis]`"
+    )
 
 
 def check_positions(

@@ -102,11 +102,12 @@ def attention(
     mask : array_like of bool, optional
         True where a query attends to a key. Broadcasts to (..., Hq, Lq, Lk), whatever the layout.
         Axes are aligned at the end, as by NumPy: pass a batch's mask (B, Lk) as
-        ``mask[:, None, None, :]``, and (B, Lq, Lk) as ``mask[:, None]``. Where sizes allow both
-        readings, a UserWarning says which one was taken.
+        ``mask[:, None, None, :]``, and (B, Lq, Lk) as ``mask[:, None]``. A UserWarning says which
+        reading was taken where sizes allow both: where an array that lacks axes has first axes
+        like the whole batch, such as (B,), or (B1, B2) with two batch axes.
     bias : array_like of float, optional
-        Added to the logits, in natural logarithms; -inf masks. Broadcasts like `mask`. float32 or
-        the dtype of `q`.
+        Added to the logits, in natural logarithms; -inf masks. Broadcasts like `mask`, with
+        the same warning. float32 or the dtype of `q`.
     is_causal : bool, default False
         Attend to the keys ``j <= p``.
     q_offset : int or array_like of int, optional

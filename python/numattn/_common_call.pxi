@@ -165,15 +165,16 @@ cdef bint _numbers_of_heads(
 
 
 cdef bint _pairs(
-    View* to, int64_t* batch_strides, cnp.ndarray x, const Problem* problem, bint is_one_head,
-    bint is_mask,
+    View* to, int64_t* batch_strides, cnp.ndarray x, const Problem* problem, bint is_one_head
 ) noexcept:
     """Fill in what broadcasts to (batch..., query heads, queries, keys), without heads for arrays
-    of two axes; False if it does not."""
+    of two axes; False if it does not, or if it may be meant otherwise."""
     cdef int ndim = cnp.PyArray_NDIM(x)
     cdef int pairs_ndim = problem.batch_axes + 3
     cdef int axis, at
     cdef int64_t wanted, length, stride
+    cdef bint is_batch = problem.batch_axes < ndim < pairs_ndim
+    cdef bint has_items = False
     if ndim > pairs_ndim - is_one_head:
         return False
     to.data = <char*>cnp.PyArray_DATA(x)
@@ -193,12 +194,9 @@ cdef bint _pairs(
             )
         if length != wanted and length != 1:
             return False
-        # It may have been meant to be the batch's (`_arguments._check_meaning_of_axes`).
-        if (
-            is_mask and axis == 0 and ndim < pairs_ndim and problem.batch_axes == 1
-            and length == problem.batch_shape[0] and length > 1
-        ):
-            return False
+        if axis < problem.batch_axes:
+            is_batch = is_batch and length == problem.batch_shape[axis]
+            has_items = has_items or length > 1
         stride = cnp.PyArray_STRIDE(x, axis) if length == wanted else 0
         if at < problem.batch_axes:
             batch_strides[at] = stride
@@ -208,7 +206,8 @@ cdef bint _pairs(
             to.row_stride = stride
         else:
             to.column_stride = stride
-    return True
+    # Its first axes may have been meant to be the batch's (`_arguments.check_meaning_of_axes`).
+    return not (is_batch and has_items)
 
 
 cdef bint _are_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
@@ -394,14 +393,14 @@ def attention_common(
     if mask is not None:
         if not _is_plain(mask, cnp.NPY_BOOL) or not _pairs(
             &problem.options.mask, problem.mask_batch_strides, <cnp.ndarray>mask, &problem,
-            shape.heads_axis < 0, True,
+            shape.heads_axis < 0,
         ):
             return None
     if bias is not None:
         problem.options.bias_is_float32 = _is_plain(bias, cnp.NPY_FLOAT32)
         if not (problem.options.bias_is_float32 or _is_plain(bias, number)) or not _pairs(
             &problem.options.bias, problem.bias_batch_strides, <cnp.ndarray>bias, &problem,
-            shape.heads_axis < 0, False,
+            shape.heads_axis < 0,
         ):
             return None
     if problem.k_is_int8 and not _accept_scales(

@@ -575,7 +575,13 @@ class MultiHeadAttention:
         options |= {"mask": mask, "kv_lengths": valid}
         q, k, v = self._projected(x, keys, values, None)
         out = self._merged(attention(q, k, v, **options))
-        return (out, attention_weights(q, k, **options)) if wants_weights else out
+        if not wants_weights:
+            return out
+        if mask is not None:  # with all axes: `attention` has warned if it may be meant otherwise
+            array = as_array("mask", mask)
+            missing = max(q.ndim, k.ndim) - array.ndim
+            options["mask"] = array[(np.newaxis,) * missing]
+        return out, attention_weights(q, k, **options)
 
     def _contexts(self, context: ArrayLike | tuple[ArrayLike, ArrayLike]) -> tuple[Array, Array]:
         """Return what keys and values are made of."""

@@ -319,6 +319,36 @@ def test_tables_are_extended_and_bounded(rng, monkeypatch):
     assert not _rotary._tables.of(_rope_types.Waves(np.ones(2), 1.0), 0, np.float32)[0].size
 
 
+def test_of_a_table_that_is_too_large_the_beginning_is_kept(rng, monkeypatch):
+    computed = []
+    angles = _rotary._angles
+
+    def counted(waves, positions, precision):
+        if len(computed) == 6:
+            raise MemoryError
+        computed.append(positions.size)
+        return angles(waves, positions, precision)
+
+    monkeypatch.setattr(_rotary, "_angles", counted)
+    monkeypatch.setattr(_rotary, "_tables", _rotary._Tables(1 << 20))  # 4096 positions of 64
+    x = rng.standard_normal((1, 9000, 64), dtype=np.float32)
+    lengths = (1000, 5000, 5000, 4096, 1000, 9000, 4000)
+    outs = {n: na.rotary_embedding(x[:, :n]) for n in lengths}
+    assert computed == [1000, 4000, 5000 - 4096, 9000 - 4096]
+    assert _rotary._tables.nbytes == 1 << 20
+    for base in (5.0, 6.0):  # which has not been there before, and another one in its place
+        assert na.rotary_embedding(x, base=base).shape == x.shape
+    assert computed[4:] == [9000, 9000]
+    assert _rotary._tables.nbytes == 1 << 20
+    with pytest.raises(MemoryError):
+        na.rotary_embedding(x, base=6.0)
+    na.rotary_embedding(x[:, :4096], base=6.0)  # is still there
+    monkeypatch.undo()
+    for n, out in outs.items():
+        fresh = na.rotary_embedding(x[:, :n], np.arange(n))
+        np.testing.assert_array_equal(out, fresh)
+
+
 def test_numpy_s_error_state_changes_nothing(backend, rng):
     x = (rng.standard_normal((1, 5, 8)) * 1e-38).astype(np.float32)
     calls = [

@@ -250,29 +250,41 @@ class _Tables:
         return sum(cos.nbytes + sin.nbytes for cos, sin in self._tables.values())
 
     def of(self, waves: Waves, length: int, precision: type) -> tuple[Array, Array]:
-        """Return tables for so many positions: of a longer one, or the former one extended."""
+        """Return tables for so many positions: of a longer one, or the former one extended.
+
+        Of what is too large the first positions are kept, so that the next call computes the others
+        alone.
+        """
+        if length == 0:
+            return _angles(waves, np.zeros(0), precision)
         key = (waves.frequencies.tobytes(), waves.attention_factor, precision)
         with self._lock:
-            tables = self._tables.pop(key, None)
+            tables = self._tables.get(key)
         there = 0 if tables is None else len(tables[0])
         if there < length:
             new = _angles(waves, np.arange(there, length, dtype=np.float64), precision)
-            if tables is None:
-                tables = new
-            else:
-                tables = np.concatenate([tables[0], new[0]]), np.concatenate([tables[1], new[1]])
-            for table in tables:
-                table.flags.writeable = False
-        assert tables is not None or length == 0
-        if tables is None:
-            return _angles(waves, np.zeros(0), precision)
-        if sum(table.nbytes for table in tables) <= self._most_bytes:
-            with self._lock:
-                self._tables[key] = tables
-                while self.nbytes > self._most_bytes:
-                    del self._tables[next(iter(self._tables))]
+            if tables is not None:
+                new = np.concatenate([tables[0], new[0]]), np.concatenate([tables[1], new[1]])
+            tables = new
+        assert tables is not None
+        self._keep(key, tables)
         cos, sin = tables
         return cos[:length], sin[:length]
+
+    def _keep(self, key: object, tables: tuple[Array, Array]) -> None:
+        fitting = self._most_bytes // sum(table[:1].nbytes for table in tables)
+        with self._lock:
+            kept = self._tables.pop(key, None)  # perhaps longer meanwhile
+            if kept is None or len(kept[0]) < min(len(tables[0]), fitting):
+                cos, sin = tables
+                if len(cos) > fitting:
+                    cos, sin = cos[:fitting].copy(), sin[:fitting].copy()
+                kept = cos, sin
+            self._tables[key] = kept
+            while self.nbytes > self._most_bytes:
+                del self._tables[next(iter(self._tables))]
+        for table in (*tables, *kept):
+            table.flags.writeable = False
 
 
 _tables = _Tables(32 << 20)

@@ -259,10 +259,13 @@ def test_bad_arguments(backend, name):
 
 
 AMBIGUOUS = {
-    "causal": {"is_causal": True},
+    "is_causal": {"is_causal": True},
     "window": {"window": (3, None)},
-    "right window": {"window": (None, 2)},
-    "alibi": {"alibi_slopes": [0.1, 0.2, 0.3, 0.4]},
+    "window, to the right": {"window": (None, 2)},
+    "window, which is causal": {"window": (2, 0)},
+    "is_causal and window": {"is_causal": True, "window": (2, None)},
+    "is_causal, window without limits": {"is_causal": True, "window": (None, 2**70)},
+    "alibi_slopes": {"alibi_slopes": [0.1, 0.2, 0.3, 0.4]},
 }
 
 
@@ -270,7 +273,7 @@ AMBIGUOUS = {
 def test_lengths_of_keys_alone_do_not_say_where_queries_are(backend, name):
     """A batch padded on the right would be computed as if its padding were in front."""
     options = AMBIGUOUS[name] | {"kv_lengths": [7, 3]}
-    message = r"^kv_lengths: got lengths beside (is_causal|window|alibi_slopes) and 5 queries"
+    message = rf"^kv_lengths: got lengths beside {name.split(',')[0]} and 5 queries"
     calls = {
         "attention": lambda **more: na.attention(Q, K, V, **options, **more),
         "qk_scores": lambda **more: na.qk_scores(Q, K, **options, **more),

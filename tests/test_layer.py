@@ -196,11 +196,15 @@ def test_lengths_of_a_context_are_those_of_its_keys_alone(backend, rng):
     np.testing.assert_allclose(out[1], layer(x[1], context[1, :3]), rtol=0, atol=2e-6)
     one = layer(x[:, :1], context, lengths=[6, 3], is_causal=True)  # the last token
     np.testing.assert_allclose(one[1], layer(x[1, :1], context[1, :3]), rtol=0, atol=2e-6)
-    for options in ({"is_causal": True}, {"window": (2, 0)}):
-        with pytest.raises(
-            ValueError, match=r"^lengths: got lengths of the context beside is_causal"
-        ):
-            layer(x, context, lengths=[6, 3], **options)
+    limits = {"is_causal": True, "window": (2, 0)}
+    for names in (["is_causal"], ["window"], ["is_causal", "window"]):
+        given = " and ".join(names)
+        message = (
+            rf"^lengths: got lengths of the context beside {given} and 4 .* instead of {given}$"
+        )
+        with pytest.raises(ValueError, match=message):
+            layer(x, context, lengths=[6, 3], **{name: limits[name] for name in names})
+    layer(x, context, lengths=[6, 3], window=(None, None))
 
 
 @pytest.mark.parametrize("window", [None, 4])

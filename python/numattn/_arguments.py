@@ -191,7 +191,10 @@ def check(
             (*batch, query_heads, query_length, v_.shape[-1]),
         )  # fmt: skip
     kv_lengths_ = ints_per_batch("kv_lengths", kv_lengths, batch, 0, key_length)
-    check_positions(query_length, kv_lengths, q_offset, q_lengths, options)
+    check_positions(
+        query_length, kv_lengths, q_offset, q_lengths,
+        positional_options(is_causal, window, alibi_slopes),
+    )  # fmt: skip
     arguments = Arguments(
         q=_broadcast(q_, (*batch, *q_.shape[-3:])),
         k=_broadcast(k_, (*batch, *k_.shape[-3:])),
@@ -296,20 +299,27 @@ def check_meaning_of_axes(
     )
 
 
+def positional_options(
+    is_causal: bool,
+    window: tuple[int | None, int | None] | None,
+    alibi_slopes: ArrayLike | None = None,
+) -> list[str]:
+    """Return the names of those that need to know where queries are, as the caller gave them."""
+    are_given = {
+        "is_causal": flag("is_causal", is_causal),
+        "window": _window(window) != (UNBOUNDED, UNBOUNDED),
+        "alibi_slopes": alibi_slopes is not None,
+    }
+    return [name for name, is_given in are_given.items() if is_given]
+
+
 def check_positions(
-    query_length: int, kv_lengths: object, q_offset: object, q_lengths: object,
-    options: dict[str, Any],
-) -> None:  # fmt: skip
-    """Refuse lengths of keys that leave open where the queries are."""
+    query_length: int, kv_lengths: object, q_offset: object, q_lengths: object, given: list[str]
+) -> None:
+    """Refuse lengths of keys that leave open where the queries are; `given` are the
+    `positional_options`."""
     if query_length <= 1 or kv_lengths is None or q_offset is not None or q_lengths is not None:
         return
-    left, right = options["window_left"], options["window_right"]
-    matters = {
-        "is_causal": right == 0,
-        "window": left != UNBOUNDED or 0 < right < UNBOUNDED,
-        "alibi_slopes": options["alibi_slopes"] is not None,
-    }
-    given = [name for name, does_matter in matters.items() if does_matter]
     if given:
         refuse(
             "kv_lengths",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from . import _layer_weights
-from ._arguments import MAX_AXES, UNBOUNDED, check_options, ints_per_batch
+from ._arguments import MAX_AXES, check_options, ints_per_batch, positional_options
 from ._attention import attention
 from ._checks import (
     as_array,
@@ -541,11 +541,11 @@ class MultiHeadAttention:
             refuse_unknown("MultiHeadAttention", unknown, _ELSEWHERE)
         x = self._checked("x", x, self._embed_dim)
         is_causal = cache is not None if is_causal is None else flag("is_causal", is_causal)
-        limits = check_options(
+        check_options(
             self._dtype, self._heads, self._head_dim, is_causal, window, None, softcap, None, None,
             None,
         )  # fmt: skip
-        is_positional = (limits["window_left"], limits["window_right"]) != (UNBOUNDED, UNBOUNDED)
+        positional = positional_options(is_causal, window)
         options: dict[str, Any] = {
             "is_causal": is_causal, "window": window, "softcap": softcap, "layout": "blhd",
         }  # fmt: skip
@@ -566,12 +566,13 @@ class MultiHeadAttention:
         if context is None:
             # A token's position does not depend on how many are valid.
             options |= {"q_lengths": valid, "q_offset": 0}
-        elif valid is not None and is_positional and x.shape[-2] > 1:
+        elif valid is not None and positional and x.shape[-2] > 1:
+            given = " and ".join(positional)
             seen = (
-                f"lengths of the context beside is_causal or window and {x.shape[-2]} tokens of x, "
-                "which leave open at which positions these are"
+                f"lengths of the context beside {given} and {x.shape[-2]} tokens of x, which leave "
+                "open at which positions these are"
             )
-            refuse("lengths", seen, "a `mask` instead of is_causal and window")
+            refuse("lengths", seen, f"a `mask` instead of {given}")
         options |= {"mask": mask, "kv_lengths": valid}
         q, k, v = self._projected(x, keys, values, None)
         out = self._merged(attention(q, k, v, **options))

@@ -18,6 +18,7 @@ from ._arguments import (
     key_scales,
     lse_heads_first,
     outputs,
+    positional_options,
 )
 from ._checks import (
     as_array,
@@ -182,7 +183,9 @@ def check_paged(
         refuse("block_table", f"{table[where]} at {where}", f"0 to {pages - 1}")
 
     checked = check_options(dtype, q_.shape[1], q_.shape[-1], **options)
-    check_positions(q_.shape[2], kv_lengths, q_offset, q_lengths, checked)
+    positional = ("is_causal", "window", "alibi_slopes")
+    given_ = positional_options(*(options[name] for name in positional))
+    check_positions(q_.shape[2], kv_lengths, q_offset, q_lengths, given_)
     result, result_lse = outputs(
         out, flag("return_lse", return_lse), False, layout, dtype, (*q_.shape[:3], v_.shape[-1])
     )

@@ -224,7 +224,16 @@ def test_values_that_are_not_numbers_where_no_weight_is(backend, arrays):
         (lambda q, k: na.qk_scores(q[..., :3], k), ValueError, ["q", "(2, 5, 3)"]),
         (lambda q, k: na.qk_scores(q, k.astype(int)), TypeError, ["k", "int64"]),
         (lambda q, k: na.masked_softmax(q.astype(int)), TypeError, ["scores", "int64"]),
-        (lambda q, k: na.masked_softmax(q, q), TypeError, ["mask", "float32", "bool"]),
+        (
+            lambda q, k: na.masked_softmax(q, q),
+            TypeError,
+            ["mask", "float32", "bool", "add logits"],
+        ),
+        (
+            lambda q, k: na.masked_softmax(q, (q > 0).astype(int)),
+            TypeError,
+            ["mask: got dtype int64, expected bool, True = attend (`mask.astype(bool)` if 1 means"],
+        ),
         (lambda q, k: na.masked_softmax(q, [True, False]), ValueError, ["mask", "(2,)"]),
         (lambda q, k: na.masked_softmax(q, axis=3), ValueError, ["axis", "3", "(2, 5, 8)"]),
         (lambda q, k: na.masked_softmax(q, out=q[0]), ValueError, ["out", "(5, 8)"]),

@@ -261,14 +261,13 @@ def key_scales(
         return scales.astype(np.float32, copy=False)
 
 
-def check_mask(mask: Array) -> None:
-    """Refuse a mask that is not bool."""
+def check_mask(mask: Array, hint: str = "logits are added by `bias`") -> None:
+    """Refuse a mask that is not bool; `hint` says what to do with floats, if anything."""
     if mask.dtype == np.bool_:
         return
-    hint = "logits are added by `bias`"
     if mask.dtype.kind in "iu":
         hint = "`mask.astype(bool)` if 1 means attend"
-    refuse_kind("mask", dtype_name(mask), f"bool, True = attend ({hint})")
+    refuse_kind("mask", dtype_name(mask), "bool, True = attend" + (f" ({hint})" if hint else ""))
 
 
 def check_meaning_of_axes(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _runtime
+from ._arguments import check_mask
 from ._checks import (
     as_array,
     check_out,
@@ -14,7 +15,6 @@ from ._checks import (
     float_array,
     integer,
     refuse,
-    refuse_kind,
     same_elements,
 )
 
@@ -76,8 +76,7 @@ def masked_softmax(
     m = None
     if mask is not None:
         m = as_array("mask", mask)
-        if m.dtype != np.bool_:
-            refuse_kind("mask", m.dtype.name, "bool, True = counts")
+        check_mask(m, "add logits to the scores")
         try:
             m = np.broadcast_to(m, x.shape)
         except ValueError:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from . import _runtime
+from ._arguments import check_mask
 from ._checks import ACCEPTED_DTYPES, as_array, at_least, dtype_name, real, refuse, refuse_kind
 
 if TYPE_CHECKING:
@@ -484,8 +485,7 @@ def _weights(x: ArrayLike, axes: dict[int, str]) -> Array:
 
 def _masked(mask: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     array = as_array("mask", mask)
-    if array.dtype != np.bool_:
-        refuse_kind("mask", dtype_name(array), "bool, True = attend")
+    check_mask(array, hint="")
     try:
         attended = np.broadcast_to(array, shape)
     except ValueError:

@@ -128,6 +128,28 @@ def test_weights_whose_sum_overflows():
     assert na.aggregate_values(-np.ones((1, 2), np.float32), v) == -np.inf
 
 
+def test_infinite_weights_of_infinite_values(dtype):
+    """What a sum of products gives, but that a weight of 0 takes nothing."""
+    numbers = np.array([-np.inf, -2, 0, 3, np.inf, np.nan])
+    weights, v = (x.ravel() for x in np.meshgrid(numbers, numbers))
+    with np.errstate(all="ignore"):
+        expected = np.where(weights == 0, 0, weights * v)
+    w3 = weights.reshape(-1, 1, 1).astype(dtype)
+    out = na.aggregate_values(w3, v.reshape(-1, 1, 1).astype(dtype))
+    np.testing.assert_array_equal(out.ravel().astype(float), expected)
+    # Beside others, of which the sum of all is known; the second column is finite.
+    for weights, values, sums in (
+        ([np.inf, 1, 0], [np.inf, 1, np.nan], [np.inf, np.inf]),
+        ([np.inf, 2, 1], [-np.inf, 1, 1], [-np.inf, np.inf]),
+        ([np.inf, 1, 1], [np.inf, -np.inf, 1], [np.nan, np.inf]),
+        ([1, np.inf, 1], [np.inf, -3, 1], [np.nan, np.inf]),
+        ([1, np.inf, 1], [np.inf, 3, 1], [np.inf, np.inf]),
+    ):
+        v = np.stack([values, np.ones(3)], axis=-1).astype(dtype)
+        out = na.aggregate_values(np.array([weights], dtype), v)
+        np.testing.assert_array_equal(out.astype(float), [sums])
+
+
 def calls_of(function):
     """Return how many functions are called meanwhile, those of NumPy included."""
     count = 0

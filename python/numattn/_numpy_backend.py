@@ -274,8 +274,10 @@ def aggregate(weights: Array, v: Array, attend: Array, largest: float = np.inf) 
     if finite.all():
         out: Array = np.matmul(weights, v)
         return np.clip(out, -largest, largest, out=out)
-    # A weight of 0 would carry a NaN or an infinity into queries that mask its key.
-    out = np.matmul(weights, np.where(finite, v, 0))
+    # A weight of 0 would carry a NaN or an infinity into queries that mask its key. An infinite
+    # weight keeps the sign of an infinite value, which a 0 in its place would make NaN.
+    least = np.copysign(np.finfo(v.dtype).tiny, v)
+    out = np.matmul(weights, np.where(finite, v, np.where(np.isnan(v), 0, least)))
     np.clip(out, -largest, largest, out=out)
     attend = np.broadcast_to(attend, weights.shape)
     attended = attend.any(axis=tuple(range(attend.ndim - 1)))

@@ -252,6 +252,16 @@ def test_values_that_are_not_numbers_where_no_weight_is(backend, arrays):
             ["weights: got dtype float32 of foreign byte order"],
         ),
         (lambda q, k: na.aggregate_values(q, k.astype(int)), TypeError, ["v: got dtype int64"]),
+        (
+            lambda q, k: na.aggregate_values(np.ones([1] * 64), k),
+            ValueError,
+            ["weights: got 64 axes, expected at most 32"],
+        ),
+        (
+            lambda q, k: na.aggregate_values(q, np.ones([1] * 64)),
+            ValueError,
+            ["v: got 64 axes, expected at most 32"],
+        ),
         (lambda q, k: na.merge_states(q, q[..., 0], k, k[..., 0]), ValueError, ["out_b"]),
         (
             lambda q, k: na.merge_states(q, q[..., 0].astype(FOREIGN), q, q[..., 0]),

@@ -156,6 +156,9 @@ def aggregate_values(
     if w.ndim < 2 or values.ndim < 2:
         shapes = f"shapes {w.shape} and {values.shape}"
         refuse("weights and v", shapes, "(..., heads, Lq, Lk) and (..., heads, Lk, Dv)")
+    for name, x in (("weights", w), ("v", values)):
+        if x.ndim > _arguments.MAX_AXES:
+            refuse(name, f"{x.ndim} axes", f"at most {_arguments.MAX_AXES}")
     one_head = w.ndim == values.ndim == 2
     w3 = w[np.newaxis] if w.ndim == 2 else w
     v3 = heads_first(values, layout)

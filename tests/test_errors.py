@@ -389,6 +389,22 @@ def test_numbers_may_be_arrays_without_axes(backend):
     np.testing.assert_array_equal(of_arrays, plain)
 
 
+def test_numbers_may_be_bfloat16(backend, rng):
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    q, k, v = (rng.standard_normal(x.shape, dtype=np.float32) for x in (Q, K, V))
+    plain = na.attention(q, k, v, scale=0.5, softcap=2.0)
+    for scale, softcap in ((bfloat16(0.5), bfloat16(2)), (np.array(0.5, bfloat16), 2.0)):
+        out = na.attention(q, k, v, scale=scale, softcap=softcap)
+        np.testing.assert_array_equal(out, plain)
+    with pytest.raises(ValueError, match=r"^scale: got nan, expected a finite number"):
+        na.attention(q, k, v, scale=bfloat16(np.nan))
+    rotated = na.rotary_embedding(q, np.arange(5).astype(bfloat16), base=bfloat16(512))
+    np.testing.assert_array_equal(rotated, na.rotary_embedding(q, np.arange(5), base=512.0))
+    waves = np.array([1, 0.5], bfloat16)
+    rotated = na.rotary_embedding(q, frequencies=waves)
+    np.testing.assert_array_equal(rotated, na.rotary_embedding(q, frequencies=[1, 0.5]))
+
+
 def test_stages_speak_of_their_own_arguments():
     with pytest.raises(ValueError, match=r"^k: got head_dim 7, expected 8 as in q \(q .*, k .*\)$"):
         na.qk_scores(Q, K[..., :7])

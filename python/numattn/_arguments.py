@@ -24,6 +24,7 @@ from ._checks import (
     flag,
     heads_first,
     integer,
+    is_real,
     real,
     refuse,
     refuse_kind,
@@ -494,7 +495,7 @@ def _floats_per_head(
     if values is None:
         return None
     array = snapshot(name, values)
-    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+    if not is_real(array.dtype):
         refuse_kind(name, f"dtype {array.dtype}", "real numbers")
     if array.shape != (query_heads,):
         refuse(name, f"shape {array.shape}", f"one number per query head, ({query_heads},)")

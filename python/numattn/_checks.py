@@ -121,6 +121,11 @@ def is_accepted(dtype: np.dtype[Any]) -> bool:
     return dtype.name in ACCEPTED_DTYPES and dtype.isnative
 
 
+def is_real(dtype: np.dtype[Any]) -> bool:
+    """Whether its elements are real numbers; NumPy does not know it of bfloat16."""
+    return dtype.kind in "iuf" or dtype.name == "bfloat16"
+
+
 def dtype_name(x: Array) -> str:
     return f"dtype {x.dtype.name}" + ("" if x.dtype.isnative else " of foreign byte order")
 
@@ -236,12 +241,15 @@ def thread_count(name: str, value: object) -> int:
 def real(name: str, value: object) -> float:
     """Return a finite float."""
     value = _scalar(value)
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (Real, np.number)):
+    is_number = isinstance(value, (Real, np.number)) or (
+        isinstance(value, np.generic) and is_real(value.dtype)
+    )
+    if isinstance(value, (bool, np.bool_)) or not is_number:
         refuse_kind(name, f"{value!r} ({type(value).__name__})", "a real number")
     if isinstance(value, np.complexfloating):
         refuse_kind(name, f"{value!r}", "a real number")
     try:
-        number = float(value)
+        number = float(value)  # type: ignore[arg-type]
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from ._checks import ACCEPTED_DTYPES, as_array, at_least, refuse, refuse_kind
+from ._checks import as_array, at_least, is_real, refuse, refuse_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -190,7 +190,7 @@ def sizes(
 def numbers(name: str, x: ArrayLike) -> Array:
     """Return an array of real numbers, also of a tensor of PyTorch."""
     array = _from_tensor(name, x)
-    if array.dtype.name not in ACCEPTED_DTYPES and array.dtype.kind not in "iu":
+    if not is_real(array.dtype):
         refuse_kind(name, f"dtype {array.dtype.name}", "real numbers")
     return array
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._checks import as_array, flag, real, refuse, refuse_kind
+from ._checks import as_array, flag, is_real, real, refuse, refuse_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -109,7 +109,7 @@ def _value(key: str, value: Any, default: Any, type_name: str) -> Any:
         return flag(name, value)
     if key in ("short_factor", "long_factor"):
         factors = as_array(name, value)
-        if factors.ndim != 1 or factors.dtype.kind not in "iuf":
+        if factors.ndim != 1 or not is_real(factors.dtype):
             refuse_kind(name, f"dtype {factors.dtype}, shape {factors.shape}", "a list of numbers")
         if not np.all(np.isfinite(factors) & (factors > 0)):
             refuse(name, "a number that is not positive and finite", "positive numbers")

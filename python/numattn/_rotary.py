@@ -18,6 +18,7 @@ from ._checks import (
     float_array,
     heads_first,
     integer,
+    is_real,
     refuse,
     refuse_kind,
     same_elements,
@@ -201,7 +202,7 @@ def _own_frequencies(
     frequencies: ArrayLike, dim: int, rotary_dim: int | None
 ) -> NDArray[np.float64]:
     array = as_array("frequencies", frequencies)
-    if array.dtype.kind not in "iuf":
+    if not is_real(array.dtype):
         refuse_kind("frequencies", f"dtype {array.dtype.name}", "real numbers")
     pairs = dim // 2 if rotary_dim is None else integer("rotary_dim", rotary_dim) // 2
     if array.ndim != 1 or not 1 <= array.size <= dim // 2:
@@ -215,7 +216,7 @@ def _own_frequencies(
 
 def _positions(positions: ArrayLike, batch: tuple[int, ...], length: int) -> NDArray[np.float64]:
     p = as_array("positions", positions)
-    if p.size and p.dtype.kind not in "iuf":
+    if p.size and not is_real(p.dtype):
         refuse_kind("positions", f"dtype {p.dtype.name}", "integers or floats")
     p = p.astype(np.float64)
     if not np.isfinite(p).all():

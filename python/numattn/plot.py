@@ -21,7 +21,7 @@ import numpy as np
 
 from . import _runtime
 from ._arguments import check_mask
-from ._checks import ACCEPTED_DTYPES, as_array, at_least, dtype_name, real, refuse, refuse_kind
+from ._checks import as_array, at_least, dtype_name, is_real, real, refuse, refuse_kind
 
 if TYPE_CHECKING:
     import os
@@ -465,7 +465,7 @@ def html_page(
 def _weights(x: ArrayLike, axes: dict[int, str]) -> Array:
     """Return the weights, of one of the numbers of axes that `axes` describes."""
     array = as_array("weights", x)
-    if array.dtype.kind not in "fiu" and array.dtype.name not in ACCEPTED_DTYPES:
+    if not is_real(array.dtype):
         refuse_kind("weights", dtype_name(array), "real numbers")
     if array.ndim not in axes or 0 in array.shape:
         expected = " or ".join(axes.values()) + ", no axis of length 0"

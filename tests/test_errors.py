@@ -14,10 +14,13 @@ def zeros(*shape, dtype=np.float32):
 
 
 class Refusing:
-    """As an array on a GPU, which does not move to the CPU by itself."""
+    """As an array on a GPU, which does not move to the CPU by itself, or one whose file is gone."""
+
+    def __init__(self, error=TypeError):
+        self.error = error
 
     def __array__(self, dtype=None, copy=None):
-        raise TypeError("no implicit conversion")
+        raise self.error("no implicit conversion")
 
 
 Q, K, V = zeros(2, 4, 5, 8), zeros(2, 2, 7, 8), zeros(2, 2, 7, 6)
@@ -167,6 +170,14 @@ CASES = {
         TypeError,
         "k: got Refusing that refuses to become an array (no implicit conversion), expected an",
     ),
+    **{
+        f"array with {error.__name__}": (
+            {"v": Refusing(error)},
+            TypeError,
+            "v: got Refusing that refuses to become an array (no implicit conversion), expected an",
+        )
+        for error in (AttributeError, BufferError, OSError, RuntimeError)
+    },
     "refusing mask": ({"mask": Refusing()}, TypeError, "mask: got Refusing that refuses"),
     "refusing lengths": ({"kv_lengths": Refusing()}, TypeError, "kv_lengths: got Refusing that"),
     "offset kind": ({"q_offset": 1.5}, TypeError, "q_offset: got dtype float64, expected ints"),

@@ -79,6 +79,11 @@ def refuse_unknown(
 # ---- arrays ------------------------------------------------------------------------------------
 
 
+# What array-likes raise that do not become arrays: tensors on a GPU or with a gradient, files that
+# are gone, objects that do not have what they promise.
+REFUSALS = (TypeError, RuntimeError, AttributeError, BufferError, OSError)
+
+
 def as_array(name: str, x: ArrayLike) -> Array:
     """Return an array over the same memory, whose shape and strides nobody else can change."""
     masked = isinstance(x, MaskedArray)
@@ -89,7 +94,7 @@ def as_array(name: str, x: ArrayLike) -> Array:
         array = np.asarray(x)
     except ValueError as error:  # NumPy does not say which argument it was
         refuse(name, f"what NumPy makes no array of ({error})", "an array")
-    except (TypeError, RuntimeError) as error:  # as tensors on a GPU do, or those with a gradient
+    except REFUSALS as error:
         seen = f"{type(x).__name__} that refuses to become an array ({error})"
         refuse_kind(name, seen, "an array of NumPy: convert it first")
     if array.dtype == object and not isinstance(x, np.ndarray | int | list | tuple):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from ._checks import as_array, at_least, is_real, refuse, refuse_kind
+from ._checks import REFUSALS, as_array, at_least, is_real, refuse, refuse_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -208,7 +208,7 @@ def _from_tensor(name: str, x: Any) -> Array:
         try:
             x = x.detach().cpu()
             x = (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
-        except (TypeError, RuntimeError) as error:  # of no memory, or in 8 bits
+        except REFUSALS as error:  # of no memory, or in 8 bits
             seen = f"{type(x).__name__} that refuses to become an array ({error})"
             refuse_kind(name, seen, "a tensor with numbers, converted to float32")
     return as_array(name, x)

@@ -391,6 +391,45 @@ def test_names_of_other_libraries(name, meant):
             call(nonsense=1)
 
 
+OTHERS = {
+    "rotary_embedding": (lambda **more: na.rotary_embedding(Q, **more), "rope_theta", "`base=`"),
+    "aggregate_values": (
+        lambda **more: na.aggregate_values(K[..., :7], V, **more), "scale", "`v_scale=`",
+    ),
+    "masked_softmax": (lambda **more: na.masked_softmax(Q, **more), "where", "`mask=`"),
+    "quantize_kv": (lambda **more: na.quantize_kv(K, **more), "per_channel", "`channel_scale=`"),
+    "MultiHeadAttention": (
+        lambda **more: na.MultiHeadAttention(8, 2, **more), "num_key_value_heads", "`kv_heads=`",
+    ),
+    "MultiHeadAttention.from_weights": (
+        lambda **more: na.MultiHeadAttention.from_weights(
+            *[np.eye(8, dtype=np.float32)] * 4, num_heads=2, **more
+        ), "rope_scaling", "`rotary={'scaling': rope_scaling}`",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_names_of_other_libraries_for_what_is_around_attention(name):
+    call, other, meant = OTHERS[name]
+    call()
+    message = rf"{name}() got an unexpected keyword argument {other!r}; did you mean {meant}"
+    with pytest.raises(TypeError, match="^" + re.escape(message)):
+        call(**{other: None})
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'nonsense'$"):
+        call(nonsense=1)
+
+
+def test_names_of_other_libraries_in_a_layer():
+    layer = na.MultiHeadAttention(8, 2, rng=0)
+    for name, meant in (("attn_bias", "nothing"), ("logits_soft_cap", "`softcap=`")):
+        with pytest.raises(TypeError, match=rf"argument '{name}'; did you mean {meant}"):
+            layer(zeros(3, 8), **{name: None})
+    message = r"^rotary: got 'rope_theta', expected only base, .*; did you mean `base=`\?"
+    with pytest.raises(ValueError, match=message):
+        na.MultiHeadAttention(8, 2, rotary={"rope_theta": 5.0})
+
+
 def test_numbers_may_be_arrays_without_axes(backend):
     plain = na.attention(Q + 1, K + 1, V, scale=0.5, softcap=2.0, is_causal=True, num_threads=1)
     of_arrays = na.attention(

@@ -42,7 +42,8 @@ def warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
-# What other libraries call their arguments, and what to write here; docs/porting.rst has them all.
+# What other libraries call arguments of attention, and what to write here; docs/porting.rst has all
+# names of such tables.
 _ELSEWHERE = {
     "attn_mask": "`mask=` if it is bool (True = attend), `bias=` if it is float",
     "attention_mask": "`mask=` if it is bool (True = attend), `bias=` if it is float",
@@ -70,10 +71,15 @@ def refuse_unknown(
 ) -> NoReturn:
     """Refuse arguments that a function does not have, and say what may have been meant."""
     for name in arguments:
-        meant = meanings.get(name)
-        hint = "" if meant is None else f"; did you mean {meant}? See Porting in the documentation"
+        hint = meant(name, meanings)
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
     raise AssertionError("no arguments")
+
+
+def meant(name: str, meanings: Mapping[str, str]) -> str:
+    """Return what to append to an error about a name that may be another library's."""
+    meaning = meanings.get(name)
+    return "" if meaning is None else f"; did you mean {meaning}? See Porting in the documentation"
 
 
 # ---- arrays ------------------------------------------------------------------------------------

@@ -16,12 +16,14 @@ from ._checks import (
     dtype_name,
     flag,
     integer,
+    meant,
     real,
     refuse,
     refuse_kind,
     refuse_unknown,
 )
 from ._kv_cache import KVCache
+from ._rotary import ELSEWHERE as ROTARY_ELSEWHERE
 from ._rotary import make_rotation
 from ._stages import attention_weights
 
@@ -51,6 +53,43 @@ _ELSEWHERE = {
     "sliding_window": "`window=(sliding_window - 1, 0)`",
     "key": "`context=`",
     "value": "`context=(keys, values)`",
+    "key_value_states": "`context=`",
+    "encoder_hidden_states": "`context=`",
+    "use_cache": "`cache=`",
+    "position_ids": "nothing: positions are those of `x`, after the tokens of a `cache`",
+    "window_size": "`window=(left, right)`, None where flash-attn has -1",
+    "local_window_size": "`window=(left, right)`",
+    "logits_soft_cap": "`softcap=`",
+    "return_attn_probs": "`return_weights=`",
+    "return_lse": "nothing: `attention` has it",
+    "bias": "nothing: `attention` has it",
+    "attn_bias": "nothing: `attention` has `bias=`",
+    "dropout_p": "nothing: there is no dropout",
+    "enable_gqa": "nothing: grouped heads are the layer's `kv_heads`",
+}
+
+# What PyTorch's layer and models' configurations call the options of a layer.
+_OPTIONS_ELSEWHERE = {
+    "num_key_value_heads": "`kv_heads=`",
+    "num_kv_heads": "`kv_heads=`",
+    "kdim": "`context_dim=(kdim, vdim)`",
+    "vdim": "`context_dim=(kdim, vdim)`",
+    "attention_bias": "`bias=`",
+    "qkv_bias": "`bias=`",
+    "use_qk_norm": "`qk_norm=`",
+    "rope_theta": "`rotary={'base': rope_theta}`",
+    "rope_scaling": "`rotary={'scaling': rope_scaling}`",
+    "rope_parameters": "`rotary={'scaling': rope_parameters}`",
+    "dropout": "nothing: there is no dropout",
+    "attention_dropout": "nothing: there is no dropout",
+    "batch_first": "nothing: the layer takes (batch, length, embed_dim)",
+    "add_bias_kv": "nothing: the layer has no keys of its own",
+    "add_zero_attn": "nothing: the layer has no keys of its own",
+    "device": "nothing: it computes on the CPU",
+    "is_causal": "`is_causal=` of a call",
+    "causal": "`is_causal=` of a call",
+    "window": "`window=` of a call",
+    "sliding_window": "`window=(sliding_window - 1, 0)` of a call",
 }
 
 
@@ -139,7 +178,10 @@ class MultiHeadAttention:
         qk_norm: bool = False,
         dtype: DTypeLike = np.float32,
         rng: np.random.Generator | int | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            refuse_unknown("MultiHeadAttention", unknown, _OPTIONS_ELSEWHERE)
         shapes = self._set_sizes(
             embed_dim, num_heads, kv_heads, head_dim, value_dim, context_dim, bias, qk_norm, dtype
         )
@@ -336,6 +378,7 @@ class MultiHeadAttention:
         k_norm: ArrayLike | None = None,
         rotary: bool | Mapping[str, Any] | None = None,
         dtype: DTypeLike | None = None,
+        **unknown: Any,
     ) -> Self:
         """Make a layer of separate matrices as Hugging Face models hold them.
 
@@ -381,6 +424,8 @@ class MultiHeadAttention:
         >>> na.MultiHeadAttention.from_weights(q, k, v, o, num_heads=8, rotary=True)
         MultiHeadAttention(64, 8, kv_heads=2, head_dim=8, value_dim=8, dtype=float32)
         """
+        if unknown:
+            refuse_unknown("MultiHeadAttention.from_weights", unknown, _OPTIONS_ELSEWHERE)
         matrices = _layer_weights.float_matrices(
             q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, o_weight=o_weight
         )
@@ -710,7 +755,8 @@ def _rotary_options(rotary: object, head_dim: int) -> dict[str, Any] | None:
     options: dict[str, Any] = {}
     for name, value in given.items():
         if name not in plain:
-            refuse("rotary", repr(name), "only " + ", ".join(plain))
+            expected = "only " + ", ".join(plain)
+            refuse("rotary", repr(name), expected + meant(name, ROTARY_ELSEWHERE))
         options[name] = None if value is None else plain[name](name, value)
     make_rotation((1, 0, head_dim), np.dtype(np.float32), None, **options)
     return options

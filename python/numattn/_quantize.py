@@ -15,6 +15,7 @@ from ._checks import (
     is_accepted,
     refuse,
     refuse_kind,
+    refuse_unknown,
 )
 
 if TYPE_CHECKING:
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 
     Rounded = tuple[NDArray[np.int8], NDArray[np.float32]]
 
+# What other libraries call the arguments.
+_ELSEWHERE = {
+    "axis": "nothing: the last axis has the vectors, and `layout=` says where the tokens are",
+    "dim": "nothing: the last axis has the vectors, and `layout=` says where the tokens are",
+    "per_channel": "`channel_scale=`",
+    "num_bits": "nothing: there are 8",
+}
 # 127 times it is still a number of float32.
 _LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))
 # Of a channel's size, for its factor: with 1 a large channel has too coarse steps itself, with 0.7
@@ -44,7 +52,11 @@ def quantize_kv(
 
 
 def quantize_kv(
-    x: ArrayLike, *, channel_scale: bool = False, layout: Literal["bhld", "blhd"] = "bhld"
+    x: ArrayLike,
+    *,
+    channel_scale: bool = False,
+    layout: Literal["bhld", "blhd"] = "bhld",
+    **unknown: Any,
 ) -> Rounded | tuple[NDArray[np.int8], NDArray[np.float32], NDArray[Any]]:
     """Round keys or values to 8 bits, with a scale for each token and head.
 
@@ -126,6 +138,8 @@ def quantize_kv(
     >>> bool(np.linalg.norm(error) < 0.01 * np.linalg.norm(out))
     True
     """
+    if unknown:
+        refuse_unknown("quantize_kv", unknown, _ELSEWHERE)
     array = as_array("x", x)
     wide = _finite_vectors("x", array)
     check_layout(layout)

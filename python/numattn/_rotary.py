@@ -21,6 +21,7 @@ from ._checks import (
     is_real,
     refuse,
     refuse_kind,
+    refuse_unknown,
     same_elements,
 )
 from ._rope_types import Waves, rope_type
@@ -31,6 +32,23 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     Array = NDArray[Any]
+
+# What models' configurations, ONNX and flash-attn call the arguments.
+ELSEWHERE = {
+    "position_ids": "`positions=`",
+    "seqlen_offsets": "`positions=`",
+    "rope_theta": "`base=`",
+    "theta": "`base=`",
+    "rope_scaling": "`scaling=`",
+    "rope_parameters": "`scaling=`",
+    "partial_rotary_factor": "`rotary_dim=`, or that key in `scaling`",
+    "rotary_embedding_dim": "`rotary_dim=`",
+    "dim": "`rotary_dim=`",
+    "inv_freq": "`frequencies=`",
+    "cos_cache": "`frequencies=`, whose angles are computed here",
+    "sin_cache": "`frequencies=`, whose angles are computed here",
+    "inplace": "`out=x`",
+}
 
 
 def rotary_embedding(
@@ -44,6 +62,7 @@ def rotary_embedding(
     frequencies: ArrayLike | None = None,
     layout: Literal["bhld", "blhd"] = "bhld",
     out: Array | None = None,
+    **unknown: Any,
 ) -> Array:
     """Rotate queries or keys by angles that grow with their positions.
 
@@ -117,6 +136,8 @@ def rotary_embedding(
     array([[[ 1.   ,  1.   ,  1.   ,  1.   ],
             [-0.301,  0.99 ,  1.382,  1.01 ]]], dtype=float32)
     """
+    if unknown:
+        refuse_unknown("rotary_embedding", unknown, ELSEWHERE)
     array = float_array("x", x)
     check_layout(layout)
     if array.ndim < 2:

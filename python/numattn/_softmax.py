@@ -15,6 +15,7 @@ from ._checks import (
     float_array,
     integer,
     refuse,
+    refuse_unknown,
     same_elements,
 )
 
@@ -23,12 +24,21 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
+# What other libraries call the arguments.
+_ELSEWHERE = {
+    "dim": "`axis=`",
+    "where": "`mask=`",
+    "attn_mask": "`mask=` if it is bool (True = counts); add a float one to the scores",
+    "attention_mask": "`mask=` if it is bool (True = counts); add a float one to the scores",
+}
+
 
 def masked_softmax(
     scores: ArrayLike,
     mask: ArrayLike | None = None,
     axis: int = -1,
     out: Array | None = None,
+    **unknown: Any,
 ) -> Array:
     """Compute the softmax over one axis, of what a mask leaves.
 
@@ -67,6 +77,8 @@ def masked_softmax(
     array([[0.5, 0.5, 0. ],
            [0.5, 0.5, 0. ]])
     """
+    if unknown:
+        refuse_unknown("masked_softmax", unknown, _ELSEWHERE)
     x = float_array("scores", scores)
     if x.ndim == 0:
         refuse("scores", "no axes", "one at least")

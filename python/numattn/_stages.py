@@ -27,6 +27,15 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
+# What may be meant by options of attention that `aggregate_values` does not have.
+_ELSEWHERE = {
+    "scale": "`v_scale=`",
+    "attn_mask": "nothing: weights of 0 take nothing",
+    "attention_mask": "nothing: weights of 0 take nothing",
+    "enable_gqa": "nothing: grouped heads are seen by the shapes",
+    "dropout_p": "nothing: there is no dropout",
+}
+
 
 def qk_scores(
     q: ArrayLike,
@@ -100,6 +109,7 @@ def aggregate_values(
     *,
     layout: Literal["bhld", "blhd"] = "bhld",
     v_scale: ArrayLike | None = None,
+    **unknown: Any,
 ) -> Array:
     """Add up values by their weights, the last stage of attention.
 
@@ -147,6 +157,8 @@ def aggregate_values(
     >>> bool(np.allclose(out, na.attention(q, k, v), atol=1e-6))
     True
     """
+    if unknown:
+        refuse_unknown("aggregate_values", unknown, _ELSEWHERE)
     w = float_array("weights", weights)
     values = as_array("v", v)
     check_layout(layout)

@@ -529,6 +529,51 @@ def test_a_module_says_how_it_is_called(rng):
         assert message in str(raised.value)
 
 
+def named(*names):
+    return {f"{name}.weight": np.ones((24, 24)) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("state", "seen", "expected"),
+    [
+        (
+            named("q_proj", "k_proj", "v_proj", "o_proj"),
+            "'q_proj.weight' in a Module",
+            "pass separate matrices to `from_weights(module.q_proj.weight, module.k_proj.weight, "
+            "module.v_proj.weight, module.o_proj.weight, num_heads=...)`",
+        ),
+        (
+            named("k_proj", "v_proj", "q_proj", "out_proj") | {"q_proj.bias": np.ones(24)},
+            "'q_proj.weight' in a Module",
+            "pass separate matrices and their biases to `from_weights(module.q_proj.weight, ",
+        ),
+        (
+            named("embed", *(f"layers.3.self_attn.{x}_proj" for x in "qkvo")),
+            "'layers.3.self_attn.q_proj.weight' in a Module",
+            "`from_weights(module.layers[3].self_attn.q_proj.weight, ",
+        ),
+        (
+            named("self.query", "self.key", "self.value", "output.dense"),
+            "'self.query.weight' in a Module",
+            "module.self.value.weight, o_weight, num_heads=...)`",
+        ),
+        (
+            named("h.0.attn.c_attn", "h.0.attn.c_proj"),
+            "'h.0.attn.c_attn.weight' in a Module",
+            "split `module.h[0].attn.c_attn.weight` into matrices (out, in) of q, k and v for `fr",
+        ),
+    ],
+    ids=["Llama", "CLIP", "a model", "BERT", "GPT-2"],
+)
+def test_other_layers_are_sent_to_from_weights(state, seen, expected):
+    with pytest.raises(ValueError, match=r"^module: got ") as raised:
+        na.MultiHeadAttention.from_torch(Module(state), 4)
+    assert f"got {seen}, expected in_proj_weight and out_proj.weight, as of" in str(raised.value)
+    assert expected in str(raised.value)
+    with pytest.raises(ValueError, match=r"in a dict, expected in_proj_weight .* `.*module\['"):
+        na.MultiHeadAttention.from_torch(state, 4)
+
+
 @pytest.mark.parametrize("sizes", [{}, {"kdim": 10, "vdim": 14}, {"bias": False}], ids=str)
 def test_torch(rng, sizes):
     torch = pytest.importorskip("torch")

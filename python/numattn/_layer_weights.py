@@ -29,6 +29,15 @@ _TORCH_NAMES = (
     "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias",
     "out_proj.weight", "out_proj.bias", "bias_k", "bias_v",
 )  # fmt: skip
+# Hugging Face's names of separate matrices: of q, k, v and the output.
+_SEPARATE_NAMES = (
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("q_proj", "k_proj", "v_proj", "out_proj"),
+    ("q_lin", "k_lin", "v_lin", "out_lin"),
+    ("query", "key", "value", "dense"),
+    ("q", "k", "v", "o"),
+)
+_JOINED_NAMES = ("qkv_proj", "qkv", "query_key_value", "c_attn", "Wqkv")
 
 
 def check_shapes(
@@ -234,6 +243,37 @@ def _refuse_parts(module: Any, state: Mapping[str, Any], is_state: bool) -> None
     refuse_kind("module", type(module).__name__, f"a torch.nn.MultiheadAttention: pass {names}")
 
 
+def _refuse_separate(module: Any, state: Mapping[str, Any], is_state: bool) -> None:
+    """Refuse a layer of Hugging Face, or a model that has some, and say where its weights go."""
+    names = list(map(str, state))
+    there = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
+
+    def path(name: str) -> str:
+        if is_state:
+            return f"module[{name!r}]"
+        return re.sub(r"\.(\d+)", r"[\1]", f"module.{name}")
+
+    expected = "in_proj_weight and out_proj.weight, as of a torch.nn.MultiheadAttention"
+    for name in (name for name in names if name.removesuffix(".weight") in there):
+        prefix, dot, last = name.removesuffix(".weight").rpartition(".")
+        for of_q, *others in _SEPARATE_NAMES:
+            parts = [f"{prefix}{dot}{part}" for part in (of_q, *others)]
+            if last != of_q or not there.issuperset(parts[:3]):
+                continue
+            if parts[3] not in there and others[-1] != "dense":  # perhaps the next ones
+                continue
+            paths = [path(f"{part}.weight") for part in parts]
+            paths[3:] = paths[3:] if parts[3] in there else ["o_weight"]
+            call = f"`from_weights({', '.join(paths)}, num_heads=...)`"
+            bias = " and their biases" if f"{parts[0]}.bias" in names else ""
+            seen = f"{name!r} in a {type(module).__name__}"
+            refuse("module", seen, f"{expected}; pass separate matrices{bias} to {call}")
+        if last in _JOINED_NAMES:
+            seen = f"{name!r} in a {type(module).__name__}"
+            take = f"split `{path(name)}` into matrices (out, in) of q, k and v for `from_weights`"
+            refuse("module", seen, f"{expected}; {take}")
+
+
 def _present(arrays: Mapping[str, Array], name: str) -> Array:
     if name not in arrays:
         refuse_missing(name, {n: x.shape for n, x in arrays.items()})
@@ -250,6 +290,8 @@ def of_torch(module: Any, num_heads: int | None) -> dict[str, Any]:
         refuse_kind("module", seen, "a torch.nn.MultiheadAttention or its state_dict")
     state = module if is_state else module.state_dict()
     _refuse_parts(module, state, is_state)
+    if not {"in_proj_weight", "q_proj_weight"} & set(state):
+        _refuse_separate(module, state, is_state)
     for name in state:
         if name not in _TORCH_NAMES:
             expected = "only " + ", ".join(_TORCH_NAMES) + " (`from_weights` takes others)"

@@ -146,7 +146,7 @@ def test_onnx_cases(any_backend):
         ({"positions": ["a"] * 9}, TypeError, ["positions"]),
         ({"positions": [np.nan] * 9}, ValueError, ["positions", "finite"]),
         ({"scaling": {"type": "moon"}}, ValueError, ["scaling", "moon", "llama3"]),
-        ({"scaling": {"type": "yarn"}}, ValueError, ["scaling", "factor", "yarn"]),
+        ({"scaling": {"type": "yarn"}}, ValueError, ["scaling", "no 'original_max", "yarn"]),
         ({"scaling": {"factor": 2}}, ValueError, ["scaling", "rope_type"]),
         ({"scaling": {"type": "linear", "rope_type": "yarn"}}, ValueError, ["rope_type", "yarn"]),
         ({"scaling": {"rope_theta": 5.0}, "base": 6.0}, ValueError, ["base", "5.0", "6.0"]),
@@ -176,7 +176,61 @@ def test_onnx_cases(any_backend):
         ),
         ({"scaling": {"type": "linear"}}, ValueError, ["scaling", "factor"]),
         ({"scaling": {"type": "linear", "factor": 0}}, ValueError, ["factor", "0"]),
-        ({"scaling": {"type": "linear", "scale": 2}}, ValueError, ["scaling", "scale"]),
+        (
+            {"scaling": {"type": "linear", "factor": 1, "scale": 2}},
+            ValueError,
+            ["got 'scale', exp"],
+        ),
+        (
+            {"scaling": {"type": "default", "mrope_section": [4, 4]}},
+            ValueError,
+            ["scaling: got 'mrope_section', expected only"],
+        ),
+        (
+            {
+                "scaling": {
+                    "type": "yarn",
+                    "factor": 2,
+                    "original_max_position_embeddings": 9,
+                    "mscale": [1, 2],
+                }
+            },
+            TypeError,
+            ["scaling['mscale']: got [1, 2] (list), expected a real number"],
+        ),
+        *(
+            (
+                {
+                    "scaling": {
+                        "type": "yarn",
+                        "factor": 2,
+                        "original_max_position_embeddings": 9,
+                        "rope_theta": base,
+                    }
+                },
+                ValueError,
+                [f"base: got {base}, expected more than 1 with rope_type 'yarn'"],
+            )
+            for base in (1, 0.5)
+        ),
+        (
+            {"scaling": {"type": "yarn", "original_max_position_embeddings": 9}},
+            ValueError,
+            ["scaling: got no 'factor', expected it, or 'max_position_embeddings'"],
+        ),
+        (
+            {
+                "scaling": {
+                    "type": "longrope",
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [1.0] * 8,
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 1,
+                }
+            },
+            ValueError,
+            ["scaling['original_max_position_embeddings']: got 1, expected more than 1 token"],
+        ),
         ({"scaling": 3}, TypeError, ["scaling", "int"]),
         ({"layout": "lbd"}, ValueError, ["layout", "lbd"]),
         ({"out": np.zeros(3, np.float32)}, ValueError, ["out", "(3,)"]),
@@ -216,6 +270,22 @@ ROPE = {
     "yarn of DeepSeek": {
         "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096,
         "mscale": 0.8, "mscale_all_dim": 0.4, "beta_fast": 20.0, "beta_slow": 2.0,
+    },
+    "yarn, one scale": {
+        "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096,
+        "mscale": 0.8, "mscale_all_dim": 0, "beta_fast": 0, "beta_slow": 0,
+    },
+    "yarn by lengths": {
+        "rope_type": "yarn", "factor": None, "original_max_position_embeddings": 1024,
+        "max_position_embeddings": 4096, "finetuned": True,
+    },
+    "linear with lengths": {
+        "rope_type": "linear", "factor": 3.0, "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 2048, "attention_factor": 1.3,
+    },
+    "dynamic with lengths": {
+        "rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2048,
+        "max_position_embeddings": 4096,
     },
     "yarn, smooth": {
         "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 2048,

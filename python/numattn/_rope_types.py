@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 _BASE = 10000.0
 # In any mapping, beside what its type takes.
 _COMMON = ("rope_theta", "partial_rotary_factor")
+# In mappings of some models, of no effect; as what other types take.
+_IGNORED = ("finetuned",)
+# Whose 0 means the default.
+_ZERO_IS_NONE = ("mscale", "mscale_all_dim", "beta_fast", "beta_slow")
 _REQUIRED = object()
 
 
@@ -65,18 +69,30 @@ def rope_type(scaling: Mapping[str, Any] | None, base: float | None) -> tuple[Ro
         refuse("scaling", f"rope_type {name!r}", "one of " + ", ".join(map(repr, _TYPES)))
     theta, share = given.pop("rope_theta", None), given.pop("partial_rotary_factor", None)
     known = _TYPES[name][0]
+    takes_any = {*_IGNORED, *(key for keys, _ in _TYPES.values() for key in keys)}
     for key in given:
-        if key not in known:
+        if key not in takes_any:
             wanted = ", ".join([*_COMMON, *known])
             refuse("scaling", repr(key), f"only {wanted} with rope_type {name!r}")
     values = {key: _value(key, given.get(key), default, name) for key, default in known.items()}
     if name == "llama3" and not values["low_freq_factor"] < values["high_freq_factor"]:
         seen = "low_freq_factor {low_freq_factor} and high_freq_factor {high_freq_factor}"
         refuse("scaling", seen.format(**values), "the former to be less")
+    base_ = _base(base, theta)
+    if name == "yarn":
+        if base_ <= 1:  # whose logarithm it divides by
+            refuse("base", f"{base_:g}", "more than 1 with rope_type 'yarn'")
+        if values["factor"] is None and values["max_position_embeddings"] is None:
+            refuse(
+                "scaling", "no 'factor'", "it, or 'max_position_embeddings', for rope_type 'yarn'"
+            )
+    if name == "longrope" and values["original_max_position_embeddings"] <= 1:
+        seen = f"{values['original_max_position_embeddings']:g}"
+        refuse("scaling['original_max_position_embeddings']", seen, "more than 1 token")
     share = 1.0 if share is None else _share(share)
     if name == "proportional":  # whose pairs are those of whole vectors
         values["share"], share = share, 1.0
-    return RopeType(name, values, _base(base, theta)), share
+    return RopeType(name, values, base_), share
 
 
 def _base(base: float | None, theta: object) -> float:
@@ -101,6 +117,8 @@ def _share(value: object) -> float:
 
 def _value(key: str, value: Any, default: Any, type_name: str) -> Any:
     name = f"scaling[{key!r}]"
+    if value is not None and key in _ZERO_IS_NONE and real(name, value) == 0:
+        value = None
     if value is None:
         if default is _REQUIRED:
             refuse("scaling", f"no {key!r}", f"it, for rope_type {type_name!r}")
@@ -161,6 +179,9 @@ def _yarn(values: dict[str, Any], base: float, rotary_dim: int, length: int) -> 
     """Slow down the waves that the training saw less than `beta_slow` times, leave alone those that
     it saw more than `beta_fast` times, and go from one to the other pair by pair."""
     trained = values["original_max_position_embeddings"]
+    stretch = values["factor"]
+    if stretch is None:
+        stretch = values["max_position_embeddings"] / trained
 
     def pair_of(times: float) -> float:
         return rotary_dim * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(base))
@@ -173,11 +194,10 @@ def _yarn(values: dict[str, Any], base: float, rotary_dim: int, length: int) -> 
         last += 0.001  # a step
     slow = np.clip((np.arange(rotary_dim // 2) - first) / (last - first), 0, 1)
     frequencies = _plain(base, rotary_dim)
-    frequencies = frequencies * (1 - slow) + frequencies / values["factor"] * slow
+    frequencies = frequencies * (1 - slow) + frequencies / stretch * slow
 
     def temperature(scale: float) -> float:
-        factor = values["factor"]
-        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+        return 1.0 if stretch <= 1 else 0.1 * scale * math.log(stretch) + 1.0
 
     factor = values["attention_factor"]
     if factor is None:
@@ -226,8 +246,9 @@ _TYPES: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any], float, int, in
     ),
     "yarn": (
         {
-            "factor": _REQUIRED,
+            "factor": None,
             "original_max_position_embeddings": _REQUIRED,
+            "max_position_embeddings": None,
             "attention_factor": None,
             "mscale": None,
             "mscale_all_dim": None,

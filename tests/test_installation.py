@@ -86,11 +86,17 @@ def test_missing_extension_where_it_is_required():
     assert "RuntimeError: NUMATTN_ISA=avx2, but the compiled kernels are missing" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["numattn", "other._vendor.numattn"])
-def test_a_copy_of_the_package_without_its_metadata(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("numattn", True), ("other._vendor.numattn", True), ("numattn", False)],
+    ids=["frozen", "vendored", "frozen, without data files"],
+)
+def test_a_copy_of_the_package_without_its_metadata(tmp_path, name, data):
     """As in a frozen program, or vendored by another package."""
     copy = tmp_path.joinpath(*name.split("."))
     shutil.copytree(Path(na.__file__).parent, copy)
+    if not data:
+        (copy / "isa_levels.txt").unlink()
     if _runtime.native is not None:  # elsewhere in an editable installation
         shutil.copy(_runtime.native.__file__, copy)
     packages = Path(np.__file__).parent.parent
@@ -101,17 +107,27 @@ def test_a_copy_of_the_package_without_its_metadata(tmp_path, name):
         f"from {name} import plot; print(len(plot.html_page(x[None], list('abc'))) > 1000)\n"
         "print(na.__version__, na.__file__)"
     )
+
     # -S: without site-packages, where the metadata of an installed numattn is.
-    result = subprocess.run(
-        [sys.executable, "-S", "-c", code],
-        capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "NUMATTN_BACKEND": _runtime.backend},
-    )  # fmt: skip
+    def run(**environment):
+        return subprocess.run(
+            [sys.executable, "-S", "-c", code],
+            capture_output=True, text=True, check=False,
+            env=os.environ | environment | {
+                "PYTHONPATH": str(tmp_path), "NUMATTN_BACKEND": _runtime.backend,
+            },
+        )  # fmt: skip
+
+    result = run()
     assert result.stderr == ""
     runs, plots, what = result.stdout.splitlines()
     assert runs.split()[0] == _runtime.backend
     assert plots == "True"
     assert what == f"0+unknown {copy / '__init__.py'}"
+    if _runtime.native is not None:  # which knows its levels, list or not
+        assert run(NUMATTN_ISA="generic").stdout.split()[1] == "generic"
+        refusal = "ValueError: NUMATTN_ISA='foo': expected one of generic"
+        assert refusal in run(NUMATTN_ISA="foo").stderr
 
 
 def test_numpy_backend_by_choice_is_quiet():

@@ -36,13 +36,23 @@ _UNKNOWN = "0+unknown"  # a version by PEP 440, before all others
 __version__ = _version()
 
 BACKENDS = ("native", "numpy")
-# Each level, better than the one before it, and the dtypes that it has its own kernels for. Not all
-# are built for every architecture.
-ISA_LEVELS = {
-    line.split()[0]: line.split()[2:]
-    for line in resources.files(PACKAGE).joinpath("isa_levels.txt").read_text("ascii").splitlines()
-    if line and not line.startswith("#")
-}
+
+
+def _isa_levels() -> dict[str, list[str]]:
+    """Return each level, better than the one before it, and the dtypes that it has its own kernels
+    for. Not all are built for every architecture.
+
+    None in a frozen program that was made without the package's data files.
+    """
+    try:
+        text = resources.files(PACKAGE).joinpath("isa_levels.txt").read_text("ascii")
+    except OSError:
+        return {}
+    lines = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
+    return {name: dtypes for name, _, *dtypes in lines}
+
+
+ISA_LEVELS = _isa_levels()
 
 _INSTALL_ADVICE = (
     "install a C++20 compiler (GCC 11 or Clang 14, or later), then run "
@@ -74,8 +84,9 @@ def _load_native() -> tuple[ModuleType | None, str]:
 def _choose_isa() -> str:
     """Follow NUMATTN_ISA; return the reason of the choice."""
     wanted = os.environ.get("NUMATTN_ISA", "")
-    if wanted and wanted not in ISA_LEVELS:
-        raise ValueError(f"NUMATTN_ISA={wanted!r}: expected one of {', '.join(ISA_LEVELS)}")
+    names = list(ISA_LEVELS or ({} if native is None else native.isa_names()))
+    if wanted and names and wanted not in names:
+        raise ValueError(f"NUMATTN_ISA={wanted!r}: expected one of {', '.join(names)}")
     if native is None:
         if wanted and os.environ.get("NUMATTN_BACKEND") != "numpy":
             raise RuntimeError(f"NUMATTN_ISA={wanted}, but {backend_reason}")

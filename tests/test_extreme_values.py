@@ -35,6 +35,29 @@ def test_equal_keys_of_the_largest_value(dtype, keys, share):
     np.testing.assert_array_less(abs(out - mean), allowed)
 
 
+@pytest.mark.parametrize("dim", [1, 16, 40])
+@pytest.mark.parametrize("queries", [1, 20])
+def test_dot_products_up_to_the_largest_number(dtype, queries, dim):
+    """Finite logits give finite results; beyond, -inf has no weight, and inf gives NaN."""
+    precision = np.float64 if dtype == np.float64 else np.float32
+    largest = limits(dtype)[0]
+    size = 0.99 * np.sqrt(float(np.finfo(precision).max) / dim)
+    q = np.full((1, queries, dim), min(size, float(largest))).astype(dtype)
+    k = np.concatenate([q[:, :1], -q[:, :1], q[:, :1], 0 * q[:, :1]], axis=1)
+    v = np.array([[1, 2, 3, 4]]).reshape(1, 4, 1).astype(dtype)
+    out, lse = na.attention(q, k, v, return_lse=True)
+    np.testing.assert_allclose(out.astype(float), 2)
+    assert np.isfinite(lse).all()
+    if dtype == np.float16:
+        return  # none is beyond
+    beyond = k[:, 1:2] * dtype.type(4)
+    far = np.concatenate([beyond, k[:, 3:]], axis=1)
+    np.testing.assert_array_equal(na.attention(q, far, v[:, 2:]).astype(float), 4)
+    assert not na.attention(q, beyond, v[:, :1]).any()
+    far[:, 0] *= -1
+    assert np.isnan(na.attention(q, far, v[:, 2:]).astype(float)).all()
+
+
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"sinks": [0.5, -1, 2, 3]}], ids=str)
 @pytest.mark.parametrize("lq", [1, 6, 30])
 def test_mean_of_large_values(dtype, arrays, rng, lq, options):

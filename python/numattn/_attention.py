@@ -178,10 +178,16 @@ def attention(
     -----
     `q`, `k` and `v` have one dtype: float16, bfloat16 (of ``ml_dtypes``), float32 or float64; `k`
     and `v` may be int8 with scales instead.
-    16-bit floats are computed in float32 and rounded at the end. Finite values give a finite
-    result, be they the largest ones. On CPUs with AVX512_BF16 the weights of bfloat16 values are
-    rounded to bfloat16 too (not their sum), and products and sums below 1.2e-38 count as 0, so that
-    values below some 1e-36 lose digits.
+    16-bit floats are computed in float32 and rounded at the end. Finite values, be they the largest
+    ones, give a finite result where the logits are finite. For that, the dot products (also before
+    `scale`, and their partial sums) and what scale and bias make of them have to be within float32
+    (float64 for float64); elements of `q` and `k` up to ``1.8e19 / sqrt(D)`` keep the products
+    there. Beyond it a logit may be infinite or NaN: one of -inf has no weight, any other may make
+    the query's result and lse infinite or NaN.
+
+    On CPUs with AVX512_BF16 the weights of bfloat16 values are rounded to bfloat16 too (not their
+    sum), and products and sums below 1.2e-38 count as 0, so that values below some 1e-36 lose
+    digits.
 
     A masked key is never read into a result, be it NaN; a NaN that is attended to shows. For the
     same machine and ISA level the bits of a result of the compiled kernels depend on the inputs'

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numattn as na
 import pytest
-from numattn import plot
+from numattn import _checks, _layer, _quantize, _rotary, _softmax, _stages, plot
 
 README = Path(__file__).parent.parent / "README.md"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -112,6 +112,20 @@ def test_every_page_can_be_reached():
             linked |= {str(folder / line.strip()) for line in tree.splitlines() if line.strip()}
     for page in PAGES:
         assert str(page.relative_to(DOCS).with_suffix("")) in linked, page
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        _checks._ELSEWHERE, _layer._ELSEWHERE, _layer._OPTIONS_ELSEWHERE, _rotary.ELSEWHERE,
+        _stages._ELSEWHERE, _softmax._ELSEWHERE, _quantize._ELSEWHERE,
+    ],
+    ids=["attention", "a layer's call", "a layer", "rotary", "values", "softmax", "8 bits"],
+)  # fmt: skip
+def test_names_whose_errors_send_to_porting_are_there(names):
+    page = (DOCS / "porting.rst").read_text()
+    missing = [name for name in names if not re.search(rf"``[^`\n]*\b{name}\b[^`\n]*``", page)]
+    assert not missing
 
 
 def test_reference_has_everything_public():

@@ -114,6 +114,21 @@ def test_every_page_can_be_reached():
         assert str(page.relative_to(DOCS).with_suffix("")) in linked, page
 
 
+def test_what_show_runtime_prints_is_what_the_docs_show(capsys):
+    na.show_runtime()
+    printed = capsys.readouterr().out.splitlines()
+    block = (
+        (DOCS / "performance.rst").read_text().partition("prints what a process runs on::\n\n")[2]
+    )
+    shown = [line.removeprefix("    ") for line in block.partition("\n\n")[0].splitlines()]
+    assert [heading(line) for line in shown] == [heading(line) for line in printed]
+
+
+def heading(line):
+    """Return what a line of `show_runtime` begins with, whatever the machine."""
+    return re.match("numattn|(?:ISA level)|\\w+|  +(?:built|available here):", line)[0]
+
+
 @pytest.mark.parametrize(
     "names",
     [

@@ -222,15 +222,16 @@ def test_sequences_without_tokens(rng, limits):
     assert nobody.attend(q[:0], mask=np.ones((0, 1, 1, 0), bool)).shape == (0, HEADS, 1, DIM)
 
 
-def test_a_mask_that_may_mean_the_batch_is_warned_of(rng):
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_pairs_that_may_mean_the_batch_are_warned_of(rng, name):
     texts = Texts(rng, {})
     texts.append([3, 3, 3])
     q = numbers(rng, BATCH, HEADS, 3, DIM)
-    mask = np.tri(3, dtype=bool)
-    with pytest.warns(UserWarning, match=r"mask: .* is taken as \(Lq, T\), but the ba") as caught:
-        out = texts.cache.attend(q, mask=mask)
+    pairs = np.tri(3, dtype=bool) if name == "mask" else numbers(rng, 3, 3)
+    with pytest.warns(UserWarning, match=rf"{name}: .* is taken as \(Lq, T\), but") as caught:
+        out = texts.cache.attend(q, **{name: pairs})
     assert caught[0].filename == __file__
-    np.testing.assert_array_equal(texts.cache.attend(q, mask=mask[np.newaxis]), out)
+    np.testing.assert_array_equal(texts.cache.attend(q, **{name: pairs[np.newaxis]}), out)
 
 
 @LIMITS

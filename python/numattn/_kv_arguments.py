@@ -164,6 +164,7 @@ def check_pairs(
     if bias is not None:
         bias_ = as_array("bias", bias)
         check_bias(bias_, q.dtype)
+        check_meaning_of_axes(bias_, (batch,), heads, rows, "T", "bias")
         bias_ = _with_all_axes("bias", bias_, pairs)
     return mask_, bias_
 

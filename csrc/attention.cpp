@@ -166,7 +166,8 @@ void fill_padding(const Problem& problem) {
 Status attention_of_some(const Problem& problem, const Execution& execution) {
   const DtypeKernels& kernels = active_level().kernels.of(problem.dtype);
   std::optional<BlockKinds> block_kinds;
-  if (problem.options.mask.data && !Plan::has_no_prefill(problem, kernels)) {
+  const bool has_full_mask = problem.options.mask.data && problem.options.tail_mask_keys < 0;
+  if (has_full_mask && !Plan::has_no_prefill(problem, kernels)) {
     block_kinds.emplace(problem, kernels);
     if (!classify_mask(problem, execution, *block_kinds)) return Status::interrupted;
   }

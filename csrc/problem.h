@@ -3,16 +3,16 @@
 // Shapes. q (batch..., query_heads, query_length, head_dim), k (batch..., kv_heads, key_length,
 // head_dim), v (batch..., kv_heads, key_length, value_dim), out (batch..., query_heads,
 // query_length, value_dim), lse out's shape without its last axis; mask and bias
-// (batch..., query_heads, query_length, key_length). All have the same batch axes: what is
-// broadcast has a stride of 0.
-// Strides are in bytes, of any sign, and 0 where an input is broadcast. Elements may be unaligned.
-// Ragged batches: the rows of q and out hold one sequence after another, and so do the rows of k
-// and v. Pages: k and v are (pages, kv_heads, page_size, ...), and key j of a batch item is row
-// j % page_size of page block_table[batch item][j / page_size].
-// The caller allocates every array, outputs included, and leaves them alone until the call is over.
-// Outputs overlap neither themselves nor an input. Keys and values that no query attends to never
-// get into a result (they may be uninitialised), and those beyond kv_lengths are not read.
-// The caller has checked the arguments: nothing here is checked again.
+// (batch..., query_heads, query_length, key_length), a tail mask (..., tail_mask_keys). All have
+// the same batch axes: what is broadcast has a stride of 0. Strides are in bytes, of any sign, and
+// 0 where an input is broadcast. Elements may be unaligned. Ragged batches: the rows of q and out
+// hold one sequence after another, and so do the rows of k and v. Pages: k and v are (pages,
+// kv_heads, page_size, ...), and key j of a batch item is row j % page_size of page
+// block_table[batch item][j / page_size]. The caller allocates every array, outputs included, and
+// leaves them alone until the call is over. Outputs overlap neither themselves nor an input. Keys
+// and values that no query attends to never get into a result (they may be uninitialised), and
+// those beyond kv_lengths are not read. The caller has checked the arguments: nothing here is
+// checked again.
 #pragma once
 
 #include <cstdint>
@@ -68,7 +68,10 @@ struct Options {
   // side of 0.
   int64_t window_left = kUnbounded;
   int64_t window_right = kUnbounded;
-  View mask;                      // bytes, 0 is masked; data null: none
+  View mask;  // bytes, 0 is masked; data null: none
+  // The mask's columns are the last so many valid keys, and all keys before them are visible; -1:
+  // its columns are all keys.
+  int64_t tail_mask_keys = -1;
   const double* sinks = nullptr;  // [query head], natural logarithms, -inf for none; or null
 };
 

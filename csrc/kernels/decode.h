@@ -326,7 +326,7 @@ struct Decode {
     if (all.begin >= all.end) return true;
     const KeySpan keys{all.begin, all.end - all.begin,
                        all.full_begin <= all.begin && all.end <= all.full_end,
-                       task.options.mask.data == nullptr};
+                       mask_is_full(task, all.end)};
     uint64_t not_finite = 0;
     with_power_of_two<width_of_rows(kMaxRows)>(
         width_of_rows(rows_of(task).count()),

@@ -278,7 +278,7 @@ struct Prefill {
       const Tile& tile = scratch.tiles[t];
       const TileKeys& tile_keys = task.tile_keys[t];
       KeyRange range = keys_in_block(tile_keys, block);
-      const BlockKind kind = !task.options.mask.data ? BlockKind::full
+      const BlockKind kind = mask_is_full(task, range.end) ? BlockKind::full
                              : task.block_kinds
                                  ? task.block_kinds[t * task.block_kinds_stride + block]
                                  : BlockKind::mixed;

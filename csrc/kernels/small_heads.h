@@ -150,7 +150,7 @@ struct SmallHeads {
     const QueryRows rows{row, 1, 1};
     const TileKeys limits = tile_keys(task.options, task.first_position + row, 1, 0, count);
     uint64_t attended = lowest_bits(limits.end) & ~lowest_bits(limits.begin);
-    const bool has_mask = task.options.mask.data != nullptr;
+    const bool has_mask = !mask_is_full(task, count);
     const KeySpan keys{0, count, true, !has_mask};
     for (int64_t key = 0; query_sign(task) < 0 && key < count; ++key) logits[key] = -logits[key];
     if (!has_plain_logits(task)) apply_options<Element>(task, Map{rows}, keys, logits);

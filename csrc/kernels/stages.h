@@ -246,9 +246,9 @@ struct Stages {
       if (task.should_stop(task.stop_context)) return false;
       const int64_t block_end = (first / kKeysPerBlock + 1) * kKeysPerBlock;
       last = block_end < end ? block_end : end;
-      run_block<kVectors>(task, rows, scratch,
-                          {first, last - first, full_begin <= first && last <= full_end,
-                           task.options.mask.data == nullptr});
+      run_block<kVectors>(
+          task, rows, scratch,
+          {first, last - first, full_begin <= first && last <= full_end, mask_is_full(task, last)});
     }
     if (task.stage == Stage::statistics) keep_statistics(task, rows, scratch);
     if (task.stage == Stage::weights) weigh_rows(task, rows, scratch, begin, end);

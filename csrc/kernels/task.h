@@ -61,9 +61,12 @@ struct Task {
   // From the first query of the first head on.
   View q;  // [head][query][d]
   KeyRows k, v;
-  View out;         // [head][query][d]
-  View lse;         // [head][query]; data null: not wanted
-  Options options;  // mask and bias [head][query][key], from key 0 on; slopes and sinks [head]
+  View out;  // [head][query][d]
+  View lse;  // [head][query]; data null: not wanted
+  // Mask and bias [head][query][key], the bias from key 0 on, the mask from mask_begin on; slopes
+  // and sinks [head].
+  Options options;
+  int64_t mask_begin;  // keys before it are visible, as far as the mask decides; may be negative
 
   int64_t weight_exponent;                // softmax/overflow.h; 0 unless sums have overflowed
   int64_t first_position;                 // of the first query, among the keys
@@ -87,6 +90,11 @@ struct Task {
   bool (*should_stop)(void* context);
   void* stop_context;
 };
+
+// Whether the mask leaves all keys before `end` to every query.
+static inline bool mask_is_full(const Task& task, int64_t end) {
+  return !task.options.mask.data || end <= task.mask_begin;
+}
 
 // Rows of one head whose pairs of elements are to be rotated; out may be x. cos and sin are scalars
 // [row][pair], without gaps between pairs.

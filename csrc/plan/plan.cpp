@@ -238,6 +238,7 @@ void Plan::set_arrays(Task& task, const Sequence& sequence, int64_t head, int64_
 
   Options& options = task.options = options_from_head(problem_.options, head);
   options.mask = moved(options.mask, problem_.mask_batch_strides, sequence, head, row);
+  task.mask_begin = options.tail_mask_keys < 0 ? 0 : sequence.valid_keys - options.tail_mask_keys;
   options.bias = moved(options.bias, problem_.bias_batch_strides, sequence, head, row);
 
   task.weight_exponent = 0;

@@ -165,7 +165,8 @@ cdef bint _numbers_of_heads(
 
 
 cdef bint _pairs(
-    View* to, int64_t* batch_strides, cnp.ndarray x, const Problem* problem, bint is_one_head
+    View* to, int64_t* batch_strides, cnp.ndarray x, const Problem* problem, int64_t keys,
+    bint is_one_head,
 ) noexcept:
     """Fill in what broadcasts to (batch..., query heads, queries, keys), without heads for arrays
     of two axes; False if it does not, or if it may be meant otherwise."""
@@ -190,7 +191,7 @@ cdef bint _pairs(
             wanted = (
                 problem.query_heads if at == problem.batch_axes
                 else problem.query_length if at == problem.batch_axes + 1
-                else problem.key_length
+                else keys
             )
         if length != wanted and length != 1:
             return False
@@ -254,10 +255,10 @@ cdef bint _accept_scales(
 
 
 def attention_common(
-    object q, object k, object v, object mask, object bias, object is_causal, object q_offset,
-    object window, object scale, object softcap, object alibi_slopes, object sinks,
-    object kv_lengths, object q_lengths, object layout, object return_lse, object out,
-    object num_threads, object k_scale, object v_scale, bint scales_are_finite=False,
+    object q, object k, object v, object mask, object tail_mask, object bias, object is_causal,
+    object q_offset, object window, object scale, object softcap, object alibi_slopes,
+    object sinks, object kv_lengths, object q_lengths, object layout, object return_lse,
+    object out, object num_threads, object k_scale, object v_scale, bint scales_are_finite=False,
 ):
     """Compute `attention`, or return None where the call is not a common one or has something wrong.
 
@@ -393,14 +394,26 @@ def attention_common(
     if mask is not None:
         if not _is_plain(mask, cnp.NPY_BOOL) or not _pairs(
             &problem.options.mask, problem.mask_batch_strides, <cnp.ndarray>mask, &problem,
-            shape.heads_axis < 0,
+            problem.key_length, shape.heads_axis < 0,
+        ):
+            return None
+    if tail_mask is not None:
+        if mask is not None or not _is_plain(tail_mask, cnp.NPY_BOOL):
+            return None
+        axis = cnp.PyArray_NDIM(<cnp.ndarray>tail_mask)
+        if axis == 0:
+            return None
+        problem.options.tail_mask_keys = cnp.PyArray_DIM(<cnp.ndarray>tail_mask, axis - 1)
+        if problem.options.tail_mask_keys > problem.key_length or not _pairs(
+            &problem.options.mask, problem.mask_batch_strides, <cnp.ndarray>tail_mask, &problem,
+            problem.options.tail_mask_keys, shape.heads_axis < 0,
         ):
             return None
     if bias is not None:
         problem.options.bias_is_float32 = _is_plain(bias, cnp.NPY_FLOAT32)
         if not (problem.options.bias_is_float32 or _is_plain(bias, number)) or not _pairs(
             &problem.options.bias, problem.bias_batch_strides, <cnp.ndarray>bias, &problem,
-            shape.heads_axis < 0,
+            problem.key_length, shape.heads_axis < 0,
         ):
             return None
     if problem.k_is_int8 and not _accept_scales(
@@ -425,7 +438,7 @@ def attention_common(
         for axis in range(ndim):
             if cnp.PyArray_DIM(<cnp.ndarray>out, axis) != out_shape[axis]:
                 return None
-        for x in (q, k, v, mask, bias, k_scale, v_scale):
+        for x in (q, k, v, mask, tail_mask, bias, k_scale, v_scale):
             if x is not None and not _are_apart(<cnp.ndarray>out, <cnp.ndarray>x):
                 return None
     _fill_array(&problem.q, <cnp.ndarray>q, shape, True)

@@ -59,6 +59,7 @@ cdef extern from "problem.h" namespace "numattn" nogil:
         const double* alibi_slopes
         int64_t window_left, window_right
         View mask
+        int64_t tail_mask_keys
         const double* sinks
 
     cdef cppclass Problem:
@@ -270,6 +271,7 @@ cdef int _describe(Problem* problem, object arguments) except -1:
     cdef cnp.ndarray v = arguments.v, out = arguments.out  # None for a stage without values
     # They stay referenced until the computation is over.
     cdef object lse = arguments.lse, mask = arguments.mask, bias = arguments.bias
+    cdef object tail_mask = arguments.tail_mask  # instead of a mask
     cdef object q_offset = arguments.q_offset, kv_lengths = arguments.kv_lengths
     cdef object q_lengths = arguments.q_lengths
     cdef object alibi_slopes = arguments.alibi_slopes, sinks = arguments.sinks
@@ -328,9 +330,14 @@ cdef int _describe(Problem* problem, object arguments) except -1:
         problem.lse.batch_strides[0] = 0
         problem.query_starts = <const int64_t*>cnp.PyArray_DATA(<cnp.ndarray>query_starts)
         problem.key_starts = <const int64_t*>cnp.PyArray_DATA(<cnp.ndarray>key_starts)
+    if tail_mask is not None:
+        mask = tail_mask
+        problem.options.tail_mask_keys = cnp.PyArray_DIM(<cnp.ndarray>mask, array_axes + 2)
     if mask is not None:
-        _fill_view(&problem.options.mask, <cnp.ndarray>mask, problem.batch_axes, True)
-        _fill_strides(problem.mask_batch_strides, <cnp.ndarray>mask, problem.batch_axes)
+        _fill_view(&problem.options.mask, <cnp.ndarray>mask, array_axes, True)
+        _fill_strides(problem.mask_batch_strides, <cnp.ndarray>mask, array_axes)
+        if query_starts is not None:
+            problem.mask_batch_strides[0] = 0
     if bias is not None:
         _fill_view(&problem.options.bias, <cnp.ndarray>bias, problem.batch_axes, True)
         _fill_strides(problem.bias_batch_strides, <cnp.ndarray>bias, problem.batch_axes)

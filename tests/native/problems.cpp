@@ -302,6 +302,13 @@ void RandomProblem::draw_arrays() {
     broadcast(mask_);
     problem.options.mask = mask_.array;
     problem.mask_batch_strides[0] = mask_.array.batch_strides[0];
+  } else if (sometimes(0.2)) {
+    problem.options.tail_mask_keys = 1 + below(lk < 150 ? lk + 1 : 150);
+    mask_ = make_rows(Kind::byte, problem.query_starts, problem.query_heads, lq,
+                      problem.options.tail_mask_keys, layout(), 1);
+    if (!ragged) broadcast(mask_);
+    problem.options.mask = mask_.array;
+    problem.mask_batch_strides[0] = mask_.array.batch_strides[0];
   }
   if (has_matrices && sometimes(0.2)) {
     problem.options.bias_is_float32 = sometimes(0.5);
@@ -390,6 +397,7 @@ void RandomProblem::describe() {
                                        {"ragged", problem.query_starts != nullptr},
                                        {"q_offset", problem.q_offset != nullptr},
                                        {"mask", problem.options.mask.data != nullptr},
+                                       {"tail", problem.options.tail_mask_keys >= 0},
                                        {"bias", problem.options.bias.data != nullptr},
                                        {"int8_k", problem.k_is_int8},
                                        {"int8_v", problem.v_is_int8}}) {
@@ -432,9 +440,11 @@ std::vector<double> RandomProblem::logits(int64_t b, int64_t h, int64_t i) const
   const int64_t rows = problem.key_starts ? valid : problem.key_length;
   std::vector<double> result(static_cast<size_t>(rows), -kInfinity);
   for (int64_t j = 0; j < valid && i < valid_queries; ++j) {
-    const bool attends = j >= p - problem.options.window_left &&
-                         j <= p + problem.options.window_right &&
-                         (!problem.options.mask.data || mask_.value(b, h, i, j) != 0);
+    const int64_t tail = problem.options.tail_mask_keys;
+    const int64_t column = tail < 0 ? j : j - (valid - tail);
+    const bool attends =
+        j >= p - problem.options.window_left && j <= p + problem.options.window_right &&
+        (!problem.options.mask.data || column < 0 || mask_.value(b, h, i, column) != 0);
     if (!attends) continue;
     double s = 0;
     for (int64_t d = 0; d < problem.head_dim; ++d) {

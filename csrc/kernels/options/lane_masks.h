@@ -59,11 +59,10 @@ void keep_unmasked(uint64_t* attended, int64_t keys, const char* mask, int64_t r
   }
 }
 
-// The elements of a mask or bias for one row, from the first of some keys on.
-inline const char* pairs_of(const View& pairs, const QueryRows& rows, int64_t row,
-                            int64_t first_key) {
+// The elements of a mask or bias for one row, from one of its columns on.
+inline const char* pairs_of(const View& pairs, const QueryRows& rows, int64_t row, int64_t column) {
   return pairs.data + rows.head(row) * pairs.head_stride + rows.query(row) * pairs.row_stride +
-         first_key * pairs.column_stride;
+         column * pairs.column_stride;
 }
 
 // What limits and the dense mask leave. At most kMaxKeys keys.
@@ -78,12 +77,16 @@ void find_attended(const Task& task, const QueryRows& rows, const KeySpan& keys,
                        options.window_left, options.window_right);
   }
   for (int64_t key = 0; key < keys.count; ++key) attended[key] = 0;
+  // Keys before those that the mask has columns for.
+  const int64_t before = task.mask_begin > keys.first ? task.mask_begin - keys.first : 0;
+  const int64_t column = keys.first + before - task.mask_begin;
   for (int64_t row = 0; row < rows.count(); row += rows.queries) {
     uint64_t of_head[kMaxKeys];
     for (int64_t key = 0; key < keys.count; ++key) of_head[key] = of_any_head[key];
-    if (!keys.mask_is_full) {
-      keep_unmasked<kMaxKeys>(of_head, keys.count, pairs_of(options.mask, rows, row, keys.first),
-                              options.mask.row_stride, options.mask.column_stride, rows.queries);
+    if (!keys.mask_is_full && before < keys.count) {
+      keep_unmasked<kMaxKeys>(of_head + before, keys.count - before,
+                              pairs_of(options.mask, rows, row, column), options.mask.row_stride,
+                              options.mask.column_stride, rows.queries);
     }
     for (int64_t key = 0; key < keys.count; ++key) attended[key] |= of_head[key] << row;
   }

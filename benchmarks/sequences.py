@@ -63,7 +63,13 @@ def reading(arrays, threads):
 
 
 def caches():
-    """Return calls of one query over 32,768 keys in several kinds of cache, and what they read."""
+    """Return calls of few queries over several kinds of cache, and the arrays that they read."""
+
+    def of(batch, kv_heads, queries, keys):
+        shapes = (batch, 32, queries, 128), *[(batch, kv_heads, keys, 128)] * 2
+        arrays = [normal(*shape).astype(ml_dtypes.bfloat16) for shape in shapes]
+        return lambda: na.attention(*arrays, is_causal=True), arrays[1:]
+
     shapes = (1, 32, 1, 128), (1, 8, 32768, 128), (1, 8, 32768, 128)
     q32, k32, v32 = (normal(*shape) for shape in shapes)
     q, k, v = (x.astype(ml_dtypes.bfloat16) for x in (q32, k32, v32))
@@ -85,7 +91,16 @@ def caches():
             lambda: na.attention_paged(q, k_pages, v_pages, table, lengths),
             [k_pages, v_pages],
         ),
+        "bfloat16, batch of 8, 4096 keys": of(8, 8, 1, 4096),
+        "bfloat16, 32 KV heads, 8192 keys": of(1, 32, 1, 8192),
+        "bfloat16, four queries, 16384 keys": of(1, 8, 4, 16384),
     }
+
+
+def latent():
+    """Return 128 heads of latent attention over 4096 tokens, and the operations that they are."""
+    q, k = normal(128, 1, 576), normal(1, 4096, 576)
+    return lambda: na.attention(q, k, k[..., :512]), 2 * 128 * 4096 * (576 + 512)
 
 
 def ragged():
@@ -112,18 +127,21 @@ def figures(threads):
     calls = {}
     for name, (call, arrays) in caches().items():
         calls[name] = call
-        yield f"{name}, 32768 keys, share of reading", None, ratio(reading(arrays, threads), call)
+        keys = "" if name.endswith("keys") else ", 32768 keys"
+        yield f"{name}{keys}, share of reading", None, ratio(reading(arrays, threads), call)
     yield "int8 / bfloat16, 32768 keys", 1.6, ratio(calls["bfloat16"], calls["int8"])
     yield "pages of 16 / plain, 32768 keys", 0.9, ratio(calls["bfloat16"], calls["pages of 16"])
 
-    call, flops = ragged()
-
-    def share():
+    def share(call, flops):
         peak = measure_peak(threads, 0.1, "float32")
         return flops / seconds(call) / peak
 
-    share()
-    yield "64 ragged sequences, share of peak", 0.74, median(share() for _ in range(ROUNDS))
+    for name, aim, (call, flops) in (
+        ("64 ragged sequences", 0.74, ragged()),
+        ("128 heads of latent attention", 0.6, latent()),
+    ):
+        share(call, flops)
+        yield f"{name}, share of peak", aim, median(share(call, flops) for _ in range(ROUNDS))
 
     attend = uneven()
     yield (

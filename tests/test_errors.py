@@ -81,6 +81,42 @@ CASES = {
         ValueError,
         "mask: got shape (3,",
     ),
+    "float tail": (
+        {"tail_mask": zeros(5, 3)},
+        TypeError,
+        "tail_mask: got dtype float32, expected bool, True = attend (logits are added by `bias`)",
+    ),
+    "tail of 0 and 1": (
+        {"tail_mask": zeros(5, 3, dtype=int)},
+        TypeError,
+        "tail_mask: got dtype int64, expected bool, True = attend (`tail_mask.astype(bool)` if",
+    ),
+    "tail without axes": (
+        {"tail_mask": True},
+        ValueError,
+        "tail_mask: got shape (), expected (..., Hq, Lq, T), a column for each of the last T keys",
+    ),
+    "long tail": (
+        {"tail_mask": zeros(5, 8, dtype=bool)},
+        ValueError,
+        "tail_mask: got T = 8 (shape (5, 8)), expected a T of at most Lk = 7",
+    ),
+    "tail shape": (
+        {"tail_mask": zeros(4, 3, dtype=bool)},
+        ValueError,
+        "tail_mask: got shape (4, 3), expected one that broadcasts to (..., Hq, Lq, T) = "
+        "(2, 4, 5, 3)",
+    ),
+    "tail adds axes": (
+        {"tail_mask": zeros(3, 2, 4, 5, 7, dtype=bool)},
+        ValueError,
+        "tail_mask: got shape (3,",
+    ),
+    "masked tail": (
+        {"tail_mask": np.ma.ones((5, 7), bool)},
+        TypeError,
+        "tail_mask: got a masked array",
+    ),
     "bias kind": (
         {"bias": zeros(5, 7, dtype=bool)},
         TypeError,
@@ -307,21 +343,28 @@ def test_lengths_of_keys_alone_do_not_say_where_queries_are(backend, name):
 
 def pairs(rng, name, *shape):
     """Return a mask or a bias."""
-    return rng.random(shape) < 0.7 if name == "mask" else rng.random(shape, dtype=np.float32)
+    return rng.random(shape, dtype=np.float32) if name == "bias" else rng.random(shape) < 0.7
 
 
-@pytest.mark.parametrize("name", ["mask", "bias"])
+PAIRS = pytest.mark.parametrize("name", ["mask", "tail_mask", "bias"])
+
+
+@PAIRS
 def test_pairs_that_may_mean_the_batch_are_warned_of(backend, rng, name):
     x = rng.standard_normal((4, 4, 3, 8), dtype=np.float32)  # as many batch items as heads
     given = pairs(rng, name, 4, 3, 3)
-    message = rf"{name}: shape \(4, 3, 3\) is taken as \(Hq, Lq, Lk\), .* `{name}\[:, np.newaxis\]`"
+    keys = "T" if name == "tail_mask" else "Lk"
+    taken = rf"shape \(4, 3, 3\) is taken as \(Hq, Lq, {keys}\)"
+    message = rf"{name}: {taken}, .* `{name}\[:, np.newaxis\]`"
     with pytest.warns(UserWarning, match=message):
         out = na.attention(x, x, x, **{name: given})
     np.testing.assert_array_equal(out, na.attention(x, x, x, **{name: given[np.newaxis]}))
     x = rng.standard_normal((3, 2, 3, 8), dtype=np.float32)  # as many as queries
     given = pairs(rng, name, 3, 3)
     for call in (na.attention, lambda q, k, _, **options: na.attention_weights(q, k, **options)):
-        message = rf"{name}: .* is taken as \(Lq, Lk\), .* `{name}\[:, np.newaxis, np.newaxis\]`"
+        message = (
+            rf"{name}: .* is taken as \(Lq, {keys}\), .* `{name}\[:, np.newaxis, np.newaxis\]`"
+        )
         with pytest.warns(UserWarning, match=message) as caught:
             call(x, x, x, **{name: given})
         assert len(caught) == 1
@@ -331,7 +374,7 @@ def test_pairs_that_may_mean_the_batch_are_warned_of(backend, rng, name):
     na.attention(x[0], x[0], x[0], **{name: given})
 
 
-@pytest.mark.parametrize("name", ["mask", "bias"])
+@PAIRS
 @pytest.mark.parametrize(
     ("sizes", "shape", "inserted"),  # of the batch, heads and queries; None: not warned of
     [
@@ -464,11 +507,12 @@ def test_stages_speak_of_their_own_arguments():
         na.attention_weights(Q, K.astype(float))
 
 
-@pytest.mark.parametrize("name", ["mask", "bias"])
+@PAIRS
 def test_one_head_has_pairs_of_two_axes(backend, name):
     x = zeros(5, 8)
-    pairs = np.ones((1, 5, 5), bool if name == "mask" else np.float32)
-    message = rf"^{name}: got shape \(1, 5, 5\), expected one that broadcasts to \(Lq, Lk\)"
+    pairs = np.ones((1, 5, 5), np.float32 if name == "bias" else bool)
+    axes = r"\(Lq, T\)" if name == "tail_mask" else r"\(Lq, Lk\)"
+    message = rf"^{name}: got shape \(1, 5, 5\), expected one that broadcasts to {axes}"
     with pytest.raises(ValueError, match=message):
         na.attention(x, x, x, **{name: pairs})
     na.attention(x, x, x, **{name: pairs[0]})
@@ -492,6 +536,10 @@ def test_overlap_is_seen_through_buffers(backend):
     na.attention([*x], x.copy(), x.copy(), out=x)  # a list of views is copied
     sinks = zeros(6, 8)
     na.attention(x.copy(), x.copy(), x.copy(), sinks=sinks[0, :1], out=sinks)  # numbers are, too
+    for name in ("mask", "tail_mask"):
+        pairs = x.view(bool).reshape(-1)[:6]
+        with pytest.raises(ValueError, match=rf"^out: got memory that it shares with {name}"):
+            na.attention(x.copy(), x.copy(), x.copy(), **{name: pairs}, out=x)
     numbers, scale = zeros(1, 6, 8, dtype=np.int8), zeros(1, 6)
     for out, of in ((scale.reshape(1, 6, 1), memoryview(scale)), (scale.reshape(1, 6, 1), scale)):
         with pytest.raises(ValueError, match=r"^out: got memory that it shares with k_scale"):

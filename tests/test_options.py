@@ -13,6 +13,8 @@ from numattn import _reference as reference
 # Small arrays give few numbers to judge by; mixtures look for wrong results, not for rounding.
 LOOSE = 8
 
+TAIL = np.random.default_rng(3).random((90, 17)) < 0.6
+
 ALONE = {
     "causal": {"is_causal": True},
     "offset": {"is_causal": True, "q_offset": 3},
@@ -45,6 +47,11 @@ ALONE = {
     "padded, sinks": {"q_lengths": [89, 17], "sinks": [0.5, -1.0, 3.0, -np.inf]},
     "padded, offset": {"q_lengths": 30, "q_offset": [5, 60], "is_causal": True},
     "one length": {"kv_lengths": 70},
+    "tail": {"tail_mask": TAIL},
+    "tail of a head": {"tail_mask": np.stack([TAIL, ~TAIL, TAIL[::-1], TAIL | True])},
+    "tail, causal": {"tail_mask": TAIL, "is_causal": True, "window": (40, None)},
+    "tail, lengths": {"tail_mask": np.stack([TAIL, ~TAIL])[:, None], "kv_lengths": [100, 13]},
+    "tail, padded": {"tail_mask": TAIL, "q_lengths": [90, 40], "kv_lengths": [90, 4]},
 }
 
 
@@ -86,6 +93,43 @@ def test_mask(backend, arrays, rng, shape, share):
     assert_close_to_reference(
         *(x.swapaxes(1, 2) for x in (q, k, v)), mask=mask, layout="blhd", factor=LOOSE
     )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 4, 90, 9), (1, 4, 1, 70), (2, 1, 90, 110), (90, 110), (4, 90, 1), (9,), (2, 1, 1, 0)],
+    ids=str,
+)
+@pytest.mark.parametrize("lengths", [None, [110, 70], [8, 0]], ids=str)
+def test_tail_mask(backend, arrays, rng, shape, lengths):
+    """It is the mask that has True for all keys before, alone and beside another mask."""
+    q, k, v = arrays(2, hq=4, hkv=2, lq=90, lk=110, d=16)
+    tail = rng.random(shape) < 0.5
+    full = np.ones((2, 4, 90, 110), bool)
+    for item, n in enumerate([110, 110] if lengths is None else lengths):
+        some = min(n, shape[-1])
+        own = np.broadcast_to(tail, (2, 4, 90, shape[-1]))[item]
+        full[item, ..., n - some : n] = own[..., shape[-1] - some :]
+    options = {"kv_lengths": lengths, "return_lse": True}
+    other = rng.random((90, 110)) < 0.7
+    for more, mask in (({}, full), ({"mask": other}, full & other)):
+        actual = na.attention(q, k, v, tail_mask=tail, **more, **options)
+        for x, expected in zip(actual, na.attention(q, k, v, mask=mask, **options), strict=True):
+            np.testing.assert_allclose(x, expected, rtol=0, atol=2e-6)
+    moved = [x.swapaxes(1, 2) for x in (q, k, v)]
+    blhd = na.attention(*moved, tail_mask=tail, kv_lengths=lengths, layout="blhd").swapaxes(1, 2)
+    np.testing.assert_allclose(
+        blhd, na.attention(q, k, v, mask=full, kv_lengths=lengths), rtol=0, atol=2e-6
+    )
+
+
+def test_tail_mask_of_every_dtype_and_few_queries(dtype, arrays, rng):
+    for lq, last in ((1, 1), (5, 5), (64, 64), (3, 200)):
+        q, k, v = arrays(2, hq=4, hkv=2, lq=lq, lk=1700, d=16, dtype=dtype)
+        tail = rng.random((2, 1, lq, last)) < 0.5
+        lengths = np.array([1700, 1540])
+        for more in ({}, {"kv_lengths": lengths}, {"is_causal": True}):
+            assert_close_to_reference(q, k, v, tail_mask=tail, **more, factor=LOOSE)
 
 
 def test_mask_of_blocks(backend, arrays):
@@ -299,6 +343,8 @@ def problems(draw):
     broadcast = tuple(n if wanted else 1 for n, wanted in zip(pairs, keep, strict=True))
     if draw(st.booleans()):
         options["mask"] = rng.random(broadcast) < draw(st.sampled_from([0.01, 0.5, 0.99]))
+    if draw(st.booleans()):
+        options["tail_mask"] = rng.random((*broadcast[:-1], draw(st.integers(0, lk)))) < 0.6
     if draw(st.booleans()):
         bias_dtype = dtype if draw(st.booleans()) else np.float32
         options["bias"] = rng.standard_normal(broadcast).astype(bias_dtype)

@@ -89,6 +89,23 @@ def test_varlen_offsets_and_out(backend, ragged):
         np.testing.assert_allclose(out[rows], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(4, True, 6), (True, 200), (1, 3300), (4, 1, 0)], ids=str)
+def test_varlen_tail_mask(backend, ragged, rng, options, shape):
+    """Of the last keys of each sequence, also of one that has fewer."""
+    q, k, v = ragged(np.float32)
+    starts = cumulative(LENGTHS_Q), cumulative(LENGTHS_K)
+    tail = rng.random(tuple(sum(LENGTHS_Q) if n is True else n for n in shape)) < 0.5
+    every = np.broadcast_to(tail, (4, len(q), shape[-1]))
+    out, lse = na.attention_varlen(q, k, v, *starts, tail_mask=tail, **options, return_lse=True)
+    for rows, keys in pairs_of_slices():
+        own = every[:, rows, max(shape[-1] - (keys.stop - keys.start), 0) :]
+        expected = reference.attention(
+            q[rows], k[keys], v[keys], tail_mask=own, **options, layout="blhd"
+        )
+        np.testing.assert_allclose(out[rows], expected[0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(lse[rows], expected[1], rtol=0, atol=2e-5)
+
+
 def test_varlen_without_sequences(backend):
     nothing = np.zeros((0, 2, 4), np.float32)
     assert na.attention_varlen(nothing, nothing, nothing, [0], [0]).shape == (0, 2, 4)
@@ -141,6 +158,25 @@ def test_pages_in_numpy_and_shared_pages(backend, arrays, rng):
     out = na.attention_paged(q, k_pages, v_pages, table, [64, 50], **more)
     expected, _ = reference.attention(q, k, v, kv_lengths=[64, 50], **more)
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 3, 3), (4, 1, 1, 40), (3, 150), (1, 3, 0)], ids=str)
+@pytest.mark.parametrize("layout", ["bhld", "blhd"])
+def test_tail_mask_of_pages(backend, arrays, rng, options, shape, layout):
+    lengths = [150, 0, 33, 1]
+    q, k, v = arrays(4, hq=4, hkv=2, lq=3, lk=150, d=16, dv=20)
+    k_pages, table = in_pages(k, lengths, 16, np.random.default_rng(1))
+    v_pages, _ = in_pages(v, lengths, 16, np.random.default_rng(1))
+    options = {"q_offset": np.array(lengths) - 3, "tail_mask": rng.random(shape) < 0.5} | options
+    queries = q if layout == "bhld" else q.swapaxes(1, 2)
+    out, lse = na.attention_paged(
+        queries, k_pages, v_pages, table, lengths, **options, layout=layout, return_lse=True
+    )
+    if layout == "blhd":
+        out, lse = out.swapaxes(1, 2), lse.swapaxes(1, 2)
+    expected = reference.attention(q, k, v, kv_lengths=lengths, **options)
+    np.testing.assert_allclose(out, expected[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(lse, expected[1], rtol=0, atol=2e-5)
 
 
 def test_chunks_are_merged(dtype, arrays):
@@ -321,6 +357,39 @@ def test_bad_pages(backend, name):
     with pytest.raises(error) as raised:
         na.attention_paged(Q, PAGES, PAGES, table, lengths)
     assert message in str(raised.value)
+
+
+def test_bad_tails(backend):
+    def varlen(tail, **options):
+        na.attention_varlen(X, X, X, [0, 6], [0, 6], tail_mask=tail, **options)
+
+    def paged(tail, **options):
+        na.attention_paged(Q, PAGES, PAGES, [[0, 1], [2, 0]], [3, 1], tail_mask=tail, **options)
+
+    memory = np.zeros(X.shape, np.float32)
+    for call, tail, options, error, message in (
+        (varlen, (6, 7), {}, ValueError, "got T = 7 (shape (6, 7)), expected a T of at most 6,"),
+        (varlen, (5, 6), {}, ValueError, "got shape (5, 6), expected one that broadcasts to (Hq, "
+         "total_q, T) = (2, 6, 6)"),
+        (varlen, (), {}, ValueError, "got shape ()"),
+        (varlen, np.zeros((6, 1)), {}, TypeError, "got dtype float64, expected bool"),
+        (varlen, memory.view(bool)[0, 0, :1], {"out": memory}, ValueError,
+         "got memory that it shares with tail_mask"),
+        (paged, (1, 5), {}, ValueError, "got T = 5 (shape (1, 5)), expected a T of at most Lk = 4"),
+        (paged, (2, 3), {}, ValueError, "got shape (2, 3), expected one that broadcasts to (B, Hq, "
+         "Lq, T) = (2, 1, 1, 3)"),
+        (paged, (), {}, ValueError, "got shape ()"),
+        (paged, np.zeros((1, 1), int), {}, TypeError, "got dtype int64, expected bool"),
+    ):  # fmt: skip
+        with pytest.raises(error) as raised:
+            call(np.ones(tail, bool) if isinstance(tail, tuple) else tail, **options)
+        assert message in str(raised.value)
+    x = np.ones((3, 2, 3, 4), np.float32)  # as many batch items as queries
+    pages = x.reshape(3, 3, 2, 4)
+    with pytest.warns(UserWarning, match=r"^tail_mask: .* is taken as \(Lq, T\), but"):
+        na.attention_paged(
+            x, pages, pages, [[0], [1], [2]], [3] * 3, tail_mask=np.ones((3, 2), bool)
+        )
 
 
 def test_bad_scales(backend):

@@ -299,6 +299,8 @@ def test_scattered_rows_are_those_of_all(backend, arrays, rng):
     for options in (
         {},
         {"mask": mask, "bias": bias, "softcap": 5.0, "kv_lengths": [110, 30]},
+        {"tail_mask": mask[..., :20], "kv_lengths": [110, 30]},
+        {"tail_mask": mask[0, 0, :, :1], "mask": mask[::-1], "is_causal": True},
         {"is_causal": True},
         {"window": (4, None)},
         {"alibi_slopes": [0.1, 0.2, 0.3, 0.4]},

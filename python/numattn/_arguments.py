@@ -67,6 +67,9 @@ class Arguments:
     out: Array | None  # (batch..., Hq, Lq, Dv); None without v
     lse: Array | None  # (batch..., Hq, Lq)
     mask: Array | None  # (batch..., Hq, Lq, Lk) bool
+    # (batch..., Hq, Lq, T) bool, of the last T valid keys; ragged: (Hq, total of Lq, T). None where
+    # there is a mask, which has both then.
+    tail_mask: Array | None
     bias: Array | None  # (batch..., Hq, Lq, Lk) float
     q_offset: NDArray[np.int64] | None  # (batch...); None: positions end with the valid keys
     kv_lengths: NDArray[np.int64] | None  # (batch...); None: all keys
@@ -125,6 +128,7 @@ def check(
     k: ArrayLike,
     v: ArrayLike | None,
     mask: ArrayLike | None,
+    tail_mask: ArrayLike | None,
     bias: ArrayLike | None,
     is_causal: bool,
     q_offset: int | ArrayLike | None,
@@ -176,6 +180,10 @@ def check(
     if mask_ is not None:
         check_mask(mask_)
         check_meaning_of_axes(mask_, batch, query_heads, query_length)
+    tail_mask_ = None if tail_mask is None else as_array("tail_mask", tail_mask)
+    if tail_mask_ is not None:
+        check_tail_mask(tail_mask_, key_length, f"Lk = {key_length}")
+        check_meaning_of_axes(tail_mask_, batch, query_heads, query_length, "T", "tail_mask")
     bias_ = None if bias is None else as_array("bias", bias)
     if bias_ is not None:
         check_bias(bias_, dtype)
@@ -196,13 +204,23 @@ def check(
         query_length, kv_lengths, q_offset, q_lengths,
         positional_options(is_causal, window, alibi_slopes),
     )  # fmt: skip
+    of_all_keys = None if mask_ is None else _broadcast_pairs("mask", mask_, pairs, one_head)
+    of_tail = None
+    if tail_mask_ is not None:
+        of_tail = _broadcast_pairs(
+            "tail_mask", tail_mask_, (*pairs[:-1], tail_mask_.shape[-1]), one_head, "T"
+        )
+    if of_all_keys is not None and of_tail is not None:
+        expanded = expanded_tail(of_tail, kv_lengths_, key_length)
+        of_all_keys, of_tail = _broadcast(_once(of_all_keys) & expanded, pairs), None
     arguments = Arguments(
         q=_broadcast(q_, (*batch, *q_.shape[-3:])),
         k=_broadcast(k_, (*batch, *k_.shape[-3:])),
         v=None if v_ is None else _broadcast(v_, (*batch, *v_.shape[-3:])),
         out=None if result is None else heads_first(result, layout),
         lse=None if result_lse is None else lse_heads_first(result_lse, one_head, layout),
-        mask=None if mask_ is None else _broadcast_pairs("mask", mask_, pairs, one_head),
+        mask=of_all_keys,
+        tail_mask=of_tail,
         bias=None if bias_ is None else _broadcast_pairs("bias", bias_, pairs, one_head),
         q_offset=ints_per_batch("q_offset", q_offset, batch, -MAX_POSITION, MAX_POSITION),
         kv_lengths=kv_lengths_,
@@ -217,8 +235,8 @@ def check(
         if not scales_are_finite:
             check_scales(name, of_keys, lambda: _valid_keys(kv_lengths_, key_length))
     if out is not None:
-        inputs = dict(arrays, mask=mask_, bias=bias_, k_scale=k_scale_, v_scale=v_scale_)
-        check_overlap(out, inputs)
+        pairs_given = {"mask": mask_, "tail_mask": tail_mask_, "bias": bias_}
+        check_overlap(out, {**arrays, **pairs_given, "k_scale": k_scale_, "v_scale": v_scale_})
     return arguments
 
 
@@ -262,13 +280,47 @@ def key_scales(
         return scales.astype(np.float32, copy=False)
 
 
-def check_mask(mask: Array, hint: str = "logits are added by `bias`") -> None:
+def check_mask(mask: Array, hint: str = "logits are added by `bias`", name: str = "mask") -> None:
     """Refuse a mask that is not bool; `hint` says what to do with floats, if anything."""
     if mask.dtype == np.bool_:
         return
     if mask.dtype.kind in "iu":
-        hint = "`mask.astype(bool)` if 1 means attend"
-    refuse_kind("mask", dtype_name(mask), "bool, True = attend" + (f" ({hint})" if hint else ""))
+        hint = f"`{name}.astype(bool)` if 1 means attend"
+    refuse_kind(name, dtype_name(mask), "bool, True = attend" + (f" ({hint})" if hint else ""))
+
+
+def check_tail_mask(tail_mask: Array, most: int, meaning: str) -> None:
+    """Refuse what is no mask of the last T valid keys; T is at most `most`, which `meaning` says in
+    words."""
+    check_mask(tail_mask, name="tail_mask")
+    if tail_mask.ndim == 0:
+        refuse("tail_mask", "shape ()", "(..., Hq, Lq, T), a column for each of the last T keys")
+    last = tail_mask.shape[-1]
+    if last > most:
+        refuse("tail_mask", f"T = {last} (shape {tail_mask.shape})", f"a T of at most {meaning}")
+
+
+def expanded_tail(tail_mask: Array, kv_lengths: NDArray[np.int64] | None, key_length: int) -> Array:
+    """Return what a mask (batch..., Hq, Lq, T) of the last valid keys says of all keys, an array
+    that broadcasts to (batch..., Hq, Lq, Lk).
+
+    Of fewer than T valid keys they are the last columns. What lies beyond valid keys may be
+    anything.
+    """
+    last = tail_mask.shape[-1]
+    if last == 0:
+        return np.ones((1,) * (tail_mask.ndim - 1) + (key_length,), np.bool_)
+    lengths = kv_lengths
+    if lengths is None:
+        lengths = np.full((1,) * (tail_mask.ndim - 3), key_length)
+    columns = np.arange(key_length) - (lengths[..., np.newaxis, np.newaxis, np.newaxis] - last)
+    of_keys = np.take_along_axis(_once(tail_mask), np.clip(columns, 0, last - 1), axis=-1)
+    return np.asarray(of_keys | (columns < 0))
+
+
+def _once(x: Array) -> Array:
+    """Return x without the repetitions of axes that were broadcast, the last one excepted."""
+    return x[tuple(slice(0, 1 if stride == 0 else None) for stride in x.strides[:-1])]
 
 
 def check_meaning_of_axes(
@@ -405,13 +457,20 @@ def _broadcast(x: Array, shape: tuple[int, ...]) -> Array:
     return x if x.shape == shape else np.broadcast_to(x, shape)
 
 
-def _broadcast_pairs(name: str, x: Array, pairs: tuple[int, ...], one_head: bool) -> Array:
-    wanted = pairs[-2:] if one_head else pairs
+def _broadcast_pairs(
+    name: str, x: Array, pairs: tuple[int, ...], one_head: bool, keys: str = "Lk"
+) -> Array:
+    if not one_head:
+        return broadcast_pairs(name, x, pairs, f"(..., Hq, Lq, {keys})")
+    return _broadcast(broadcast_pairs(name, x, pairs[-2:], f"(Lq, {keys})"), pairs)
+
+
+def broadcast_pairs(name: str, x: Array, pairs: tuple[int, ...], axes: str) -> Array:
+    """Broadcast a mask or bias to `pairs`, whose axes are called so in an error."""
     try:
-        return _broadcast(_broadcast(x, wanted), pairs)
+        return _broadcast(x, pairs)
     except ValueError:
-        axes = "(Lq, Lk)" if one_head else "(..., Hq, Lq, Lk)"
-        refuse(name, f"shape {x.shape}", f"one that broadcasts to {axes} = {wanted}")
+        refuse(name, f"shape {x.shape}", f"one that broadcasts to {axes} = {pairs}")
 
 
 def outputs(

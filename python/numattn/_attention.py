@@ -18,6 +18,7 @@ def attention(
     v: ArrayLike,
     *,
     mask: ArrayLike | None = None,
+    tail_mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     is_causal: bool = False,
     q_offset: int | ArrayLike | None = None,
@@ -42,6 +43,7 @@ def attention(
     v: ArrayLike,
     *,
     mask: ArrayLike | None = None,
+    tail_mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     is_causal: bool = False,
     q_offset: int | ArrayLike | None = None,
@@ -65,6 +67,7 @@ def attention(
     v: ArrayLike,
     *,
     mask: ArrayLike | None = None,
+    tail_mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     is_causal: bool = False,
     q_offset: int | ArrayLike | None = None,
@@ -85,10 +88,10 @@ def attention(
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
     r"""Scaled dot-product attention, ``softmax(scale * q @ k.T) @ v`` with options.
 
-    The options apply in this order: scale, softcap, bias and ALiBi, masks (``mask``, ``is_causal``,
-    ``window``, ``kv_lengths``), sinks. Query row ``i`` stands at position ``p = i + q_offset``
-    among the keys, which stand at ``j = 0 ... Lk - 1``. The logits are never held in memory as a
-    whole.
+    The options apply in this order: scale, softcap, bias and ALiBi, masks (``mask``,
+    ``tail_mask``, ``is_causal``, ``window``, ``kv_lengths``), sinks. Query row ``i`` stands at
+    position ``p = i + q_offset`` among the keys, which stand at ``j = 0 ... Lk - 1``. The logits
+    are never held in memory as a whole.
 
     Parameters
     ----------
@@ -105,6 +108,11 @@ def attention(
         ``mask[:, None, None, :]``, and (B, Lq, Lk) as ``mask[:, None]``. A UserWarning says which
         reading was taken where sizes allow both: where an array that lacks axes has first axes
         like the whole batch, such as (B,), or (B1, B2) with two batch axes.
+    tail_mask : array_like of bool, optional
+        A mask of the last T valid keys of each batch item alone; all keys before them are seen. It
+        broadcasts to (..., Hq, Lq, T) as `mask` does to (..., Hq, Lq, Lk), but its last axis has to
+        be there: it says what T is, 0 to Lk. Fewer valid keys than T take the last columns. For
+        trees of drafts, whose tokens are the last ones; holds together with `mask`.
     bias : array_like of float, optional
         Added to the logits, in natural logarithms; -inf masks. Broadcasts like `mask`, with
         the same warning. float32 or the dtype of `q`.
@@ -237,8 +245,8 @@ def attention(
     if unknown:
         refuse_unknown("attention", unknown)
     return attend(  # type: ignore[no-any-return]
-        q, k, v, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
-        kv_lengths, q_lengths, layout, return_lse, out, num_threads, k_scale, v_scale,
+        q, k, v, mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes,
+        sinks, kv_lengths, q_lengths, layout, return_lse, out, num_threads, k_scale, v_scale,
     )  # fmt: skip
 
 

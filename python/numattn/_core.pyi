@@ -9,6 +9,7 @@ def attention_common(
     k: object,
     v: object,
     mask: object,
+    tail_mask: object,
     bias: object,
     is_causal: object,
     q_offset: object,

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._arguments import expanded_tail
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -61,6 +63,7 @@ def _plain_problems(a: Arguments) -> Iterator[Arguments]:
                     v=a.v[:, k],
                     out=a.out[:, q],
                     lse=None if a.lse is None else a.lse[:, q],
+                    tail_mask=None if a.tail_mask is None else a.tail_mask[:, q],
                     k_scale=None if a.k_scale is None else a.k_scale[:, k],
                     v_scale=None if a.v_scale is None else a.v_scale[:, k],
                     q_offset=None if a.q_offset is None else a.q_offset[i],
@@ -87,6 +90,7 @@ def _plain_problems(a: Arguments) -> Iterator[Arguments]:
                     v=gathered(a.v),
                     out=a.out[i],
                     lse=None if a.lse is None else a.lse[i],
+                    tail_mask=None if a.tail_mask is None else a.tail_mask[i],
                     k_scale=gathered(a.k_scale),
                     v_scale=gathered(a.v_scale),
                     q_offset=None if a.q_offset is None else a.q_offset[i],
@@ -213,6 +217,10 @@ def _masked_logits(
         logits -= grouped(slopes * np.abs(distance).astype(precision))
     if a.mask is not None:
         attend = attend & grouped(a.mask[batch_item][query_heads, rows, keys])
+    if a.tail_mask is not None:
+        tail = a.tail_mask[batch_item][query_heads, rows]
+        of_keys = expanded_tail(tail, None, valid)[..., keys]
+        attend = attend & grouped(np.broadcast_to(of_keys, (*tail.shape[:-1], of_keys.shape[-1])))
     return np.where(attend, logits, precision(-np.inf)), attend, keys
 
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def attention(
-    q: Array, k: Array, v: Array, *, mask: Any = None, bias: Any = None, is_causal: bool = False,
-    q_offset: Any = None, window: Any = None, scale: float | None = None,
+    q: Array, k: Array, v: Array, *, mask: Any = None, tail_mask: Any = None, bias: Any = None,
+    is_causal: bool = False, q_offset: Any = None, window: Any = None, scale: float | None = None,
     softcap: float | None = None, alibi_slopes: Any = None, sinks: Any = None,
     kv_lengths: Any = None, q_lengths: Any = None, layout: str = "bhld", dtype: Any = np.float64,
     matmul: Callable[..., Any] = np.matmul,
@@ -53,6 +53,12 @@ def attention(
             s = s - np.asarray(alibi_slopes, dtype)[:, None, None] * abs(p - j).astype(dtype)
         if mask is not None:
             attend = attend & mask
+        if tail_mask is not None:
+            attend, last = attend.copy(), np.shape(tail_mask)[-1]
+            tail = np.broadcast_to(tail_mask, (*pairs[:-1], last))
+            for item in np.ndindex(batch):
+                end, some = int(valid[item]), min(last, int(valid[item]))
+                attend[item][..., end - some : end] &= tail[item][..., last - some :]
         if is_causal:
             attend = attend & (j <= p)
         left, right = (None, None) if window is None else window

@@ -114,8 +114,8 @@ def _shares(level: str, dtype: np.dtype[Any]) -> Iterator[float]:
 
 def _compute(level: str, q: Array, k: Array, v: Array, options: dict[str, Any]) -> list[Array]:
     named: dict[str, Any] = dict.fromkeys(
-        ("mask", "bias", "q_offset", "window", "scale", "softcap", "alibi_slopes", "sinks",
-         "kv_lengths", "q_lengths", "out", "num_threads")
+        ("mask", "tail_mask", "bias", "q_offset", "window", "scale", "softcap", "alibi_slopes",
+         "sinks", "kv_lengths", "q_lengths", "out", "num_threads")
     ) | {"is_causal": False, "layout": "bhld", "return_lse": True}  # fmt: skip
     arguments = _arguments.check(q, k, v, **(named | options))
     if level == "numpy":

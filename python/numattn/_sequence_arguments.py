@@ -9,10 +9,13 @@ import numpy as np
 from ._arguments import (
     MAX_POSITION,
     Arguments,
+    broadcast_pairs,
+    check_meaning_of_axes,
     check_options,
     check_positions,
     check_scales,
     check_shapes,
+    check_tail_mask,
     common_dtype,
     ints_per_batch,
     key_scales,
@@ -43,6 +46,7 @@ def check_varlen(
     v: ArrayLike,
     cu_seqlens_q: ArrayLike,
     cu_seqlens_k: ArrayLike,
+    tail_mask: ArrayLike | None,
     k_scale: ArrayLike | None,
     v_scale: ArrayLike | None,
     q_offset: int | ArrayLike | None,
@@ -68,12 +72,16 @@ def check_varlen(
         seen = f"{len(key_starts)} numbers"
         refuse("cu_seqlens_k", seen, f"{len(query_starts)} as in cu_seqlens_q")
     batch = (len(query_starts) - 1,)
+    tail_mask_ = None if tail_mask is None else as_array("tail_mask", tail_mask)
+    if tail_mask_ is not None:
+        longest = int(np.diff(key_starts).max(initial=0))
+        check_tail_mask(tail_mask_, longest, f"{longest}, the keys of the longest sequence")
     checked = check_options(dtype, q_.shape[0], q_.shape[-1], **options)
     result, result_lse = outputs(
         out, flag("return_lse", return_lse), False, "blhd", dtype, (*q_.shape[:2], v_.shape[-1])
     )
     if out is not None:
-        check_overlap(out, {**arrays, **scales})
+        check_overlap(out, {**arrays, **scales, "tail_mask": tail_mask_})
     for name, scale in scales.items():
         check_scales(name, scale, lambda: np.ones((), np.bool_))
     return Arguments(
@@ -83,6 +91,7 @@ def check_varlen(
         out=result.swapaxes(0, 1),
         lse=None if result_lse is None else result_lse.swapaxes(0, 1),
         mask=None,
+        tail_mask=_tail("(Hq, total_q, T)", tail_mask_, q_.shape[:2]),
         bias=None,
         q_offset=ints_per_batch("q_offset", q_offset, batch, -MAX_POSITION, MAX_POSITION),
         kv_lengths=None,
@@ -95,6 +104,12 @@ def check_varlen(
         query_starts=query_starts,
         key_starts=key_starts,
     )
+
+
+def _tail(axes: str, tail_mask: Array | None, queries: tuple[int, ...]) -> Array | None:
+    if tail_mask is None:
+        return None
+    return broadcast_pairs("tail_mask", tail_mask, (*queries, tail_mask.shape[-1]), axes)
 
 
 def _swapped(x: Array | None, a: int, b: int) -> Array | None:
@@ -130,6 +145,7 @@ def check_paged(
     v_pages: ArrayLike,
     block_table: ArrayLike,
     kv_lengths: ArrayLike,
+    tail_mask: ArrayLike | None,
     k_scale: ArrayLike | None,
     v_scale: ArrayLike | None,
     q_offset: int | ArrayLike | None,
@@ -171,7 +187,8 @@ def check_paged(
         refuse_kind("block_table", f"dtype {table.dtype}", "ints")
     if table.ndim != 2 or table.shape[0] != batch[0]:
         refuse("block_table", f"shape {table.shape}", f"({batch[0]}, pages of a sequence)")
-    lengths = ints_per_batch("kv_lengths", kv_lengths, batch, 0, table.shape[1] * page_size)
+    most = table.shape[1] * page_size
+    lengths = ints_per_batch("kv_lengths", kv_lengths, batch, 0, most)
     if lengths is None:
         refuse_kind("kv_lengths", "None", "the number of valid keys of each batch item")
     numbers = np.array(table, np.int64, order="C")
@@ -182,6 +199,10 @@ def check_paged(
         where = tuple(map(int, np.argwhere(outside)[0]))
         refuse("block_table", f"{table[where]} at {where}", f"0 to {pages - 1}")
 
+    tail_mask_ = None if tail_mask is None else as_array("tail_mask", tail_mask)
+    if tail_mask_ is not None:
+        check_tail_mask(tail_mask_, most, f"Lk = {most}, for which there are pages")
+        check_meaning_of_axes(tail_mask_, batch, q_.shape[1], q_.shape[2], "T", "tail_mask")
     checked = check_options(dtype, q_.shape[1], q_.shape[-1], **options)
     positional = ("is_causal", "window", "alibi_slopes")
     given_ = positional_options(*(options[name] for name in positional))
@@ -190,7 +211,7 @@ def check_paged(
         out, flag("return_lse", return_lse), False, layout, dtype, (*q_.shape[:3], v_.shape[-1])
     )
     if out is not None:
-        check_overlap(out, {**given, **scales})
+        check_overlap(out, {**given, **scales, "tail_mask": tail_mask_})
 
     def pages_read() -> Array:
         read = np.zeros((pages, page_size, 1), np.bool_)
@@ -210,6 +231,7 @@ def check_paged(
         out=heads_first(result, layout),
         lse=None if result_lse is None else lse_heads_first(result_lse, False, layout),
         mask=None,
+        tail_mask=_tail("(B, Hq, Lq, T)", tail_mask_, q_.shape[:3]),
         bias=None,
         q_offset=ints_per_batch("q_offset", q_offset, batch, -MAX_POSITION, MAX_POSITION),
         kv_lengths=lengths,

@@ -19,6 +19,7 @@ def attention_varlen(
     cu_seqlens_q: ArrayLike,
     cu_seqlens_k: ArrayLike,
     *,
+    tail_mask: ArrayLike | None = None,
     is_causal: bool = False,
     q_offset: int | ArrayLike | None = None,
     window: tuple[int | None, int | None] | None = None,
@@ -48,6 +49,9 @@ def attention_varlen(
         Their values.
     cu_seqlens_q, cu_seqlens_k : array_like of int, shape (B + 1,)
         Where each sequence begins, and at last the total length: cumulative lengths from 0 on.
+    tail_mask : array_like of bool, optional
+        As of `attention`, of the last T keys of each sequence; broadcasts to (Hq, total_q, T). T is
+        at most the number of keys of the longest sequence.
     is_causal, window, scale, softcap, alibi_slopes, sinks, num_threads
         As in `attention`; every sequence counts its positions by itself.
     q_offset : int or array_like of int, shape (B,), optional
@@ -91,7 +95,8 @@ def attention_varlen(
         refuse_unknown("attention_varlen", unknown)
     return compute(
         _sequence_arguments.check_varlen(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, k_scale, v_scale, q_offset, return_lse, out,
+            q, k, v, cu_seqlens_q, cu_seqlens_k, tail_mask, k_scale, v_scale, q_offset, return_lse,
+            out,
             is_causal=is_causal, window=window, scale=scale, softcap=softcap,
             alibi_slopes=alibi_slopes, sinks=sinks, num_threads=num_threads,
         )
@@ -105,6 +110,7 @@ def attention_paged(
     block_table: ArrayLike,
     kv_lengths: int | ArrayLike,
     *,
+    tail_mask: ArrayLike | None = None,
     is_causal: bool = False,
     q_offset: int | ArrayLike | None = None,
     window: tuple[int | None, int | None] | None = None,
@@ -138,6 +144,8 @@ def attention_paged(
         For each batch item its pages in order. Numbers behind the valid keys are not looked at.
     kv_lengths : int or array_like of int, shape (B,)
         How many keys of each batch item are valid.
+    tail_mask : array_like of bool, optional
+        As of `attention`; broadcasts to (B, Hq, Lq, T), whatever the layout.
     is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, q_lengths, return_lse, \
 num_threads
         As in `attention`: where positions matter, several queries need `q_lengths` or `q_offset`.
@@ -188,8 +196,8 @@ num_threads
         refuse_unknown("attention_paged", unknown)
     return compute(
         _sequence_arguments.check_paged(
-            q, k_pages, v_pages, block_table, kv_lengths, k_scale, v_scale, q_offset, q_lengths,
-            layout, return_lse, out, is_causal=is_causal, window=window, scale=scale,
+            q, k_pages, v_pages, block_table, kv_lengths, tail_mask, k_scale, v_scale, q_offset,
+            q_lengths, layout, return_lse, out, is_causal=is_causal, window=window, scale=scale,
             softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, num_threads=num_threads,
         )
     )  # fmt: skip

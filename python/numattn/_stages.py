@@ -42,6 +42,7 @@ def qk_scores(
     k: ArrayLike,
     *,
     mask: ArrayLike | None = None,
+    tail_mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     is_causal: bool = False,
     q_offset: int | ArrayLike | None = None,
@@ -95,8 +96,8 @@ def qk_scores(
     if unknown:
         refuse_unknown("qk_scores", unknown)
     arguments, one_head = _check(
-        q, k, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, None,
-        kv_lengths, q_lengths, layout, num_threads, k_scale,
+        q, k, mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes,
+        None, kv_lengths, q_lengths, layout, num_threads, k_scale,
     )  # fmt: skip
     out = np.empty(_pairs(arguments), _precision(arguments.q))
     _runtime.computations.stage(arguments, "logits", out)
@@ -205,6 +206,7 @@ def attention_weights(
     *,
     rows: int | ArrayLike | None = None,
     mask: ArrayLike | None = None,
+    tail_mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     is_causal: bool = False,
     q_offset: int | ArrayLike | None = None,
@@ -258,8 +260,8 @@ def attention_weights(
     if unknown:
         refuse_unknown("attention_weights", unknown)
     arguments, one_head = _check(
-        q, k, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
-        kv_lengths, q_lengths, layout, num_threads, k_scale,
+        q, k, mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes,
+        sinks, kv_lengths, q_lengths, layout, num_threads, k_scale,
     )  # fmt: skip
     *leading, query_length, key_length = _pairs(arguments)
     wanted = np.arange(query_length) if rows is None else _rows(rows, query_length)
@@ -279,6 +281,7 @@ def attention_received(
     k: ArrayLike,
     *,
     mask: ArrayLike | None = None,
+    tail_mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     is_causal: bool = False,
     q_offset: int | ArrayLike | None = None,
@@ -337,8 +340,8 @@ def attention_received(
     if unknown:
         refuse_unknown("attention_received", unknown)
     arguments, one_head = _check(
-        q, k, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
-        kv_lengths, q_lengths, layout, num_threads, k_scale,
+        q, k, mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes,
+        sinks, kv_lengths, q_lengths, layout, num_threads, k_scale,
     )  # fmt: skip
     *leading, _, key_length = _pairs(arguments)
     out = np.zeros((*leading, key_length), _precision(arguments.q))
@@ -347,15 +350,15 @@ def attention_received(
 
 
 def _check(
-    q: ArrayLike, k: ArrayLike, mask: Any, bias: Any, is_causal: Any, q_offset: Any, window: Any,
-    scale: Any, softcap: Any, alibi_slopes: Any, sinks: Any, kv_lengths: Any, q_lengths: Any,
-    layout: Any, num_threads: Any, k_scale: Any,
+    q: ArrayLike, k: ArrayLike, mask: Any, tail_mask: Any, bias: Any, is_causal: Any, q_offset: Any,
+    window: Any, scale: Any, softcap: Any, alibi_slopes: Any, sinks: Any, kv_lengths: Any,
+    q_lengths: Any, layout: Any, num_threads: Any, k_scale: Any,
 ) -> tuple[_arguments.Arguments, bool]:  # fmt: skip
     """Return the arguments of a stage without values, and whether it is one head."""
     q_, k_ = as_array("q", q), as_array("k", k)
     arguments = _arguments.check(
-        q_, k_, None, mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
-        kv_lengths, q_lengths, layout, False, None, num_threads, k_scale,
+        q_, k_, None, mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap,
+        alibi_slopes, sinks, kv_lengths, q_lengths, layout, False, None, num_threads, k_scale,
     )  # fmt: skip
     return arguments, q_.ndim == k_.ndim == 2
 
@@ -401,6 +404,7 @@ def _with_rows(a: _arguments.Arguments, rows: slice | NDArray[np.int64]) -> _arg
         a,
         q=a.q[..., rows, :],
         mask=None if a.mask is None else a.mask[..., rows, :],
+        tail_mask=None if a.tail_mask is None else a.tail_mask[..., rows, :],
         bias=None if a.bias is None else a.bias[..., rows, :],
     )
 

@@ -47,6 +47,17 @@ def numbers(rng, *shape, dtype=np.float32):
     return rng.standard_normal(shape).astype(dtype)
 
 
+def of_all_tokens(tail, rows, lengths):
+    """Return the mask (batch, 1 or Hq, rows, longest) that is True but for a tail mask."""
+    last = tail.shape[-1]
+    tail = np.broadcast_to(tail, np.broadcast_shapes(tail.shape, (len(lengths), 1, rows, last)))
+    mask = np.ones((*tail.shape[:3], max(lengths)), bool)
+    for own, of_last, n in zip(mask, tail, lengths, strict=True):
+        some = min(n, last)
+        own[..., n - some : n] = of_last[..., last - some :]
+    return mask
+
+
 def seen(positions, length, limits):
     """Return which of the first tokens a cache's window and `keep_first` let queries see."""
     p, j = np.asarray(positions)[:, np.newaxis], np.arange(length)

@@ -3,7 +3,7 @@
 import numattn as na
 import numpy as np
 import pytest
-from checks import numbers, seen
+from checks import numbers, of_all_tokens, seen
 from numattn import _arguments, _runtime
 from numattn import _reference as reference
 
@@ -159,6 +159,9 @@ def test_a_tree_of_drafts(backend, rng, limits):
             mask[i, :, draft, :n] = True
             mask[i, :, draft, n + np.array(paths[draft])] = True
     out = texts.cache.attend(q, mask=mask)
+    tree = np.array([[draft in path for draft in range(5)] for path in paths])
+    by_tail = texts.cache.attend(q, tail_mask=tree)
+    np.testing.assert_allclose(by_tail, out, rtol=0, atol=1e-6)
     for i, n in enumerate(before):
         for draft, path in enumerate(paths):
             tokens = [*range(n), *(n + np.array(path))]
@@ -169,6 +172,30 @@ def test_a_tree_of_drafts(backend, rng, limits):
                 mask=is_seen,
             )  # fmt: skip
             np.testing.assert_allclose(out[i, :, draft : draft + 1], expected, rtol=0, atol=1e-5)
+
+
+@LIMITS
+@pytest.mark.parametrize("layout", ["bhld", "blhd"])
+@pytest.mark.parametrize("quantize", [False, True])
+def test_any_tail_mask(backend, rng, limits, layout, quantize):
+    """Of any length up to all tokens; it is the mask that has True for the tokens before."""
+    texts = Texts(rng, limits, quantize=quantize)
+    for counts in ([2, 0, 3], [5, 3, 6], [1, 1, 1], [6, 0, 5], [1, 1, 1], [6, 6, 6], [1, 6, 2]):
+        texts.append(counts)
+        rows, lengths = max(counts), texts.cache.lengths
+        q = numbers(rng, BATCH, HEADS, rows, DIM)
+        (q,) = [q] if layout == "bhld" else [q.swapaxes(1, 2)]
+        for last in {0, 1, min(5, lengths.max()), lengths.max() - 1, lengths.max()}:
+            for shape in ((BATCH, HEADS, rows), (1, 1, rows), (BATCH, 1, 1), (1, HEADS, rows)):
+                tail = rng.random((*shape, last)) < 0.5
+                full = of_all_tokens(tail, rows, lengths)
+                other = rng.random((rows, lengths.max()))[np.newaxis] < 0.8
+                for more, mask in (({}, full), ({"mask": other}, full & other)):
+                    options = {"layout": layout, "return_lse": True}
+                    actual = texts.cache.attend(q, tail_mask=tail, **more, **options)
+                    expected = texts.cache.attend(q, mask=mask, **options)
+                    for x, wanted in zip(actual, expected, strict=True):
+                        np.testing.assert_allclose(x, wanted, rtol=0, atol=2e-6)
 
 
 @LIMITS
@@ -218,16 +245,22 @@ def test_sequences_without_tokens(rng, limits):
         cache.attend(q, mask=np.ones(3, bool))
     cache.append(*numbers(rng, 2, 2, KV_HEADS, 2, DIM), lengths=[0, 1])
     assert cache.attend(q, mask=np.ones(1, bool), q_offset=0)[1].any()
+    with pytest.raises(
+        ValueError, match=r"tail_mask: got T = 2 .*, expected a T of at most 1, the"
+    ):
+        cache.attend(q, tail_mask=np.ones((1, 2), bool))
+    assert not cache.attend(q, tail_mask=np.zeros((1, 1), bool), q_offset=0).any()
     nobody = na.KVCache(0, KV_HEADS, DIM, **limits)
+    assert nobody.attend(q[:0], tail_mask=np.ones((1, 0), bool)).shape == (0, HEADS, 1, DIM)
     assert nobody.attend(q[:0], mask=np.ones((0, 1, 1, 0), bool)).shape == (0, HEADS, 1, DIM)
 
 
-@pytest.mark.parametrize("name", ["mask", "bias"])
+@pytest.mark.parametrize("name", ["mask", "tail_mask", "bias"])
 def test_pairs_that_may_mean_the_batch_are_warned_of(rng, name):
     texts = Texts(rng, {})
     texts.append([3, 3, 3])
     q = numbers(rng, BATCH, HEADS, 3, DIM)
-    pairs = np.tri(3, dtype=bool) if name == "mask" else numbers(rng, 3, 3)
+    pairs = numbers(rng, 3, 3) if name == "bias" else np.tri(3, dtype=bool)
     with pytest.warns(UserWarning, match=rf"{name}: .* is taken as \(Lq, T\), but") as caught:
         out = texts.cache.attend(q, **{name: pairs})
     assert caught[0].filename == __file__
@@ -242,9 +275,10 @@ def test_out_is_no_memory_of_a_mask(rng, limits):
     q = numbers(rng, 1, HEADS, 1, DIM)
     memory = np.zeros(1000, np.float32)
     out = memory[: HEADS * (DIM + 4)].reshape(1, HEADS, 1, DIM + 4)
-    for options in ({"bias": memory[:15]}, {"mask": memory.view(bool)[:15]}):
-        with pytest.raises(ValueError, match=r"shares with (mask|bias)"):
-            texts.cache.attend(q, out=out, **options)
+    bits = memory.view(bool)[:15]
+    for name, pairs in (("bias", memory[:15]), ("mask", bits), ("tail_mask", bits)):
+        with pytest.raises(ValueError, match=rf"shares with {name}"):
+            texts.cache.attend(q, out=out, **{name: pairs})
     bias = numbers(rng, 15)
     assert texts.cache.attend(q, out=out, bias=bias) is out
     np.testing.assert_array_equal(texts.cache.attend(q, bias=bias), out)
@@ -278,7 +312,16 @@ def test_a_layer_passes_a_mask_to_its_cache(backend, rng, sizes):
         outs.append(layer(x[:, part], cache=cache, mask=mask[:, :, part, : part.stop]))
     whole = layer(x, mask=mask & seen(np.arange(10), 10, sizes))
     np.testing.assert_allclose(np.concatenate(outs, axis=1), whole, rtol=0, atol=2e-5)
+    tree = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)
+    copy, x = cache.copy(), numbers(rng, 2, 3, 24)
+    out = layer(x, cache=copy, tail_mask=tree)
+    copy = cache.copy()
+    expected = layer(x, cache=copy, mask=of_all_tokens(tree, 3, copy.lengths + 3))
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-6)
     before = cache.lengths.tolist()
+    with pytest.raises(ValueError, match=r"tail_mask: got T = 14 .* at most 13"):
+        layer(x, cache=cache, tail_mask=np.ones((3, 14), bool))
+    assert cache.lengths.tolist() == before
     for wrong in (mask, mask.astype(int)):
         with pytest.raises((TypeError, ValueError), match="mask: got"):
             layer(x[:, :3], cache=cache, mask=wrong)

@@ -5,7 +5,7 @@ import copy
 import numattn as na
 import numpy as np
 import pytest
-from checks import seen
+from checks import of_all_tokens, seen
 from numattn import _kv_tokens
 from numattn import _reference as reference
 
@@ -144,6 +144,26 @@ def test_masks_and_biases(backend, rng, limits, layout):
             assert not out[i, :, n:].any()
 
 
+@LIMITS
+@pytest.mark.parametrize("lengths", [None, [22, 15], [3, 0]], ids=str)
+def test_tail_masks(backend, rng, limits, lengths):
+    """Of the last tokens of all pieces together."""
+    q, k, v = tokens(rng, 22)
+    before = make(limits)
+    for count in ([1, 1], [1, 0], [1, 0]):
+        before.append(*(x[:, :, :1] for x in tokens(rng, 1)[1:]), lengths=count)
+    after = np.array([3, 1]) + (22 if lengths is None else lengths)
+    for last in {0, 1, 5, 22, after.max()} - set(range(after.max() + 1, 23)):
+        tail = rng.random((BATCH, 1, 22, last)) < 0.5
+        full = of_all_tokens(tail, 22, after)
+        other = rng.random((BATCH, HEADS, 1, after.max())) < 0.7
+        for more, mask in (({}, full), ({"mask": other}, full & other)):
+            caches = before.copy(), before.copy()
+            out = caches[0].append_and_attend(q, k, v, lengths, tail_mask=tail, **more)
+            expected = caches[1].append_and_attend(q, k, v, lengths, mask=mask)
+            np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("layout", ["bhld", "blhd"])
 @pytest.mark.parametrize("length", [4, 20])
 def test_out(backend, rng, layout, length):
@@ -237,6 +257,19 @@ def test_a_refused_call_changes_nothing(rng, quantize):
             "(2, 4, 20, 29), T tokens so far",
         ),
         ({"mask": np.ones((20, 29))}, TypeError, "mask: got dtype float64, expected bool"),
+        (
+            {"tail_mask": np.ones((19, 5), bool)},
+            ValueError,
+            "tail_mask: got shape (19, 5), expected one that broadcasts to (batch, Hq, Lq, T) = "
+            "(2, 4, 20, 5), the last T tokens",
+        ),
+        (
+            {"tail_mask": np.ones((20, 30), bool)},
+            ValueError,
+            "tail_mask: got T = 30 (shape (20, 30)), expected a T of at most 29, the tokens so far",
+        ),
+        ({"tail_mask": np.ones((20, 1))}, TypeError, "tail_mask: got dtype float64, expected bool"),
+        ({"tail_mask": True}, ValueError, "tail_mask: got shape (), expected (..., Hq, Lq, T)"),
         ({"bias": np.ones((20, 29))}, TypeError, "bias: got dtype float64, expected float32"),
         ({"bias": np.ones((19, 29), "f4")}, ValueError, "bias: got shape (19, 29), expected one"),
         ({"out": out[:, :, 1:]}, ValueError, "out: got shape (2, 4, 19, 12), expected (2, 4, 20"),
@@ -246,6 +279,11 @@ def test_a_refused_call_changes_nothing(rng, quantize):
         ({"out": out, "v": out[:, :2]}, ValueError, "out: got memory that it shares with v"),
         ({"out": out, "q": out[..., :8]}, ValueError, "out: got memory that it shares with q"),
         ({"out": out, "bias": memory[:29]}, ValueError, "out: got memory that it shares with bias"),
+        (
+            {"out": out, "tail_mask": memory.view(bool)[:29]},
+            ValueError,
+            "out: got memory that it shares with tail_mask",
+        ),
         ({"q_offset": 3}, TypeError, "q_offset: got numbers, expected none: the queries are"),
         ({"q_lengths": 3}, TypeError, "q_lengths: got numbers, expected none: the queries are"),
         ({"kv_lengths": 3}, TypeError, "kv_lengths: got an array, expected none: the cache knows"),

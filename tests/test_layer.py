@@ -70,6 +70,10 @@ def test_self_attention(any_backend, rng, sizes, dtype):
         ),
         ({"window": (2, 1), "softcap": 2.0}, {"window": (2, 1), "softcap": 2.0}),
         ({"mask": np.tri(9, dtype=bool)}, {"mask": np.tri(9, dtype=bool)}),
+        (
+            {"tail_mask": np.tri(9, 4, dtype=bool), "lengths": [9, 3]},
+            {"tail_mask": np.tri(9, 4, dtype=bool), "kv_lengths": [9, 3], "q_lengths": [9, 3]},
+        ),
     ):
         out = layer(x, **options)
         assert out.dtype == dtype
@@ -106,6 +110,11 @@ def test_a_mask_that_may_mean_the_batch_is_warned_of_once(any_backend, rng):
     expected, pattern = layer(x, mask=mask[np.newaxis], return_weights=True)
     np.testing.assert_array_equal(out, expected)
     np.testing.assert_array_equal(weights, pattern)
+    with pytest.warns(UserWarning, match=r"tail_mask: .* is taken as \(Hq, Lq, T\)") as caught:
+        of_tail = layer(x, tail_mask=mask, return_weights=True)
+    assert len(caught) == 1
+    for actual, wanted in zip(of_tail, (expected, pattern), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-6)
     one = layer(x, mask=mask.tolist()[0], return_weights=True)[1]
     np.testing.assert_array_equal(one, layer(x, mask=mask[0], return_weights=True)[1])
 

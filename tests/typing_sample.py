@@ -24,6 +24,7 @@ def generate(steps: int) -> int:
         cache = na.KVCache.concatenate([cache])
         cache.append_and_attend(k, k, k)
         cache.attend(k, mask=np.ones(int(cache.lengths.max()), bool))
+        cache.attend(k, tail_mask=np.ones((1, 1), bool))
     return int(cache.lengths[0]) + cache.nbytes
 
 

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._arguments import MAX_DIM, check_bias, check_mask, check_meaning_of_axes, ints_per_batch
+from ._arguments import (
+    MAX_DIM,
+    check_bias,
+    check_mask,
+    check_meaning_of_axes,
+    check_tail_mask,
+    ints_per_batch,
+)
 from ._checks import (
     ACCEPTED_DTYPES,
     as_array,
@@ -148,34 +155,48 @@ class CacheArguments:
 
 
 def check_pairs(
-    mask: ArrayLike | None, bias: ArrayLike | None, q: Array, layout: str, lengths: list[int]
-) -> tuple[Array | None, Array | None]:
-    """Return mask and bias with axes (batch, Hq, Lq, T), each so long or 1, for sequences of these
-    lengths."""
+    mask: ArrayLike | None,
+    tail_mask: ArrayLike | None,
+    bias: ArrayLike | None,
+    q: Array,
+    layout: str,
+    lengths: list[int],
+) -> tuple[Array | None, Array | None, Array | None]:
+    """Return masks and bias with axes (batch, Hq, Lq, T), each so long or 1, for sequences of these
+    lengths. T of a tail mask is its own."""
     batch, *rest = q.shape[:3]
     heads, rows = rest if layout == "bhld" else rest[::-1]
-    pairs = batch, heads, rows, max(lengths, default=0)
-    mask_ = bias_ = None
+    most = max(lengths, default=0)
+    pairs = batch, heads, rows, most
+    mask_ = tail_mask_ = bias_ = None
     if mask is not None:
         mask_ = as_array("mask", mask)
         check_mask(mask_)
         check_meaning_of_axes(mask_, (batch,), heads, rows, "T")
         mask_ = _with_all_axes("mask", mask_, pairs)
+    if tail_mask is not None:
+        tail_mask_ = as_array("tail_mask", tail_mask)
+        check_tail_mask(tail_mask_, most, f"{most}, the tokens so far")
+        check_meaning_of_axes(tail_mask_, (batch,), heads, rows, "T", "tail_mask")
+        of_tail = batch, heads, rows, tail_mask_.shape[-1]
+        tail_mask_ = _with_all_axes("tail_mask", tail_mask_, of_tail, "the last T tokens")
     if bias is not None:
         bias_ = as_array("bias", bias)
         check_bias(bias_, q.dtype)
         check_meaning_of_axes(bias_, (batch,), heads, rows, "T", "bias")
         bias_ = _with_all_axes("bias", bias_, pairs)
-    return mask_, bias_
+    return mask_, tail_mask_, bias_
 
 
-def _with_all_axes(name: str, x: Array, pairs: tuple[int, ...]) -> Array:
+def _with_all_axes(
+    name: str, x: Array, pairs: tuple[int, ...], keys: str = "T tokens so far"
+) -> Array:
     missing = len(pairs) - x.ndim
     fits = missing >= 0 and all(
         n in (1, wanted) for n, wanted in zip(x.shape, pairs[missing:], strict=True)
     )
     if not fits:
-        expected = f"one that broadcasts to (batch, Hq, Lq, T) = {pairs}, T tokens so far"
+        expected = f"one that broadcasts to (batch, Hq, Lq, T) = {pairs}, {keys}"
         refuse(name, f"shape {x.shape}", expected)
     return x[(np.newaxis,) * missing]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._arguments import MAX_POSITION, ints_per_batch
+from ._arguments import MAX_POSITION, expanded_tail, ints_per_batch
 from ._attention import attend
 from ._checks import check_out, check_overlap, flag, refuse
 
@@ -25,6 +25,7 @@ class Options(NamedTuple):
     """The options of `attention` that a cache does not set by itself."""
 
     mask: Array | None  # (batch or 1, Hq or 1, Lq or 1, T or 1): columns are positions of the text
+    tail_mask: Array | None  # likewise, of the last T tokens of each sequence
     bias: Array | None
     is_causal: bool
     window: tuple[int | None, int | None] | None
@@ -107,6 +108,9 @@ def _attend_to_recent(tokens: Tokens, queries: Queries, options: Options) -> Any
     recent = slice(tokens.keep_first, max(tokens.used, tokens.keep_first))
     window = (tokens.window - 1, None)
     options = _of_tokens(options, begins, lengths)
+    if options.tail_mask is not None:  # whose last tokens are recent ones; no sequence has more
+        more = max(options.tail_mask.shape[3] - max(lengths, default=0), 0)
+        options = options._replace(tail_mask=options.tail_mask[..., more:])
     return _attend_to(tokens, recent, lengths, queries, first, window, options)
 
 
@@ -118,6 +122,15 @@ def _of_tokens(options: Options, begins: list[int], lengths: list[int]) -> Optio
     return options._replace(
         mask=_columns(options.mask, begins, lengths), bias=_columns(options.bias, begins, lengths)
     )
+
+
+def with_one_mask(options: Options, lengths: list[int]) -> Options:
+    """Make one mask of both, for sequences of these lengths."""
+    mask, tail_mask = options.mask, options.tail_mask
+    if tail_mask is None:
+        return options
+    of_all = expanded_tail(tail_mask, np.array(lengths, np.int64), max(lengths, default=0))
+    return options._replace(mask=of_all if mask is None else mask & of_all, tail_mask=None)
 
 
 def _columns(x: Array | None, begins: list[int], lengths: list[int]) -> Array | None:
@@ -139,8 +152,9 @@ def _attend_in_two_parts(tokens: Tokens, queries: Queries, options: Options) -> 
     return_lse, out = flag("return_lse", options.return_lse), options.out
     if out is not None:
         check_out(out, (*queries.q.shape[:3], tokens.arrays[1].shape[3]), queries.q.dtype)
-        check_overlap(out, {"q": queries.q, "mask": options.mask, "bias": options.bias})
-    parts = options._replace(return_lse=True, out=None)
+        pairs = {"mask": options.mask, "tail_mask": options.tail_mask, "bias": options.bias}
+        check_overlap(out, {"q": queries.q, **pairs})
+    parts = with_one_mask(options, tokens.lengths)._replace(return_lse=True, out=None)
     first = slice(min(tokens.used, tokens.keep_first))
     lengths = [min(length, tokens.keep_first) for length in tokens.lengths]
     of_first = _of_tokens(parts._replace(sinks=None), [0] * len(lengths), lengths)
@@ -187,11 +201,11 @@ def _attend_to(
         arrays = [x.swapaxes(1, 2) for x in arrays]
     k, v, k_scale, v_scale = arrays if len(arrays) == 4 else (*arrays, None, None)
     (
-        mask, bias, is_causal, _, scale, softcap, alibi_slopes, sinks, layout, return_lse, out,
-        num_threads,
+        mask, tail_mask, bias, is_causal, _, scale, softcap, alibi_slopes, sinks, layout,
+        return_lse, out, num_threads,
     ) = options  # fmt: skip
     return attend(
-        queries.q, k, v, mask, bias, is_causal, first, window, scale, softcap, alibi_slopes, sinks,
-        lengths, queries.counts, layout, return_lse, out, num_threads, k_scale, v_scale,
-        True,  # the scales are finite
+        queries.q, k, v, mask, tail_mask, bias, is_causal, first, window, scale, softcap,
+        alibi_slopes, sinks, lengths, queries.counts, layout, return_lse, out, num_threads,
+        k_scale, v_scale, True,  # the scales are finite
     )  # fmt: skip

@@ -98,6 +98,7 @@ class KVCache(KVStore):
         q: ArrayLike,
         *,
         mask: ArrayLike | None = None,
+        tail_mask: ArrayLike | None = None,
         bias: ArrayLike | None = None,
         is_causal: bool = True,
         q_offset: int | ArrayLike | None = None,
@@ -130,10 +131,14 @@ class KVCache(KVStore):
             layout, where T is ``lengths.max()`` and column ``j`` is the token at position ``j`` of
             the text. Columns of tokens that a window has forgotten, or that are beyond a shorter
             sequence, count for nothing.
+        tail_mask : array_like of bool, optional
+            A mask of the last T tokens of each sequence alone, as of `attention`: a tree of drafts,
+            appended last. Broadcasts to (batch, Hq, Lq, T); T is what its last axis says, at most
+            ``lengths.max()``.
         bias : array_like of float, optional
             Added to the logits, as of `attention`. Broadcasts like `mask`.
         is_causal : bool, default True
-            As of `attention`; holds together with `mask`.
+            As of `attention`; holds together with masks.
         q_offset : int or array_like of int, shape (batch,), optional
             Position of the first query. All queries are valid then, unless `q_lengths` is given.
         window : tuple (left, right), optional
@@ -193,13 +198,15 @@ class KVCache(KVStore):
         tokens = self._tokens
         array = self._arguments.check_queries(q, layout)
         queries = place(tokens, array, layout, q_offset, q_lengths)
-        if mask is not None or bias is not None:
-            mask, bias = check_pairs(mask, bias, array, layout, tokens.lengths)
+        if mask is not None or tail_mask is not None or bias is not None:
+            mask, tail_mask, bias = check_pairs(
+                mask, tail_mask, bias, array, layout, tokens.lengths
+            )
         if out is not None:
             check_apart(out, tokens.arrays)
         options = Options(
-            mask, bias, is_causal, window, scale, softcap, alibi_slopes, sinks, layout, return_lse,
-            out, num_threads,
+            mask, tail_mask, bias, is_causal, window, scale, softcap, alibi_slopes, sinks, layout,
+            return_lse, out, num_threads,
         )  # fmt: skip
         return attend_to_tokens(tokens, queries, options)
 
@@ -211,6 +218,7 @@ class KVCache(KVStore):
         lengths: int | ArrayLike | None = None,
         *,
         mask: ArrayLike | None = None,
+        tail_mask: ArrayLike | None = None,
         bias: ArrayLike | None = None,
         is_causal: bool = True,
         window: tuple[int | None, int | None] | None = None,
@@ -240,6 +248,8 @@ class KVCache(KVStore):
             zeros. Default: all.
         mask, bias : array_like, optional
             As of `attend`, with the T that ``lengths.max()`` is afterwards.
+        tail_mask : array_like of bool, optional
+            As of `attend`, of the last T tokens of each sequence afterwards.
         is_causal : bool, default True
             As of `attention`. False only for what fits into the window: of more, the first tokens
             are gone when the last ones come.
@@ -293,18 +303,18 @@ class KVCache(KVStore):
         given, rows = new[0].shape[2], queries.shape[2 if layout == "bhld" else 1]
         if rows != given:
             refuse("q", f"{rows} queries", f"{given}, as many as tokens in k")
-        if mask is not None or bias is not None:
+        if mask is not None or tail_mask is not None or bias is not None:
             added = [given] * len(tokens.lengths) if counts is None else counts
             after = [n + more for n, more in zip(tokens.lengths, added, strict=True)]
-            mask, bias = check_pairs(mask, bias, queries, layout, after)
+            mask, tail_mask, bias = check_pairs(mask, tail_mask, bias, queries, layout, after)
         if out is not None:
             check_out(out, (*queries.shape[:3], kind.value_dim), queries.dtype)
             check_apart(out, tokens.arrays)
-            inputs = {"q": queries, "k": new[0], "v": new[1], "mask": mask, "bias": bias}
-            check_overlap(out, inputs)
+            pairs = {"mask": mask, "tail_mask": tail_mask, "bias": bias}
+            check_overlap(out, {"q": queries, "k": new[0], "v": new[1], **pairs})
         options = Options(
-            mask, bias, is_causal, window, scale, softcap, alibi_slopes, sinks, layout, return_lse,
-            out, num_threads,
+            mask, tail_mask, bias, is_causal, window, scale, softcap, alibi_slopes, sinks, layout,
+            return_lse, out, num_threads,
         )  # fmt: skip
         new = self._stored(new, counts)
         self._tokens, result = append_in_pieces(tokens, queries, new, counts, options)

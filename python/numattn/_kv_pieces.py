@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._checks import flag, refuse
-from ._kv_attend import Options, Queries, attend_to_tokens
+from ._kv_attend import Options, Queries, attend_to_tokens, with_one_mask
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,6 +33,8 @@ def append_in_pieces(
     if not flag("is_causal", options.is_causal) and len(starts) > 1:
         seen = f"False for {most} tokens, more than the window's {size}"
         refuse("is_causal", seen, "True: the first ones are gone when the last ones come")
+    after = [length + count for length, count in zip(tokens.lengths, counts, strict=True)]
+    options = with_one_mask(options, after)
     return_lse = flag("return_lse", options.return_lse)
     shape = (*q.shape[:3], new[1].shape[3])
     out = np.empty(shape, q.dtype) if options.out is None else options.out

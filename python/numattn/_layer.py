@@ -514,6 +514,7 @@ class MultiHeadAttention:
         *,
         is_causal: bool | None = None,
         mask: ArrayLike | None = None,
+        tail_mask: ArrayLike | None = None,
         lengths: int | ArrayLike | None = None,
         window: tuple[int | None, int | None] | None = None,
         softcap: float | None = None,
@@ -533,10 +534,10 @@ class MultiHeadAttention:
         is_causal : bool, optional
             Attend to no later token. Default: True with a cache, else False. False with a cache
             lets the tokens of `x` see each other in both directions, and all tokens before them.
-        mask, window, softcap
+        mask, tail_mask, window, softcap
             As of `attention`. With a cache, a mask is one of `KVCache.attend`: it broadcasts to
             (batch, heads, L, T), where T counts the longest sequence's tokens after `x` has been
-            appended.
+            appended. A tail mask is of the last T tokens, those of `x` included.
         lengths : int or array_like of int, optional
             How many tokens are valid, for all or per batch item, the others being padding on the
             right: tokens of `x`, or of the context in cross-attention. Nobody attends to padding,
@@ -600,7 +601,8 @@ class MultiHeadAttention:
                 refuse_kind("context", "an array", "None beside a cache")
             if wants_weights:
                 refuse("return_weights", "True", "False beside a cache")
-            return self._with_cache(x, lengths, options | {"mask": mask}, cache)
+            options |= {"mask": mask, "tail_mask": tail_mask}
+            return self._with_cache(x, lengths, options, cache)
         if context is None:
             if self._context_dims != (self._embed_dim, self._embed_dim):
                 refuse_kind("context", "None", f"embeddings of {self._context_dims[0]} elements")
@@ -618,15 +620,17 @@ class MultiHeadAttention:
                 "open at which positions these are"
             )
             refuse("lengths", seen, f"a `mask` instead of {given}")
-        options |= {"mask": mask, "kv_lengths": valid}
+        options |= {"mask": mask, "tail_mask": tail_mask, "kv_lengths": valid}
         q, k, v = self._projected(x, keys, values, None)
         out = self._merged(attention(q, k, v, **options))
         if not wants_weights:
             return out
-        if mask is not None:  # with all axes: `attention` has warned if it may be meant otherwise
-            array = as_array("mask", mask)
-            missing = max(q.ndim, k.ndim) - array.ndim
-            options["mask"] = array[(np.newaxis,) * missing]
+        # With all axes: `attention` has warned if they may be meant otherwise.
+        for name, given_mask in (("mask", mask), ("tail_mask", tail_mask)):
+            if given_mask is not None:
+                array = as_array(name, given_mask)
+                missing = max(q.ndim, k.ndim) - array.ndim
+                options[name] = array[(np.newaxis,) * missing]
         return out, attention_weights(q, k, **options)
 
     def _contexts(self, context: ArrayLike | tuple[ArrayLike, ArrayLike]) -> tuple[Array, Array]:

@@ -414,6 +414,7 @@ def test_several_batch_axes_are_compared_as_a_whole(backend, rng, name, sizes, s
         ("enable_gqa", "nothing"),
         ("key_padding_mask", "`kv_lengths=`"),
         ("query_seq_lengths", "`q_lengths=`"),
+        ("tree_mask", "`tail_mask=`"),
     ],
 )
 def test_names_of_other_libraries(name, meant):

@@ -48,6 +48,8 @@ _ELSEWHERE = {
     "attn_mask": "`mask=` if it is bool (True = attend), `bias=` if it is float",
     "attention_mask": "`mask=` if it is bool (True = attend), `bias=` if it is float",
     "attn_bias": "`bias=`",
+    "tree_mask": "`tail_mask=`",
+    "medusa_attn_mask": "`tail_mask=`",
     "key_padding_mask": "`kv_lengths=`, or `mask=~key_padding_mask[:, None, None, :]`",
     "causal": "`is_causal=` (PyTorch and JAX begin at the top left: `q_offset=0`)",
     "enable_gqa": "nothing: grouped heads are seen by the shapes",

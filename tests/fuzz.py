@@ -69,7 +69,7 @@ class Call:
 
 OPTIONS = [
     "causal", "window", "left window", "offset", "scale", "softcap", "alibi", "sinks", "lengths",
-    "query lengths", "mask", "bias",
+    "query lengths", "mask", "tail mask", "bias",
 ]  # fmt: skip
 ENTRIES = [
     "attention", "attention", "attention", "attention_varlen", "attention_paged", "KVCache",
@@ -154,6 +154,7 @@ def options_of(call, key_length=None):
     key_length = call.lengths[1] if key_length is None else key_length
     pairs = (call.batch, heads, query_length, key_length)
     shape = tuple(n if rng.random() < 0.6 else 1 for n in pairs)
+    last = int(rng.integers(0, min(key_length, int(rng.choice([4, 70, 2000]))) + 1))
     bias = rng.standard_normal(shape).astype(rng.choice([call.dtype, "float32"]))
     bias[rng.random(shape) < 0.1] = -np.inf
     made = {
@@ -168,6 +169,7 @@ def options_of(call, key_length=None):
         "lengths": {"kv_lengths": rng.integers(0, key_length + 1, call.batch)},
         "query lengths": {"q_lengths": rng.integers(0, query_length + 1, call.batch)},
         "mask": {"mask": rng.random(shape) < rng.choice([0.05, 0.5, 0.95])},
+        "tail mask": {"tail_mask": rng.random((*shape[:3], last)) < rng.choice([0.2, 0.8])},
         "bias": {"bias": bias},
     }
     options = {name: value for x in call.options for name, value in made[x].items()}
@@ -178,8 +180,17 @@ def options_of(call, key_length=None):
 
 def masks_of(options):
     """Return the options that exclude keys, whatever the logits."""
-    names = ("is_causal", "window", "q_offset", "kv_lengths", "q_lengths", "mask", "bias")
-    return {name: options[name] for name in names if name in options}
+    masks = {
+        "is_causal",
+        "window",
+        "q_offset",
+        "kv_lengths",
+        "q_lengths",
+        "mask",
+        "tail_mask",
+        "bias",
+    }
+    return {name: value for name, value in options.items() if name in masks}
 
 
 def rounded(x, scale, dtype):
@@ -307,6 +318,10 @@ def check_varlen(call):
     options = options_of(call)
     for name in ("kv_lengths", "q_lengths", "q_offset"):
         options.pop(name, None)
+    if "tail_mask" in options:
+        total, longest = sum(n for n, _ in lengths), max(n for _, n in lengths)
+        shape = [n if rng.random() < 0.6 else 1 for n in (call.heads[0], total)]
+        options["tail_mask"] = rng.random((*shape, int(rng.integers(0, longest + 1)))) < 0.5
     items = []
     for query_length, key_length in lengths:
         (heads, kv_heads), (dim, value_dim) = call.heads, call.dims
@@ -322,9 +337,15 @@ def check_varlen(call):
     )
     starts = [np.concatenate([[0], np.cumsum(part)]) for part in zip(*lengths, strict=True)]
     out = run(call, na.attention_varlen, q, k, v, *starts, **options, num_threads=call.threads)
+    tail = options.pop("tail_mask", None)
     for i, (one_q, one_k, one_v) in enumerate(items):
-        (expected, _), (plain, _) = expectations(one_q, one_k, one_v, options, call.dtype)
-        compare(out[starts[0][i] : starts[0][i + 1]].swapaxes(0, 1), expected, plain, call)
+        rows = slice(*starts[0][i : i + 2])
+        own = {}
+        if tail is not None:
+            every = np.broadcast_to(tail, (*tail.shape[:-2], len(q), tail.shape[-1]))
+            own["tail_mask"] = every[..., rows, :]
+        (expected, _), (plain, _) = expectations(one_q, one_k, one_v, options | own, call.dtype)
+        compare(out[rows].swapaxes(0, 1), expected, plain, call)
 
 
 def check_paged(call):
@@ -491,8 +512,13 @@ def check_cache(call):
         name: np.broadcast_to(options.pop(name), (call.batch, heads, query_length, length))
         for name in ("mask", "bias") if name in options
     }  # fmt: skip
+    tail = options.pop("tail_mask", None)
+    if tail is not None:
+        tail = np.broadcast_to(tail, (call.batch, heads, query_length, tail.shape[-1]))
     for i, (one, rows, x, count) in enumerate(zip(*moved(call, out), q, kept, counts, strict=True)):
         seen = {name: pair[i, :, :count, : x.length()] for name, pair in pairs.items()}
+        if tail is not None:
+            seen["tail_mask"] = tail[i, :, :count]
         if window is not None:
             keys = np.arange(x.length())
             positions = x.length() - count + np.arange(count)[:, np.newaxis]

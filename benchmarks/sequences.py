@@ -166,7 +166,7 @@ def main():
     print(f"NumPy: {describe()}")
     for name, bar, value in figures(threads):
         aim = "" if bar is None else f"   (>= {bar})"
-        print(f"{name:45}{value:6.2f}{aim}", flush=True)
+        print(f"{name:52}{value:6.2f}{aim}", flush=True)
 
 
 if __name__ == "__main__":

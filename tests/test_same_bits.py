@@ -51,7 +51,9 @@ def test_threads_with_many_heads(native_dtype, arrays):
     for heads, lq in ((7, 5), (34, 3), (128, 1)):
         q, k, v = arrays(hq=heads, hkv=1, lq=lq, lk=1700, d=20, dtype=native_dtype)
         v[0, 1000:1010] = ml_dtypes.finfo(native_dtype).max  # whose sums overflow
-        for more in ({"is_causal": True}, {"sinks": np.linspace(-1, 1, heads), "softcap": 3.0}):
+        tail_mask = np.tri(lq, 9, 4, dtype=bool)
+        many = {"sinks": np.linspace(-1, 1, heads), "softcap": 3.0, "tail_mask": tail_mask}
+        for more in ({"is_causal": True}, many):
             expected = na.attention(q, k, v, **more, return_lse=True, num_threads=1)
             for num_threads in (2, 3, 16):
                 actual = na.attention(q, k, v, **more, return_lse=True, num_threads=num_threads)

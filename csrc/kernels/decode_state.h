@@ -16,7 +16,7 @@ namespace {
 // All queries of the query heads that share a KV head.
 inline QueryRows rows_of(const Task& task) { return {0, task.queries, task.heads}; }
 
-// The same task for one of its KV heads. (Tasks of several have neither mask nor bias.)
+// The same task for one of its KV heads. (Those of several share mask and bias.)
 inline Task task_of_head(const Task& task, int64_t kv_head) {
   Task alone = task;
   const int64_t head = kv_head * task.heads;

@@ -1,6 +1,7 @@
-// Attention for few queries of many heads and a chunk of keys. The rows of all query heads that
-// share a KV head fill the lanes of tiles, and each block of K and V is read once for all of them.
-// As in decode.h, chunks are computed by any thread and merged in their order (decode_state.h).
+// Attention for few queries of many heads and a chunk of keys. The rows of query heads that share a
+// KV head fill the lanes of tiles, and each block of K and V is read once for the tiles of a work
+// item: some heads of one KV head, or all heads of several. As in decode.h, chunks are computed by
+// any thread and merged in their order (decode_state.h).
 #pragma once
 
 #include <cstdint>

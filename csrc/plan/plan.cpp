@@ -104,8 +104,8 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
 
 // How many KV heads a work item of decode may take: those whose rows are adjacent in memory.
 int64_t Plan::adjacent_kv_heads() const {
-  if (problem_.options.mask.data || problem_.options.bias.data)
-    return 1;  // which heads may not share
+  const View &mask = problem_.options.mask, &bias = problem_.options.bias;
+  if ((mask.data && mask.head_stride != 0) || (bias.data && bias.head_stride != 0)) return 1;
   int64_t most = std::min(problem_.kv_heads, kMostAdjacentHeads);
   const auto look_at = [&](const Array& array, bool is_int8, int64_t dims) {
     const int64_t element = is_int8 ? 1 : bytes_of(problem_.dtype);

@@ -1,14 +1,17 @@
 // From a problem to work items.
 //
-// Prefill: where a sequence has many queries, a work item is a block of consecutive queries of one
-// head with all the keys that they attend to. Decode: where it has few, a work item is all queries
-// of the heads that share a KV head, with a chunk of the keys; whoever computes the last chunk
-// merges their states. KV heads whose rows are adjacent in memory go into one work item, so that
-// memory is read from beginning to end. Decode by tiles: where few queries are many with all heads
-// that share a KV head, a work item is some tiles of them, with a chunk of the keys. Small heads:
-// where both queries and keys are few, a work item is as many heads of a batch item as make it
-// worth a thread's while. Stages by themselves take some queries of one head with all keys, or all
-// queries with a chunk of the keys.
+// What a work item is depends on the sequence:
+// - prefill, many queries: a block of consecutive queries of one head, with all the keys that they
+//   attend to;
+// - decode, few rows (queries of all heads that share a KV head): all of them, with a chunk of the
+//   keys; whoever computes the last chunk merges their states. KV heads whose rows are adjacent in
+//   memory go into one work item, so that memory is read from beginning to end;
+// - decode by tiles, few queries but many rows: the same by tiles of whole heads, as many as a work
+//   item may have;
+// - small heads, few queries and few keys: as many heads of a batch item as make it worth a
+//   thread's while;
+// - stages by themselves: some queries of one head with all keys, or all queries with a chunk of
+//   the keys.
 #pragma once
 
 #include <cstdint>

@@ -4,7 +4,7 @@ import numattn as na
 import numpy as np
 import pytest
 from checks import numbers, of_all_tokens, seen
-from numattn import _arguments, _runtime
+from numattn import _arguments, _kv_attend, _runtime
 from numattn import _reference as reference
 
 BATCH, HEADS, KV_HEADS, DIM = 3, 4, 2, 8
@@ -326,3 +326,67 @@ def test_a_layer_passes_a_mask_to_its_cache(backend, rng, sizes):
         with pytest.raises((TypeError, ValueError), match="mask: got"):
             layer(x[:, :3], cache=cache, mask=wrong)
         assert cache.lengths.tolist() == before
+
+
+@pytest.mark.parametrize("with_cache", [True, False])
+def test_drafts_of_a_rotary_layer_are_where_they_are_in_the_text(backend, rng, with_cache):
+    """Each branch gives what it gives alone, at the same positions."""
+    layer = na.MultiHeadAttention(24, 4, kv_heads=2, rotary=True, rng=1)
+    x = numbers(rng, 2, 12, 24)
+    tree = np.array(
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]], bool
+    )
+    depths = tree.sum(axis=1) - 1
+    cache = na.KVCache(2, 2, 6)
+    if with_cache:
+        layer(x[:, :7], cache=cache)
+        drafts = layer(x[:, 7:], cache=cache.copy(), tail_mask=tree, positions=7 + depths)
+    else:
+        positions = np.broadcast_to([*range(7), *(7 + depths)], (2, 12))
+        drafts = layer(x, is_causal=True, tail_mask=tree_of_all(tree, 12), positions=positions)
+        drafts = drafts[:, 7:]
+    for branch in ([0, 1, 2], [0, 3, 4]):
+        tokens = [*range(7), *(7 + np.array(branch))]
+        alone = layer(x[:, tokens], is_causal=True)[:, 7:]
+        np.testing.assert_allclose(drafts[:, branch], alone, rtol=0, atol=2e-6)
+
+
+def tree_of_all(tree, length):
+    """Return a tail mask for all tokens, of which the last ones are the tree's."""
+    whole = np.ones((length, len(tree)), bool)
+    whole[-len(tree) :] = tree
+    return whole
+
+
+def test_positions_of_a_layer_are_checked(rng):
+    x = numbers(rng, 2, 3, 24)
+    plain = na.MultiHeadAttention(24, 4, rng=1)
+    with pytest.raises(TypeError, match=r"positions: got an array, expected None: this layer has"):
+        plain(x, positions=[0, 1, 2])
+    rotary = na.MultiHeadAttention(24, 4, rotary=True, rng=1)
+    for options in ({}, {"cache": na.KVCache(2, 4, 6)}):
+        with pytest.raises(ValueError, match=r"positions: got shape \(2,\)"):
+            rotary(x, positions=[0, 1], **options)
+    with pytest.raises(TypeError, match=r"did you mean `positions=`"):
+        rotary(x, position_ids=[0, 1, 2])
+
+
+def test_a_tail_mask_takes_no_memory_of_forgotten_tokens(rng):
+    """Two parts, of which the first one is `keep_first` long."""
+    cache = na.KVCache(1, KV_HEADS, DIM, window=8, keep_first=3)
+    k, v, q = (numbers(rng, 1, heads, 300, DIM) for heads in (KV_HEADS, KV_HEADS, HEADS))
+    whole = rng.random((4, 4)) < 0.6
+    for begin in range(0, 300, 6):
+        cache.append(k[:, :, begin : begin + 6], v[:, :, begin : begin + 6])
+    sizes = []
+    kept = _kv_attend.expanded_tail
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            _kv_attend, "expanded_tail", lambda *a: sizes.append(kept(*a).shape) or kept(*a)
+        )
+        out = cache.attend(q[:, :, -4:], tail_mask=whole)
+    assert sizes == []
+    mask = seen(np.arange(296, 300), 300, {"window": 8, "keep_first": 3})
+    mask[:, -4:] &= whole
+    expected, _ = reference.attention(q[:, :, -4:], k, v, mask=mask)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)

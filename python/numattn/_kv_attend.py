@@ -124,13 +124,15 @@ def _of_tokens(options: Options, begins: list[int], lengths: list[int]) -> Optio
     )
 
 
-def with_one_mask(options: Options, lengths: list[int]) -> Options:
-    """Make one mask of both, for sequences of these lengths."""
+def with_one_mask(options: Options, lengths: list[int], first: int) -> Options:
+    """Make one mask of both, of the `first` tokens of sequences of these lengths."""
     mask, tail_mask = options.mask, options.tail_mask
     if tail_mask is None:
         return options
-    of_all = expanded_tail(tail_mask, np.array(lengths, np.int64), max(lengths, default=0))
-    return options._replace(mask=of_all if mask is None else mask & of_all, tail_mask=None)
+    if min(lengths, default=0) - tail_mask.shape[3] >= first:
+        return options._replace(tail_mask=None)
+    of_first = expanded_tail(tail_mask, np.array(lengths, np.int64), first)
+    return options._replace(mask=of_first if mask is None else mask & of_first, tail_mask=None)
 
 
 def _columns(x: Array | None, begins: list[int], lengths: list[int]) -> Array | None:
@@ -154,10 +156,11 @@ def _attend_in_two_parts(tokens: Tokens, queries: Queries, options: Options) -> 
         check_out(out, (*queries.q.shape[:3], tokens.arrays[1].shape[3]), queries.q.dtype)
         pairs = {"mask": options.mask, "tail_mask": options.tail_mask, "bias": options.bias}
         check_overlap(out, {"q": queries.q, **pairs})
-    parts = with_one_mask(options, tokens.lengths)._replace(return_lse=True, out=None)
+    parts = options._replace(return_lse=True, out=None)
     first = slice(min(tokens.used, tokens.keep_first))
     lengths = [min(length, tokens.keep_first) for length in tokens.lengths]
     of_first = _of_tokens(parts._replace(sinks=None), [0] * len(lengths), lengths)
+    of_first = with_one_mask(of_first, tokens.lengths, max(lengths, default=0))
     old = _attend_to(tokens, first, lengths, queries, queries.first, None, of_first)
     new = _attend_to_recent(tokens, queries, parts)
     with np.errstate(all="ignore"):

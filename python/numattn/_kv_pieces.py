@@ -34,7 +34,7 @@ def append_in_pieces(
         seen = f"False for {most} tokens, more than the window's {size}"
         refuse("is_causal", seen, "True: the first ones are gone when the last ones come")
     after = [length + count for length, count in zip(tokens.lengths, counts, strict=True)]
-    options = with_one_mask(options, after)
+    options = with_one_mask(options, after, max(after, default=0))
     return_lse = flag("return_lse", options.return_lse)
     shape = (*q.shape[:3], new[1].shape[3])
     out = np.empty(shape, q.dtype) if options.out is None else options.out

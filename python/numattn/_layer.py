@@ -56,7 +56,9 @@ _ELSEWHERE = {
     "key_value_states": "`context=`",
     "encoder_hidden_states": "`context=`",
     "use_cache": "`cache=`",
-    "position_ids": "nothing: positions are those of `x`, after the tokens of a `cache`",
+    "position_ids": "`positions=`",
+    "tree_mask": "`tail_mask=`",
+    "medusa_attn_mask": "`tail_mask=`",
     "window_size": "`window=(left, right)`, None where flash-attn has -1",
     "local_window_size": "`window=(left, right)`",
     "logits_soft_cap": "`softcap=`",
@@ -516,6 +518,7 @@ class MultiHeadAttention:
         mask: ArrayLike | None = None,
         tail_mask: ArrayLike | None = None,
         lengths: int | ArrayLike | None = None,
+        positions: ArrayLike | None = None,
         window: tuple[int | None, int | None] | None = None,
         softcap: float | None = None,
         cache: KVCache | None = None,
@@ -543,6 +546,10 @@ class MultiHeadAttention:
             right: tokens of `x`, or of the context in cross-attention. Nobody attends to padding,
             and padding of `x` attends to nothing: its rows of `out` are the output bias. With a
             cache, only valid tokens are appended. Default: all.
+        positions : array_like of int, shape (L,) or (..., L), optional
+            Where the tokens of `x` are in the text, for a rotary layer: drafts of a tree, for
+            example, of which several have the same place. Masks do not know of it. Default: one
+            after the other, from 0 on or after the tokens of the cache.
         cache : KVCache, optional
             The keys and values of the tokens before; those of `x` are appended, also more of them
             than its window. x is (batch, L, embed_dim) then.
@@ -596,13 +603,15 @@ class MultiHeadAttention:
             "is_causal": is_causal, "window": window, "softcap": softcap, "layout": "blhd",
         }  # fmt: skip
         wants_weights = flag("return_weights", return_weights)
+        if positions is not None and self._rotary is None:
+            refuse_kind("positions", "an array", "None: this layer has no rotary embedding")
         if cache is not None:
             if context is not None:
                 refuse_kind("context", "an array", "None beside a cache")
             if wants_weights:
                 refuse("return_weights", "True", "False beside a cache")
             options |= {"mask": mask, "tail_mask": tail_mask}
-            return self._with_cache(x, lengths, options, cache)
+            return self._with_cache(x, lengths, positions, options, cache)
         if context is None:
             if self._context_dims != (self._embed_dim, self._embed_dim):
                 refuse_kind("context", "None", f"embeddings of {self._context_dims[0]} elements")
@@ -621,7 +630,7 @@ class MultiHeadAttention:
             )
             refuse("lengths", seen, f"a `mask` instead of {given}")
         options |= {"mask": mask, "tail_mask": tail_mask, "kv_lengths": valid}
-        q, k, v = self._projected(x, keys, values, None)
+        q, k, v = self._projected(x, keys, values, positions)
         out = self._merged(attention(q, k, v, **options))
         if not wants_weights:
             return out
@@ -648,7 +657,9 @@ class MultiHeadAttention:
             refuse("context", shapes, "as many tokens for values as for keys")
         return keys, values
 
-    def _with_cache(self, x: Array, lengths: Any, options: dict[str, Any], cache: KVCache) -> Array:
+    def _with_cache(
+        self, x: Array, lengths: Any, positions: Any, options: dict[str, Any], cache: KVCache
+    ) -> Array:
         if not isinstance(cache, KVCache):
             refuse_kind("cache", type(cache).__name__, "a KVCache")
         dtype = cache._arguments.dtype
@@ -664,12 +675,13 @@ class MultiHeadAttention:
             expected = f"({batch}, length, {self._embed_dim}) as the cache's batch"
             refuse("x", f"shape {x.shape}", expected)
         valid = ints_per_batch("lengths", lengths, (batch,), 0, x.shape[1])
-        positions = cache.lengths[:, np.newaxis] + np.arange(x.shape[1])
+        if positions is None:
+            positions = cache.lengths[:, np.newaxis] + np.arange(x.shape[1])
         q, k, v = self._projected(x, x, x, positions)
         return self._merged(cache.append_and_attend(q, k, v, valid, **options))
 
     def _projected(
-        self, x: Array, of_keys: Array, of_values: Array, positions: Array | None
+        self, x: Array, of_keys: Array, of_values: Array, positions: ArrayLike | None
     ) -> tuple[Array, Array, Array]:
         """Return q, k and v, (..., length, heads, dim)."""
         q = self._product("q", x, (self._heads, self._head_dim))

@@ -49,7 +49,8 @@ def test_ragged_batches_and_layouts(backend, rng):
     q, k, v = tokens(rng, length=10)
     cache = na.KVCache(2, 2, 8, 12)
     cache.append(k[:, :, :6], v[:, :, :6], lengths=[6, 2])
-    cache.append(k[:, :, 6:9], v[:, :, 6:9], lengths=[0, 3])
+    more = (x[:, :, 6:9].swapaxes(1, 2) for x in (k, v))
+    cache.append(*more, lengths=[0, 3], layout="blhd")
     assert cache.lengths.tolist() == [6, 5]
     out, lse = cache.attend(q[:, :, :2], return_lse=True)
     blhd = cache.attend(q[:, :, :2].swapaxes(1, 2), layout="blhd")
@@ -241,6 +242,11 @@ def test_bad_arguments(rng):
         (lambda: cache.attend(one, bias=one[np.newaxis]), ValueError, "bias: got shape (1, 2, 4,"),
         (lambda: cache.attend(one, kv_lengths=3), TypeError, "kv_lengths: got an array, expected"),
         (lambda: cache.attend(one, layout="no"), ValueError, "layout: got 'no', expected one of"),
+        (
+            lambda: cache.append(one, one, layout="no"),
+            ValueError,
+            "layout: got 'no', expected one of",
+        ),
         (lambda: cache.attend(one, scale="a"), TypeError, "scale: got 'a'"),
         (
             lambda: cache.attend(one, softmax_scale=2.0),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import numpy as np
 
-from ._checks import refuse, refuse_kind, snapshot
+from ._checks import check_layout, refuse, refuse_kind, snapshot
 from ._kv_arguments import SHARED, UNLIMITED, CacheArguments, accepted_dtype
 from ._kv_tokens import SPARE_PLACES, Tokens
 from ._quantize import quantize_named
@@ -82,16 +82,26 @@ class KVStore:
         """The scales of 8-bit values, (batch, kv_heads, tokens)."""
         return self._view(3) if self._arguments.quantize else None
 
-    def append(self, k: ArrayLike, v: ArrayLike, lengths: int | ArrayLike | None = None) -> None:
+    def append(
+        self,
+        k: ArrayLike,
+        v: ArrayLike,
+        lengths: int | ArrayLike | None = None,
+        *,
+        layout: Literal["bhld", "blhd"] = "bhld",
+    ) -> None:
         """Append tokens to every sequence.
 
         Parameters
         ----------
         k, v : array_like, shape (batch, kv_heads, tokens, head_dim or value_dim)
-            Keys and values in the cache's dtype.
+            Keys and values in the cache's dtype; in the layout "blhd" (batch, tokens, kv_heads,
+            head_dim or value_dim).
         lengths : int or array_like of int, shape (batch,), optional
             How many of the tokens each sequence gets; the others are padding, and may be anything.
             Default: all.
+        layout : {"bhld", "blhd"}, default "bhld"
+            Of `k` and `v`.
 
         Raises
         ------
@@ -106,7 +116,8 @@ class KVStore:
         truncate : takes tokens back.
         """
         most = self._tokens.window
-        new, counts = self._arguments.check_tokens(k, v, lengths, "bhld", most)
+        check_layout(layout)
+        new, counts = self._arguments.check_tokens(k, v, lengths, layout, most)
         self._tokens = self._tokens.appended(self._stored(new, counts), counts)
 
     def truncate(self, n: int | ArrayLike) -> None:

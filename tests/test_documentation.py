@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numattn as na
 import pytest
-from numattn import _checks, _layer, _quantize, _rotary, _softmax, _stages, plot
+from numattn import _checks, _layer, _quantize, _rotary, _sequences, _softmax, _stages, plot
 
 README = Path(__file__).parent.parent / "README.md"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -132,10 +132,13 @@ def heading(line):
 @pytest.mark.parametrize(
     "names",
     [
-        _checks._ELSEWHERE, _layer._ELSEWHERE, _layer._OPTIONS_ELSEWHERE, _rotary.ELSEWHERE,
-        _stages._ELSEWHERE, _softmax._ELSEWHERE, _quantize._ELSEWHERE,
+        _checks.ELSEWHERE, _sequences._ELSEWHERE, _layer._ELSEWHERE, _layer._OPTIONS_ELSEWHERE,
+        _rotary.ELSEWHERE, _stages._ELSEWHERE, _softmax._ELSEWHERE, _quantize._ELSEWHERE,
     ],
-    ids=["attention", "a layer's call", "a layer", "rotary", "values", "softmax", "8 bits"],
+    ids=[
+        "attention", "sequences", "a layer's call", "a layer",
+        "rotary", "values", "softmax", "8 bits",
+    ],
 )  # fmt: skip
 def test_names_whose_errors_send_to_porting_are_there(names):
     page = (DOCS / "porting.rst").read_text()

@@ -84,7 +84,8 @@ CASES = {
     "float tail": (
         {"tail_mask": zeros(5, 3)},
         TypeError,
-        "tail_mask: got dtype float32, expected bool, True = attend (logits are added by `bias`)",
+        "tail_mask: got dtype float32, expected bool, True = attend "
+        "(`tail_mask == 0` if it is a bias of 0 and -inf)",
     ),
     "tail of 0 and 1": (
         {"tail_mask": zeros(5, 3, dtype=int)},
@@ -407,28 +408,35 @@ def test_several_batch_axes_are_compared_as_a_whole(backend, rng, name, sizes, s
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    ("name", "meant", "meant_in_sequences"),
     [
-        ("attn_mask", "`mask=`"),
-        ("causal", "`is_causal=`"),
-        ("enable_gqa", "nothing"),
-        ("key_padding_mask", "`kv_lengths=`"),
-        ("query_seq_lengths", "`q_lengths=`"),
-        ("tree_mask", "`tail_mask=`"),
+        ("attn_mask", "`mask=`", "`tail_mask=`"),
+        ("causal", "`is_causal=`", "`is_causal=`"),
+        ("enable_gqa", "nothing", "nothing"),
+        ("key_padding_mask", "`kv_lengths=`", "`kv_lengths=`"),
+        ("query_seq_lengths", "`q_lengths=`", "`q_lengths=`"),
+        ("tree_mask", "`tail_mask=`", "`tail_mask=`"),
+        ("qq_bias", "`tail_mask=qq_bias == 0`", "`tail_mask=qq_bias == 0`"),
     ],
 )
-def test_names_of_other_libraries(name, meant):
+def test_names_of_other_libraries(name, meant, meant_in_sequences):
     starts = [0, 5]
     calls = [
-        lambda **more: na.attention(Q, K, V, **more),
-        lambda **more: na.attention_varlen(Q[0], K[0], V[0], starts, starts, **more),
-        lambda **more: na.attention_paged(Q, K, V, [[0], [1]], [1, 1], **more),
-        lambda **more: na.qk_scores(Q, K, **more),
-        lambda **more: na.attention_weights(Q, K, **more),
-        lambda **more: na.attention_received(Q, K, **more),
+        (lambda **more: na.attention(Q, K, V, **more), meant),
+        (
+            lambda **more: na.attention_varlen(Q[0], K[0], V[0], starts, starts, **more),
+            meant_in_sequences,
+        ),
+        (
+            lambda **more: na.attention_paged(Q, K, V, [[0], [1]], [1, 1], **more),
+            meant_in_sequences,
+        ),
+        (lambda **more: na.qk_scores(Q, K, **more), meant),
+        (lambda **more: na.attention_weights(Q, K, **more), meant),
+        (lambda **more: na.attention_received(Q, K, **more), meant),
     ]
-    for call in calls:
-        message = rf"unexpected keyword argument '{name}'; did you mean {meant}"
+    for call, meant_here in calls:
+        message = rf"unexpected keyword argument '{name}'; did you mean {meant_here}"
         with pytest.raises(TypeError, match=re.escape(message)):
             call(**{name: None})
         with pytest.raises(TypeError, match=r"unexpected keyword argument 'nonsense'$"):

@@ -61,9 +61,8 @@ class Arguments:
 
     q: Array  # (batch..., Hq, Lq, D); ragged: (Hq, total of Lq, D)
     k: Array  # (batch..., Hkv, Lk, D); ragged: (Hkv, total of Lk, D); paged: (pages, Hkv, size, D)
-    v: (
-        Array | None
-    )  # (batch..., Hkv, Lk, Dv), ragged and paged as k; None for a stage without values
+    # (batch..., Hkv, Lk, Dv), ragged and paged as k; None for a stage without values
+    v: Array | None
     out: Array | None  # (batch..., Hq, Lq, Dv); None without v
     lse: Array | None  # (batch..., Hq, Lq)
     mask: Array | None  # (batch..., Hq, Lq, Lk) bool
@@ -292,7 +291,7 @@ def check_mask(mask: Array, hint: str = "logits are added by `bias`", name: str 
 def check_tail_mask(tail_mask: Array, most: int, meaning: str) -> None:
     """Refuse what is no mask of the last T valid keys; T is at most `most`, which `meaning` says in
     words."""
-    check_mask(tail_mask, name="tail_mask")
+    check_mask(tail_mask, "`tail_mask == 0` if it is a bias of 0 and -inf", "tail_mask")
     if tail_mask.ndim == 0:
         refuse("tail_mask", "shape ()", "(..., Hq, Lq, T), a column for each of the last T keys")
     last = tail_mask.shape[-1]

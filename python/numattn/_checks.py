@@ -44,12 +44,15 @@ def warn(message: str) -> None:
 
 # What other libraries call arguments of attention, and what to write here; docs/porting.rst has all
 # names of such tables.
-_ELSEWHERE = {
+ELSEWHERE = {
     "attn_mask": "`mask=` if it is bool (True = attend), `bias=` if it is float",
     "attention_mask": "`mask=` if it is bool (True = attend), `bias=` if it is float",
     "attn_bias": "`bias=`",
     "tree_mask": "`tail_mask=`",
     "medusa_attn_mask": "`tail_mask=`",
+    "custom_mask": "`mask=`, or `tail_mask=` for the last keys alone",
+    "tree_attn_bias": "`tail_mask=tree_attn_bias == 0`",
+    "qq_bias": "`tail_mask=qq_bias == 0`",
     "key_padding_mask": "`kv_lengths=`, or `mask=~key_padding_mask[:, None, None, :]`",
     "causal": "`is_causal=` (PyTorch and JAX begin at the top left: `q_offset=0`)",
     "enable_gqa": "nothing: grouped heads are seen by the shapes",
@@ -69,7 +72,7 @@ _ELSEWHERE = {
 
 
 def refuse_unknown(
-    function: str, arguments: Iterable[str], meanings: Mapping[str, str] = _ELSEWHERE
+    function: str, arguments: Iterable[str], meanings: Mapping[str, str] = ELSEWHERE
 ) -> NoReturn:
     """Refuse arguments that a function does not have, and say what may have been meant."""
     for name in arguments:

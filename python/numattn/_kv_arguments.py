@@ -179,7 +179,7 @@ def check_pairs(
         check_tail_mask(tail_mask_, most, f"{most}, the tokens so far")
         check_meaning_of_axes(tail_mask_, (batch,), heads, rows, "T", "tail_mask")
         of_tail = batch, heads, rows, tail_mask_.shape[-1]
-        tail_mask_ = _with_all_axes("tail_mask", tail_mask_, of_tail, "the last T tokens")
+        tail_mask_ = _with_all_axes("tail_mask", tail_mask_, of_tail, "T being the last tokens")
     if bias is not None:
         bias_ = as_array("bias", bias)
         check_bias(bias_, q.dtype)

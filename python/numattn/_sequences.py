@@ -6,10 +6,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import _sequence_arguments
 from ._attention import compute
-from ._checks import refuse_unknown
+from ._checks import ELSEWHERE, refuse_unknown
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
+
+
+# What `attention` has, and these functions have not.
+_ELSEWHERE = {
+    **ELSEWHERE,
+    "mask": "`tail_mask=`, of the last keys alone: there is no mask of all keys here",
+    "attn_mask": "`tail_mask=`, of the last keys alone: there is no mask of all keys here",
+    "attention_mask": "the sequences' lengths, or `tail_mask=` of the last keys alone",
+}
 
 
 def attention_varlen(
@@ -92,7 +101,7 @@ def attention_varlen(
     True
     """
     if unknown:
-        refuse_unknown("attention_varlen", unknown)
+        refuse_unknown("attention_varlen", unknown, _ELSEWHERE)
     return compute(
         _sequence_arguments.check_varlen(
             q, k, v, cu_seqlens_q, cu_seqlens_k, tail_mask, k_scale, v_scale, q_offset, return_lse,
@@ -193,7 +202,7 @@ num_threads
     True
     """
     if unknown:
-        refuse_unknown("attention_paged", unknown)
+        refuse_unknown("attention_paged", unknown, _ELSEWHERE)
     return compute(
         _sequence_arguments.check_paged(
             q, k_pages, v_pages, block_table, kv_lengths, tail_mask, k_scale, v_scale, q_offset,

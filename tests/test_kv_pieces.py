@@ -261,7 +261,7 @@ def test_a_refused_call_changes_nothing(rng, quantize):
             {"tail_mask": np.ones((19, 5), bool)},
             ValueError,
             "tail_mask: got shape (19, 5), expected one that broadcasts to (batch, Hq, Lq, T) = "
-            "(2, 4, 20, 5), the last T tokens",
+            "(2, 4, 20, 5), T being the last tokens",
         ),
         (
             {"tail_mask": np.ones((20, 30), bool)},

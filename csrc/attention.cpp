@@ -94,9 +94,9 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
     }
     return kernels.stage_scratch_bytes(task.head_dim);
   }();
-  const bool is_decoded = item.driver == Driver::decode || item.driver == Driver::decode_tiles;
-  const int64_t state_bytes =
-      is_decoded && item.chunks == 1 ? kernels.decode_state_bytes(rows, task.value_dim) : 0;
+  const int64_t state_bytes = decodes(item.driver) && item.chunks == 1
+                                  ? kernels.decode_state_bytes(rows, task.value_dim)
+                                  : 0;
   const ThreadScratch scratch(scratch_bytes + task.kv_heads * state_bytes);
   if (!scratch.data()) {
     computation.out_of_memory.store(true, std::memory_order_relaxed);

@@ -55,8 +55,10 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
   const bool all_alike =
       !problem.query_starts && !problem.q_offset && !problem.kv_lengths && !problem.q_lengths;
   double work = 0;
+  bool any_decodes = false;
   const auto look_at = [&](const Sequence& sequence, double times) {
     work += times * cost(sequence);
+    any_decodes |= decodes(driver(sequence));
   };
   if (all_alike) {
     look_at(sequence(0), static_cast<double>(batch_items_));
@@ -69,7 +71,7 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
   // Each tile and each KV head is computed in the same way, however many are in a work item:
   // the number of threads may decide here without changing a bit of the result.
   tiles_per_item_ = kernels.max_tiles_per_block;
-  adjacent_kv_heads_ = adjacent_kv_heads();
+  adjacent_kv_heads_ = any_decodes ? adjacent_kv_heads() : 1;
   small_kv_heads_per_item_ = std::clamp<int64_t>(
       batch_items_ * problem.kv_heads / (kItemsPerThread * threads_), 1, problem.kv_heads);
   const auto count = [&] {
@@ -78,13 +80,15 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
     max_decode_rows_ = 0;
     for (int64_t i = 0; !all_alike && i < batch_items_; ++i) {
       before_.push_back(all);
-      const Counts more = counts(sequence(i));
+      const Sequence here = sequence(i);
+      const Counts more = counts(here);
       all = {all.items + more.items, all.states + more.states};
-      max_decode_rows_ = std::max(max_decode_rows_, decode_rows(sequence(i)));
+      max_decode_rows_ = std::max(max_decode_rows_, decode_rows(here));
     }
     if (all_alike) {
-      const Counts each = counts(sequence(0));
-      max_decode_rows_ = decode_rows(sequence(0));
+      const Sequence here = sequence(0);
+      const Counts each = counts(here);
+      max_decode_rows_ = decode_rows(here);
       all = {batch_items_ * each.items, batch_items_ * each.states};
     } else {
       before_.push_back(all);
@@ -154,8 +158,7 @@ Plan::HeadsPerItem Plan::heads_per_item(const Sequence& sequence) const {
 }
 
 int64_t Plan::decode_rows(const Sequence& sequence) const {
-  const Driver by = driver(sequence);
-  if (by != Driver::decode && by != Driver::decode_tiles) return 0;
+  if (!decodes(driver(sequence))) return 0;
   return heads_per_item(sequence).query_heads * sequence.queries;
 }
 

@@ -26,6 +26,10 @@ namespace numattn {
 // What computes a sequence.
 enum class Driver : uint8_t { prefill, decode, decode_tiles, small_heads, stage };
 
+constexpr bool decodes(Driver driver) {
+  return driver == Driver::decode || driver == Driver::decode_tiles;
+}
+
 struct WorkItem {
   Task task;  // without state, scratch and stop function: the executing thread has them
   Driver driver;

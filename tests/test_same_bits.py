@@ -47,7 +47,7 @@ def test_threads_with_long_sequences(native_dtype, arrays):
 
 
 def test_threads_with_many_heads(native_dtype, arrays):
-    """Few queries of so many heads that threads share those of one KV head."""
+    """So many heads of few queries that threads share the heads of one KV head."""
     for heads, lq in ((7, 5), (34, 3), (128, 1)):
         q, k, v = arrays(hq=heads, hkv=1, lq=lq, lk=1700, d=20, dtype=native_dtype)
         v[0, 1000:1010] = ml_dtypes.finfo(native_dtype).max  # whose sums overflow

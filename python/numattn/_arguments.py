@@ -330,7 +330,7 @@ def check_meaning_of_axes(
     keys: str = "Lk",
     name: str = "mask",
 ) -> None:
-    """Warn of a mask or bias that lacks axes and fits, if its first axes are as those of the batch.
+    """Warn of a mask or bias that lacks axes and fits, if its first axes are like the batch's.
 
     They may have been meant to be the batch's. It is no error: a correct program must not fail at
     one batch size.

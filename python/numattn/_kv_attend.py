@@ -25,7 +25,7 @@ class Options(NamedTuple):
     """The options of `attention` that a cache does not set by itself."""
 
     mask: Array | None  # (batch or 1, Hq or 1, Lq or 1, T or 1): columns are positions of the text
-    tail_mask: Array | None  # likewise, of the last T tokens of each sequence
+    tail_mask: Array | None  # columns are each sequence's last T tokens
     bias: Array | None
     is_causal: bool
     window: tuple[int | None, int | None] | None

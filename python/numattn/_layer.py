@@ -540,7 +540,7 @@ class MultiHeadAttention:
         mask, tail_mask, window, softcap
             As of `attention`. With a cache, a mask is one of `KVCache.attend`: it broadcasts to
             (batch, heads, L, T), where T counts the longest sequence's tokens after `x` has been
-            appended. A tail mask is of the last T tokens, those of `x` included.
+            appended. A tail mask is of the last T tokens, `x` included.
         lengths : int or array_like of int, optional
             How many tokens are valid, for all or per batch item, the others being padding on the
             right: tokens of `x`, or of the context in cross-attention. Nobody attends to padding,

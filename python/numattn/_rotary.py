@@ -87,7 +87,7 @@ def rotary_embedding(
         What models' configurations have as ``rope_scaling`` or ``rope_parameters``. "rope_type" (or
         "type") says how the waves differ from ``base ** (-2 * i / rotary_dim)``: "default" (not),
         "linear", "proportional", "dynamic", "yarn", "longrope" or "llama3"; the other keys are the
-        numbers of that type, and those of other types have no effect, as in transformers.
+        numbers of that type; keys of other types have no effect, as in transformers.
         "rope_theta" is `base`, and "partial_rotary_factor" the share of D that is `rotary_dim`.
         Where a configuration has "max_position_embeddings" or "original_max_position_embeddings"
         outside of the mapping, put them in ("dynamic" needs the former, "yarn" and "longrope" the

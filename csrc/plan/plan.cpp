@@ -48,12 +48,9 @@ Driver Plan::driver(const Sequence& sequence) const {
 
 Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds* block_kinds,
            int num_threads)
-    : problem_(problem),
-      kernels_(kernels),
-      block_kinds_(block_kinds),
-      batch_items_(count_batch_items(problem.batch_axes, problem.batch_shape)) {
-  const bool all_alike =
-      !problem.query_starts && !problem.q_offset && !problem.kv_lengths && !problem.q_lengths;
+    : problem_(problem), kernels_(kernels), block_kinds_(block_kinds), sequences_(problem) {
+  const bool all_alike = sequences_.are_alike();
+  const int64_t batch_items = sequences_.count();
   double work = 0;
   bool any_decodes = false;
   const auto look_at = [&](const Sequence& sequence, double times) {
@@ -61,9 +58,9 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
     any_decodes |= decodes(driver(sequence));
   };
   if (all_alike) {
-    look_at(sequence(0), static_cast<double>(batch_items_));
+    look_at(sequences_[0], static_cast<double>(batch_items));
   } else {
-    for (int64_t i = 0; i < batch_items_; ++i) look_at(sequence(i), 1);
+    for (int64_t i = 0; i < batch_items; ++i) look_at(sequences_[i], 1);
   }
   threads_ =
       static_cast<int>(std::clamp(work / kFlopsPerThread, 1.0, static_cast<double>(num_threads)));
@@ -73,23 +70,23 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
   tiles_per_item_ = kernels.max_tiles_per_block;
   adjacent_kv_heads_ = any_decodes ? adjacent_kv_heads() : 1;
   small_kv_heads_per_item_ = std::clamp<int64_t>(
-      batch_items_ * problem.kv_heads / (kItemsPerThread * threads_), 1, problem.kv_heads);
+      batch_items * problem.kv_heads / (kItemsPerThread * threads_), 1, problem.kv_heads);
   const auto count = [&] {
     Counts all{0, 0};
     before_.clear();
     max_decode_rows_ = 0;
-    for (int64_t i = 0; !all_alike && i < batch_items_; ++i) {
+    for (int64_t i = 0; !all_alike && i < batch_items; ++i) {
       before_.push_back(all);
-      const Sequence here = sequence(i);
+      const Sequence here = sequences_[i];
       const Counts more = counts(here);
       all = {all.items + more.items, all.states + more.states};
       max_decode_rows_ = std::max(max_decode_rows_, decode_rows(here));
     }
     if (all_alike) {
-      const Sequence here = sequence(0);
+      const Sequence here = sequences_[0];
       const Counts each = counts(here);
       max_decode_rows_ = decode_rows(here);
-      all = {batch_items_ * each.items, batch_items_ * each.states};
+      all = {batch_items * each.items, batch_items * each.states};
     } else {
       before_.push_back(all);
     }
@@ -123,27 +120,8 @@ int64_t Plan::adjacent_kv_heads() const {
   return largest_divisor(problem_.kv_heads, most);
 }
 
-Plan::Sequence Plan::sequence(int64_t batch_item) const {
-  Sequence sequence{batch_item, 0, problem_.query_length, 0, problem_.key_length, 0, 0};
-  if (problem_.query_starts) {
-    const int64_t* const q = problem_.query_starts + batch_item;
-    const int64_t* const k = problem_.key_starts + batch_item;
-    sequence = {batch_item, q[0], q[1] - q[0], k[0], k[1] - k[0], 0, 0};
-  }
-  if (problem_.q_lengths) sequence.queries = problem_.q_lengths[batch_item];
-  sequence.valid_keys = problem_.kv_lengths ? problem_.kv_lengths[batch_item] : sequence.keys;
-  sequence.first_position =
-      problem_.q_offset ? problem_.q_offset[batch_item] : sequence.valid_keys - sequence.queries;
-  return sequence;
-}
-
-TileKeys Plan::keys_of(const Sequence& sequence) const {
-  return tile_keys(problem_.options, sequence.first_position, sequence.queries, 0,
-                   sequence.valid_keys);
-}
-
 Plan::Chunks Plan::chunks_read(const Sequence& sequence) const {
-  const TileKeys keys = keys_of(sequence);
+  const TileKeys keys = sequences_.keys_of(sequence);
   const int64_t first = keys.begin / kernels_.keys_per_chunk;
   return {first, std::max<int64_t>(1, quotient_up(keys.end, kernels_.keys_per_chunk) - first)};
 }
@@ -183,69 +161,12 @@ Plan::Counts Plan::counts(const Sequence& sequence) const {
 }
 
 double Plan::cost(const Sequence& sequence) const {
-  const TileKeys attended = keys_of(sequence);
+  const TileKeys attended = sequences_.keys_of(sequence);
   const auto dims = static_cast<double>(problem_.head_dim + problem_.value_dim);
   const auto keys = static_cast<double>(std::max<int64_t>(attended.end - attended.begin, 0));
   const double flops = 2.0 * static_cast<double>(problem_.query_heads * sequence.queries);
   const double bytes = 4.0 * static_cast<double>(problem_.kv_heads);
   return std::max(flops, kFlopsPerByte * bytes) * keys * dims;
-}
-
-int64_t Plan::offset(const int64_t* batch_strides, const Sequence& sequence) const {
-  return batch_offset(problem_.batch_axes, problem_.batch_shape, batch_strides,
-                      sequence.batch_item);
-}
-
-View Plan::moved(View view, const int64_t* batch_strides, const Sequence& sequence, int64_t head,
-                 int64_t row) const {
-  if (view.data) view.data = address(view, head, row) + offset(batch_strides, sequence);
-  return view;
-}
-
-KeyRows Plan::key_rows(const Array& rows, const Array& scales, bool is_int8, int64_t dims,
-                       const Sequence& sequence, int64_t kv_head) const {
-  KeyRows keys{rows, dims, is_int8, scales, nullptr, 0, 0, 0};
-  if (!problem_.block_table) {
-    keys.rows = moved(rows, rows.batch_strides, sequence, kv_head, sequence.first_key);
-    keys.scales = moved(scales, scales.batch_strides, sequence, kv_head, sequence.first_key);
-    return keys;
-  }
-  keys.rows.data = address(rows, kv_head, 0);
-  if (scales.data) keys.scales.data = address(scales, kv_head, 0);
-  keys.pages = problem_.block_table + sequence.batch_item * problem_.pages_per_item;
-  keys.page_size = problem_.page_size;
-  keys.page_stride = rows.page_stride;
-  keys.scale_page_stride = scales.page_stride;
-  return keys;
-}
-
-void Plan::set_arrays(Task& task, const Sequence& sequence, int64_t head, int64_t heads,
-                      int64_t first_query, int64_t queries) const {
-  const int64_t row = sequence.first_query + first_query;
-  const int64_t kv_head = head / group();
-  const auto view = [&](const Array& array) {
-    return moved(array, array.batch_strides, sequence, head, row);
-  };
-  task.kv_heads = 1;
-  task.heads = heads;
-  task.queries = queries;
-  task.head_dim = problem_.head_dim;
-  task.value_dim = problem_.value_dim;
-  task.q = view(problem_.q);
-  task.k = key_rows(problem_.k, problem_.k_scales, problem_.k_is_int8, problem_.head_dim, sequence,
-                    kv_head);
-  task.v = key_rows(problem_.v, problem_.v_scales, problem_.v_is_int8, problem_.value_dim, sequence,
-                    kv_head);
-  task.out = view(problem_.out);
-  task.lse = view(problem_.lse);
-
-  Options& options = task.options = options_from_head(problem_.options, head);
-  options.mask = moved(options.mask, problem_.mask_batch_strides, sequence, head, row);
-  task.mask_begin = options.tail_mask_keys < 0 ? 0 : sequence.valid_keys - options.tail_mask_keys;
-  options.bias = moved(options.bias, problem_.bias_batch_strides, sequence, head, row);
-
-  task.weight_exponent = 0;
-  task.first_position = sequence.first_position + first_query;
 }
 
 void Plan::set_prefill(WorkItem& item, const Sequence& sequence, int64_t local) const {
@@ -257,7 +178,8 @@ void Plan::set_prefill(WorkItem& item, const Sequence& sequence, int64_t local) 
   if (problem_.options.window_right != kUnbounded) block = blocks - 1 - block;
   const int64_t first = block * queries_per_item;
   Task& task = item.task;
-  set_arrays(task, sequence, head, 1, first, std::min(queries_per_item, sequence.queries - first));
+  sequences_.set_arrays(task, sequence, head, 1, first,
+                        std::min(queries_per_item, sequence.queries - first));
   task.block_kinds =
       block_kinds_ ? block_kinds_->of_tile(sequence.batch_item, head, first) : nullptr;
   task.block_kinds_stride = block_kinds_ ? block_kinds_->tile_stride() : 0;
@@ -279,12 +201,12 @@ void Plan::set_decode(WorkItem& item, const Sequence& sequence, int64_t local) c
   item.state = part * item.chunks + item.chunk;
   const int64_t first_head = part % parts * heads.query_heads;
   Task& task = item.task;
-  set_arrays(task, sequence, part / parts * group() + first_head,
-             std::min(heads.query_heads, group() - first_head), 0, sequence.queries);
+  sequences_.set_arrays(task, sequence, part / parts * group() + first_head,
+                        std::min(heads.query_heads, group() - first_head), 0, sequence.queries);
   task.kv_heads = heads.kv_heads;
   task.block_kinds = nullptr;
   const int64_t begin = (read.first + item.chunk) * kernels_.keys_per_chunk;
-  TileKeys keys = keys_of(sequence);
+  TileKeys keys = sequences_.keys_of(sequence);
   keys.begin = std::max(keys.begin, begin);
   keys.end = std::min(keys.end, begin + kernels_.keys_per_chunk);
   std::fill_n(task.tile_keys, item.driver == Driver::decode ? 1 : tiles_per_item_, keys);
@@ -293,7 +215,7 @@ void Plan::set_decode(WorkItem& item, const Sequence& sequence, int64_t local) c
 void Plan::set_small(WorkItem& item, const Sequence& sequence, int64_t local) const {
   const int64_t kv_head = local * small_kv_heads_per_item_;
   Task& task = item.task;
-  set_arrays(task, sequence, kv_head * group(), group(), 0, sequence.queries);
+  sequences_.set_arrays(task, sequence, kv_head * group(), group(), 0, sequence.queries);
   task.kv_heads = std::min(small_kv_heads_per_item_, problem_.kv_heads - kv_head);
   task.valid_keys = sequence.valid_keys;
 }
@@ -307,7 +229,7 @@ void Plan::set_stage(WorkItem& item, const Sequence& sequence, int64_t local) co
   const int64_t first_query = by_keys ? 0 : block * queries_per_item();
   const int64_t queries =
       by_keys ? sequence.queries : std::min(queries_per_item(), sequence.queries - first_query);
-  set_arrays(task, sequence, head, 1, first_query, queries);
+  sequences_.set_arrays(task, sequence, head, 1, first_query, queries);
   task.keys_begin = by_keys ? block * kernels_.keys_per_chunk : 0;
   task.keys_end = by_keys
                       ? std::min<int64_t>(task.keys_begin + kernels_.keys_per_chunk, sequence.keys)
@@ -324,7 +246,7 @@ WorkItem Plan::item(int64_t number) const {
   int64_t batch_item;
   Counts before;
   if (before_.empty()) {
-    const Counts each = counts(sequence(0));
+    const Counts each = counts(sequences_[0]);
     batch_item = number / each.items;
     before = {batch_item * each.items, batch_item * each.states};
   } else {
@@ -334,7 +256,7 @@ WorkItem Plan::item(int64_t number) const {
     batch_item = after - before_.begin() - 1;
     before = before_[static_cast<size_t>(batch_item)];
   }
-  const Sequence here = sequence(batch_item);
+  const Sequence here = sequences_[batch_item];
   const int64_t local = number - before.items;
   WorkItem item;
   item.task.stage = problem_.stage;

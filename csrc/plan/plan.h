@@ -19,6 +19,7 @@
 
 #include "kernels/table.h"
 #include "plan/block_kinds.h"
+#include "plan/sequences.h"
 #include "problem.h"
 
 namespace numattn {
@@ -60,14 +61,6 @@ class Plan {
   WorkItem item(int64_t number) const;
 
  private:
-  // What one batch item computes.
-  struct Sequence {
-    int64_t batch_item;
-    int64_t first_query, queries;  // the valid ones
-    int64_t first_key, keys;       // the keys that there are, valid or not
-    int64_t valid_keys;
-    int64_t first_position;  // of the first query, among the keys
-  };
   struct Chunks {
     int64_t first, count;
   };
@@ -86,21 +79,10 @@ class Plan {
   int64_t queries_per_item() const { return tiles_per_item_ * kernels_.queries_per_tile; }
   HeadsPerItem heads_per_item(const Sequence& sequence) const;
   int64_t decode_rows(const Sequence& sequence) const;  // of a work item; 0 if not decoded
-  Sequence sequence(int64_t batch_item) const;
   Counts counts(const Sequence& sequence) const;
-  // The keys that any query attends to, as far as limits decide.
-  TileKeys keys_of(const Sequence& sequence) const;
   // The chunks of keys that decoding reads: one at least.
   Chunks chunks_read(const Sequence& sequence) const;
   double cost(const Sequence& sequence) const;
-  int64_t offset(const int64_t* batch_strides, const Sequence& sequence) const;
-  View moved(View view, const int64_t* batch_strides, const Sequence& sequence, int64_t head,
-             int64_t row) const;
-  KeyRows key_rows(const Array& rows, const Array& scales, bool is_int8, int64_t dims,
-                   const Sequence& sequence, int64_t kv_head) const;
-  // A task for `queries` queries from `first_query` on of `heads` heads from `head` on.
-  void set_arrays(Task& task, const Sequence& sequence, int64_t head, int64_t heads,
-                  int64_t first_query, int64_t queries) const;
   // `local` counts the work items of the sequence.
   void set_prefill(WorkItem& item, const Sequence& sequence, int64_t local) const;
   void set_decode(WorkItem& item, const Sequence& sequence, int64_t local) const;
@@ -110,7 +92,7 @@ class Plan {
   const Problem& problem_;
   const DtypeKernels& kernels_;
   const BlockKinds* block_kinds_;
-  int64_t batch_items_;
+  Sequences sequences_;
   int64_t tiles_per_item_;     // of prefill, stages and decode by tiles
   int64_t adjacent_kv_heads_;  // of decode
   int64_t small_kv_heads_per_item_;

@@ -21,20 +21,6 @@ namespace {
 
 bool stop_requested(void* stop) { return static_cast<StopCheck*>(stop)->requested(); }
 
-bool classify_mask(const Problem& problem, const Execution& execution, BlockKinds& kinds) {
-  // Below that many bytes another thread is not worth its wake-up.
-  constexpr int64_t kBytesPerThread = 1 << 18;
-  const int64_t bytes = kinds.tiles() * problem.key_length;
-  const auto classify = [](void* context, int64_t tile, StopCheck&) {
-    static_cast<BlockKinds*>(context)->classify(tile);
-    return true;
-  };
-  return run(
-      {classify, &kinds, kinds.tiles(),
-       static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1, execution.num_threads)),
-       execution.interrupted});
-}
-
 struct Computation {
   Computation(const Plan& plan, const DtypeKernels& kernels) : plan(plan), kernels(kernels) {}
 
@@ -136,7 +122,8 @@ void fill_padding(const Problem& problem) {
   const bool is_double = problem.dtype == Dtype::float64;
   const bool is_attention = problem.stage == Stage::attention;
   const int64_t columns = is_attention ? problem.value_dim : problem.key_length;
-  const auto size = static_cast<size_t>(bytes_of(problem.dtype));
+  const auto size =
+      static_cast<size_t>(problem.out_is_float32 ? sizeof(float) : bytes_of(problem.dtype));
   const auto write = [&](const Array& out, const Array& lse, int64_t head, int64_t query) {
     char* const row = address(out, head, query);
     for (int64_t i = 0; is_attention && i < columns; ++i) {
@@ -168,8 +155,8 @@ Status attention_of_some(const Problem& problem, const Execution& execution) {
   std::optional<BlockKinds> block_kinds;
   const bool has_full_mask = problem.options.mask.data && problem.options.tail_mask_keys < 0;
   if (has_full_mask && !Plan::has_no_prefill(problem, kernels)) {
-    block_kinds.emplace(problem, kernels);
-    if (!classify_mask(problem, execution, *block_kinds)) return Status::interrupted;
+    block_kinds.emplace(problem, kernels.queries_per_tile, kernels.keys_per_block);
+    if (!block_kinds->classify_all(execution)) return Status::interrupted;
   }
   const Plan plan(problem, kernels, block_kinds ? &*block_kinds : nullptr, execution.num_threads);
   Computation computation(plan, kernels);

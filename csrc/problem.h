@@ -73,6 +73,10 @@ struct Options {
   // its columns are all keys.
   int64_t tail_mask_keys = -1;
   const double* sinks = nullptr;  // [query head], natural logarithms, -inf for none; or null
+  // The share of weights that is dropped, in [0, 1); the others grow by 1 / (1 - dropout). Which
+  // ones the seed decides (kernels/options/dropout.h).
+  double dropout = 0.0;
+  uint64_t dropout_seed = 0;
 };
 
 struct Problem {
@@ -92,8 +96,9 @@ struct Problem {
   char* sum = nullptr;
 
   Dtype dtype = Dtype::float32;
-  Array q, k, v, out;  // of dtype
-  Array lse;           // float64 where that is dtype, else float32; data null: not wanted
+  Array q, k, v, out;           // of dtype
+  bool out_is_float32 = false;  // beside 16 bits: not rounded
+  Array lse;                    // float64 where that is dtype, else float32; data null: not wanted
 
   Options options;
   int64_t mask_batch_strides[kMaxBatchAxes], bias_batch_strides[kMaxBatchAxes];

@@ -191,10 +191,12 @@ struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
     for (int64_t d = 0; d < task.value_dim; d += Vectors::kLanes) {
       const int64_t left = task.value_dim - d;
       const Vec sums = load_up_to<Vectors>(total + d, left);
-      store_elements<Vectors, Element>(
-          out + d * stride, stride,
-          exponent == 0 ? Vectors::mul(sums, factor) : finite_product<Vectors>(sums, factor),
-          left < Vectors::kLanes ? left : Vectors::kLanes);
+      const Vec shares =
+          exponent == 0 ? Vectors::mul(sums, factor) : finite_product<Vectors>(sums, factor);
+      with_type_of_out<Element>(task.out_is_float32, [&]<class Type>(Stored<Type>) {
+        store_elements<Vectors, Type>(out + d * stride, stride, shares,
+                                      left < Vectors::kLanes ? left : Vectors::kLanes);
+      });
     }
     if (!task.lse.data) return;
     const Scalar lse = log_sum_exp(maximum, sum, softmax_scale(task), exponent);

@@ -1,6 +1,7 @@
 // Turns what a level computes with into the table that it exports.
 #pragma once
 
+#include "kernels/backward.h"
 #include "kernels/block_sizes.h"
 #include "kernels/decode.h"
 #include "kernels/decode_tiles.h"
@@ -26,6 +27,7 @@ constexpr DtypeKernels kernels_for() {
   using OfGroups = DecodeTiles<Arithmetic, Element>;
   using OfSmall = SmallHeads<Vectors, Element>;
   using OfStages = Stages<Arithmetic, Element>;
+  using OfGradients = Backward<Vectors, Element>;
   return {
       .queries_per_tile = OfTiles::kQueriesPerTile,
       .keys_per_block = kKeysPerBlock,
@@ -45,6 +47,12 @@ constexpr DtypeKernels kernels_for() {
       .max_small_keys = OfSmall::kMaxKeys,
       .small_scratch_bytes = OfSmall::scratch_bytes,
       .attend_small = OfSmall::run,
+      .queries_per_backward_tile = OfGradients::kQueriesPerTile,
+      .keys_per_backward_chunk = OfGradients::kKeysPerChunk,
+      .max_backward_queries = OfGradients::max_queries,
+      .backward_scratch_bytes = OfGradients::scratch_bytes,
+      .backward_begin = OfGradients::begin,
+      .backward_keys = OfGradients::add_keys,
       .stage_scratch_bytes = OfStages::scratch_bytes,
       .run_stage = OfStages::run,
       .softmax_rows = Rows<Vectors, Element>::softmax,

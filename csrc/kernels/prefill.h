@@ -10,6 +10,7 @@
 #include "kernels/memory/arena.h"
 #include "kernels/memory/key_block.h"
 #include "kernels/options/apply_options.h"
+#include "kernels/options/dropout.h"
 #include "kernels/options/lane_masks.h"
 #include "kernels/products/key_steps.h"
 #include "kernels/products/qk_matmul.h"
@@ -193,9 +194,17 @@ struct Prefill {
     if (!final_logits) {
       find_highest<Vectors, kVectors>(scratch.logits, keys.count, scratch.highest);
     }
-    add_block<ValueUnits, kVectors>(scratch.logits, keys.count, softmax_scale(task),
-                                    task.weight_exponent, scratch.highest, tile.chunk,
-                                    scratch.rescale);
+    if (task.options.dropout > 0) {
+      uint64_t kept[kKeysPerBlock];
+      find_kept(task, tile.rows, keys, kept);
+      add_block<ValueUnits, kVectors, true>(scratch.logits, keys.count, softmax_scale(task),
+                                            task.weight_exponent, scratch.highest, tile.chunk,
+                                            scratch.rescale, kept);
+    } else {
+      add_block<ValueUnits, kVectors>(scratch.logits, keys.count, softmax_scale(task),
+                                      task.weight_exponent, scratch.highest, tile.chunk,
+                                      scratch.rescale);
+    }
 
     const ValueOperands<ValueUnits> values{keys.v.data, keys.v.stride,
                                            reinterpret_cast<const ValueUnit*>(scratch.logits),
@@ -328,6 +337,7 @@ struct Prefill {
     alone.heads = rows.heads;
     alone.queries = rows.queries;
     alone.first_position += rows.first_query;
+    alone.first_row += rows.first_query;
     alone.tile_keys[0] = task.tile_keys[t];
     if (task.block_kinds) alone.block_kinds += t * task.block_kinds_stride;
     return alone;

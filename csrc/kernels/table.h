@@ -37,11 +37,21 @@ struct DtypeKernels {
   int64_t (*decode_state_bytes)(int64_t rows, int64_t value_dim);
   void (*decode_finish)(const Task& task, int64_t chunks, int64_t state_stride);
 
-  // Heads of so few queries and keys, which are not int8: all heads of some KV heads, with all
-  // valid keys.
+  // Heads of so few queries and keys, which are not int8, with an out of their dtype: all heads of
+  // some KV heads, with all valid keys.
   int max_small_queries, max_small_keys;
   int64_t (*small_scratch_bytes)(int64_t head_dim, int64_t value_dim);
   bool (*attend_small)(const Task& task);  // false if it was stopped
+
+  // Gradients: up to max_backward_queries(dims) queries of one head, in tiles of
+  // queries_per_backward_tile. First backward_begin, then backward_keys with the same scratch for
+  // keys that it attends to, a multiple of keys_per_backward_chunk at a time. tile_keys and
+  // block_kinds are of these tiles.
+  int queries_per_backward_tile, keys_per_backward_chunk;
+  int64_t (*max_backward_queries)(int64_t head_dim, int64_t value_dim);
+  int64_t (*backward_scratch_bytes)(const GradientTask& task);
+  void (*backward_begin)(const GradientTask& task);
+  bool (*backward_keys)(const GradientTask& task, int64_t begin, int64_t end);  // false: stopped
 
   // Stages by themselves: some queries of one head with all keys, or, for Stage::received, all
   // queries with at most keys_per_chunk keys.

@@ -30,6 +30,12 @@ static inline TileKeys tile_keys(const Options& options, int64_t first_position,
           clip(first_position + options.window_right + 1)};
 }
 
+// Whether the queries with the most keys are the last ones. They come first then: in work items
+// and, for gradients, which add up in that order, in their tiles.
+static inline bool last_queries_come_first(const Options& options) {
+  return options.window_right != kUnbounded;
+}
+
 // Options of the heads from `head` on. Masks and biases are moved by whoever knows the row, too.
 static inline Options options_from_head(Options options, int64_t head) {
   if (options.alibi_slopes) options.alibi_slopes += head;
@@ -61,15 +67,18 @@ struct Task {
   // From the first query of the first head on.
   View q;  // [head][query][d]
   KeyRows k, v;
-  View out;  // [head][query][d]
-  View lse;  // [head][query]; data null: not wanted
+  View out;             // [head][query][d]
+  bool out_is_float32;  // or else as q
+  View lse;             // [head][query]; data null: not wanted
   // Mask and bias [head][query][key], the bias from key 0 on, the mask from mask_begin on; slopes
   // and sinks [head].
   Options options;
   int64_t mask_begin;  // keys before it are visible, as far as the mask decides; may be negative
 
-  int64_t weight_exponent;                // softmax/overflow.h; 0 unless sums have overflowed
-  int64_t first_position;                 // of the first query, among the keys
+  int64_t weight_exponent;  // softmax/overflow.h; 0 unless sums have overflowed
+  int64_t first_position;   // of the first query, among the keys
+  // Of the first query, as dropout counts: queries from the first of a sequence on.
+  int64_t batch_item, first_head, first_row;
   const BlockKind* block_kinds;           // [tile][key block], for prefill with a mask
   int64_t block_kinds_stride;             // elements from tile to tile
   TileKeys tile_keys[kMaxTilesPerBlock];  // of each tile; for decode the first, of all queries
@@ -95,6 +104,17 @@ struct Task {
 static inline bool mask_is_full(const Task& task, int64_t end) {
   return !task.options.mask.data || end <= task.mask_begin;
 }
+
+// Prefill's task backwards: its queries, and what they add to the gradients of some keys. `out` and
+// `lse` are read.
+struct GradientTask : Task {
+  bool dout_is_float32;  // or else as q
+  View dout;             // [query][d]
+  View dlse;             // [query]; data null: zeros
+  View dq;               // [query][d] of scalars without gaps
+  View dk, dv;           // [key][d] of scalars without gaps, from key 0 on
+  View dbias;            // [query][key] of scalars, from key 0 on; or data null
+};
 
 // Rows of one head whose pairs of elements are to be rotated; out may be x. cos and sin are scalars
 // [row][pair], without gaps between pairs.

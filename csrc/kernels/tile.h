@@ -10,6 +10,7 @@
 #include "kernels/memory/arena.h"
 #include "kernels/memory/strided.h"
 #include "kernels/options/apply_options.h"
+#include "kernels/options/dropout.h"
 #include "kernels/simd/arithmetic.h"
 #include "kernels/softmax/online_softmax.h"
 #include "kernels/task.h"
@@ -92,7 +93,8 @@ struct Tile {
     constexpr int kWidth = kVectors * Vectors::kLanes;
     const State& state = has_total ? total : chunk;
     Scalar factor[kWidth];
-    for (int i = 0; i < kWidth; ++i) factor[i] = softmax_share(state.sum[i]);
+    const auto grow = static_cast<Scalar>(kept_scale(task.options));
+    for (int i = 0; i < kWidth; ++i) factor[i] = softmax_share(state.sum[i]) * grow;
     if (task.weight_exponent != 0) {
       for (int64_t i = 0; i < task.value_dim * lanes(); i += Vectors::kLanes) {
         Scalar* const at = state.output + i;
@@ -109,10 +111,11 @@ struct Tile {
       __builtin_memcpy(task.lse.data + (rows.first_query + i) * task.lse.row_stride, &lse,
                        sizeof(lse));
     }
-    unpack_output<Vectors, Element, kVectors>(
-        state.output, factor, rows.queries, task.value_dim,
-        task.out.data + rows.first_query * task.out.row_stride, task.out.row_stride,
-        task.out.column_stride);
+    with_type_of_out<Element>(task.out_is_float32, [&]<class Type>(Stored<Type>) {
+      unpack_output<Vectors, Type, kVectors>(state.output, factor, rows.queries, task.value_dim,
+                                             task.out.data + rows.first_query * task.out.row_stride,
+                                             task.out.row_stride, task.out.column_stride);
+    });
     return true;
   }
 

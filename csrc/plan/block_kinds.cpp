@@ -6,6 +6,7 @@
 #include <new>
 
 #include "plan/index.h"
+#include "runtime/thread_pool.h"
 
 namespace numattn {
 namespace {
@@ -38,10 +39,8 @@ void look_at(const char* bytes, int64_t stride, int64_t count, Contents& content
 
 }  // namespace
 
-BlockKinds::BlockKinds(const Problem& problem, const DtypeKernels& kernels)
-    : problem_(problem),
-      queries_per_tile_(kernels.queries_per_tile),
-      keys_per_block_(kernels.keys_per_block) {
+BlockKinds::BlockKinds(const Problem& problem, int64_t queries_per_tile, int64_t keys_per_block)
+    : problem_(problem), queries_per_tile_(queries_per_tile), keys_per_block_(keys_per_block) {
   const View& mask = problem.options.mask;
   const int64_t* const strides = problem.mask_batch_strides;
   blocks_ = quotient_up(problem.key_length, keys_per_block_);
@@ -71,6 +70,20 @@ BlockKinds::BlockKinds(const Problem& problem, const DtypeKernels& kernels)
           address(mask, head, 0) + offset(strides, batch_item);
     }
   }
+}
+
+bool BlockKinds::classify_all(const Execution& execution) {
+  // Below that many bytes another thread is not worth its wake-up.
+  constexpr int64_t kBytesPerThread = 1 << 18;
+  const int64_t bytes = tiles() * problem_.key_length;
+  const auto classify = [](void* context, int64_t tile, StopCheck&) {
+    static_cast<BlockKinds*>(context)->classify(tile);
+    return true;
+  };
+  return run(
+      {classify, this, tiles(),
+       static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1, execution.num_threads)),
+       execution.interrupted});
 }
 
 void BlockKinds::classify(int64_t tile) {

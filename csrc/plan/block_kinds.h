@@ -17,12 +17,10 @@ namespace numattn {
 class BlockKinds {
  public:
   // Throws std::bad_alloc. The problem is kept by reference.
-  BlockKinds(const Problem& problem, const DtypeKernels& kernels);
+  BlockKinds(const Problem& problem, int64_t queries_per_tile, int64_t keys_per_block);
 
-  // The tiles of all slices. All have to be classified before they are read; different ones may be
-  // classified by different threads.
-  int64_t tiles() const { return slices_ * tiles_per_slice_; }
-  void classify(int64_t tile);
+  // Before any is read. False if it was stopped.
+  bool classify_all(const Execution& execution);
 
   // [key block], for the tile that begins with query `first_query`.
   const BlockKind* of_tile(int64_t batch_item, int64_t head, int64_t first_query) const;
@@ -30,6 +28,9 @@ class BlockKinds {
   int64_t tile_stride() const { return tiles_per_slice_ == 1 ? 0 : blocks_; }
 
  private:
+  int64_t tiles() const { return slices_ * tiles_per_slice_; }  // of all slices
+  void classify(int64_t tile);
+
   const Problem& problem_;
   int64_t queries_per_tile_, keys_per_block_;
   int64_t blocks_, tiles_per_slice_, slices_;

@@ -57,7 +57,8 @@ Problem with_fewer_axes(const Problem& given) {
 
   const bool depends_on_item = problem.query_starts || problem.block_table || problem.q_offset ||
                                problem.kv_lengths || problem.q_lengths;
-  const bool depends_on_head = problem.options.alibi_slopes || problem.options.sinks;
+  const bool depends_on_head =
+      problem.options.alibi_slopes || problem.options.sinks || problem.options.dropout > 0;
   if (axes == 0 || depends_on_item || depends_on_head) return problem;
   const int last = axes - 1;
   const bool joins = all([&](const Walk& walk) {

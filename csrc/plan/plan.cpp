@@ -26,19 +26,22 @@ int64_t largest_divisor(int64_t number, int64_t most) {
 }
 
 bool is_small(const Problem& problem, const DtypeKernels& kernels, int64_t queries, int64_t keys) {
-  return !problem.k_is_int8 && !problem.v_is_int8 && queries <= kernels.max_small_queries &&
-         keys <= kernels.max_small_keys;
+  return !problem.k_is_int8 && !problem.v_is_int8 && !problem.out_is_float32 &&
+         queries <= kernels.max_small_queries && keys <= kernels.max_small_keys;
 }
 
 }  // namespace
 
 bool Plan::has_no_prefill(const Problem& problem, const DtypeKernels& kernels) {
-  return problem.stage != Stage::attention || problem.query_length <= kernels.max_decode_queries ||
-         is_small(problem, kernels, problem.query_length, problem.key_length);
+  if (problem.stage != Stage::attention) return true;
+  return problem.options.dropout == 0 &&
+         (problem.query_length <= kernels.max_decode_queries ||
+          is_small(problem, kernels, problem.query_length, problem.key_length));
 }
 
 Driver Plan::driver(const Sequence& sequence) const {
   if (problem_.stage != Stage::attention) return Driver::stage;
+  if (problem_.options.dropout > 0) return Driver::prefill;
   if (is_small(problem_, kernels_, sequence.queries, sequence.valid_keys)) {
     return Driver::small_heads;
   }
@@ -173,9 +176,8 @@ void Plan::set_prefill(WorkItem& item, const Sequence& sequence, int64_t local) 
   const int64_t queries_per_item = this->queries_per_item();
   const int64_t blocks = quotient_up(sequence.queries, queries_per_item);
   const int64_t head = local / blocks;
-  // Under a causal limit the last queries have the most keys.
   int64_t block = local % blocks;
-  if (problem_.options.window_right != kUnbounded) block = blocks - 1 - block;
+  if (last_queries_come_first(problem_.options)) block = blocks - 1 - block;
   const int64_t first = block * queries_per_item;
   Task& task = item.task;
   sequences_.set_arrays(task, sequence, head, 1, first,

@@ -12,6 +12,7 @@
 //   thread's while;
 // - stages by themselves: some queries of one head with all keys, or all queries with a chunk of
 //   the keys.
+// Where weights are dropped it is prefill, whatever the lengths: dropout is for training.
 #pragma once
 
 #include <cstdint>
@@ -34,9 +35,9 @@ constexpr bool decodes(Driver driver) {
 struct WorkItem {
   Task task;  // without state, scratch and stop function: the executing thread has them
   Driver driver;
-  // For decode: the number of chunks that a KV head reads, which of them this is, and the number of
-  // its state (for the first KV head) among all states [KV head][some heads][chunk]. A single chunk
-  // keeps its state in the thread's scratch.
+  // For decode: the number of chunks that a KV head reads, which of them this is, and the number
+  // of its state (for the first KV head) among all states [KV head][some heads][chunk]. A single
+  // chunk keeps its state in the thread's scratch.
   int64_t chunks, chunk, state;
 };
 

@@ -69,6 +69,7 @@ void Sequences::set_arrays(Task& task, const Sequence& sequence, int64_t head, i
   task.v = key_rows(problem_.v, problem_.v_scales, problem_.v_is_int8, problem_.value_dim, sequence,
                     kv_head);
   task.out = moved(problem_.out, sequence, head, row);
+  task.out_is_float32 = problem_.out_is_float32;
   task.lse = moved(problem_.lse, sequence, head, row);
 
   Options& options = task.options = options_from_head(problem_.options, head);
@@ -76,6 +77,9 @@ void Sequences::set_arrays(Task& task, const Sequence& sequence, int64_t head, i
   task.mask_begin = options.tail_mask_keys < 0 ? 0 : sequence.valid_keys - options.tail_mask_keys;
   options.bias = moved(options.bias, problem_.bias_batch_strides, sequence, head, row);
 
+  task.batch_item = sequence.batch_item;
+  task.first_head = head;
+  task.first_row = first_query;
   task.weight_exponent = 0;
   task.first_position = sequence.first_position + first_query;
 }

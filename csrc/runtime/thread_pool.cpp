@@ -219,7 +219,7 @@ Pool& the_pool = *make_the_pool();
 extern "C" NUMATTN_VISIBLE const int numattn_thread_pool = 1;
 
 StopCheck::StopCheck(std::atomic<bool>& stop, bool (*interrupted)())
-    : stop_(stop), interrupted_(interrupted) {
+    : stop_(stop), interrupted_(interrupted), forks_before_(forks) {
   if (interrupted_) next_call_ = Clock::now() + kInterruptPeriod;
 }
 
@@ -238,6 +238,17 @@ bool StopCheck::look() {
   next_call_ = now + kInterruptPeriod;
   if (!interrupted_()) return false;
   stop_.store(true, std::memory_order_relaxed);
+  return true;
+}
+
+bool StopCheck::is_in_a_fork() const { return forks != forks_before_; }
+
+bool wait_for(const std::atomic<int64_t>& counter, int64_t value, StopCheck& stop) {
+  const auto is_there = [&] { return counter.load(std::memory_order_acquire) == value; };
+  while (!spin_until(is_there)) {
+    if (stop.look() || stop.is_in_a_fork()) return false;
+    std::this_thread::yield();
+  }
   return true;
 }
 

@@ -21,11 +21,14 @@ class StopCheck {
   bool requested();
   // Calls `interrupted` if it is time to.
   bool look();
+  // Whether `interrupted` has forked and this is the child: what other threads began is lost.
+  bool is_in_a_fork() const;
 
  private:
   std::atomic<bool>& stop_;
   bool (*interrupted_)();
   unsigned requests_ = 0;
+  uint64_t forks_before_;
   std::chrono::steady_clock::time_point next_call_;
 };
 
@@ -45,5 +48,9 @@ struct Job {
 // and this is the child, which has no helpers. Any number of threads may call it at once. Where no
 // thread can be had, or no memory for one, the caller does the work alone.
 bool run(const Job& job);
+
+// Waits until an item that started before has made the counter `value`. False if the job was
+// stopped meanwhile, or the items before it are lost.
+bool wait_for(const std::atomic<int64_t>& counter, int64_t value, StopCheck& stop);
 
 }  // namespace numattn

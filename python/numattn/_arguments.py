@@ -87,6 +87,8 @@ class Arguments:
     query_starts: NDArray[np.int64] | None = None  # ragged: (B + 1,)
     key_starts: NDArray[np.int64] | None = None
     block_table: NDArray[np.int64] | None = None  # paged: (B, pages of an item)
+    dropout: float = 0.0
+    dropout_seed: int = 0
 
 
 def check_options(

@@ -8,7 +8,7 @@ import threading
 from cpython.exc cimport PyErr_Occurred
 from cpython.float cimport PyFloat_CheckExact
 from libc.math cimport sqrt
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
@@ -61,6 +61,8 @@ cdef extern from "problem.h" namespace "numattn" nogil:
         View mask
         int64_t tail_mask_keys
         const double* sinks
+        double dropout
+        uint64_t dropout_seed
 
     cdef cppclass Problem:
         Problem()
@@ -74,6 +76,7 @@ cdef extern from "problem.h" namespace "numattn" nogil:
         char* sum
         Dtype dtype
         Array q, k, v, out, lse
+        cbool out_is_float32
         Options options
         int64_t* mask_batch_strides
         int64_t* bias_batch_strides
@@ -98,6 +101,20 @@ cdef extern from "problem.h" namespace "numattn" nogil:
         cbool (*interrupted)() noexcept nogil
 
     Status cpp_attention "numattn::attention"(const Problem&, const Execution&) noexcept
+
+
+cdef extern from "gradients.h" namespace "numattn" nogil:
+    cdef cppclass GradientProblem:
+        GradientProblem()
+        Problem forward
+        cbool dout_is_float32
+        Array dout, dlse, dq, dk, dv
+        View dbias
+        int64_t* dbias_batch_strides
+
+    Status cpp_attention_backward "numattn::attention_backward"(
+        const GradientProblem&, const Execution&
+    ) noexcept
 
 
 cdef extern from "row_operations.h" namespace "numattn" nogil:
@@ -262,6 +279,10 @@ cdef void _fill_pages(Array* to, cnp.ndarray x, int batch_axes, cbool has_column
         to.batch_strides[axis] = 0
 
 
+cdef bint _is_float32_beside(cnp.ndarray x, cnp.ndarray of_16_bits) noexcept:
+    return cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32 and cnp.PyArray_ITEMSIZE(of_16_bits) == 2
+
+
 cdef int _describe(Problem* problem, object arguments) except -1:
     """Make a problem of arguments, which have to stay alive while it is used."""
     cdef object query_starts = arguments.query_starts, key_starts = arguments.key_starts
@@ -296,6 +317,7 @@ cdef int _describe(Problem* problem, object arguments) except -1:
     if v is not None:
         problem.value_dim = cnp.PyArray_DIM(v, cnp.PyArray_NDIM(v) - 1)
         _fill(&problem.out, out, array_axes, True)
+        problem.out_is_float32 = _is_float32_beside(out, q)
     if block_table is None:
         _fill(&problem.k, k, array_axes, True)
         if v is not None:
@@ -356,6 +378,8 @@ cdef int _describe(Problem* problem, object arguments) except -1:
     problem.options.window_right = arguments.window_right
     problem.options.scale = arguments.scale
     problem.options.softcap = arguments.softcap
+    problem.options.dropout = arguments.dropout
+    problem.options.dropout_seed = arguments.dropout_seed
     return 0
 
 
@@ -368,6 +392,34 @@ def attention(object arguments):
     cdef Problem problem
     _describe(&problem, arguments)
     _run(problem, _threads(arguments.num_threads))
+
+
+def attention_backward(object arguments):
+    """Add to ``arguments.dq``, ``dk``, ``dv`` and ``dbias``; see `numattn._gradient_arguments`."""
+    cdef GradientProblem problem
+    cdef object forward = arguments.forward, dlse = arguments.dlse, dbias = arguments.dbias
+    cdef Execution execution = _execution(_threads(forward.num_threads))
+    cdef Status status
+    cdef int axis, axes
+    _describe(&problem.forward, forward)
+    axes = cnp.PyArray_NDIM(<cnp.ndarray>forward.q) - 3
+    problem.dout_is_float32 = _is_float32_beside(arguments.dout, forward.q)
+    _fill(&problem.dout, <cnp.ndarray>arguments.dout, axes, True)
+    _fill(&problem.dq, <cnp.ndarray>arguments.dq, axes, True)
+    _fill(&problem.dk, <cnp.ndarray>arguments.dk, axes, True)
+    _fill(&problem.dv, <cnp.ndarray>arguments.dv, axes, True)
+    if dlse is not None:
+        _fill(&problem.dlse, <cnp.ndarray>dlse, axes, False)
+    if dbias is not None:
+        _fill_view(&problem.dbias, <cnp.ndarray>dbias, axes, True)
+        _fill_strides(problem.dbias_batch_strides, <cnp.ndarray>dbias, axes)
+    for axis in range(axes, problem.forward.batch_axes):  # of ragged batches
+        problem.dout.batch_strides[axis] = problem.dlse.batch_strides[axis] = 0
+        problem.dq.batch_strides[axis] = problem.dk.batch_strides[axis] = 0
+        problem.dv.batch_strides[axis] = 0
+    with nogil:
+        status = cpp_attention_backward(problem, execution)
+    _raise_for(status)
 
 
 cdef int _run_stage(Problem* problem, Stage stage, int num_threads) except -1:

@@ -137,7 +137,8 @@ int64_t RandomProblem::below(int64_t end) {
   return std::uniform_int_distribution<int64_t>(0, end - 1)(random_);
 }
 
-RandomProblem::RandomProblem(uint64_t seed) : random_(seed) {
+RandomProblem::RandomProblem(uint64_t seed, bool differentiable)
+    : random_(seed), differentiable_(differentiable) {
   draw_sizes();
   draw_options();
   if (problem.stage == Stage::attention && sometimes(0.2)) draw_ragged();
@@ -211,10 +212,12 @@ void RandomProblem::draw_sizes() {
   problem.key_length = sometimes(0.15) ? one_of<int64_t>({192, 193, 400, 1537, 3100}) : length();
   problem.head_dim = dim();
   problem.value_dim = dim();
-  problem.stage =
-      sometimes(0.8) ? Stage::attention : one_of({Stage::logits, Stage::weights, Stage::received});
-  k_kind_ = sometimes(0.15) ? Kind::int8 : kind_;
-  v_kind_ = sometimes(0.15) ? Kind::int8 : kind_;
+  k_kind_ = v_kind_ = kind_;
+  if (!differentiable_) {
+    if (sometimes(0.2)) problem.stage = one_of({Stage::logits, Stage::weights, Stage::received});
+    if (sometimes(0.15)) k_kind_ = Kind::int8;
+    if (sometimes(0.15)) v_kind_ = Kind::int8;
+  }
   num_threads = 1 + static_cast<int>(below(3));
 }
 
@@ -232,6 +235,10 @@ void RandomProblem::draw_options() {
   if (sometimes(0.2) && problem.stage != Stage::logits) problem.options.sinks = per_head(sinks_);
   if (sometimes(0.3)) problem.options.window_right = sometimes(0.7) ? 0 : below(40);
   if (sometimes(0.2)) problem.options.window_left = below(100);
+  if (sometimes(differentiable_ ? 0.3 : 0.1) && problem.stage == Stage::attention) {
+    problem.options.dropout = one_of({0.1, 0.25, 0.9});
+    problem.options.dropout_seed = random_();
+  }
   for (int64_t b = 0; b < batch_; ++b) {
     kv_lengths_.push_back(below(problem.key_length + 1));
     q_offset_.push_back(below(2 * problem.key_length) - problem.key_length / 2);
@@ -265,20 +272,19 @@ void RandomProblem::draw_ragged() {
   if (problem.q_offset) problem.q_offset = q_offset_.data();
 }
 
+Tensor RandomProblem::make_rows(Kind kind, const int64_t* starts, int64_t heads, int64_t rows,
+                                int64_t columns, Layout layout, double amplitude) {
+  Tensor tensor = make(kind, starts ? 1 : batch_, heads, rows, columns, layout, amplitude);
+  tensor.starts = starts;
+  if (starts) tensor.array.batch_strides[0] = 0;
+  return tensor;
+}
+
 void RandomProblem::draw_arrays() {
   const auto layout = [&] { return sometimes(0.5) ? Layout::heads_first : Layout::rows_first; };
   const int64_t lq = problem.query_length, lk = problem.key_length;
   const Layout of_keys = layout();
   const bool ragged = problem.query_starts != nullptr;
-  const int64_t batch = ragged ? 1 : batch_;
-  // A ragged array has one batch item for all of its sequences.
-  const auto make_rows = [&](Kind kind, const int64_t* starts, int64_t heads, int64_t rows,
-                             int64_t columns, Layout layout, double amplitude) {
-    Tensor tensor = make(kind, batch, heads, rows, columns, layout, amplitude);
-    tensor.starts = starts;
-    if (starts) tensor.array.batch_strides[0] = 0;
-    return tensor;
-  };
   const auto make_keys = [&](Kind kind, int64_t columns, double amplitude) {
     return make_rows(kind, problem.key_starts, problem.kv_heads, lk, columns, of_keys, amplitude);
   };
@@ -288,7 +294,8 @@ void RandomProblem::draw_arrays() {
   v_ = make_keys(v_kind_, problem.value_dim, 1);
   k_scales_ = make_keys(Kind::float32, 1, 0.01);
   v_scales_ = make_keys(Kind::float32, 1, 0.01);
-  if (problem.stage == Stage::attention && !ragged && sometimes(0.2)) draw_pages(of_keys);
+  const bool may_be_paged = problem.stage == Stage::attention && !ragged && !differentiable_;
+  if (may_be_paged && sometimes(0.2)) draw_pages(of_keys);
   problem.q = q_.array;
   problem.k = k_.array;
   problem.v = v_.array;
@@ -322,7 +329,8 @@ void RandomProblem::draw_arrays() {
     const auto make_output = [&](Kind kind, int64_t columns, Layout layout) {
       return make_rows(kind, problem.query_starts, problem.query_heads, lq, columns, layout, 0);
     };
-    out_ = make_output(kind_, problem.value_dim, layout());
+    problem.out_is_float32 = size_of(kind_) == 2 && sometimes(0.3);
+    out_ = make_output(problem.out_is_float32 ? Kind::float32 : kind_, problem.value_dim, layout());
     lse_ = make_output(precision_, 1, Layout::heads_first);
     problem.lse = lse_.array;
   } else if (problem.stage == Stage::received) {
@@ -386,6 +394,7 @@ void RandomProblem::describe() {
   add("page_size", page_size_);
   add("scale", problem.options.scale);
   add("softcap", problem.options.softcap);
+  add("dropout", problem.options.dropout);
   if (problem.options.window_left != numattn::kUnbounded)
     add("window_left", problem.options.window_left);
   if (problem.options.window_right != numattn::kUnbounded)
@@ -463,6 +472,25 @@ std::vector<double> RandomProblem::logits(int64_t b, int64_t h, int64_t i) const
   return result;
 }
 
+// Word j % 4 of Philox4x32-10 at (j / 4, query, head, batch item).
+double RandomProblem::dropout_factor(int64_t b, int64_t h, int64_t i, int64_t j) const {
+  const double dropout = problem.options.dropout;
+  if (dropout == 0) return 1;
+  uint32_t x[4] = {static_cast<uint32_t>(j / 4), static_cast<uint32_t>(i), static_cast<uint32_t>(h),
+                   static_cast<uint32_t>(b)};
+  const uint64_t seed = problem.options.dropout_seed;
+  auto low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round, low += 0x9E3779B9, high += 0xBB67AE85) {
+    const uint64_t first = uint64_t{0xD2511F53} * x[0], second = uint64_t{0xCD9E8D57} * x[2];
+    const uint32_t next[4] = {
+        static_cast<uint32_t>(second >> 32) ^ x[1] ^ low, static_cast<uint32_t>(second),
+        static_cast<uint32_t>(first >> 32) ^ x[3] ^ high, static_cast<uint32_t>(first)};
+    std::copy_n(next, 4, x);
+  }
+  const bool is_dropped = x[j % 4] < static_cast<uint32_t>(std::ldexp(dropout, 32));
+  return is_dropped ? 0 : 1 / (1 - dropout);
+}
+
 double RandomProblem::error_share() const {
   double largest = 0;
   const auto compare = [&](double actual, double expected, double size) {
@@ -507,7 +535,8 @@ double RandomProblem::error_share() const {
           for (size_t j = 0; j < s.size(); ++j) {
             const auto key = static_cast<int64_t>(j);
             const double scale = problem.v_is_int8 ? v_scales_.value(b, h / group_, key, 0) : 1;
-            const double summand = weights[j] * v_.value(b, h / group_, key, d) * scale;
+            const double summand =
+                weights[j] * v_.value(b, h / group_, key, d) * scale * dropout_factor(b, h, i, key);
             expected += summand;
             size += std::abs(summand);
           }

@@ -41,7 +41,8 @@ struct Tensor {
 // A problem, with everything it points to.
 class RandomProblem {
  public:
-  explicit RandomProblem(uint64_t seed);
+  // `differentiable`: attention itself, without pages and 8-bit keys and values.
+  explicit RandomProblem(uint64_t seed, bool differentiable = false);
 
   numattn::Problem problem;
   int num_threads;
@@ -53,7 +54,7 @@ class RandomProblem {
   double error_share() const;
   std::vector<char> result() const;  // the bytes of out and lse
 
- private:
+ protected:
   enum class Layout { heads_first, rows_first, packed };
   template <class Number>
   Number one_of(std::initializer_list<Number> numbers);
@@ -64,6 +65,9 @@ class RandomProblem {
   // Sometimes rows in reverse order, with gaps behind them or at odd addresses, unless packed.
   Tensor make(Kind kind, int64_t batch, int64_t heads, int64_t rows, int64_t columns, Layout layout,
               double amplitude);
+  // The same for a problem's rows, where a ragged batch has one item for all of its sequences.
+  Tensor make_rows(Kind kind, const int64_t* starts, int64_t heads, int64_t rows, int64_t columns,
+                   Layout layout, double amplitude);
   void draw_sizes();
   void draw_options();
   void draw_ragged();
@@ -76,9 +80,12 @@ class RandomProblem {
   int64_t keys(int64_t b) const;     // those that are valid
   // logits [key] of a query, -inf where it does not attend, before the sink.
   std::vector<double> logits(int64_t b, int64_t h, int64_t i) const;
+  // What dropout multiplies a weight by.
+  double dropout_factor(int64_t b, int64_t h, int64_t i, int64_t j) const;
   void forget_outputs() const;
 
   std::mt19937_64 random_;
+  bool differentiable_;
   std::vector<std::unique_ptr<GuardedMemory>> memory_;
   Kind kind_, k_kind_, v_kind_, precision_;
   int64_t batch_, group_, page_size_ = 0;

@@ -35,5 +35,12 @@ decltype(auto) with_stored_type(bool is_other, Use use) {
   return is_other ? use(Stored<Other>{}) : use(Stored<Element>{});
 }
 
+// The same for `out`, which may be float32 beside 16-bit inputs.
+template <class Element, class Use>
+decltype(auto) with_type_of_out(bool is_float32, Use use) {
+  if constexpr (sizeof(Element) == 2) return with_stored_type<float, Element>(is_float32, use);
+  return use(Stored<Element>{});
+}
+
 }  // namespace
 }  // namespace numattn

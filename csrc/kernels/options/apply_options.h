@@ -48,16 +48,21 @@ inline bool has_plain_logits(const Task& task) {
   return !scales_logits(task) && !task.k.scales.data;
 }
 
-// logits [key][row]; masks are left to apply_mask.
+// logits [key][row]; masks are left to apply_mask. capped_slopes [key][row], if it is not null,
+// gets the derivatives of the capped logits by the logits.
 template <class Element, class Map>
 void apply_options(const Task& task, const Map& map, const KeySpan& keys,
-                   typename Map::Vectors::Scalar* logits) {
+                   typename Map::Vectors::Scalar* logits,
+                   typename Map::Vectors::Scalar* capped_slopes = nullptr) {
   using Vectors = typename Map::Vectors;
   const Options& options = task.options;
   const int64_t count = Map::steps(keys.count) * Map::kLanes;
   if (task.k.scales.data) scale_keys<Map>(task.k, keys, logits);
   if (scales_logits(task)) apply_scale<Vectors>(logits, count, __builtin_fabs(options.scale));
-  if (options.softcap > 0) apply_softcap<Vectors>(logits, count, options.softcap);
+  if (options.softcap > 0) {
+    apply_softcap<Vectors>(logits, count, options.softcap);
+    if (capped_slopes) find_softcap_slopes<Vectors>(logits, count, options.softcap, capped_slopes);
+  }
   if (options.bias.data) {
     with_stored_type<float, Element>(options.bias_is_float32, [&]<class Type>(Stored<Type>) {
       add_bias<Map, Type>(map, options.bias, keys, logits);

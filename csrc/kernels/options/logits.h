@@ -48,6 +48,19 @@ void apply_softcap(typename Vectors::Scalar* logits, int64_t count, double softc
   }
 }
 
+// The derivative of a capped logit, from the capped logit: 1 - (capped / softcap)^2.
+template <class Vectors>
+void find_softcap_slopes(const typename Vectors::Scalar* capped, int64_t count, double softcap,
+                         typename Vectors::Scalar* slopes) {
+  const auto cap = Vectors::set(static_cast<typename Vectors::Scalar>(softcap));
+  const auto one = Vectors::set(1);
+  for (int64_t i = 0; i < count; i += Vectors::kLanes) {
+    const auto share = Vectors::div(Vectors::load(capped + i), cap);
+    // (1 - share) (1 + share) keeps digits where the square is near 1.
+    Vectors::store(slopes + i, Vectors::mul(Vectors::sub(one, share), Vectors::add(one, share)));
+  }
+}
+
 // A bias of -inf masks, even where the logit is NaN.
 template <class Vectors>
 typename Vectors::Vec biased(typename Vectors::Vec logit, typename Vectors::Vec bias) {

@@ -101,11 +101,13 @@ void find_highest(const typename Vectors::Scalar* logits, int64_t keys,
 // Adds a block. In place, logits [key][lane], where a masked one is -inf, become weights
 // [unit of keys][lane], which are exactly 0 where masked. highest [lane] is the largest logit so
 // far, this block included. rescale [lane] becomes the factor by which outputs under the former
-// maximum have to shrink. The sum is taken before weights are rounded to what a unit holds.
-template <class Units, int kVectors>
+// maximum have to shrink. The sum is taken before weights are rounded to what a unit holds, and
+// before those are dropped whose bits in kept [key] are 0, if kDrops.
+template <class Units, int kVectors, bool kDrops = false>
 void add_block(typename Units::Scalar* logits, int64_t keys, double softmax_scale, int64_t exponent,
                const typename Units::Scalar* highest,
-               const SoftmaxState<typename Units::Scalar>& state, typename Units::Scalar* rescale) {
+               const SoftmaxState<typename Units::Scalar>& state, typename Units::Scalar* rescale,
+               [[maybe_unused]] const uint64_t* kept = nullptr) {
   using Vectors = typename Units::Vectors;
   constexpr int kPerUnit = Units::kElements;
   constexpr int kWidth = kVectors * Vectors::kLanes;
@@ -141,6 +143,13 @@ void add_block(typename Units::Scalar* logits, int64_t keys, double softmax_scal
       exp2<Vectors>(weight[i]);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) block_sum[v] = Vectors::add(block_sum[v], weight[i][v]);
+      if constexpr (kDrops) {
+        const uint64_t lanes = key + i < keys ? kept[key + i] : 0;
+        for (int v = 0; v < kVectors; ++v) {
+          weight[i][v] =
+              Vectors::select_bits(lanes >> v * Vectors::kLanes, weight[i][v], Vectors::zero());
+        }
+      }
     }
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {

@@ -1,0 +1,501 @@
+// The backward pass: for tiles of queries and blocks of keys, five products and no transposes.
+//
+//   logits          [key][query] = K [key][d] * Qt [d][query]
+//   d weights       [key][query] = V [key][d] * dOt [d][query]
+//   weights = exp(logits - lse),  d logits = weights * (d weights - row sums)
+//   dV [key][d]   += weights  [key][query] * dO [query][d]
+//   dK [key][d]   += d logits [key][query] * Q  [query][d]
+//   dQ [query][d] += d logits [key][query] * K  [key][d]
+//
+// by the method of FlashAttention (Dao et al., 2022), where the row sums are those of dO * O. In
+// the first two the lanes are queries, as in prefill.h, so that options, masks and powers are the
+// same code; in the others they are elements of a row.
+//
+// What a tile and a block add to dQ, dK and dV is summed by itself. A query tile takes its blocks
+// in order, and so do the tiles of a block: then results have the same bits, whoever adds.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/block_sizes.h"
+#include "kernels/memory/arena.h"
+#include "kernels/memory/key_block.h"
+#include "kernels/memory/strided.h"
+#include "kernels/options/apply_options.h"
+#include "kernels/options/dropout.h"
+#include "kernels/options/lane_masks.h"
+#include "kernels/products/key_steps.h"
+#include "kernels/products/matmul.h"
+#include "kernels/simd/arithmetic.h"
+#include "kernels/softmax/online_softmax.h"
+#include "kernels/task.h"
+
+namespace numattn {
+namespace {
+
+// An Element is what the arrays q, k and v hold.
+template <class VectorsOfLevel, class Element>
+struct Backward {
+  using Vectors = VectorsOfLevel;
+  using Vec = typename Vectors::Vec;
+  using Scalar = typename Vectors::Scalar;
+  using Units = ScalarUnits<Vectors>;
+  static constexpr int kLanes = Vectors::kLanes;
+  // Wider than the register tile: the last three products have a step for each query, and pay for
+  // loading and storing dK and dV once a tile.
+  static constexpr int kVectors = 256 / static_cast<int>(sizeof(Vec));
+  static constexpr int kQueriesPerTile = kVectors * kLanes;
+  using Map = TileMap<Vectors, kVectors>;
+  static constexpr int kKeysPerChunk = 2 * kKeysPerBlock;
+  static constexpr int kMaxTiles = 4;
+  static_assert(kMaxTiles <= kMaxTilesPerBlock);
+  // Under a causal limit, so many vectors of queries are left out together where they attend to
+  // nothing.
+  static constexpr int kVectorsPerStep = kLanes >= 16 ? 1 : RegisterTile<Vectors>::kVectors;
+  static constexpr int kSteps = kVectors / kVectorsPerStep;
+  static constexpr int kQueriesPerStep = kQueriesPerTile / kSteps;
+  using Steps = KeySteps<kSteps>;
+
+  // The rows that the vectors of a product are made of: whole vectors, padded with 0.
+  static int64_t padded(int64_t dims) { return (dims + kLanes - 1) / kLanes * kLanes; }
+
+  struct Tile {
+    QueryRows rows;
+    Scalar* queries;  // [d][lane], negated where the scale is negative
+    Scalar* douts;    // [d][lane]
+    Scalar* q_rows;   // [query][d], 0 in place of what is not finite
+    Scalar* do_rows;  // the same
+    Scalar* base;     // [lane], what the softmax subtracts
+    Scalar* row_sum;  // [lane], of dO * O, without dlse
+    bool* douts_are_finite;
+  };
+
+  struct Scratch {
+    Tile tiles[kMaxTiles];
+    int tile_count;
+    Scalar* weights;        // [key][lane], first logits
+    Scalar* slopes;         // [key][lane], d weights, then d logits
+    Scalar* capped_slopes;  // [key][lane]
+    Scalar* k_copy;         // [key][d]
+    Scalar* v_copy;         // [key][d]
+    Scalar* k_rows;         // [key][d], 0 in place of what is not finite
+    int64_t bytes;
+  };
+
+  static Scratch lay_out(const GradientTask& task) {
+    Arena arena{static_cast<char*>(task.scratch), 0};
+    Scratch scratch{};
+    const int64_t head_dim = padded(task.head_dim), value_dim = padded(task.value_dim);
+    const int64_t pairs = int64_t{kKeysPerBlock} * kQueriesPerTile;
+    arena.take(scratch.weights, pairs);
+    arena.take(scratch.slopes, pairs);
+    arena.take(scratch.capped_slopes, task.options.softcap > 0 ? pairs : 0);
+    arena.take(scratch.k_copy, kKeysPerBlock * task.head_dim);
+    arena.take(scratch.v_copy, kKeysPerBlock * task.value_dim);
+    arena.take(scratch.k_rows, kKeysPerBlock * head_dim);
+    for (int64_t first = 0; first < task.queries; first += kQueriesPerTile) {
+      const int64_t left = task.queries - first;
+      Tile& tile = scratch.tiles[scratch.tile_count++];
+      tile.rows = {first, left < kQueriesPerTile ? left : kQueriesPerTile, 1};
+      arena.take(tile.queries, task.head_dim * kQueriesPerTile);
+      arena.take(tile.douts, task.value_dim * kQueriesPerTile);
+      arena.take(tile.q_rows, head_dim * kQueriesPerTile);
+      arena.take(tile.do_rows, value_dim * kQueriesPerTile);
+      arena.take(tile.base, kQueriesPerTile);
+      arena.take(tile.row_sum, kQueriesPerTile);
+      arena.take(tile.douts_are_finite, 1);
+    }
+    scratch.bytes = arena.used;
+    return scratch;
+  }
+  static int64_t scratch_bytes(const GradientTask& task) {
+    GradientTask without_memory = task;
+    without_memory.scratch = nullptr;
+    return lay_out(without_memory).bytes;
+  }
+
+  // As many as stay in the second cache with all that is kept of them.
+  static int64_t max_queries(int64_t head_dim, int64_t value_dim) {
+    constexpr int64_t kBytes = 256 << 10;
+    const int64_t bytes_per_query = 2 * (head_dim + value_dim) * int64_t{sizeof(Scalar)};
+    const int64_t tiles = kBytes / (bytes_per_query * kQueriesPerTile);
+    return (tiles < 1 ? 1 : tiles > kMaxTiles ? kMaxTiles : tiles) * kQueriesPerTile;
+  }
+
+  // ---- the queries ----------------------------------------------------------------------------
+
+  static Vec finite(Vec x) {
+    return Vectors::select_equal(Vectors::sub(x, x), Vectors::zero(), x, Vectors::zero());
+  }
+
+  // Rows as vectors, 0 in place of what is not finite: 0 * NaN would be NaN for pairs that are
+  // masked. Returns whether all is finite.
+  template <class Type>
+  static bool copy_row(const char* from, int64_t column_stride, int64_t dims, Scalar* to) {
+    FiniteCheck<Vectors> check;
+    for (int64_t d = 0; d < dims; d += kLanes) {
+      const Vec x = load_elements<Vectors, Type>(from + d * column_stride, column_stride, dims - d);
+      check.add(x);
+      Vectors::store(to + d, finite(x));
+    }
+    return check.all_finite();
+  }
+  template <class Type>
+  static bool copy_rows(const char* from, const View& view, int64_t rows, int64_t dims,
+                        Scalar* to) {
+    bool all_finite = true;
+    for (int64_t row = 0; row < rows; ++row) {
+      all_finite &= copy_row<Type>(from + row * view.row_stride, view.column_stride, dims,
+                                   to + row * padded(dims));
+    }
+    return all_finite;
+  }
+
+  // The sum of dO * O over a row.
+  template <class OfOut, class OfDout>
+  static Scalar product_of_rows(const char* out, int64_t out_stride, const char* dout,
+                                int64_t dout_stride, int64_t dims) {
+    Vec sum = Vectors::zero();
+    for (int64_t d = 0; d < dims; d += kLanes) {
+      const Vec a = load_elements<Vectors, OfOut>(out + d * out_stride, out_stride, dims - d);
+      const Vec b = load_elements<Vectors, OfDout>(dout + d * dout_stride, dout_stride, dims - d);
+      sum = Vectors::fma(a, b, sum);
+    }
+    return Vectors::sum(sum);
+  }
+
+  static Scalar scalar_at(const View& view, int64_t query) {
+    Scalar x;
+    __builtin_memcpy(&x, view.data + query * view.row_stride, sizeof(x));
+    return x;
+  }
+
+  template <class OfOut, class OfDout>
+  static void begin_tile(const GradientTask& task, const Tile& tile) {
+    const auto row_of = [&](const View& view, int64_t i) {
+      return view.data + (tile.rows.first_query + i) * view.row_stride;
+    };
+    const auto pack = [&]<class Type>(Stored<Type>, const View& view, int64_t dims, Scalar sign,
+                                      Scalar* to) {
+      pack_queries<Units, Type, kVectors>(row_of(view, 0), view.row_stride, view.column_stride,
+                                          tile.rows.queries, dims, sign, to);
+    };
+    pack(Stored<Element>{}, task.q, task.head_dim, static_cast<Scalar>(query_sign(task)),
+         tile.queries);
+    pack(Stored<OfDout>{}, task.dout, task.value_dim, 1, tile.douts);
+    copy_rows<Element>(row_of(task.q, 0), task.q, tile.rows.queries, task.head_dim, tile.q_rows);
+    *tile.douts_are_finite = copy_rows<OfDout>(row_of(task.dout, 0), task.dout, tile.rows.queries,
+                                               task.value_dim, tile.do_rows);
+    for (int64_t i = 0; i < kQueriesPerTile; ++i) tile.base[i] = tile.row_sum[i] = 0;
+    for (int64_t i = 0; i < tile.rows.queries; ++i) {
+      const int64_t query = tile.rows.first_query + i;
+      const Scalar lse = scalar_at(task.lse, query);
+      if (!is_minus_infinity(lse)) tile.base[i] = static_cast<Scalar>(lse / softmax_scale(task));
+      tile.row_sum[i] = product_of_rows<OfOut, OfDout>(row_of(task.out, i), task.out.column_stride,
+                                                       row_of(task.dout, i),
+                                                       task.dout.column_stride, task.value_dim);
+      if (task.dlse.data) tile.row_sum[i] -= scalar_at(task.dlse, query);
+    }
+  }
+
+  static void begin(const GradientTask& task) {
+    const Scratch scratch = lay_out(task);
+    // Lanes without a query are never written.
+    for (int64_t i = 0; i < kKeysPerBlock * kQueriesPerTile; ++i) {
+      scratch.weights[i] = scratch.slopes[i] = 0;
+    }
+    with_stored_type<float, Element>(task.out_is_float32, [&]<class OfOut>(Stored<OfOut>) {
+      with_stored_type<float, Element>(task.dout_is_float32, [&]<class OfDout>(Stored<OfDout>) {
+        for (int t = 0; t < scratch.tile_count; ++t) {
+          begin_tile<OfOut, OfDout>(task, scratch.tiles[t]);
+        }
+      });
+    });
+  }
+
+  // ---- one tile, one key block ----------------------------------------------------------------
+
+  struct Block {
+    int64_t first, count;  // keys
+    KeyBlock<Scalar> k, v;
+    const Scalar* k_rows;
+    Scalar *dk, *dv;
+    int64_t dk_stride, dv_stride;
+
+    // The same from a later key on.
+    Block from(int64_t key, int64_t end, int64_t head_dim) const {
+      Block some = *this;
+      some.k.data += (key - first) * k.stride;
+      some.v.data += (key - first) * v.stride;
+      some.k_rows += (key - first) * padded(head_dim);
+      some.dk += (key - first) * dk_stride;
+      some.dv += (key - first) * dv_stride;
+      some.first = key;
+      some.count = end - key;
+      return some;
+    }
+  };
+
+  // Calls `use` with the keys [begin, end) of each step and the first query that attends to them.
+  template <class Use>
+  static void for_steps(const Steps& steps, int64_t queries, Use use) {
+    int64_t begin = 0;
+    for (int step = 0; step < kSteps; ++step) {
+      const int64_t first_query = int64_t{step} * kQueriesPerStep;
+      if (first_query >= queries) return;
+      if (steps.ends[step] > begin) use(begin, steps.ends[step], first_query);
+      begin = steps.ends[step];
+    }
+  }
+
+  // pairs [key][lane] = keys [key][d] * queries [d][lane]
+  static void multiply_pairs(const KeyBlock<Scalar>& keys, const Scalar* queries, int64_t dims,
+                             const Steps& steps, int64_t count, Scalar* pairs) {
+    for_steps(steps, count, [&](int64_t begin, int64_t end, int64_t first) {
+      matmul<Scalars::by_row, Vectors>(
+          {keys.row(begin), keys.stride, queries + first, kQueriesPerTile, dims,
+           pairs + begin * kQueriesPerTile + first, kQueriesPerTile, false},
+          end - begin, padded(count) - first);
+    });
+  }
+
+  // to [key][d] += pairs [key][query] * rows [query][d]
+  static void add_to_keys(const Scalar* pairs, const Scalar* rows, int64_t dims, const Steps& steps,
+                          int64_t count, Scalar* to, int64_t to_stride) {
+    for_steps(steps, count, [&](int64_t begin, int64_t end, int64_t first) {
+      matmul<Scalars::by_row, Vectors>(
+          {pairs + begin * kQueriesPerTile + first, kQueriesPerTile, rows + first * padded(dims),
+           padded(dims), count - first, to + begin * to_stride, to_stride, true},
+          end - begin, dims);
+    });
+  }
+
+  // dq [query][d] += pairs [key][query] * rows [key][d]
+  static void add_to_queries(const Scalar* pairs, const Scalar* rows, int64_t dims,
+                             const Steps& steps, int64_t count, Scalar* dq, int64_t dq_stride) {
+    for (int step = 0; step < kSteps; ++step) {
+      const int64_t first = int64_t{step} * kQueriesPerStep;
+      if (first >= count) return;
+      // The queries of this step and of all later ones whose keys end with it, too.
+      int last = step;
+      while (last + 1 < kSteps && steps.ends[last + 1] == steps.ends[step]) ++last;
+      const int64_t end = (last + 1) * int64_t{kQueriesPerStep};
+      matmul<Scalars::by_step, Vectors>({pairs + first, kQueriesPerTile, rows, padded(dims),
+                                         steps.ends[step], dq + first * dq_stride, dq_stride, true},
+                                        (end < count ? end : count) - first, dims);
+      step = last;
+    }
+  }
+
+  // From logits and d weights to weights and d logits times `factor`: bits [key] of queries that
+  // attend to a key, and of weights that are kept.
+  template <bool kMasked, bool kDrops>
+  static void find_slopes(const GradientTask& task, const Tile& tile, const Scratch& scratch,
+                          const Steps& steps, [[maybe_unused]] const uint64_t* attended,
+                          [[maybe_unused]] const uint64_t* kept, Scalar factor) {
+    constexpr int kTogether = 2;  // vectors
+    static_assert(kVectors % kTogether == 0);
+    const auto scale = softmax_factor<Vectors>(softmax_scale(task));
+    const auto by = Vectors::set(factor);
+    [[maybe_unused]] const auto grow = Vectors::set(static_cast<Scalar>(kept_scale(task.options)));
+    for_steps(steps, tile.rows.queries, [&](int64_t begin, int64_t end, int64_t first) {
+      const int64_t first_lane = first / (kTogether * kLanes) * (kTogether * kLanes);
+      for (int64_t lane = first_lane; lane < tile.rows.queries; lane += kTogether * kLanes) {
+        Vec base[kTogether], row_sum[kTogether];
+        for (int i = 0; i < kTogether; ++i) {
+          base[i] = Vectors::load(tile.base + lane + i * kLanes);
+          row_sum[i] = Vectors::load(tile.row_sum + lane + i * kLanes);
+        }
+        for (int64_t key = begin; key < end; ++key) {
+          Scalar* const weights = scratch.weights + key * kQueriesPerTile + lane;
+          Scalar* const slopes = scratch.slopes + key * kQueriesPerTile + lane;
+          Vec weight[kTogether];
+#pragma GCC unroll 2
+          for (int i = 0; i < kTogether; ++i) {
+            weight[i] =
+                Vectors::mul(Vectors::sub(Vectors::load(weights + i * kLanes), base[i]), scale);
+          }
+          exp2<Vectors>(weight);
+#pragma GCC unroll 2
+          for (int i = 0; i < kTogether; ++i) {
+            Vec slope = Vectors::load(slopes + i * kLanes);
+            const Vec before_dropout = weight[i];
+            if constexpr (kDrops) {
+              const uint64_t lanes = kept[key] >> (lane + i * kLanes);
+              const Vec factors = Vectors::select_bits(lanes, grow, Vectors::zero());
+              weight[i] = Vectors::mul(weight[i], factors);
+              slope = Vectors::select_bits(lanes, Vectors::mul(slope, grow), Vectors::zero());
+            }
+            slope = Vectors::mul(Vectors::mul(before_dropout, Vectors::sub(slope, row_sum[i])), by);
+            if constexpr (kMasked) {
+              const uint64_t lanes = attended[key] >> (lane + i * kLanes);
+              weight[i] = Vectors::select_bits(lanes, weight[i], Vectors::zero());
+              slope = Vectors::select_bits(lanes, slope, Vectors::zero());
+            }
+            Vectors::store(weights + i * kLanes, weight[i]);
+            Vectors::store(slopes + i * kLanes, slope);
+          }
+        }
+      }
+    });
+  }
+
+  // Where queries, heads or batch items share a bias, their d logits add up in its gradient.
+  static void add_to_bias(const GradientTask& task, const Tile& tile, const Block& block,
+                          const Steps& steps, const Scalar* slopes) {
+    for_steps(steps, tile.rows.queries, [&](int64_t begin, int64_t end, int64_t first) {
+      for (int64_t query = first; query < tile.rows.queries; ++query) {
+        char* const row = task.dbias.data +
+                          (tile.rows.first_query + query) * task.dbias.row_stride +
+                          block.first * task.dbias.column_stride;
+        for (int64_t key = begin; key < end; ++key) {
+          char* const at = row + key * task.dbias.column_stride;
+          Scalar x;
+          __builtin_memcpy(&x, at, sizeof(x));
+          x += slopes[key * kQueriesPerTile + query];
+          __builtin_memcpy(at, &x, sizeof(x));
+        }
+      }
+    });
+  }
+
+  // do_rows has no NaN and no infinity: here is what they add to dV, for queries that attend.
+  static void add_non_finite_douts(const GradientTask& task, const Tile& tile, const Block& block,
+                                   const Steps& steps, const uint64_t* attended,
+                                   const Scalar* weights) {
+    for_steps(steps, tile.rows.queries, [&](int64_t begin, int64_t end, int64_t first) {
+      for (int64_t d = 0; d < task.value_dim; ++d) {
+        for (int64_t query = first; query < tile.rows.queries; ++query) {
+          const Scalar x = tile.douts[d * kQueriesPerTile + query];
+          if (x - x == 0) continue;
+          for (int64_t key = begin; key < end; ++key) {
+            if ((attended[key] >> query & 1) == 0) continue;
+            block.dv[key * block.dv_stride + d] += weights[key * kQueriesPerTile + query] * x;
+          }
+        }
+      }
+    });
+  }
+
+  static void add_pairs(const GradientTask& task, const Tile& tile, const Scratch& scratch,
+                        Block block, bool within_limits, bool mask_is_full) {
+    const KeySpan keys{block.first, block.count, within_limits, mask_is_full};
+    const int64_t queries = tile.rows.queries;
+    uint64_t attended[kKeysPerBlock];
+    const bool masked = !within_limits || !mask_is_full || task.options.bias.data;
+    if (masked || !*tile.douts_are_finite) {
+      find_attended<kKeysPerBlock>(task, tile.rows, keys, attended);
+      if (task.options.bias.data) {
+        keep_unbiased<Element>(task.options, tile.rows, keys, attended);
+      }
+    }
+    const int64_t limit_of_first_query =
+        task.first_position + tile.rows.first_query + task.options.window_right + 1;
+    const Steps steps =
+        key_steps<kSteps, kQueriesPerStep>(limit_of_first_query - block.first, block.count);
+
+    multiply_pairs(block.k, tile.queries, task.head_dim, steps, queries, scratch.weights);
+    multiply_pairs(block.v, tile.douts, task.value_dim, steps, queries, scratch.slopes);
+    apply_options<Element>(task, Map{tile.rows}, keys, scratch.weights, scratch.capped_slopes);
+    const auto scale = static_cast<Scalar>(task.options.scale);
+    const bool needs_d_logits = task.options.softcap > 0 || task.dbias.data;
+    const Scalar factor = needs_d_logits ? Scalar{1} : scale;
+    uint64_t kept[kKeysPerBlock];
+    const bool drops = task.options.dropout > 0;
+    if (drops) find_kept(task, tile.rows, keys, kept);
+    const auto find = masked  ? drops ? find_slopes<true, true> : find_slopes<true, false>
+                      : drops ? find_slopes<false, true>
+                              : find_slopes<false, false>;
+    find(task, tile, scratch, steps, attended, kept, factor);
+    if (task.dbias.data) add_to_bias(task, tile, block, steps, scratch.slopes);
+    if (needs_d_logits) {
+      const auto by = Vectors::set(scale);
+      for (int64_t i = 0; i < block.count * kQueriesPerTile; i += kLanes) {
+        Vec slope = Vectors::mul(Vectors::load(scratch.slopes + i), by);
+        if (task.options.softcap > 0) {
+          slope = Vectors::mul(slope, Vectors::load(scratch.capped_slopes + i));
+        }
+        Vectors::store(scratch.slopes + i, slope);
+      }
+    }
+
+    add_to_keys(scratch.weights, tile.do_rows, task.value_dim, steps, queries, block.dv,
+                block.dv_stride);
+    if (!*tile.douts_are_finite) {
+      add_non_finite_douts(task, tile, block, steps, attended, scratch.weights);
+    }
+    add_to_keys(scratch.slopes, tile.q_rows, task.head_dim, steps, queries, block.dk,
+                block.dk_stride);
+    add_to_queries(scratch.slopes, block.k_rows, task.head_dim, steps, queries,
+                   row_of<Scalar>(task.dq, tile.rows.first_query),
+                   elements<Scalar>(task.dq.row_stride));
+  }
+
+  // ---- all tiles, some keys -------------------------------------------------------------------
+
+  template <class Type>
+  static Type* row_of(const View& view, int64_t row) {
+    return reinterpret_cast<Type*>(view.data + row * view.row_stride);
+  }
+  template <class Type>
+  static int64_t elements(int64_t bytes) {
+    return bytes / static_cast<int64_t>(sizeof(Type));
+  }
+
+  static Block load(const GradientTask& task, const Scratch& scratch, int64_t first,
+                    int64_t count) {
+    Block block;
+    block.first = first;
+    block.count = count;
+    block.k = k_block<Units, Element>(task.k, first, count, scratch.k_copy);
+    block.v = k_block<Units, Element>(task.v, first, count, scratch.v_copy);
+    copy_rows<Element>(key_row(task.k, first), task.k.rows, count, task.head_dim, scratch.k_rows);
+    block.k_rows = scratch.k_rows;
+    block.dk = row_of<Scalar>(task.dk, first);
+    block.dv = row_of<Scalar>(task.dv, first);
+    block.dk_stride = elements<Scalar>(task.dk.row_stride);
+    block.dv_stride = elements<Scalar>(task.dv.row_stride);
+    return block;
+  }
+
+  // False if it was stopped.
+  static bool add_keys(const GradientTask& task, int64_t begin, int64_t end) {
+    const Scratch scratch = lay_out(task);
+    for (int64_t first = begin; first < end; first += kKeysPerBlock) {
+      if (task.should_stop(task.stop_context)) return false;
+      const int64_t block_end = end - first < kKeysPerBlock ? end : first + kKeysPerBlock;
+      // What any tile attends to: further keys may not even be there.
+      int64_t some_begin = INT64_MAX, some_end = 0;
+      for (int t = 0; t < scratch.tile_count; ++t) {
+        const TileKeys& keys = task.tile_keys[t];
+        const int64_t of_tile = keys.begin > first ? keys.begin : first;
+        const int64_t end_of_tile = keys.end < block_end ? keys.end : block_end;
+        if (of_tile >= end_of_tile) continue;
+        some_begin = of_tile < some_begin ? of_tile : some_begin;
+        some_end = end_of_tile > some_end ? end_of_tile : some_end;
+      }
+      if (some_begin >= some_end) continue;
+      const Block block = load(task, scratch, some_begin, some_end - some_begin);
+      for (int i = 0; i < scratch.tile_count; ++i) {
+        const int t = last_queries_come_first(task.options) ? scratch.tile_count - 1 - i : i;
+        const TileKeys& keys = task.tile_keys[t];
+        const int64_t of_tile = keys.begin > first ? keys.begin : first;
+        const int64_t end_of_tile = keys.end < block_end ? keys.end : block_end;
+        if (of_tile >= end_of_tile) continue;
+        const BlockKind kind =
+            mask_is_full(task, end_of_tile) ? BlockKind::full
+            : task.block_kinds
+                ? task.block_kinds[t * task.block_kinds_stride + first / kKeysPerBlock]
+                : BlockKind::mixed;
+        if (kind == BlockKind::empty) continue;
+        add_pairs(task, scratch.tiles[t], scratch, block.from(of_tile, end_of_tile, task.head_dim),
+                  keys.full_begin <= of_tile && end_of_tile <= keys.full_end,
+                  kind == BlockKind::full);
+      }
+    }
+    return true;
+  }
+};
+
+}  // namespace
+}  // namespace numattn

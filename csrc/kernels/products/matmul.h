@@ -1,0 +1,148 @@
+// The product of any two matrices that the other products are special cases of,
+//   to [row][column] (+)= scalars [row][step] * vectors [step][column],
+// one scalar read where it is, times vectors along the columns, by register tiles. Other than in
+// qk_matmul.h and value_aggregation.h all strides are run-time numbers, and columns need not fill a
+// vector.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/block_sizes.h"
+#include "kernels/constant.h"
+#include "kernels/memory/strided.h"
+#include "kernels/simd/arithmetic.h"
+
+namespace numattn {
+namespace {
+
+// Whether the scalars of a row are side by side, or those of a step.
+enum class Scalars { by_row, by_step };
+
+// Strides are in elements. `vectors` has whole vectors in each step, of which the last may be
+// padded; `to` has `columns` elements in each row and nothing behind them.
+template <class Vectors>
+struct MatmulOperands {
+  using Scalar = typename Vectors::Scalar;
+  const Scalar* scalars;  // [row][step], or [step][row]
+  int64_t scalars_stride;
+  const Scalar* vectors;  // [step][column]
+  int64_t vectors_stride;
+  int64_t steps;
+  Scalar* to;  // [row][column]
+  int64_t to_stride;
+  bool add;  // to what `to` holds, instead of replacing it
+};
+
+// kRows rows times kVectors vectors, the last of which may be cut off by `columns`.
+template <class Vectors, Scalars kOrder, int kRows, int kVectors>
+[[gnu::always_inline]] inline void matmul_register_tile(const MatmulOperands<Vectors>& from,
+                                                        int64_t columns) {
+  constexpr int kLanes = Vectors::kLanes;
+  const auto* const scalars = from.scalars;
+  const auto* vectors = from.vectors;
+  const int64_t scalars_stride = from.scalars_stride;
+  const int64_t vectors_stride = from.vectors_stride;
+  typename Vectors::Vec sums[kRows][kVectors];
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kVectors; ++i) sums[row][i] = Vectors::zero();
+  }
+  const auto* of_step = scalars;  // where they lie by steps
+  for (int64_t step = 0; step < from.steps; ++step) {
+    typename Vectors::Vec vector[kVectors];
+#pragma GCC unroll 12
+    for (int i = 0; i < kVectors; ++i) vector[i] = Vectors::load(vectors + i * kLanes);
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) {
+      const auto scalar = Vectors::set(
+          kOrder == Scalars::by_row ? scalars[row * scalars_stride + step] : of_step[row]);
+#pragma GCC unroll 12
+      for (int i = 0; i < kVectors; ++i) {
+        sums[row][i] = Vectors::fma(scalar, vector[i], sums[row][i]);
+      }
+    }
+    vectors += vectors_stride;
+    if (kOrder == Scalars::by_step) of_step += scalars_stride;
+  }
+  const int64_t to_stride = from.to_stride;
+  auto* to = from.to;
+  const auto write = [&](auto add, int64_t of_last) {
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 12
+      for (int i = 0; i < kVectors; ++i) {
+        auto* const at = to + i * kLanes;
+        const int64_t count = i + 1 < kVectors ? kLanes : of_last;
+        if constexpr (add.value) {
+          sums[row][i] = Vectors::add(load_up_to<Vectors>(at, count), sums[row][i]);
+        }
+        store_up_to<Vectors>(at, sums[row][i], count);
+      }
+      to += to_stride;
+    }
+  };
+  const int64_t of_last = columns - (kVectors - 1) * kLanes;
+  const auto write_all = [&](auto add) {
+    of_last >= kLanes ? write(add, kLanes) : write(add, of_last);
+  };
+  from.add ? write_all(Constant<1>{}) : write_all(Constant<0>{});
+}
+
+template <class Vectors, Scalars kOrder, int kRows, int kVectors>
+void matmul_last_columns(const MatmulOperands<Vectors>& from, int64_t columns) {
+  if constexpr (kVectors > 0) {
+    if (columns > (kVectors - 1) * Vectors::kLanes) {
+      matmul_register_tile<Vectors, kOrder, kRows, kVectors>(from, columns);
+    } else {
+      matmul_last_columns<Vectors, kOrder, kRows, kVectors - 1>(from, columns);
+    }
+  }
+}
+
+template <class Vectors, Scalars kOrder, int kRows>
+void matmul_rows(MatmulOperands<Vectors> from, int64_t columns) {
+  constexpr int kColumns = RegisterTile<Vectors>::kLanes;
+  for (; columns > 0; columns -= kColumns) {
+    matmul_last_columns<Vectors, kOrder, kRows, RegisterTile<Vectors>::kVectors>(from, columns);
+    from.vectors += kColumns;
+    from.to += kColumns;
+  }
+}
+
+template <class Vectors, Scalars kOrder, int kRows>
+void matmul_last_rows(const MatmulOperands<Vectors>& from, int64_t rows, int64_t columns) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) {
+      matmul_rows<Vectors, kOrder, kRows>(from, columns);
+    } else {
+      matmul_last_rows<Vectors, kOrder, kRows - 1>(from, rows, columns);
+    }
+  }
+}
+
+template <Scalars kOrder, class Vectors>
+void matmul(MatmulOperands<Vectors> from, int64_t rows, int64_t columns) {
+  constexpr int kRows = RegisterTile<Vectors>::scalars(RegisterTile<Vectors>::kVectors);
+  // Long sums are made of pieces, so that the rounding error does not grow with their length.
+  constexpr int64_t kStepsPerSum = Vectors::kFusedMultiplyAdd ? 192 : 32;
+  const int64_t step_stride = kOrder == Scalars::by_row ? 1 : from.scalars_stride;
+  const int64_t row_stride = kOrder == Scalars::by_row ? from.scalars_stride : 1;
+  for (int64_t left = from.steps; left > 0; left -= kStepsPerSum) {
+    from.steps = left < kStepsPerSum ? left : kStepsPerSum;
+    MatmulOperands<Vectors> band = from;
+    int64_t rows_left = rows;
+    for (; rows_left >= kRows; rows_left -= kRows) {
+      matmul_rows<Vectors, kOrder, kRows>(band, columns);
+      band.scalars += kRows * row_stride;
+      band.to += kRows * band.to_stride;
+    }
+    matmul_last_rows<Vectors, kOrder, kRows - 1>(band, rows_left, columns);
+    from.scalars += kStepsPerSum * step_stride;
+    from.vectors += kStepsPerSum * from.vectors_stride;
+    from.add = true;
+  }
+}
+
+}  // namespace
+}  // namespace numattn

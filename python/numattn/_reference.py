@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,18 +15,32 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 
-def attention(
+@dataclass
+class _Problem:
+    """What the options make of arrays: logits of all pairs, heads before rows, no head shared."""
+
+    q: Array  # (batch..., Hq, Lq, D)
+    k: Array  # (batch..., Hq, Lk, D)
+    v: Array
+    logits: Array  # (batch..., Hq, Lq, Lk); -inf where not attended to
+    attend: Array
+    capped: Array | None  # tanh of what softcap has divided
+    sink: Array  # (batch..., Hq, Lq, 1); -inf where there is none
+    scale: Any
+    one_head: bool
+    swapped: bool  # whether the caller's arrays have rows before heads
+
+
+def _problem(
     q: Array, k: Array, v: Array, *, mask: Any = None, tail_mask: Any = None, bias: Any = None,
     is_causal: bool = False, q_offset: Any = None, window: Any = None, scale: float | None = None,
     softcap: float | None = None, alibi_slopes: Any = None, sinks: Any = None,
     kv_lengths: Any = None, q_lengths: Any = None, layout: str = "bhld", dtype: Any = np.float64,
     matmul: Callable[..., Any] = np.matmul,
-) -> tuple[Array, Array]:  # fmt: skip
-    """Return (out, lse). With another `dtype` it is the plain NumPy computation in that dtype."""
+) -> _Problem:  # fmt: skip
     one_head = q.ndim == k.ndim == v.ndim == 2
-    q, k, v = (x[np.newaxis] if x.ndim == 2 else x for x in (q, k, v))
-    if layout == "blhd" and not one_head:
-        q, k, v = (x.swapaxes(-2, -3) if x.ndim > 2 else x for x in (q, k, v))
+    swapped = layout == "blhd" and not one_head
+    q, k, v = (_heads_first(x, swapped) for x in (q, k, v))
     batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     (heads, rows, dim), (kv_heads, keys) = q.shape[-3:], k.shape[-3:-1]
     q, k, v = (np.broadcast_to(x, batch + x.shape[-3:]).astype(dtype) for x in (q, k, v))
@@ -39,11 +54,14 @@ def attention(
     is_query = np.arange(rows)[:, None] < queries[..., None, None, None]  # (batch..., 1, Lq, 1)
     p = np.arange(rows)[:, None] + offset[..., None, None, None]  # (batch..., 1, Lq, 1)
     j = np.arange(keys)
+    factor = dtype(1 / np.sqrt(dim) if scale is None else scale)
+    capped = None
 
     with np.errstate(all="ignore"):
-        s = matmul(q, k.swapaxes(-1, -2)) * dtype(1 / np.sqrt(dim) if scale is None else scale)
+        s = matmul(q, k.swapaxes(-1, -2)) * factor
         if softcap is not None:
-            s = dtype(softcap) * np.tanh(s / dtype(softcap))
+            capped = np.tanh(s / dtype(softcap))
+            s = dtype(softcap) * capped
         attend = np.broadcast_to((j < valid[..., None, None, None]) & is_query, pairs)
         if bias is not None:
             bias = np.asarray(bias).astype(dtype)
@@ -69,19 +87,121 @@ def attention(
         s = np.where(attend, s, -np.inf)
         sink = np.full(heads, -np.inf) if sinks is None else np.asarray(sinks)
         sink = np.where(is_query, sink.astype(dtype)[:, None, None], dtype(-np.inf))
-        # The sink is a key without a value.
-        m = np.concatenate([s, sink], axis=-1).max(axis=-1, keepdims=True)
-        m = np.where(m == -np.inf, 0, m).astype(dtype)
-        w = np.exp(s - m)
-        total = w.sum(axis=-1, keepdims=True) + np.exp(sink - m)
-        lse = (m + np.log(total))[..., 0]
-        weights = np.where(attend, w / np.where(total == 0, 1, total), 0)
-        out = weighted_sum(weights, v, attend, matmul)
-    if one_head:
+        sink = np.broadcast_to(sink, (*pairs[:-1], 1))
+    return _Problem(q, k, v, s, attend, capped, sink, factor, one_head, swapped)
+
+
+def _softmax(p: _Problem) -> tuple[Array, Array, Array]:
+    """Return the weights of keys and of the sink, and the logarithm of the sum of exponentials."""
+    # The sink is a key without a value.
+    m = np.concatenate([p.logits, p.sink], axis=-1).max(axis=-1, keepdims=True)
+    m = np.where(m == -np.inf, 0, m).astype(p.q.dtype)
+    w, of_sink = np.exp(p.logits - m), np.exp(p.sink - m)
+    total = w.sum(axis=-1, keepdims=True) + of_sink
+    some = np.where(total == 0, 1, total)
+    return np.where(p.attend, w / some, 0), of_sink / some, (m + np.log(total))[..., 0]
+
+
+def attention(
+    q: Array, k: Array, v: Array, *, mask: Any = None, tail_mask: Any = None, bias: Any = None,
+    is_causal: bool = False, q_offset: Any = None, window: Any = None, scale: float | None = None,
+    softcap: float | None = None, alibi_slopes: Any = None, sinks: Any = None,
+    kv_lengths: Any = None, q_lengths: Any = None, layout: str = "bhld", dtype: Any = np.float64,
+    matmul: Callable[..., Any] = np.matmul,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Return (out, lse). With another `dtype` it is the plain NumPy computation in that dtype."""
+    p = _problem(
+        q, k, v, mask=mask, tail_mask=tail_mask, bias=bias, is_causal=is_causal, q_offset=q_offset,
+        window=window, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+        kv_lengths=kv_lengths, q_lengths=q_lengths, layout=layout, dtype=dtype, matmul=matmul,
+    )  # fmt: skip
+    with np.errstate(all="ignore"):
+        weights, _, lse = _softmax(p)
+        out = weighted_sum(weights, p.v, p.attend, matmul)
+    if p.one_head:
         return out[0], lse[0]
-    if layout == "blhd":
+    if p.swapped:
         return out.swapaxes(-2, -3), lse.swapaxes(-1, -2)
     return out, lse
+
+
+def attention_backward(
+    dout: Array, q: Array, k: Array, v: Array, out: Array | None = None, lse: Array | None = None,
+    *, dlse: Any = None, dtype: Any = np.float64, matmul: Callable[..., Any] = np.matmul,
+    **options: Any,
+) -> tuple[Array, Array, Array, Array | None, Array | None]:  # fmt: skip
+    """Return the gradients with respect to q, k, v, the bias and the sinks, all of `dtype`.
+
+    From the weights as a whole: by the derivative of a softmax, row sums are those of weights and
+    their gradients. With `out` and `lse` the weights and the row sums are made of these instead, so
+    that their rounding is part of the problem.
+    """
+    p = _problem(q, k, v, dtype=dtype, matmul=matmul, **options)
+
+    def rows_of(x: Any) -> Any:
+        """Return (batch..., Hq, Lq, 1) of an array like lse."""
+        x = np.asarray(x).astype(dtype)
+        return (x.swapaxes(-1, -2) if p.swapped else x)[..., np.newaxis]
+
+    d = _heads_first(np.asarray(dout), p.swapped).astype(dtype)
+    with np.errstate(all="ignore"):
+        weights, of_sink, _ = _softmax(p)
+        if lse is not None:
+            base = np.where(rows_of(lse) == -np.inf, 0, rows_of(lse))
+            weights = np.where(p.attend, np.exp(p.logits - base), 0)
+            of_sink = np.exp(p.sink - base)
+        d_weights = np.where(p.attend, matmul(d, p.v.swapaxes(-1, -2)), 0)
+        if out is None:
+            delta = np.where(p.attend, weights * d_weights, 0).sum(axis=-1, keepdims=True)
+        else:
+            o = _heads_first(np.asarray(out), p.swapped).astype(dtype)
+            delta = (d * o).sum(axis=-1, keepdims=True)
+        if dlse is not None:
+            delta = delta - rows_of(dlse)
+        d_logits = np.where(p.attend, weights * (d_weights - delta), 0)
+        d_products = d_logits
+        if p.capped is not None:
+            d_products = np.where(p.attend, d_logits * (1 - p.capped**2), 0)
+        dq = weighted_sum(d_products, p.k, p.attend, matmul) * p.scale
+        turned = p.attend.swapaxes(-1, -2)
+        dk = weighted_sum(d_products.swapaxes(-1, -2), p.q, turned, matmul) * p.scale
+        dv = weighted_sum(weights.swapaxes(-1, -2), d, turned, matmul)
+        d_bias = d_sinks = None
+        if options.get("bias") is not None:
+            d_bias = _summed(d_logits, np.shape(options["bias"]))
+        if options.get("sinks") is not None:
+            d_sink = np.where(p.sink == -np.inf, 0, -of_sink * delta)
+            d_sinks = d_sink.sum(axis=(*range(d_sink.ndim - 3), -2, -1))
+    return (
+        _like_input(dq, q, p.swapped),
+        _like_input(dk, k, p.swapped),
+        _like_input(dv, v, p.swapped),
+        d_bias,
+        d_sinks,
+    )
+
+
+def _heads_first(x: Array, swapped: bool) -> Array:
+    if x.ndim == 2:
+        return x[np.newaxis]
+    return x.swapaxes(-2, -3) if swapped else x
+
+
+def _like_input(x: Array, given: Array, swapped: bool) -> Array:
+    """Sum a gradient (batch..., Hq, L, D) over what shares an element of the array given."""
+    heads = _heads_first(given, swapped).shape[-3]
+    if heads != x.shape[-3]:
+        x = x.reshape(*x.shape[:-3], heads, x.shape[-3] // heads, *x.shape[-2:]).sum(axis=-3)
+    if given.ndim == 2:
+        return _summed(x, given.shape)
+    return _summed(x.swapaxes(-2, -3) if swapped else x, given.shape)
+
+
+def _summed(x: Array, shape: tuple[int, ...]) -> Array:
+    """Sum over the axes along which an array of this shape was broadcast."""
+    x = x.sum(axis=tuple(range(x.ndim - len(shape))))
+    axes = tuple(axis for axis, n in enumerate(shape) if n == 1 != x.shape[axis])
+    return np.asarray(x.sum(axis=axes, keepdims=True))
 
 
 def weighted_sum(weights: Array, v: Array, attend: Array, matmul: Callable[..., Any]) -> Array:

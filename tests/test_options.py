@@ -217,6 +217,29 @@ def test_empty(backend):
     np.testing.assert_array_equal(lse, [[1] * 3, [2] * 3])
 
 
+@pytest.mark.parametrize("dtype_name", ["float16", "bfloat16"])
+def test_out_of_float32_is_not_rounded(any_backend, arrays, dtype_name):
+    """Rounded, it is the result in the dtype of the inputs, to the bit."""
+    q, k, v = arrays(2, hq=4, hkv=2, lq=40, lk=60, d=16, dv=20, dtype=named_dtype(dtype_name))
+    by_rows = [np.concatenate(x.swapaxes(1, 2)) for x in (q, k, v)]
+    starts = [[0, 40, 80], [0, 60, 120]]
+    pages = [x.reshape(12, 10, *x.shape[1:]) for x in by_rows[1:]]
+    table = np.arange(12).reshape(2, 6)
+
+    calls = [
+        lambda **out: na.attention(q, k, v, is_causal=True, **out),
+        lambda **out: na.attention(q[:, :, -1:], k, v, sinks=[0.5, 1, 2, 3], **out),
+        lambda **out: na.attention_varlen(*by_rows, *starts, is_causal=True, **out),
+        lambda **out: na.attention_paged(q, *pages, table, [60, 60], **out),
+    ]
+    for call in calls:
+        rounded = call()
+        wide = np.full(rounded.shape[::-1], np.nan, np.float32).T
+        assert call(out=wide) is wide
+        np.testing.assert_array_equal(wide.astype(rounded.dtype), rounded)
+        assert not np.array_equal(wide, rounded.astype(np.float32))
+
+
 def test_nothing_to_attend(dtype, arrays):
     q, k, v = arrays(hq=2, lq=50, lk=60, dtype=dtype)
     out, lse = na.attention(q, k, v, mask=np.zeros((50, 60), bool), return_lse=True)

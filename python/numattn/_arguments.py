@@ -487,7 +487,7 @@ def outputs(
         shape = shape[1:]
     elif layout == "blhd":
         shape = (*shape[:-3], shape[-2], shape[-3], shape[-1])
-    out = np.empty(shape, dtype) if out is None else check_out(out, shape, dtype)
+    out = np.empty(shape, dtype) if out is None else check_out(out, shape, dtype, True)
     if not return_lse:
         return out, None
     return out, np.empty(shape[:-1], np.float64 if dtype.itemsize == 8 else np.float32)

@@ -147,7 +147,7 @@ def attention(
         Also return the log-sum-exp of each query's logits.
     out : ndarray, optional
         Where to write the result, of its shape and dtype; may have any strides, but share no memory
-        with an input.
+        with an input. With 16-bit inputs it may be of float32: then the result is not rounded.
     num_threads : int, optional
         Threads for this call, the calling one included. Default: `get_num_threads`. The result does
         not depend on it, to the bit.

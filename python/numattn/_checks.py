@@ -175,12 +175,19 @@ def heads_first(x: Array, layout: str) -> Array:
 # ---- out ---------------------------------------------------------------------------------------
 
 
-def check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return a plain view of `out`; refuse one that is not what the result needs."""
+def check_out(
+    out: object, shape: tuple[int, ...], dtype: np.dtype[Any], may_be_wider: bool = False
+) -> Array:
+    """Return a plain view of `out`; refuse one that is not what the result needs.
+
+    `may_be_wider`: a result of 16 bits may be left in float32, as it was computed.
+    """
     if not isinstance(out, np.ndarray) or isinstance(out, MaskedArray):
         refuse_kind("out", type(out).__name__, "a numpy.ndarray")
-    if out.dtype != dtype:
-        refuse_kind("out", dtype_name(out), f"{dtype.name} as in the input")
+    may_be_wider = may_be_wider and dtype.itemsize == 2
+    if out.dtype != dtype and not (may_be_wider and out.dtype == np.float32):
+        hint = ", or float32" if may_be_wider else ""
+        refuse_kind("out", dtype_name(out), f"{dtype.name} as in the input{hint}")
     if out.shape != shape:
         refuse("out", f"shape {out.shape}", str(shape))
     if not out.flags.writeable:

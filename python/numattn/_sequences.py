@@ -68,7 +68,7 @@ def attention_varlen(
     return_lse : bool, default False
         Also return the log-sum-exp of each query's logits.
     out : ndarray, shape (total_q, Hq, Dv), optional
-        Where to write the result.
+        Where to write the result, of its dtype, or of float32 with 16-bit inputs.
     k_scale, v_scale : array_like of float32, shape (total_k, Hkv), optional
         With `k` or `v` of int8.
 
@@ -161,7 +161,7 @@ num_threads
     layout : {"bhld", "blhd"}, default "bhld"
         Of `q` and the result.
     out : ndarray, optional
-        Where to write the result, of its shape and dtype.
+        Where to write the result, of its shape and dtype, or of float32 with 16-bit inputs.
     k_scale, v_scale : array_like of float32, shape (num_pages, page_size, Hkv), optional
         With pages of int8.
 

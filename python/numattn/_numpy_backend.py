@@ -7,126 +7,48 @@ number; a row sees all of its keys at once.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._arguments import expanded_tail
+from ._numpy_blocks import aggregate, blocks, masked_logits, plain_problems, query_heads_of, quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
     from ._arguments import Arguments
 
     Array = NDArray[Any]
 
-# Logits of one block. With what is made from them a block takes some five times their memory.
-_BLOCK_LOGITS = 1 << 20
-
 
 def attention(arguments: Arguments) -> None:
     """Fill ``arguments.out`` and, if wanted, ``arguments.lse``."""
-    with _quiet():
-        for problem in _plain_problems(arguments):
+    with quiet():
+        for problem in plain_problems(arguments):
             if problem.out is not None and problem.out.size > 0:
                 if problem.q_lengths is not None:  # what is not computed
                     problem.out[...] = 0
                     if problem.lse is not None:
                         problem.lse[...] = -np.inf
-                for block in _blocks(problem):
+                for block in blocks(problem):
                     _attend(problem, *block)
-
-
-def _quiet() -> np.errstate:
-    """NaN and infinity in the input are the user's business; overflow gives inf, as a cast would.
-    So the user's error state says nothing about what happens in here.
-    """
-    return np.errstate(all="ignore")
-
-
-def _plain_problems(a: Arguments) -> Iterator[Arguments]:
-    """Yield problems without sequences, pages and scales."""
-    if a.query_starts is not None and a.key_starts is not None:
-        assert a.v is not None
-        assert a.out is not None
-        for i, (q, k) in enumerate(
-            zip(_slices(a.query_starts), _slices(a.key_starts), strict=True)
-        ):
-            yield from _plain_problems(
-                replace(
-                    a,
-                    q=a.q[:, q],
-                    k=a.k[:, k],
-                    v=a.v[:, k],
-                    out=a.out[:, q],
-                    lse=None if a.lse is None else a.lse[:, q],
-                    tail_mask=None if a.tail_mask is None else a.tail_mask[:, q],
-                    k_scale=None if a.k_scale is None else a.k_scale[:, k],
-                    v_scale=None if a.v_scale is None else a.v_scale[:, k],
-                    q_offset=None if a.q_offset is None else a.q_offset[i],
-                    query_starts=None,
-                    key_starts=None,
-                )
-            )
-    elif a.block_table is not None and a.kv_lengths is not None:
-        assert a.out is not None
-        for i, length in enumerate(a.kv_lengths):
-            pages = a.block_table[i, : -(-int(length) // a.k.shape[2])]
-
-            def gathered(x: Array | None, pages: Array = pages, length: int = length) -> Any:
-                if x is None:
-                    return None
-                rows = x[pages].swapaxes(0, 1)
-                return rows.reshape(rows.shape[0], -1, *rows.shape[3:])[:, :length]
-
-            yield from _plain_problems(
-                replace(
-                    a,
-                    q=a.q[i],
-                    k=gathered(a.k),
-                    v=gathered(a.v),
-                    out=a.out[i],
-                    lse=None if a.lse is None else a.lse[i],
-                    tail_mask=None if a.tail_mask is None else a.tail_mask[i],
-                    k_scale=gathered(a.k_scale),
-                    v_scale=gathered(a.v_scale),
-                    q_offset=None if a.q_offset is None else a.q_offset[i],
-                    q_lengths=None if a.q_lengths is None else a.q_lengths[i],
-                    kv_lengths=None,
-                    block_table=None,
-                )
-            )
-    else:
-        precision = np.float64 if a.q.dtype.itemsize == 8 else np.float32
-        if a.k_scale is not None:
-            a = replace(a, k=a.k * a.k_scale[..., np.newaxis].astype(precision), k_scale=None)
-        if a.v is not None and a.v_scale is not None:
-            a = replace(a, v=a.v * a.v_scale[..., np.newaxis].astype(precision), v_scale=None)
-        yield a
-
-
-def _slices(starts: Array) -> Iterator[slice]:
-    return map(slice, starts[:-1].tolist(), starts[1:].tolist())
 
 
 def stage(arguments: Arguments, name: str, out: Array) -> None:
     """Fill `out` with "logits" or "weights" (batch..., Hq, Lq, Lk), or with what keys have
     "received" (batch..., Hq, Lk)."""
-    with _quiet():
-        for problem in _plain_problems(arguments):
+    with quiet():
+        for problem in plain_problems(arguments):
             if name == "received" or problem.q_lengths is not None:
                 out[...] = -np.inf if name == "logits" else 0
-            for batch_item, kv_heads, rows in _blocks(problem):
+            for batch_item, kv_heads, rows in blocks(problem):
                 _write_stage(problem, name, out[batch_item], batch_item, kv_heads, rows)
 
 
 def softmax(scores: Array, mask: Array | None, out: Array) -> None:
     """Fill `out` with the softmax of the last axis."""
     precision = np.float64 if scores.dtype.itemsize == 8 else np.float32
-    with _quiet():
+    with quiet():
         x: Array = scores.astype(precision)
         if mask is not None:
             x[~mask] = -np.inf
@@ -141,87 +63,11 @@ def rotate(x: Array, cos: Array, sin: Array, out: Array, interleaved: bool) -> N
     pairs = cos.shape[-1]
     halves = (slice(0, pairs), slice(pairs, 2 * pairs))
     first, second = (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)) if interleaved else halves
-    with _quiet():
+    with quiet():
         a, b = (x[..., part].astype(cos.dtype) for part in (first, second))
         out[..., first] = a * cos - b * sin
         out[..., second] = b * cos + a * sin
         out[..., 2 * pairs :] = x[..., 2 * pairs :]
-
-
-def _blocks(a: Arguments) -> Iterator[tuple[tuple[int, ...], slice, slice]]:
-    """Yield batch items, KV heads and rows whose logits are few enough to be held at once."""
-    kv_heads, key_length = a.k.shape[-3:-1]
-    query_heads, query_length = a.q.shape[-3:-1]
-    if a.q.size == 0:
-        return
-    row_logits = max(1, query_heads // kv_heads * key_length)
-    rows = max(1, min(query_length, _BLOCK_LOGITS // row_logits))
-    heads = max(1, min(kv_heads, _BLOCK_LOGITS // (row_logits * rows)))
-    for batch_item in np.ndindex(a.q.shape[:-3]):
-        queries = _queries(a, batch_item)
-        for head in range(0, kv_heads, heads):
-            for row in range(0, queries, rows):
-                yield (
-                    batch_item,
-                    slice(head, min(head + heads, kv_heads)),
-                    slice(row, min(row + rows, queries)),
-                )
-
-
-def _queries(a: Arguments, batch_item: tuple[int, ...]) -> int:
-    return a.q.shape[-2] if a.q_lengths is None else int(a.q_lengths[batch_item])
-
-
-def _query_heads(a: Arguments, kv_heads: slice) -> slice:
-    group = a.q.shape[-3] // a.k.shape[-3]
-    return slice(kv_heads.start * group, kv_heads.stop * group)
-
-
-def _masked_logits(
-    a: Arguments, batch_item: tuple[int, ...], kv_heads: slice, rows: slice
-) -> tuple[Array, Array, slice]:
-    """Return a block's logits, which of them are attended to, and the keys that they are of; axes
-    are [KV head, query head of its group, row, key]."""
-    query_heads = _query_heads(a, kv_heads)
-    precision = np.float64 if a.q.dtype.itemsize == 8 else np.float32
-
-    def grouped(x: Array) -> Array:
-        heads = kv_heads.stop - kv_heads.start
-        return x.reshape(heads, x.shape[0] // heads, *x.shape[1:])
-
-    valid = a.k.shape[-2] if a.kv_lengths is None else int(a.kv_lengths[batch_item])
-    offset = valid - _queries(a, batch_item)
-    if a.q_offset is not None:
-        offset = int(a.q_offset[batch_item])
-    first, last = offset + rows.start, offset + rows.stop - 1
-    begin = min(max(first - a.window_left, 0), valid)
-    keys = slice(begin, max(begin, min(last + a.window_right + 1, valid)))
-
-    q = grouped(a.q[batch_item][query_heads, rows].astype(precision, copy=False))
-    k = a.k[batch_item][kv_heads, np.newaxis, keys].astype(precision, copy=False)
-    logits = np.matmul(q, k.swapaxes(-1, -2)) * precision(a.scale)
-    if a.softcap:
-        logits = precision(a.softcap) * np.tanh(logits / precision(a.softcap))
-
-    # Differences of positions fit into the floats that they are used as.
-    distance = (np.arange(rows.start, rows.stop) + (offset - begin))[:, np.newaxis] - np.arange(
-        keys.stop - begin
-    )
-    attend = (distance <= a.window_left) & (distance >= -a.window_right)
-    if a.bias is not None:
-        bias = grouped(a.bias[batch_item][query_heads, rows, keys].astype(precision, copy=False))
-        logits += bias
-        attend = attend & (bias != -np.inf)
-    if a.alibi_slopes is not None:
-        slopes = a.alibi_slopes[query_heads].astype(precision)[:, np.newaxis, np.newaxis]
-        logits -= grouped(slopes * np.abs(distance).astype(precision))
-    if a.mask is not None:
-        attend = attend & grouped(a.mask[batch_item][query_heads, rows, keys])
-    if a.tail_mask is not None:
-        tail = a.tail_mask[batch_item][query_heads, rows]
-        of_keys = expanded_tail(tail, None, valid)[..., keys]
-        attend = attend & grouped(np.broadcast_to(of_keys, (*tail.shape[:-1], of_keys.shape[-1])))
-    return np.where(attend, logits, precision(-np.inf)), attend, keys
 
 
 def _weigh(a: Arguments, kv_heads: slice, logits: Array) -> tuple[Array, Array, Array]:
@@ -230,7 +76,7 @@ def _weigh(a: Arguments, kv_heads: slice, logits: Array) -> tuple[Array, Array, 
     precision = logits.dtype.type
     sink = np.full((*logits.shape[:2], 1, 1), -np.inf, precision)
     if a.sinks is not None:
-        sink = a.sinks[_query_heads(a, kv_heads)].astype(precision).reshape(sink.shape)
+        sink = a.sinks[query_heads_of(a, kv_heads)].astype(precision).reshape(sink.shape)
     maximum = np.maximum(logits.max(axis=-1, keepdims=True, initial=-np.inf), sink)
     base = np.where(maximum == -np.inf, precision(0), maximum)
     weights = np.exp(logits - base)
@@ -240,8 +86,8 @@ def _weigh(a: Arguments, kv_heads: slice, logits: Array) -> tuple[Array, Array, 
 def _attend(a: Arguments, batch_item: tuple[int, ...], kv_heads: slice, rows: slice) -> None:
     assert a.v is not None
     assert a.out is not None
-    query_heads = _query_heads(a, kv_heads)
-    logits, attend, keys = _masked_logits(a, batch_item, kv_heads, rows)
+    query_heads = query_heads_of(a, kv_heads)
+    logits, attend, keys = masked_logits(a, batch_item, kv_heads, rows)
     weights, total, maximum = _weigh(a, kv_heads, logits)
     # Before the product, which may overflow where the mean does not.
     weights /= np.where(total == 0, total.dtype.type(1), total)
@@ -257,8 +103,8 @@ def _write_stage(
     a: Arguments, name: str, out: Array, batch_item: tuple[int, ...], kv_heads: slice, rows: slice
 ) -> None:
     """Write a block of `out`, which belongs to one batch item."""
-    query_heads = _query_heads(a, kv_heads)
-    logits, _, keys = _masked_logits(a, batch_item, kv_heads, rows)
+    query_heads = query_heads_of(a, kv_heads)
+    logits, _, keys = masked_logits(a, batch_item, kv_heads, rows)
     result = logits
     if name != "logits":
         weights, total, _ = _weigh(a, kv_heads, logits)
@@ -270,42 +116,3 @@ def _write_stage(
     to = out[query_heads, rows]
     to[...] = -np.inf if name == "logits" else 0
     to[..., keys] = result
-
-
-def aggregate(weights: Array, v: Array, attend: Array, largest: float = np.inf) -> Array:
-    """Return weights @ v, in which a value that is not attended to is no number at all.
-
-    Where weights add up to 1 only rounding can carry a sum of finite values beyond the largest of
-    numbers, which is what `largest` is for.
-    """
-    finite = np.isfinite(v)
-    if finite.all():
-        out: Array = np.matmul(weights, v)
-        return np.clip(out, -largest, largest, out=out)
-    # A weight of 0 would carry a NaN or an infinity into queries that mask its key. An infinite
-    # weight keeps the sign of an infinite value, which a 0 in its place would make NaN.
-    least = np.copysign(np.finfo(v.dtype).tiny, v)
-    out = np.matmul(weights, np.where(finite, v, np.where(np.isnan(v), 0, least)))
-    np.clip(out, -largest, largest, out=out)
-    attend = np.broadcast_to(attend, weights.shape)
-    attended = attend.any(axis=tuple(range(attend.ndim - 1)))
-    keys = np.flatnonzero(attended & ~finite.all(axis=(*range(v.ndim - 2), v.ndim - 1)))
-    _show_non_finite(out, weights[..., keys], v[..., keys, :], attend[..., keys])
-    return out
-
-
-def _show_non_finite(out: Array, weights: Array, v: Array, attend: Array) -> None:
-    """Add to `out` what attended infinities and NaNs are times their weights."""
-
-    def meet(chosen: Array, values: Array) -> Array:
-        """Whether a query has chosen a key with such a value; by BLAS, which has no bool."""
-        if not (chosen.any() and values.any()):
-            return np.zeros(out.shape, np.bool_)
-        return np.asarray(np.matmul(chosen.astype(np.float32), values.astype(np.float32)) > 0)
-
-    positive, negative = attend & (weights > 0), attend & (weights < 0)
-    rising, falling = v == np.inf, v == -np.inf
-    out[meet(positive, rising) | meet(negative, falling)] += np.inf
-    out[meet(positive, falling) | meet(negative, rising)] -= np.inf
-    neither = attend & ~positive & ~negative  # 0 and NaN
-    out[meet(neither, rising | falling) | meet(attend, np.isnan(v))] = np.nan

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from . import _arguments, _numpy_backend, _runtime
+from . import _arguments, _numpy_blocks, _runtime
 from ._checks import (
     as_array,
     check_dtype,
@@ -189,7 +189,7 @@ def aggregate_values(
             rows = scale if one_head or layout == "bhld" else scale.swapaxes(-1, -2)
             v3 = v3 * rows[..., np.newaxis]
         try:
-            out = _numpy_backend.aggregate(grouped, v3[..., np.newaxis, :, :], grouped != 0)
+            out = _numpy_blocks.aggregate(grouped, v3[..., np.newaxis, :, :], grouped != 0)
         except ValueError:
             shapes = f"leading axes of shapes {w.shape} and {values.shape}"
             refuse("weights and v", shapes, "leading axes that broadcast")

@@ -132,7 +132,8 @@ def heading(line):
 @pytest.mark.parametrize(
     "names",
     [
-        _checks.ELSEWHERE, _sequences._ELSEWHERE, _layer._ELSEWHERE, _layer._OPTIONS_ELSEWHERE,
+        _checks.ELSEWHERE, _sequences.SEQUENCES_ELSEWHERE,
+        _layer._ELSEWHERE, _layer._OPTIONS_ELSEWHERE,
         _rotary.ELSEWHERE, _stages._ELSEWHERE, _softmax._ELSEWHERE, _quantize._ELSEWHERE,
     ],
     ids=[

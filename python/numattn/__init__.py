@@ -2,7 +2,8 @@
 
 `attention` computes it; `attention_varlen` and `attention_paged` do for sequences that follow one
 another in one array or lie in pages; `merge_states` merges attention over sets of keys, and
-`quantize_kv` rounds keys and values to 8 bits. `KVCache` keeps them while text is generated.
+`quantize_kv` rounds keys and values to 8 bits. `attention_vjp`, `attention_backward` and
+`attention_varlen_backward` give its `Gradients`. `KVCache` keeps them while text is generated.
 `set_num_threads` and `get_num_threads` say with how many threads, and `show_runtime` and
 `runtime_info` tell what this process runs on. `qk_scores`, `masked_softmax` and `aggregate_values`
 are the stages by themselves, `attention_weights` and `attention_received` what they give.
@@ -13,6 +14,12 @@ its positions, `parameter_count` its size; `numattn.plot` draws.
 from . import _threadpoolctl
 from ._alibi import alibi_slopes
 from ._attention import attention
+from ._gradients import (
+    Gradients,
+    attention_backward,
+    attention_varlen_backward,
+    attention_vjp,
+)
 from ._kv_cache import KVCache
 from ._layer import MultiHeadAttention
 from ._merge_states import merge_states
@@ -25,15 +32,19 @@ from ._softmax import masked_softmax
 from ._stages import aggregate_values, attention_received, attention_weights, qk_scores
 
 __all__ = [
+    "Gradients",
     "KVCache",
     "MultiHeadAttention",
     "__version__",
     "aggregate_values",
     "alibi_slopes",
     "attention",
+    "attention_backward",
     "attention_paged",
     "attention_received",
     "attention_varlen",
+    "attention_varlen_backward",
+    "attention_vjp",
     "attention_weights",
     "get_num_threads",
     "masked_softmax",

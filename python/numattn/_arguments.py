@@ -147,11 +147,12 @@ def check(
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
     scales_are_finite: bool = False,
+    makes_results: bool = True,
 ) -> Arguments:
     """Check the arguments of `attention`; TypeError for kinds, ValueError for values.
 
     Without `v` there is no `out` either: what stages have in common with `attention`. A caller who
-    knows that all scales are finite says so.
+    knows that all scales are finite says so, and one who has results of its own that it makes none.
     """
     check_layout(layout)
     arrays = {"q": as_array("q", q), "k": as_array("k", k)}
@@ -195,7 +196,7 @@ def check(
         num_threads,
     )  # fmt: skip
     result = result_lse = None
-    if v_ is not None:
+    if v_ is not None and makes_results:
         result, result_lse = outputs(
             out, flag("return_lse", return_lse), one_head, layout, dtype,
             (*batch, query_heads, query_length, v_.shape[-1]),
@@ -483,14 +484,20 @@ def outputs(
     shape: tuple[int, ...],
 ) -> tuple[Array, Array | None]:
     """Return out, or a view of the caller's, and lse; `shape` is out's with the heads first."""
-    if one_head:
-        shape = shape[1:]
-    elif layout == "blhd":
-        shape = (*shape[:-3], shape[-2], shape[-3], shape[-1])
+    shape = shape_in_layout(shape, one_head, layout)
     out = np.empty(shape, dtype) if out is None else check_out(out, shape, dtype, True)
     if not return_lse:
         return out, None
     return out, np.empty(shape[:-1], np.float64 if dtype.itemsize == 8 else np.float32)
+
+
+def shape_in_layout(shape: tuple[int, ...], one_head: bool, layout: str) -> tuple[int, ...]:
+    """Return how the caller sees an array of this shape, whose heads come before its rows."""
+    if one_head:
+        return shape[1:]
+    if layout == "blhd":
+        return (*shape[:-3], shape[-2], shape[-3], shape[-1])
+    return shape
 
 
 # ---- numbers -----------------------------------------------------------------------------------

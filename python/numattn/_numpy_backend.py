@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._numpy_blocks import aggregate, blocks, masked_logits, plain_problems, query_heads_of, quiet
+from ._numpy_gradients import attention_backward
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from ._arguments import Arguments
 
     Array = NDArray[Any]
+
+__all__ = ["attention", "attention_backward", "rotate", "softmax", "stage"]
 
 
 def attention(arguments: Arguments) -> None:
@@ -87,7 +90,7 @@ def _attend(a: Arguments, batch_item: tuple[int, ...], kv_heads: slice, rows: sl
     assert a.v is not None
     assert a.out is not None
     query_heads = query_heads_of(a, kv_heads)
-    logits, attend, keys = masked_logits(a, batch_item, kv_heads, rows)
+    logits, attend, keys = masked_logits(a, batch_item, kv_heads, rows)[:3]
     weights, total, maximum = _weigh(a, kv_heads, logits)
     # Before the product, which may overflow where the mean does not.
     weights /= np.where(total == 0, total.dtype.type(1), total)
@@ -104,7 +107,7 @@ def _write_stage(
 ) -> None:
     """Write a block of `out`, which belongs to one batch item."""
     query_heads = query_heads_of(a, kv_heads)
-    logits, _, keys = masked_logits(a, batch_item, kv_heads, rows)
+    logits, _, keys = masked_logits(a, batch_item, kv_heads, rows)[:3]
     result = logits
     if name != "logits":
         weights, total, _ = _weigh(a, kv_heads, logits)

@@ -124,9 +124,10 @@ def query_heads_of(a: Arguments, kv_heads: slice) -> slice:
 
 def masked_logits(
     a: Arguments, batch_item: tuple[int, ...], kv_heads: slice, rows: slice
-) -> tuple[Array, Array, slice]:
-    """Return a block's logits, which of them are attended to, and the keys that they are of; axes
-    are [KV head, query head of its group, row, key]."""
+) -> tuple[Array, Array, slice, Array | None]:
+    """Return a block's logits, which of them are attended to, the keys that they are of, and the
+    hyperbolic tangents that softcap has multiplied; axes are [KV head, query head of its group,
+    row, key]."""
     query_heads = query_heads_of(a, kv_heads)
     precision = np.float64 if a.q.dtype.itemsize == 8 else np.float32
 
@@ -145,8 +146,10 @@ def masked_logits(
     q = grouped(a.q[batch_item][query_heads, rows].astype(precision, copy=False))
     k = a.k[batch_item][kv_heads, np.newaxis, keys].astype(precision, copy=False)
     logits = np.matmul(q, k.swapaxes(-1, -2)) * precision(a.scale)
+    capped = None
     if a.softcap:
-        logits = precision(a.softcap) * np.tanh(logits / precision(a.softcap))
+        capped = np.tanh(logits / precision(a.softcap))
+        logits = precision(a.softcap) * capped
 
     # Differences of positions fit into the floats that they are used as.
     distance = (np.arange(rows.start, rows.stop) + (offset - begin))[:, np.newaxis] - np.arange(
@@ -166,7 +169,7 @@ def masked_logits(
         tail = a.tail_mask[batch_item][query_heads, rows]
         of_keys = expanded_tail(tail, None, valid)[..., keys]
         attend = attend & grouped(np.broadcast_to(of_keys, (*tail.shape[:-1], of_keys.shape[-1])))
-    return np.where(attend, logits, precision(-np.inf)), attend, keys
+    return np.where(attend, logits, precision(-np.inf)), attend, keys, capped
 
 
 def aggregate(weights: Array, v: Array, attend: Array, largest: float = np.inf) -> Array:

@@ -52,9 +52,10 @@ def check_varlen(
     q_offset: int | ArrayLike | None,
     return_lse: bool,
     out: Array | None,
+    makes_results: bool = True,
     **options: Any,
 ) -> Arguments:
-    """Check the arguments of `attention_varlen`."""
+    """Check the arguments of `attention_varlen`; `makes_results` as of `_arguments.check`."""
     arrays = {name: as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
     dtype = common_dtype(arrays)
     scales = {
@@ -77,9 +78,11 @@ def check_varlen(
         longest = int(np.diff(key_starts).max(initial=0))
         check_tail_mask(tail_mask_, longest, f"{longest}, the keys of the longest sequence")
     checked = check_options(dtype, q_.shape[0], q_.shape[-1], **options)
-    result, result_lse = outputs(
-        out, flag("return_lse", return_lse), False, "blhd", dtype, (*q_.shape[:2], v_.shape[-1])
-    )
+    result = result_lse = None
+    if makes_results:
+        result, result_lse = outputs(
+            out, flag("return_lse", return_lse), False, "blhd", dtype, (*q_.shape[:2], v_.shape[-1])
+        )
     if out is not None:
         check_overlap(out, {**arrays, **scales, "tail_mask": tail_mask_})
     for name, scale in scales.items():
@@ -88,8 +91,8 @@ def check_varlen(
         q=q_,
         k=k_,
         v=v_,
-        out=result.swapaxes(0, 1),
-        lse=None if result_lse is None else result_lse.swapaxes(0, 1),
+        out=_swapped(result, 0, 1),
+        lse=_swapped(result_lse, 0, 1),
         mask=None,
         tail_mask=_tail("(Hq, total_q, T)", tail_mask_, q_.shape[:2]),
         bias=None,

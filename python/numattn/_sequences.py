@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 # What `attention` has, and these functions have not.
-_ELSEWHERE = {
+SEQUENCES_ELSEWHERE = {
     **ELSEWHERE,
     "mask": "`tail_mask=`, of the last keys alone: there is no mask of all keys here",
     "attn_mask": "`tail_mask=`, of the last keys alone: there is no mask of all keys here",
@@ -101,7 +101,7 @@ def attention_varlen(
     True
     """
     if unknown:
-        refuse_unknown("attention_varlen", unknown, _ELSEWHERE)
+        refuse_unknown("attention_varlen", unknown, SEQUENCES_ELSEWHERE)
     return compute(
         _sequence_arguments.check_varlen(
             q, k, v, cu_seqlens_q, cu_seqlens_k, tail_mask, k_scale, v_scale, q_offset, return_lse,
@@ -202,7 +202,7 @@ num_threads
     True
     """
     if unknown:
-        refuse_unknown("attention_paged", unknown, _ELSEWHERE)
+        refuse_unknown("attention_paged", unknown, SEQUENCES_ELSEWHERE)
     return compute(
         _sequence_arguments.check_paged(
             q, k_pages, v_pages, block_table, kv_lengths, tail_mask, k_scale, v_scale, q_offset,

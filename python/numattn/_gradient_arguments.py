@@ -1,0 +1,222 @@
+"""The arguments of the gradients of attention, checked, in the form that backends take; and the
+gradients in the shapes and dtypes of the inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from . import _arguments, _sequence_arguments
+from ._arguments import Arguments, lse_heads_first, shape_in_layout
+from ._checks import as_array, dtype_name, flag, heads_first, refuse, refuse_kind
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    Array = NDArray[Any]
+
+
+@dataclass(slots=True)
+class GradientArguments:
+    """What one call computes, in the form that backends take."""
+
+    forward: Arguments  # whose out and lse are only read here
+    dout: Array  # as forward.out; in the dtype of q, or float32
+    dlse: Array | None  # as forward.lse
+    # Zeros, to which a backend adds: float32 (float64 for float64), writable, without overlaps, of
+    # unit stride along the last axis. (batch..., Hq, Lq, D), (batch..., Hkv, Lk, D) and
+    # (batch..., Hkv, Lk, Dv); ragged as q, k and v of `forward`.
+    dq: Array
+    dk: Array
+    dv: Array
+    # (batch..., Hq, Lq, Lk), a view with strides of 0 where the bias is broadcast along batch,
+    # heads or queries (never along keys), to which a backend adds; None if it is not wanted.
+    dbias: Array | None
+
+
+@dataclass(slots=True)
+class Problem:
+    """Attention as it was called, of which gradients are wanted."""
+
+    forward: Arguments  # out and lse are None until there are some
+    # As the caller gave them: what shape and dtype the gradients have.
+    q: Array
+    k: Array
+    v: Array
+    bias: Array | None  # None if its gradient is not wanted
+    sinks: np.dtype[Any] | None
+    layout: str
+    one_head: bool
+
+    @property
+    def precision(self) -> type[np.floating[Any]]:
+        """What the gradients are summed in, and the dtype of lse."""
+        return np.float64 if self.q.dtype.itemsize == 8 else np.float32
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        assert self.forward.v is not None
+        shape = (*self.forward.q.shape[:-1], self.forward.v.shape[-1])
+        return shape_in_layout(shape, self.one_head, self.layout)
+
+
+def check(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, bias_gradient: bool, bias: ArrayLike | None,
+    sinks: ArrayLike | None, layout: str, **options: Any,
+) -> Problem:  # fmt: skip
+    """Check what `attention` takes."""
+    q_, k_, v_ = _floats(q, k, v)
+    forward = _arguments.check(
+        q_, k_, v_, bias=bias, sinks=sinks, layout=layout, **options, return_lse=True, out=None,
+        makes_results=False,
+    )  # fmt: skip
+    wants_bias = flag("bias_gradient", bias_gradient)
+    if wants_bias and bias is None:
+        refuse("bias_gradient", "True without a bias", "`bias=` beside it, or False")
+    return Problem(
+        forward,
+        q_,
+        k_,
+        v_,
+        bias=as_array("bias", bias) if wants_bias and bias is not None else None,
+        sinks=_dtype_of_sinks(sinks),
+        layout=layout,
+        one_head=q_.ndim == k_.ndim == v_.ndim == 2,
+    )
+
+
+def check_varlen(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, cu_seqlens_q: ArrayLike, cu_seqlens_k: ArrayLike,
+    sinks: ArrayLike | None, **options: Any,
+) -> Problem:  # fmt: skip
+    """Check what `attention_varlen` takes."""
+    q_, k_, v_ = _floats(q, k, v)
+    forward = _sequence_arguments.check_varlen(
+        q_, k_, v_, cu_seqlens_q, cu_seqlens_k, sinks=sinks, **options, k_scale=None, v_scale=None,
+        return_lse=True, out=None, makes_results=False,
+    )  # fmt: skip
+    return Problem(forward, q_, k_, v_, None, _dtype_of_sinks(sinks), "blhd", one_head=False)
+
+
+def _floats(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[Array, Array, Array]:
+    """Return q, k and v as arrays, which are not of 8 bits."""
+
+    def floats(name: str, x: ArrayLike) -> Array:
+        array = as_array(name, x)
+        if array.dtype == np.int8:
+            refuse_kind(name, "dtype int8", "floats: there are no gradients of values of 8 bits")
+        return array
+
+    if v is None:  # which `_arguments.check` takes for a stage without values
+        refuse_kind("v", "None", "an array")
+    return floats("q", q), floats("k", k), floats("v", v)
+
+
+def _dtype_of_sinks(sinks: ArrayLike | None) -> np.dtype[Any] | None:
+    """Return the dtype of the gradient of sinks that have been checked."""
+    if sinks is None:
+        return None
+    dtype = as_array("sinks", sinks).dtype
+    return np.dtype(np.float64) if dtype.kind in "iu" else dtype
+
+
+def set_results(problem: Problem, out: ArrayLike, lse: ArrayLike) -> None:
+    """Check what `attention` gave."""
+    problem.forward.out = _like_out(problem, "out", out)
+    problem.forward.lse = _like_lse(problem, "lse", lse)
+
+
+def with_gradients(
+    problem: Problem, dout: ArrayLike, dlse: ArrayLike | None = None
+) -> GradientArguments:
+    """Check the gradients with respect to the results, and make those of the inputs."""
+    dout_ = _like_out(problem, "dout", dout)
+    dlse_ = None if dlse is None else _like_lse(problem, "dlse", dlse)
+    a = problem.forward
+    assert a.v is not None
+
+    def zeros(x: Array) -> Array:
+        shape = shape_in_layout(x.shape, False, problem.layout)
+        return heads_first(np.zeros(shape, problem.precision), problem.layout)
+
+    return GradientArguments(
+        forward=a,
+        dout=dout_,
+        dlse=dlse_,
+        dq=zeros(a.q),
+        dk=zeros(a.k),
+        dv=zeros(a.v),
+        dbias=None if problem.bias is None else _zeros_of_pairs(problem, problem.bias.shape),
+    )
+
+
+def _zeros_of_pairs(problem: Problem, bias_shape: tuple[int, ...]) -> Array:
+    """Return zeros with an element for each of the bias, and along the keys for each key."""
+    a = problem.forward
+    pairs = (*a.q.shape[:-1], a.k.shape[-2])
+    bias_shape = (1,) * (len(pairs) - len(bias_shape)) + bias_shape
+    zeros = np.zeros((*bias_shape[:-1], pairs[-1]), problem.precision)
+    strides = [
+        stride if n == wanted else 0
+        for stride, n, wanted in zip(zeros.strides, zeros.shape, pairs, strict=True)
+    ]
+    return as_strided(zeros, pairs, strides)
+
+
+def _like_out(problem: Problem, name: str, x: ArrayLike) -> Array:
+    array = as_array(name, x)
+    accepted = dict.fromkeys((problem.q.dtype.name, np.dtype(problem.precision).name))
+    if array.dtype.name not in accepted or not array.dtype.isnative:
+        wanted = " as in q, or ".join(accepted) + (" as in q" if len(accepted) == 1 else "")
+        refuse_kind(name, dtype_name(array), wanted)
+    _check_shape(name, array, problem.out_shape, "out")
+    return heads_first(array, problem.layout)
+
+
+def _like_lse(problem: Problem, name: str, x: ArrayLike) -> Array:
+    array = as_array(name, x)
+    if array.dtype != problem.precision:
+        wanted = f"{np.dtype(problem.precision).name} with q of {problem.q.dtype.name}"
+        refuse_kind(name, dtype_name(array), wanted)
+    _check_shape(name, array, problem.out_shape[:-1], "lse")
+    return lse_heads_first(array, problem.one_head, problem.layout)
+
+
+def _check_shape(name: str, x: Array, wanted: tuple[int, ...], of: str) -> None:
+    if x.shape != wanted:
+        refuse(name, f"shape {x.shape}", f"{wanted}, the shape of {of} with these q, k and v")
+
+
+def as_inputs(problem: Problem, g: GradientArguments) -> tuple[Array, Array, Array, Array | None]:
+    """Return the gradients of q, k, v and the bias in the shapes and dtypes of the inputs."""
+    with np.errstate(all="ignore"):
+        return (
+            _as_input(problem, g.dq, problem.q),
+            _as_input(problem, g.dk, problem.k),
+            _as_input(problem, g.dv, problem.v),
+            None if g.dbias is None or problem.bias is None else _as_bias(g.dbias, problem.bias),
+        )
+
+
+def _as_bias(dbias: Array, bias: Array) -> Array:
+    shape = (1,) * (dbias.ndim - bias.ndim) + bias.shape
+    once = dbias[tuple(slice(0, 1 if n == 1 else None) for n in shape[:-1])]
+    return _summed(once, bias.shape).astype(bias.dtype, copy=False)
+
+
+def _as_input(problem: Problem, sums: Array, given: Array) -> Array:
+    x = _summed(sums, heads_first(given, problem.layout).shape)
+    x = x[0] if given.ndim == 2 else heads_first(x, problem.layout)
+    return x.astype(given.dtype, copy=False)
+
+
+def _summed(sums: Array, shape: tuple[int, ...]) -> Array:
+    """Sum over the axes along which an array of this shape was broadcast."""
+    aligned = (1,) * (sums.ndim - len(shape)) + shape
+    axes = tuple(axis for axis, n in enumerate(aligned) if n != sums.shape[axis])
+    if axes:
+        sums = sums.sum(axis=axes)
+    return sums.reshape(shape)

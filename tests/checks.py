@@ -36,6 +36,46 @@ def assert_close_to_reference(q, k, v, *, factor=None, **options):
     assert_within(lse, [x for _, x in plain], expected_lse, factor)
 
 
+def assert_gradients_close_to_reference(
+    q, k, v, dout, dlse=None, *, result_dtype=None, factor=None, **options
+):
+    """Check all gradients against float64 (float64 against long double), and return them.
+
+    Plain NumPy's are from the same `out` and `lse`: how these are rounded is the promise of
+    `attention`. `out` is not rounded unless `result_dtype` says so.
+    """
+    factor = factor or error_factor()
+    precision = np.float64 if q.dtype == np.float64 else np.float32
+    trusted = np.longdouble if precision is np.float64 else np.float64
+    kept, _ = na.attention_vjp(q, k, v, **options)
+    out = np.empty(kept.shape, result_dtype or precision)
+    _, lse = na.attention(q, k, v, **options, return_lse=True, out=out)
+    results = {"out": out, "lse": lse}
+    bias = options.get("bias")
+    actual = na.attention_backward(
+        dout, q, k, v, **results, dlse=dlse, bias_gradient=bias is not None, **options
+    )
+    plain = [
+        reference.attention_backward(
+            dout, q, k, v, **results, dlse=dlse, **options, dtype=precision, matmul=matmul
+        )
+        for matmul in (np.matmul, reference.matmul_by_einsum)
+    ]
+    # A rounded `out` is part of the problem.
+    given = results if out.dtype.itemsize == 2 else {}
+    expected = reference.attention_backward(
+        dout, q, k, v, **given, dlse=dlse, **options, dtype=trusted
+    )
+    inputs = (q, k, v, bias, options.get("sinks"))
+    for i, (x, wanted, one) in enumerate(zip(actual, expected, inputs, strict=True)):
+        assert (x is None) == (wanted is None) == (one is None)
+        if x is not None:
+            assert x.shape == wanted.shape == np.shape(one)
+            assert x.dtype == np.asarray(one).dtype
+            assert_within(x, [of[i].astype(x.dtype) for of in plain], wanted, factor)
+    return actual
+
+
 def assert_within(actual, plain, expected, factor=2):
     """Check the largest error against the bound of `reference.error_and_bound`."""
     error, bound = reference.error_and_bound(actual, plain, expected, factor)

@@ -65,7 +65,9 @@ struct Backward {
     Scalar* douts;    // [d][lane]
     Scalar* q_rows;   // [query][d], 0 in place of what is not finite
     Scalar* do_rows;  // the same
-    Scalar* base;     // [lane], what the softmax subtracts
+    // [lane], what the softmax subtracts, in two numbers: weights are not divided by their sum
+    // again, which would hide what rounding it does to them.
+    Scalar *base, *base_rest;
     Scalar* row_sum;  // [lane], of dO * O, without dlse
     bool* douts_are_finite;
   };
@@ -102,6 +104,7 @@ struct Backward {
       arena.take(tile.q_rows, head_dim * kQueriesPerTile);
       arena.take(tile.do_rows, value_dim * kQueriesPerTile);
       arena.take(tile.base, kQueriesPerTile);
+      arena.take(tile.base_rest, kQueriesPerTile);
       arena.take(tile.row_sum, kQueriesPerTile);
       arena.take(tile.douts_are_finite, 1);
     }
@@ -186,11 +189,17 @@ struct Backward {
     copy_rows<Element>(row_of(task.q, 0), task.q, tile.rows.queries, task.head_dim, tile.q_rows);
     *tile.douts_are_finite = copy_rows<OfDout>(row_of(task.dout, 0), task.dout, tile.rows.queries,
                                                task.value_dim, tile.do_rows);
-    for (int64_t i = 0; i < kQueriesPerTile; ++i) tile.base[i] = tile.row_sum[i] = 0;
+    for (int64_t i = 0; i < kQueriesPerTile; ++i) {
+      tile.base[i] = tile.base_rest[i] = tile.row_sum[i] = 0;
+    }
     for (int64_t i = 0; i < tile.rows.queries; ++i) {
       const int64_t query = tile.rows.first_query + i;
       const Scalar lse = scalar_at(task.lse, query);
-      if (!is_minus_infinity(lse)) tile.base[i] = static_cast<Scalar>(lse / softmax_scale(task));
+      if (!is_minus_infinity(lse)) {
+        const double base = lse / softmax_scale(task);
+        tile.base[i] = static_cast<Scalar>(base);
+        tile.base_rest[i] = static_cast<Scalar>(base - tile.base[i]);
+      }
       tile.row_sum[i] = product_of_rows<OfOut, OfDout>(row_of(task.out, i), task.out.column_stride,
                                                        row_of(task.dout, i),
                                                        task.dout.column_stride, task.value_dim);
@@ -301,9 +310,10 @@ struct Backward {
     for_steps(steps, tile.rows.queries, [&](int64_t begin, int64_t end, int64_t first) {
       const int64_t first_lane = first / (kTogether * kLanes) * (kTogether * kLanes);
       for (int64_t lane = first_lane; lane < tile.rows.queries; lane += kTogether * kLanes) {
-        Vec base[kTogether], row_sum[kTogether];
+        Vec base[kTogether], base_rest[kTogether], row_sum[kTogether];
         for (int i = 0; i < kTogether; ++i) {
           base[i] = Vectors::load(tile.base + lane + i * kLanes);
+          base_rest[i] = Vectors::load(tile.base_rest + lane + i * kLanes);
           row_sum[i] = Vectors::load(tile.row_sum + lane + i * kLanes);
         }
         for (int64_t key = begin; key < end; ++key) {
@@ -312,10 +322,10 @@ struct Backward {
           Vec weight[kTogether];
 #pragma GCC unroll 2
           for (int i = 0; i < kTogether; ++i) {
-            weight[i] =
-                Vectors::mul(Vectors::sub(Vectors::load(weights + i * kLanes), base[i]), scale);
+            const Vec difference = Vectors::sub(Vectors::load(weights + i * kLanes), base[i]);
+            weight[i] = Vectors::mul(Vectors::sub(difference, base_rest[i]), scale);
           }
-          exp2<Vectors>(weight);
+          exp2<Vectors, kTogether, false>(weight);
 #pragma GCC unroll 2
           for (int i = 0; i < kTogether; ++i) {
             Vec slope = Vectors::load(slopes + i * kLanes);

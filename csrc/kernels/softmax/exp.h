@@ -66,9 +66,9 @@ template <class Vectors, int kTerms, int kCount>
 // rounding included (1.83 on AVX-512, every float tried). Without fused multiply-add its rounding
 // errors alone come near 2, and it takes a longer one, whose own error is negligible, as
 // float64 does everywhere.
-template <class Vectors, int kCount>
+template <class Vectors, int kCount, bool kShort = Vectors::kFusedMultiplyAdd>
 [[gnu::always_inline]] inline void exp2(typename Vectors::Vec (&x)[kCount]) {
-  using Series = Exp2Series<typename Vectors::Scalar, Vectors::kFusedMultiplyAdd>;
+  using Series = Exp2Series<typename Vectors::Scalar, kShort>;
   typename Vectors::Vec whole[kCount], fraction[kCount], power[kCount];
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) Vectors::split(x[i], whole[i], fraction[i]);

@@ -31,6 +31,7 @@ class Case:
     kv_lengths: list[int] | None = None
     layout: str = "bhld"
     transposed_keys: bool = False  # (D, L) in memory
+    backward: bool = False  # its gradients instead
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -61,8 +62,10 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Useful operations: a multiply-add for each of q k and w v, for each attended pair."""
-        return 4.0 * self.head_dim * self.attended_pairs
+        """Useful operations: a multiply-add for each of q k and w v, for each attended pair; five
+        products backwards."""
+        products = 5 if self.backward else 2
+        return 2.0 * products * self.head_dim * self.attended_pairs
 
 
 def dense_mask(case: Case) -> np.ndarray:
@@ -94,6 +97,12 @@ def arrays(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if case.layout == "blhd":
         q, k, v = (np.ascontiguousarray(x.swapaxes(1, 2)) for x in (q, k, v))
     return q, k, v
+
+
+def gradient_of_out(case: Case, shape: tuple[int, ...]) -> np.ndarray:
+    """Make what a loss would give for a result of that shape."""
+    rng = np.random.default_rng(2)
+    return rng.standard_normal(shape, dtype=np.float32).astype(numpy_dtype(case.dtype))
 
 
 def options(case: Case) -> dict[str, Any]:
@@ -147,6 +156,13 @@ CASES = [
     Case("enc4k-bf16", *_ENC4K, dtype="bfloat16"),
     Case("enc4k-f16", *_ENC4K, dtype="float16"),
     Case("enc2k-f64", *_2K, dtype="float64"),
+    Case("backward512", *_BERT512, backward=True),
+    Case("backward1k", 1, 12, 12, 1024, 1024, 64, is_causal=True, backward=True),
+    Case("backward4k", *_ENC4K, backward=True),
+    Case("backward2k128", 1, 8, 8, 2048, 2048, 128, is_causal=True, backward=True),
+    Case("backward4k-head", 1, 1, 1, 4096, 4096, 64, is_causal=True, backward=True),
+    Case("backward2k-groups", *_LLAMA2K, is_causal=True, backward=True),
+    Case("backward2k-bf16", *_2K, dtype="bfloat16", backward=True),
     Case("decode8k", 1, 32, 8, 1, 8192, 128),
     Case("decode32k", 1, 32, 8, 1, 32768, 128),
     Case("decode32k-bf16", 1, 32, 8, 1, 32768, 128, dtype="bfloat16"),
@@ -184,6 +200,19 @@ BARS: dict[tuple[str, int], dict[str, float]] = {
     ("enc4k-bf16", 2): {"peak": 0.82, "openvino": 1.35},
     ("enc4k-f16", 2): {"peak": 0.80},
     ("enc2k-f64", 2): {"peak": 0.70},
+    ("backward512", 1): {"peak": 0.82, "torch": 2.2},
+    ("backward1k", 1): {"peak": 0.78, "torch": 3.0},
+    ("backward4k", 1): {"peak": 0.86, "torch": 2.4},
+    ("backward2k128", 1): {"peak": 0.82, "torch": 2.6},
+    ("backward2k-groups", 1): {"peak": 0.82},
+    ("backward2k-bf16", 1): {"peak": 0.70, "torch": 1.8},
+    ("backward512", 2): {"peak": 0.78, "torch": 2.2},
+    ("backward1k", 2): {"peak": 0.74},
+    ("backward4k", 2): {"peak": 0.83},
+    ("backward2k128", 2): {"peak": 0.79},
+    ("backward4k-head", 2): {"peak": 0.75},
+    ("backward2k-groups", 2): {"peak": 0.79},
+    ("backward2k-bf16", 2): {"peak": 0.66},
     ("decode32k", 1): {"peak": 0.85},
     ("decode8k", 2): {"peak": 0.85, "torch": 4.0, "onnxruntime": 2.5},
     ("decode32k", 2): {"peak": 0.87},

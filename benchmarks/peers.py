@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from cases import Case, arrays, options
+from cases import Case, arrays, gradient_of_out, options
 
 Call = Callable[[], object]
 # For each peer: (case, threads) -> {variant: call}; the fastest variant counts.
@@ -22,6 +22,11 @@ def numattn_peer(case: Case, threads: int) -> dict[str, Call]:
     na.set_num_threads(threads)
     q, k, v = arrays(case)
     made = options(case)
+    if case.backward:
+        out, lse = na.attention(q, k, v, **made, return_lse=True)
+        dout = gradient_of_out(case, out.shape)
+        backward = na.attention_backward
+        return {"attention_backward": lambda: backward(dout, q, k, v, out, lse, **made)}
     return {"attention": lambda: na.attention(q, k, v, **made)}
 
 
@@ -30,6 +35,8 @@ def numpy_peer(case: Case, threads: int) -> dict[str, Call]:
 
     del threads  # set in the environment
     q, k, v = arrays(case)
+    if case.backward:
+        raise Unsupported("it is compared forwards alone")
     if q.dtype.itemsize == 2:
         raise Unsupported("NumPy has no fast matmul of 16-bit floats")
     if case.layout == "blhd":
@@ -73,18 +80,25 @@ def torch_peer(case: Case, threads: int) -> dict[str, Call]:
     if case.is_causal and case.query_length != case.key_length:
         raise Unsupported("its causal limit aligns the first query with the first key")
     torch.set_num_threads(threads)
-    torch.set_grad_enabled(False)
+    torch.set_grad_enabled(case.backward)
     dtype = getattr(torch, case.dtype)
     q, k, v = (torch.from_numpy(x.astype(np.float64)).to(dtype) for x in arrays(case))
     sdpa = torch.nn.functional.scaled_dot_product_attention
     options = {"is_causal": case.is_causal, "enable_gqa": case.kv_heads != case.query_heads}
-    return {"scaled_dot_product_attention": lambda: sdpa(q, k, v, **options)}
+    if not case.backward:
+        return {"scaled_dot_product_attention": lambda: sdpa(q, k, v, **options)}
+    inputs = tuple(x.requires_grad_() for x in (q, k, v))
+    out = sdpa(*inputs, **options)
+    dout = torch.from_numpy(gradient_of_out(case, tuple(out.shape)).astype(np.float64)).to(dtype)
+    return {"backward": lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)}
 
 
 def onnxruntime_peer(case: Case, threads: int) -> dict[str, Call]:
     import onnxruntime as ort
     from onnx import TensorProto, helper
 
+    if case.backward:
+        raise Unsupported("it has no gradients")
     if case.dtype != "float32":
         raise Unsupported("its attention on CPUs is compared in float32 alone")
 
@@ -127,6 +141,8 @@ def openvino_peer(case: Case, threads: int) -> dict[str, Call]:
     from openvino import opset13 as ops
 
     q, k, v = arrays(case)
+    if case.backward:
+        raise Unsupported("it has no gradients")
     if case.dtype not in ("float32", "bfloat16"):
         raise Unsupported(f"its attention on CPUs has no {case.dtype}")
     precision = "f32" if case.dtype == "float32" else "bf16"

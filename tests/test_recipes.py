@@ -81,6 +81,9 @@ def test_an_option_is_everywhere(option):
         assert stored.get(option, option) in fields
     assert option in inspect.signature(_arguments.check).parameters
     assert re.search(rf"^    (\w+, )*{option}(, \w+)* : ", na.attention.__doc__, re.M)
+    if option not in {"return_lse", "out", "k_scale", "v_scale"}:
+        for function in (na.attention_backward, na.attention_vjp):
+            assert option in inspect.signature(function).parameters
     if option not in NOT_IN_THE_FORMULA:
         assert option in inspect.signature(_reference.attention).parameters
         assert re.search(rf'"{option}": ', text("tests/test_options.py"))

@@ -19,7 +19,7 @@ import pickle
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  names bfloat16
@@ -74,7 +74,7 @@ OPTIONS = [
 ENTRIES = [
     "attention", "attention", "attention", "attention_varlen", "attention_paged", "KVCache",
     "attention_weights", "attention_received", "qk_scores", "merge_states", "masked_softmax",
-    "aggregate_values", "rotary_embedding",
+    "aggregate_values", "rotary_embedding", "attention_backward",
 ]  # fmt: skip
 NO_PAIRS = ("attention_varlen", "attention_paged", "merge_states", "aggregate_values")
 WRONG = [
@@ -209,6 +209,8 @@ def compare(actual, expected, plain, call):
             initial=1
         )
     relative = {"float64": 1e-13, "float32": 1e-5}.get(call.dtype)
+    if call.dtype == "float64" and actual.dtype == np.float32:
+        relative = 1e-6  # of a bias
     if relative is None:
         relative = 1e-5 if actual.dtype == np.float32 else 2.0**-10
         if call.dtype == "bfloat16":
@@ -346,6 +348,34 @@ def check_varlen(call):
             own["tail_mask"] = every[..., rows, :]
         (expected, _), (plain, _) = expectations(one_q, one_k, one_v, options | own, call.dtype)
         compare(out[rows].swapaxes(0, 1), expected, plain, call)
+
+
+def check_backward(call):
+    call = replace(call, int8=False)
+    q, k, v, *_ = inputs(call)
+    options = options_of(call)
+    precision = np.float64 if call.dtype == "float64" else np.float32
+    shape = (*q.shape[:-1], call.dims[1])
+    dtypes = [x if call.seed % n else precision for x, n in ((call.dtype, 2), (call.dtype, 3))]
+    dout = call.rng.standard_normal(shape).astype(dtypes[0])
+    out = np.empty(shape, dtypes[1])
+    _, lse = na.attention(q, k, v, **options, out=out, return_lse=True)
+    dlse = None if call.seed % 5 else call.rng.standard_normal(lse.shape).astype(precision)
+    arrays = [dout, q, k, v, out]
+    layout = {"layout": call.layout, "num_threads": call.threads}
+    more = {"bias_gradient": "bias" in options} | options | layout
+    more["dlse"] = None if dlse is None else moved(call, dlse)[0]
+    actual = run(call, na.attention_backward, *moved(call, *arrays, lse), **more)
+    trusted = np.longdouble if precision is np.float64 else np.float64
+    expected, plain = (
+        reference.attention_backward(*arrays, lse, dlse=dlse, **options, dtype=x)
+        for x in (trusted, precision)
+    )
+    for i, (x, wanted, one) in enumerate(zip(actual, expected, plain, strict=True)):
+        assert (x is None) == (wanted is None)
+        if x is not None:
+            x = moved(call, x)[0] if i < 3 else x
+            compare(x, wanted.astype(np.float64), one, call)
 
 
 def check_paged(call):
@@ -609,6 +639,7 @@ def fields(call):
 CHECKS = {
     "attention_varlen": check_varlen,
     "attention_paged": check_paged,
+    "attention_backward": check_backward,
     "KVCache": check_cache,
     "attention_weights": check_stages,
     "attention_received": check_stages,

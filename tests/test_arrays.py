@@ -58,6 +58,7 @@ CALLS = {
     "cache": lambda q, k, v, same: filled_cache(same(k), same(v)).attend(same(q)),
     "weights": lambda q, k, v, same: na.attention_weights(same(q), same(k)),
     "received": lambda q, k, v, same: na.attention_received(same(q), same(k)),
+    "gradients": lambda q, k, v, same: na.attention_vjp(same(q), same(k), same(v))[1](same(q))[:3],
     "scores": lambda q, k, v, same: na.qk_scores(same(q), same(k)),
     "values": lambda q, k, v, same: na.aggregate_values(
         same(na.attention_weights(q, k)), same(v)

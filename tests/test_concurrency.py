@@ -38,6 +38,24 @@ def test_python_threads_at_once(arrays):
         assert all(threads.map(compute, range(8)))
 
 
+def test_gradients_in_python_threads_at_once(arrays):
+    """Also of one result: what it keeps is only read."""
+    problems = [arrays(hq=4, hkv=2, lq=60 + 40 * i, lk=200, d=20 + i) for i in range(4)]
+    functions = [na.attention_vjp(*p, is_causal=True)[1] for p in problems]
+    expected = [vjp(q) for vjp, (q, _, _) in zip(functions, problems, strict=True)]
+
+    def compute(i):
+        q, vjp = problems[i % 4][0], functions[i % 4]
+        return all(
+            np.array_equal(x, wanted)
+            for _ in range(20)
+            for x, wanted in zip(vjp(q)[:3], expected[i % 4][:3], strict=True)
+        )
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(compute, range(8)))
+
+
 ROUNDING = """
 import ctypes, numattn as na, numpy as np
 libm = ctypes.CDLL("libm.so.6")
@@ -50,6 +68,7 @@ calls = {
     "small": lambda n: na.attention(*x[:, :, :3], num_threads=n),
     "weights": lambda n: na.attention_weights(*x[:2], num_threads=n),
     "received": lambda n: na.attention_received(*x[:2], num_threads=n),
+    "gradients": lambda n: na.attention_vjp(*x, num_threads=n)[1](x[1]).k,
     "softmax": lambda n: na.masked_softmax(x),
 }
 expected = {name: call(1) for name, call in calls.items()}
@@ -362,10 +381,11 @@ def as_pages(x):
             q[np.newaxis], as_pages(k), as_pages(v), [range(20)], [1000], num_threads=n
         ),
         lambda q, k, v, n: na.attention_received(q, k, num_threads=n),
+        lambda q, k, v, n: na.attention_vjp(q, k, v, num_threads=n)[1](v),
         lambda q, k, v, n: na.masked_softmax(q),
         lambda q, k, v, n: na.rotary_embedding(q),
     ],
-    ids=["attention", "varlen", "paged", "received", "softmax", "rotary"],
+    ids=["attention", "varlen", "paged", "received", "gradients", "softmax", "rotary"],
 )
 def test_ctrl_c_at_any_moment(arrays, call):
     """An interrupt that comes as the last item is done is no other error."""

@@ -104,6 +104,27 @@ def test_numpy_scratch_of_long_sequences(dtype):
     assert added_peak(131072, 256, dtype=dtype, NUMATTN_BACKEND="numpy") < limit * 2**20
 
 
+GRADIENTS = (
+    "rows = q[:, -{rows}:]; out, vjp = na.attention_vjp(rows, k, v, is_causal=True); "
+    "vjp(np.ones_like(out))"
+)
+
+
+@needs_linux
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["native", "numpy"])
+def test_scratch_of_gradients(backend, dtype):
+    """Beside the gradients of k and v: 32 MiB, 64 MiB in float64, 48 MiB with sums in float32."""
+    if backend == "native" and _runtime.native is None:
+        pytest.skip("needs the compiled kernels")
+    rows, scratch = (1024, 32) if backend == "native" else (128, 64)
+    limit = scratch + (32 if dtype == "np.float32" else 48)
+    limit *= 2 if dtype == "np.float64" else 1
+    # All logits have 512 MiB, or 64 MiB with several arrays of them.
+    environment = {"NUMATTN_BACKEND": backend, "OPENBLAS_NUM_THREADS": "1"}
+    assert added_peak(131072, rows, GRADIENTS, dtype, **environment) < limit * 2**20
+
+
 @needs_linux
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "limit"), [("native", 16), ("numpy", 64)])
@@ -198,6 +219,7 @@ calls = {
     "merge": lambda: na.merge_states(q, q[..., 0], v, v[..., 0]),
     "values": lambda: na.aggregate_values(np.ones((2, 4, 700, 700), np.float32), v),
     "layer": lambda: layer(q[0, 0][None]),
+    "gradients": lambda: na.attention_vjp(q, k, v, num_threads=3)[1](q),
 }
 layer = na.MultiHeadAttention(64, 4, rng=0)
 def fill():
@@ -266,6 +288,7 @@ def test_nothing_leaks_in_100000_calls(arrays):
         lambda: na.attention(q, k, v, softcap=3, alibi_slopes=[1, 2], kv_lengths=[3, 4]),
         lambda: na.attention_varlen(*rows, [0, 5, 20], [0, 5, 20]),
         lambda: na.attention_paged(q, *pages, [[0], [1]], [20, 7]),
+        lambda: na.attention_vjp(q, k, v, sinks=[1, 2], bias=k[..., 0], bias_gradient=True)[1](q),
         lambda: na.attention_received(q, k),
         lambda: na.masked_softmax(q),
         lambda: na.rotary_embedding(q),

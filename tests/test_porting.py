@@ -62,6 +62,28 @@ def test_torch_causal_from_the_lower_right(qkv):
     assert_same(na.attention(*qkv, is_causal=True), theirs)
 
 
+@pytest.mark.parametrize("name", TORCH)
+def test_torch_gradients(qkv, rng, name):
+    """Of attention as above, by autograd; also of the bias."""
+    torch = pytest.importorskip("torch")
+    theirs, ours = TORCH[name]
+    dout = rng.standard_normal(qkv[0].shape, dtype=np.float32)
+    inputs = [torch.tensor(x, requires_grad=True) for x in qkv]
+    options = {
+        name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in theirs.items()
+    }
+    wants_bias = "bias" in ours
+    if wants_bias:
+        options["attn_mask"].requires_grad_()
+        inputs.append(options["attn_mask"])
+    function = torch.nn.functional.scaled_dot_product_attention
+    out = function(*inputs[:3], enable_gqa=True, **options)
+    expected = torch.autograd.grad(out, inputs, torch.from_numpy(dout))
+    _, vjp = na.attention_vjp(*qkv, bias_gradient=wants_bias, **ours)
+    for actual, wanted in zip(vjp(dout)[: len(inputs)], expected, strict=True):
+        assert_same(actual, wanted)
+
+
 # ---- JAX ---------------------------------------------------------------------------------------
 
 JAX = {

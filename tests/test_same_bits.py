@@ -68,6 +68,33 @@ def test_batch_neighbours(qkv, options):
         np.testing.assert_array_equal(alone, together[item])
 
 
+def gradients(q, k, v, options, num_threads=None):
+    """Return them for fixed gradients with respect to the results."""
+    (out, lse), vjp = na.attention_vjp(q, k, v, **options, return_lse=True, num_threads=num_threads)
+    return [x for x in vjp(out, out[..., 0].astype(lse.dtype)) if x is not None]
+
+
+@pytest.mark.parametrize("lengths", [(333, 403), (1500, 40), (30, 3300)], ids=str)
+def test_threads_of_gradients(native_dtype, arrays, rng, options, lengths):
+    """Whichever thread adds to a key's gradient first, and to a bias's that many rows share."""
+    q, k, v = arrays(2, hq=4, hkv=2, lq=lengths[0], lk=lengths[1], d=20, dtype=native_dtype)
+    bias = rng.standard_normal((4, 1, lengths[1]), dtype=np.float32)
+    for more in ({}, {"bias": bias, "bias_gradient": True}):
+        expected = gradients(q, k, v, options | more, 1)
+        for num_threads in (2, 3):
+            actual = gradients(q, k, v, options | more, num_threads)
+            for x, wanted in zip(actual, expected, strict=True):
+                np.testing.assert_array_equal(x, wanted)
+
+
+def test_batch_neighbours_of_gradients(qkv, options):
+    together = gradients(*qkv, options)
+    for item in range(3):
+        alone = gradients(*(x[item] for x in qkv), options)
+        for x, wanted in zip(alone[:3], together, strict=False):
+            np.testing.assert_array_equal(x, wanted[item])
+
+
 def side_by_side(x):
     """Return an equal array in which the heads of each token are neighbours."""
     return np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2)

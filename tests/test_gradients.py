@@ -51,6 +51,7 @@ DIFFERENTIATED = {
     "padded, sinks": {"q_lengths": [0, 2], "sinks": SINKS},
     "mask": {"mask": TINY_MASK},
     "mask, sinks": {"mask": TINY_MASK, "sinks": SINKS},
+    "mask, a sink": {"mask": TINY_MASK, "sinks": np.array([-np.inf, 1.0])},
     "tail": {"tail_mask": TINY_MASK[:, 1:]},
     "tail of lengths": {"tail_mask": TINY_MASK[:, 1:], "kv_lengths": [4, 2]},
     "bias": {"bias": TINY_BIAS},
@@ -242,7 +243,9 @@ def test_random_mixtures(any_backend, problem, seed, num_threads):
             continue
         lost = np.abs(one - wanted).max(initial=0)
         size = np.abs(wanted).max(initial=1)
-        eps = 2.0**-7 if actual.dtype.itemsize == 2 else 200 * np.finfo(actual.dtype).eps
+        eps = 200 * max(np.finfo(x).eps for x in (precision, np.result_type(actual, np.float32)))
+        if actual.dtype.itemsize == 2:
+            eps = 2.0**-7
         np.testing.assert_allclose(
             actual.astype(precision), wanted, rtol=0, atol=float(eps * size + LOOSE * lost)
         )
@@ -352,10 +355,11 @@ def assert_same(actual, expected, dtype, at=slice(None)):
 
 @pytest.mark.parametrize("name", HIDES_KEYS_70_ON)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_masked_keys_count_for_nothing(dtype, arrays, rng, name, bad):
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_masked_keys_count_for_nothing(dtype, arrays, rng, name, bad, softcap):
     q, k, v = arrays(hq=2, lq=50, lk=100, d=9, dtype=dtype)
     dout, dlse = like_out(rng, q, v), of_lse(rng, q, v)
-    options = dict(HIDES_KEYS_70_ON[name])
+    options = HIDES_KEYS_70_ON[name] | {"softcap": softcap}
     if "bias" in options:
         options |= {"bias": options["bias"].astype(dtype), "bias_gradient": True}
     expected = na.attention_vjp(q, k, v, **options)[1](dout, dlse)
@@ -431,6 +435,20 @@ def test_queries_that_attend_to_nothing(dtype, arrays, rng, bad):
         for x, wanted in zip(actual, expected, strict=True):
             if wanted is not None:
                 assert_same(x, wanted, dtype)
+
+
+def test_logits_of_minus_infinity_have_no_weight(dtype, arrays, rng):
+    """Also where a query has no others, so that its lse is -inf: its result is 0 whatever v."""
+    q, k, v = arrays(hq=2, lq=50, lk=60, d=9, dtype=dtype)
+    q, k[0, 30:], k[1] = np.abs(q) + dtype.type(0.1), -np.inf, -np.inf
+    dout = like_out(rng, q, v)
+    out, vjp = na.attention_vjp(q, k, v)
+    assert not out[1].any()
+    gradients = vjp(dout)
+    assert not gradients.v[1].any()
+    expected = na.attention_vjp(q[0], k[0, :30], v[0, :30])[1](dout[0])
+    assert_same(gradients.v[0, :30], expected.v, dtype)
+    assert_same(gradients.k[0, :30], expected.k, dtype)
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (6, 2)}], ids=str)

@@ -78,7 +78,7 @@ def attention_backward(
     num_threads: int | None = None,
     **unknown: Any,
 ) -> Gradients:
-    r"""Gradients of a scalar with respect to the inputs of `attention`.
+    """Gradients of a scalar with respect to the inputs of `attention`.
 
     The scalar is whatever was computed from the results: what is passed are its gradients with
     respect to these. The weights are computed again from `lse`, a block at a time, and never held
@@ -206,7 +206,7 @@ def attention_varlen_backward(
     num_threads: int | None = None,
     **unknown: Any,
 ) -> Gradients:
-    r"""Gradients of a scalar with respect to the inputs of `attention_varlen`.
+    """Gradients of a scalar with respect to the inputs of `attention_varlen`.
 
     Parameters
     ----------
@@ -295,7 +295,7 @@ def attention_vjp(
     num_threads: int | None = None,
     **unknown: Any,
 ) -> tuple[Any, Callable[..., Gradients]]:
-    r"""Attention, and the function that gives its gradients.
+    """Attention, and the function that gives its gradients.
 
     Parameters
     ----------

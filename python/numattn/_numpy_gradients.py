@@ -58,7 +58,7 @@ def _plain_gradients(g: GradientArguments) -> Iterator[GradientArguments]:
 def _add_gradients(
     g: GradientArguments, batch_item: tuple[int, ...], kv_heads: slice, rows: slice
 ) -> None:
-    """Add what a block of rows has to do with the gradients."""
+    """Add a block of rows' part of the gradients."""
     a = g.forward
     assert a.v is not None
     assert a.out is not None

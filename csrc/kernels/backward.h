@@ -350,21 +350,31 @@ struct Backward {
     });
   }
 
-  // Where queries, heads or batch items share a bias, their d logits add up in its gradient.
+  // Where queries, heads or batch items share a bias, their d logits add up in its gradient. Those
+  // of a tile that share an element are summed by themselves.
   static void add_to_bias(const GradientTask& task, const Tile& tile, const Block& block,
                           const Steps& steps, const Scalar* slopes) {
+    const View& dbias = task.dbias;
+    const auto add = [&](int64_t query, int64_t key, double x) {
+      char* const at = dbias.data + (tile.rows.first_query + query) * dbias.row_stride +
+                       (block.first + key) * dbias.column_stride;
+      Scalar sum;
+      __builtin_memcpy(&sum, at, sizeof(sum));
+      sum += static_cast<Scalar>(x);
+      __builtin_memcpy(at, &sum, sizeof(sum));
+    };
     for_steps(steps, tile.rows.queries, [&](int64_t begin, int64_t end, int64_t first) {
-      for (int64_t query = first; query < tile.rows.queries; ++query) {
-        char* const row = task.dbias.data +
-                          (tile.rows.first_query + query) * task.dbias.row_stride +
-                          block.first * task.dbias.column_stride;
-        for (int64_t key = begin; key < end; ++key) {
-          char* const at = row + key * task.dbias.column_stride;
-          Scalar x;
-          __builtin_memcpy(&x, at, sizeof(x));
-          x += slopes[key * kQueriesPerTile + query];
-          __builtin_memcpy(at, &x, sizeof(x));
+      for (int64_t key = begin; key < end; ++key) {
+        const Scalar* const of_key = slopes + key * kQueriesPerTile;
+        double of_tile = 0;
+        for (int64_t query = first; query < tile.rows.queries; ++query) {
+          if (dbias.row_stride == 0) {
+            of_tile += static_cast<double>(of_key[query]);
+          } else {
+            add(query, key, static_cast<double>(of_key[query]));
+          }
         }
+        if (dbias.row_stride == 0) add(0, key, of_tile);
       }
     });
   }
@@ -423,7 +433,9 @@ struct Backward {
       for (int64_t i = 0; i < block.count * kQueriesPerTile; i += kLanes) {
         Vec slope = Vectors::mul(Vectors::load(scratch.slopes + i), by);
         if (task.options.softcap > 0) {
-          slope = Vectors::mul(slope, Vectors::load(scratch.capped_slopes + i));
+          // A masked logit may be NaN, and so may its slope.
+          const Vec capped = Vectors::mul(slope, Vectors::load(scratch.capped_slopes + i));
+          slope = Vectors::select_equal(slope, Vectors::zero(), slope, capped);
         }
         Vectors::store(scratch.slopes + i, slope);
       }

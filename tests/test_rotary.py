@@ -141,6 +141,7 @@ def test_onnx_cases(any_backend):
         ({"rotary_dim": 2.0}, TypeError, ["rotary_dim", "2.0"]),
         ({"base": 0}, ValueError, ["base", "0"]),
         ({"interleaved": 1}, TypeError, ["interleaved", "1"]),
+        ({"inverse": 1}, TypeError, ["inverse", "1"]),
         ({"positions": [1, 2]}, ValueError, ["positions", "(2,)", "9"]),
         ({"positions": np.zeros((3, 9))}, ValueError, ["positions", "(3, 9)", "(2, 9)"]),
         ({"positions": ["a"] * 9}, TypeError, ["positions"]),
@@ -429,3 +430,73 @@ def test_numpy_s_error_state_changes_nothing(backend, rng):
         plain = na.rotary_embedding(x, **options)
         with np.errstate(all="raise"):
             np.testing.assert_array_equal(na.rotary_embedding(x, **options), plain)
+
+
+YARN = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 2048}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"base": 500.0, "rotary_dim": 10},
+        {"interleaved": True},
+        {"interleaved": True, "rotary_dim": 4, "positions": [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]},
+        {"positions": [-2.5, 0, 1e5, 7, 7]},
+        {"frequencies": [1.0, 0.0, -0.3]},
+        {"scaling": {"type": "linear", "factor": 4}},
+        {"scaling": {"type": "llama3"}},
+    ],
+    ids=str,
+)
+def test_inverse_turns_back(dtype, rng, options):
+    x = rng.standard_normal((2, 3, 5, 16)).astype(dtype)
+    out = na.rotary_embedding(x, **options)
+    back = na.rotary_embedding(out, **options, inverse=True)
+    assert_rotated(back, x, dtype)
+    np.testing.assert_array_equal(na.rotary_embedding(x, **options), out)  # of the same tables
+    # By the negative angles.
+    negative = {"positions": -np.asarray(options.get("positions", np.arange(5)), np.float64)}
+    np.testing.assert_array_equal(back, na.rotary_embedding(out, **options | negative))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"interleaved": True, "rotary_dim": 6},
+        {"positions": [5.5, 1000.0, 3.0]},
+        {"scaling": YARN},
+        {"scaling": YARN | {"attention_factor": 3.0}, "positions": [5, 1000, 3]},
+    ],
+    ids=str,
+)
+def test_inverse_is_the_transpose(any_backend, rng, options):
+    dim = 8
+    each = np.tile(np.eye(dim)[:, np.newaxis], (3, 1))  # (vectors, L, D)
+    matrix = na.rotary_embedding(each, **options)
+    transposed = na.rotary_embedding(each, **options, inverse=True)
+    np.testing.assert_allclose(transposed, matrix.transpose(2, 1, 0), rtol=0, atol=1e-15)
+    x, y = rng.standard_normal((2, 4, 3, dim))
+    turned = na.rotary_embedding(x, **options)
+    back = na.rotary_embedding(y, **options, inverse=True)
+    np.testing.assert_allclose((turned * y).sum(), (x * back).sum(), rtol=1e-12)
+
+
+def test_inverse_scales_as_the_rotation_does(backend, rng):
+    x = rng.standard_normal((2, 9, 16), dtype=np.float32)
+    factor = 0.1 * math.log(YARN["factor"]) + 1
+    back = na.rotary_embedding(na.rotary_embedding(x, scaling=YARN), scaling=YARN, inverse=True)
+    np.testing.assert_allclose(back, factor**2 * x, rtol=0, atol=1e-5)
+
+
+def test_inverse_with_layouts_and_out(backend, rng):
+    x = rng.standard_normal((2, 4, 9, 16), dtype=np.float32)
+    positions = rng.integers(0, 5000, (2, 9))
+    expected = na.rotary_embedding(x, -positions)
+    moved = na.rotary_embedding(x.swapaxes(1, 2), positions, layout="blhd", inverse=True)
+    np.testing.assert_array_equal(moved.swapaxes(1, 2), expected)
+    in_place = x.copy()
+    assert na.rotary_embedding(in_place, positions, out=in_place, inverse=np.True_) is in_place
+    np.testing.assert_array_equal(in_place, expected)
+    np.testing.assert_array_equal(na.rotary_embedding(x[:, :, :0], inverse=True), x[:, :, :0])

@@ -60,6 +60,7 @@ def rotary_embedding(
     interleaved: bool = False,
     scaling: Mapping[str, Any] | None = None,
     frequencies: ArrayLike | None = None,
+    inverse: bool = False,
     layout: Literal["bhld", "blhd"] = "bhld",
     out: Array | None = None,
     **unknown: Any,
@@ -94,6 +95,9 @@ def rotary_embedding(
         latter).
     frequencies : array_like of float, shape (rotary_dim / 2,), optional
         Radians for each position, in place of `base` and `scaling`.
+    inverse : bool, default False
+        Turn by the negative angles. This is the transposed rotation, which takes gradients back:
+        "yarn" and "longrope" scale in both directions. Where they do not scale it is the inverse.
     layout : {"bhld", "blhd"}, default "bhld"
         "blhd" takes and gives (..., L, H, D).
     out : ndarray, optional
@@ -136,6 +140,8 @@ def rotary_embedding(
     >>> na.rotary_embedding(q).round(3)
     array([[[ 1.   ,  1.   ,  1.   ,  1.   ],
             [-0.301,  0.99 ,  1.382,  1.01 ]]], dtype=float32)
+    >>> bool(np.allclose(na.rotary_embedding(na.rotary_embedding(q), inverse=True), q))
+    True
     """
     if unknown:
         refuse_unknown("rotary_embedding", unknown, ELSEWHERE)
@@ -149,6 +155,8 @@ def rotary_embedding(
         base=base, rotary_dim=rotary_dim, interleaved=interleaved, scaling=scaling,
         frequencies=frequencies,
     )  # fmt: skip
+    if flag("inverse", inverse):
+        rotation = rotation.transposed()
     if out is None:
         out = np.empty(array.shape, array.dtype)
     else:
@@ -174,6 +182,10 @@ class Rotation:
             for a in (self.cos, self.sin)
         ]
         _runtime.computations.rotate(x, *angles, out, self.interleaved)
+
+    def transposed(self) -> Rotation:
+        """Return the rotation by the negative angles, with the same factor."""
+        return Rotation(self.cos, -self.sin, self.interleaved)
 
 
 def make_rotation(

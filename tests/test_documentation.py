@@ -7,7 +7,16 @@ from pathlib import Path
 
 import numattn as na
 import pytest
-from numattn import _checks, _layer, _quantize, _rotary, _sequences, _softmax, _stages, plot
+from numattn import (
+    _checks,
+    _layer_arguments,
+    _quantize,
+    _rotary,
+    _sequences,
+    _softmax,
+    _stages,
+    plot,
+)
 
 README = Path(__file__).parent.parent / "README.md"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -133,7 +142,7 @@ def heading(line):
     "names",
     [
         _checks.ELSEWHERE, _sequences.SEQUENCES_ELSEWHERE,
-        _layer._ELSEWHERE, _layer._OPTIONS_ELSEWHERE,
+        _layer_arguments.ELSEWHERE, _layer_arguments.OPTIONS_ELSEWHERE,
         _rotary.ELSEWHERE, _stages._ELSEWHERE, _softmax._ELSEWHERE, _quantize._ELSEWHERE,
     ],
     ids=[

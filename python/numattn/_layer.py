@@ -15,15 +15,18 @@ from ._checks import (
     at_least,
     dtype_name,
     flag,
-    integer,
-    meant,
-    real,
     refuse,
     refuse_kind,
     refuse_unknown,
 )
 from ._kv_cache import KVCache
-from ._rotary import ELSEWHERE as ROTARY_ELSEWHERE
+from ._layer_arguments import (
+    ELSEWHERE,
+    OPTIONS_ELSEWHERE,
+    batch_shape,
+    context_dims,
+    rotary_options,
+)
 from ._rotary import make_rotation
 from ._stages import attention_weights
 
@@ -36,63 +39,6 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 _NORM_EPSILON = 1e-6
-
-# What PyTorch's layer, Hugging Face's layers and `attention` call the arguments of a call.
-_ELSEWHERE = {
-    "attn_mask": "`mask=` (bool, True = attend; PyTorch's is True where it masks)",
-    "attention_mask": "`lengths=`, or `mask=` (bool, True = attend)",
-    "key_padding_mask": "`lengths=`, or `mask=~key_padding_mask[:, None, None, :]`",
-    "kv_lengths": "`lengths=`",
-    "q_lengths": "`lengths=`",
-    "causal": "`is_causal=`",
-    "need_weights": "`return_weights=`",
-    "average_attn_weights": "`return_weights=`, and the mean over axis -3",
-    "output_attentions": "`return_weights=`",
-    "past_key_values": "`cache=`",
-    "past_key_value": "`cache=`",
-    "sliding_window": "`window=(sliding_window - 1, 0)`",
-    "key": "`context=`",
-    "value": "`context=(keys, values)`",
-    "key_value_states": "`context=`",
-    "encoder_hidden_states": "`context=`",
-    "use_cache": "`cache=`",
-    "position_ids": "`positions=`",
-    "tree_mask": "`tail_mask=`",
-    "medusa_attn_mask": "`tail_mask=`",
-    "window_size": "`window=(left, right)`, None where flash-attn has -1",
-    "local_window_size": "`window=(left, right)`",
-    "logits_soft_cap": "`softcap=`",
-    "return_attn_probs": "`return_weights=`",
-    "return_lse": "nothing: `attention` has it",
-    "bias": "nothing: `attention` has it",
-    "attn_bias": "nothing: `attention` has `bias=`",
-    "dropout_p": "nothing: there is no dropout",
-    "enable_gqa": "nothing: grouped heads are the layer's `kv_heads`",
-}
-
-# What PyTorch's layer and models' configurations call the options of a layer.
-_OPTIONS_ELSEWHERE = {
-    "num_key_value_heads": "`kv_heads=`",
-    "num_kv_heads": "`kv_heads=`",
-    "kdim": "`context_dim=(kdim, vdim)`",
-    "vdim": "`context_dim=(kdim, vdim)`",
-    "attention_bias": "`bias=`",
-    "qkv_bias": "`bias=`",
-    "use_qk_norm": "`qk_norm=`",
-    "rope_theta": "`rotary={'base': rope_theta}`",
-    "rope_scaling": "`rotary={'scaling': rope_scaling}`",
-    "rope_parameters": "`rotary={'scaling': rope_parameters}`",
-    "dropout": "nothing: there is no dropout",
-    "attention_dropout": "nothing: there is no dropout",
-    "batch_first": "nothing: the layer takes (batch, length, embed_dim)",
-    "add_bias_kv": "nothing: the layer has no keys of its own",
-    "add_zero_attn": "nothing: the layer has no keys of its own",
-    "device": "nothing: it computes on the CPU",
-    "is_causal": "`is_causal=` of a call",
-    "causal": "`is_causal=` of a call",
-    "window": "`window=` of a call",
-    "sliding_window": "`window=(sliding_window - 1, 0)` of a call",
-}
 
 
 class MultiHeadAttention:
@@ -183,11 +129,11 @@ class MultiHeadAttention:
         **unknown: Any,
     ) -> None:
         if unknown:
-            refuse_unknown("MultiHeadAttention", unknown, _OPTIONS_ELSEWHERE)
+            refuse_unknown("MultiHeadAttention", unknown, OPTIONS_ELSEWHERE)
         shapes = self._set_sizes(
             embed_dim, num_heads, kv_heads, head_dim, value_dim, context_dim, bias, qk_norm, dtype
         )
-        self._rotary = _rotary_options(rotary, self._head_dim)
+        self._rotary = rotary_options(rotary, self._head_dim)
         try:
             generator = np.random.default_rng(rng)
         except TypeError as error:
@@ -215,7 +161,7 @@ class MultiHeadAttention:
         layer = cls.__new__(cls)
         shapes = layer._set_sizes(**sizes)
         _layer_weights.check_shapes(given, shapes, are_transposed)
-        layer._rotary = _rotary_options(rotary, layer._head_dim)
+        layer._rotary = rotary_options(rotary, layer._head_dim)
         layer._parameters = {
             name: _layer_weights.converted(name, read(name), layer._dtype) for name in shapes
         }
@@ -239,7 +185,7 @@ class MultiHeadAttention:
         self._value_dim = at_least(
             "value_dim", self._head_dim if value_dim is None else value_dim, 1
         )
-        of_keys, of_values = self._context_dims = _context_dims(
+        of_keys, of_values = self._context_dims = context_dims(
             self._embed_dim if context_dim is None else context_dim
         )
         try:
@@ -427,7 +373,7 @@ class MultiHeadAttention:
         MultiHeadAttention(64, 8, kv_heads=2, head_dim=8, value_dim=8, dtype=float32)
         """
         if unknown:
-            refuse_unknown("MultiHeadAttention.from_weights", unknown, _OPTIONS_ELSEWHERE)
+            refuse_unknown("MultiHeadAttention.from_weights", unknown, OPTIONS_ELSEWHERE)
         matrices = _layer_weights.float_matrices(
             q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, o_weight=o_weight
         )
@@ -591,7 +537,7 @@ class MultiHeadAttention:
         True
         """
         if unknown:
-            refuse_unknown("MultiHeadAttention", unknown, _ELSEWHERE)
+            refuse_unknown("MultiHeadAttention", unknown, ELSEWHERE)
         x = self._checked("x", x, self._embed_dim)
         is_causal = cache is not None if is_causal is None else flag("is_causal", is_causal)
         check_options(
@@ -618,7 +564,7 @@ class MultiHeadAttention:
             keys = values = x
         else:
             keys, values = self._contexts(context)
-        valid = ints_per_batch("lengths", lengths, _batch(x, keys, values), 0, keys.shape[-2])
+        valid = ints_per_batch("lengths", lengths, batch_shape(x, keys, values), 0, keys.shape[-2])
         if context is None:
             # A token's position does not depend on how many are valid.
             options |= {"q_lengths": valid, "q_offset": 0}
@@ -726,15 +672,6 @@ class MultiHeadAttention:
         return array
 
 
-def _batch(x: Array, keys: Array, values: Array) -> tuple[int, ...]:
-    """Return the shape of the leading axes."""
-    try:
-        return np.broadcast_shapes(*(a.shape[:-2] for a in (x, keys, values)))
-    except ValueError:
-        shapes = f"shapes {keys.shape} and {values.shape} beside x of {x.shape}"
-        refuse("context", shapes, "leading axes that broadcast")
-
-
 def _divide_by_root_mean_square(vectors: Array) -> None:
     """Divide each vector of the last axis by its root mean square, in place."""
     # Squares of numbers beyond 1e19 overflow in float32. Powers of two change no digit.
@@ -745,54 +682,3 @@ def _divide_by_root_mean_square(vectors: Array) -> None:
     vectors *= scale
     square = np.mean(np.square(vectors), axis=-1, keepdims=True)
     vectors /= np.sqrt(square + vectors.dtype.type(_NORM_EPSILON) * scale * scale)
-
-
-def _context_dims(value: object) -> tuple[int, int]:
-    if isinstance(value, tuple) and len(value) == 2:
-        return at_least("context_dim", value[0], 1), at_least("context_dim", value[1], 1)
-    return (at_least("context_dim", value, 1),) * 2
-
-
-def _rotary_options(rotary: object, head_dim: int) -> dict[str, Any] | None:
-    """Return options of `make_rotation`, checked by using them."""
-    if rotary is None:
-        return None
-    if isinstance(rotary, (bool, np.bool_)):
-        return {} if rotary else None
-    try:
-        given = dict(rotary)  # type: ignore[call-overload]
-    except (TypeError, ValueError):
-        refuse_kind("rotary", type(rotary).__name__, "True or a mapping of options")
-    # Numbers of Python, which `save` can write.
-    plain: dict[Any, Callable[[str, object], Any]] = {
-        "base": real, "rotary_dim": integer, "interleaved": flag, "scaling": _plain_scaling,
-        "frequencies": _plain_numbers,
-    }  # fmt: skip
-    options: dict[str, Any] = {}
-    for name, value in given.items():
-        if name not in plain:
-            expected = "only " + ", ".join(plain)
-            refuse("rotary", repr(name), expected + meant(name, ROTARY_ELSEWHERE))
-        options[name] = None if value is None else plain[name](name, value)
-    make_rotation((1, 0, head_dim), np.dtype(np.float32), None, **options)
-    return options
-
-
-def _plain_scaling(name: str, scaling: object) -> dict[str, Any]:
-    try:
-        given = dict(scaling)  # type: ignore[call-overload]
-    except (TypeError, ValueError):
-        refuse_kind(name, type(scaling).__name__, "a mapping such as {'type': 'linear', ...}")
-    return {key: _plain_value(f"{name}[{key!r}]", value) for key, value in given.items()}
-
-
-def _plain_value(name: str, value: object) -> Any:
-    if value is None or isinstance(value, (str, bool)):
-        return value
-    if isinstance(value, np.bool_):
-        return bool(value)
-    return _plain_numbers(name, value) if np.ndim(value) else real(name, value)  # type: ignore[arg-type]
-
-
-def _plain_numbers(name: str, values: object) -> list[float]:
-    return [real(name, x) for x in as_array(name, values).ravel()]  # type: ignore[arg-type]

@@ -1,0 +1,135 @@
+"""The options of a layer and of its calls, checked, and what other libraries call them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ._checks import as_array, at_least, flag, integer, meant, real, refuse, refuse_kind
+from ._rotary import ELSEWHERE as ROTARY_ELSEWHERE
+from ._rotary import make_rotation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+# What PyTorch's layer, Hugging Face's layers and `attention` call the arguments of a call.
+ELSEWHERE = {
+    "attn_mask": "`mask=` (bool, True = attend; PyTorch's is True where it masks)",
+    "attention_mask": "`lengths=`, or `mask=` (bool, True = attend)",
+    "key_padding_mask": "`lengths=`, or `mask=~key_padding_mask[:, None, None, :]`",
+    "kv_lengths": "`lengths=`",
+    "q_lengths": "`lengths=`",
+    "causal": "`is_causal=`",
+    "need_weights": "`return_weights=`",
+    "average_attn_weights": "`return_weights=`, and the mean over axis -3",
+    "output_attentions": "`return_weights=`",
+    "past_key_values": "`cache=`",
+    "past_key_value": "`cache=`",
+    "sliding_window": "`window=(sliding_window - 1, 0)`",
+    "key": "`context=`",
+    "value": "`context=(keys, values)`",
+    "key_value_states": "`context=`",
+    "encoder_hidden_states": "`context=`",
+    "use_cache": "`cache=`",
+    "position_ids": "`positions=`",
+    "tree_mask": "`tail_mask=`",
+    "medusa_attn_mask": "`tail_mask=`",
+    "window_size": "`window=(left, right)`, None where flash-attn has -1",
+    "local_window_size": "`window=(left, right)`",
+    "logits_soft_cap": "`softcap=`",
+    "return_attn_probs": "`return_weights=`",
+    "return_lse": "nothing: `attention` has it",
+    "bias": "nothing: `attention` has it",
+    "attn_bias": "nothing: `attention` has `bias=`",
+    "dropout_p": "nothing: there is no dropout",
+    "enable_gqa": "nothing: grouped heads are the layer's `kv_heads`",
+}
+
+# What PyTorch's layer and models' configurations call the options of a layer.
+OPTIONS_ELSEWHERE = {
+    "num_key_value_heads": "`kv_heads=`",
+    "num_kv_heads": "`kv_heads=`",
+    "kdim": "`context_dim=(kdim, vdim)`",
+    "vdim": "`context_dim=(kdim, vdim)`",
+    "attention_bias": "`bias=`",
+    "qkv_bias": "`bias=`",
+    "use_qk_norm": "`qk_norm=`",
+    "rope_theta": "`rotary={'base': rope_theta}`",
+    "rope_scaling": "`rotary={'scaling': rope_scaling}`",
+    "rope_parameters": "`rotary={'scaling': rope_parameters}`",
+    "dropout": "nothing: there is no dropout",
+    "attention_dropout": "nothing: there is no dropout",
+    "batch_first": "nothing: the layer takes (batch, length, embed_dim)",
+    "add_bias_kv": "nothing: the layer has no keys of its own",
+    "add_zero_attn": "nothing: the layer has no keys of its own",
+    "device": "nothing: it computes on the CPU",
+    "is_causal": "`is_causal=` of a call",
+    "causal": "`is_causal=` of a call",
+    "window": "`window=` of a call",
+    "sliding_window": "`window=(sliding_window - 1, 0)` of a call",
+}
+
+
+def context_dims(value: object) -> tuple[int, int]:
+    if isinstance(value, tuple) and len(value) == 2:
+        return at_least("context_dim", value[0], 1), at_least("context_dim", value[1], 1)
+    return (at_least("context_dim", value, 1),) * 2
+
+
+def rotary_options(rotary: object, head_dim: int) -> dict[str, Any] | None:
+    """Return options of `make_rotation`, checked by using them."""
+    if rotary is None:
+        return None
+    if isinstance(rotary, (bool, np.bool_)):
+        return {} if rotary else None
+    try:
+        given = dict(rotary)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        refuse_kind("rotary", type(rotary).__name__, "True or a mapping of options")
+    # Numbers of Python, which `save` can write.
+    plain: dict[Any, Callable[[str, object], Any]] = {
+        "base": real, "rotary_dim": integer, "interleaved": flag, "scaling": _plain_scaling,
+        "frequencies": _plain_numbers,
+    }  # fmt: skip
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in plain:
+            expected = "only " + ", ".join(plain)
+            refuse("rotary", repr(name), expected + meant(name, ROTARY_ELSEWHERE))
+        options[name] = None if value is None else plain[name](name, value)
+    make_rotation((1, 0, head_dim), np.dtype(np.float32), None, **options)
+    return options
+
+
+def _plain_scaling(name: str, scaling: object) -> dict[str, Any]:
+    try:
+        given = dict(scaling)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        refuse_kind(name, type(scaling).__name__, "a mapping such as {'type': 'linear', ...}")
+    return {key: _plain_value(f"{name}[{key!r}]", value) for key, value in given.items()}
+
+
+def _plain_value(name: str, value: object) -> Any:
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, np.bool_):
+        return bool(value)
+    return _plain_numbers(name, value) if np.ndim(value) else real(name, value)  # type: ignore[arg-type]
+
+
+def _plain_numbers(name: str, values: object) -> list[float]:
+    return [real(name, x) for x in as_array(name, values).ravel()]  # type: ignore[arg-type]
+
+
+def batch_shape(x: Array, keys: Array, values: Array) -> tuple[int, ...]:
+    """Return the shape of the leading axes."""
+    try:
+        return np.broadcast_shapes(*(a.shape[:-2] for a in (x, keys, values)))
+    except ValueError:
+        shapes = f"shapes {keys.shape} and {values.shape} beside x of {x.shape}"
+        refuse("context", shapes, "leading axes that broadcast")

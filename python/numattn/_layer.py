@@ -27,6 +27,7 @@ from ._layer_arguments import (
     context_dims,
     rotary_options,
 )
+from ._qk_norm import divide_by_root_mean_square
 from ._rotary import make_rotation
 from ._stages import attention_weights
 
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     Array = NDArray[Any]
-
-_NORM_EPSILON = 1e-6
 
 
 class MultiHeadAttention:
@@ -637,7 +636,7 @@ class MultiHeadAttention:
         with np.errstate(all="ignore"):
             for name, array in (("q_norm", q), ("k_norm", k)):
                 if name in self._parameters:
-                    _divide_by_root_mean_square(array)
+                    divide_by_root_mean_square(array)
                     array *= self._parameters[name]
             if self._rotary is not None:
                 vectors = [array.swapaxes(-3, -2) for array in (q, k)]  # heads first
@@ -670,15 +669,3 @@ class MultiHeadAttention:
         if array.ndim >= MAX_AXES:
             refuse(name, f"{array.ndim} axes", f"at most {MAX_AXES - 1}")
         return array
-
-
-def _divide_by_root_mean_square(vectors: Array) -> None:
-    """Divide each vector of the last axis by its root mean square, in place."""
-    # Squares of numbers beyond 1e19 overflow in float32. Powers of two change no digit.
-    largest = np.maximum(vectors.max(axis=-1, keepdims=True), -vectors.min(axis=-1, keepdims=True))
-    _, exponents = np.frexp(largest)
-    most = np.finfo(vectors.dtype).maxexp - 2  # whose reciprocal is a normal number
-    scale = np.ldexp(vectors.dtype.type(1), -np.clip(exponents, 0, most))
-    vectors *= scale
-    square = np.mean(np.square(vectors), axis=-1, keepdims=True)
-    vectors /= np.sqrt(square + vectors.dtype.type(_NORM_EPSILON) * scale * scale)

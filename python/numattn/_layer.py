@@ -23,6 +23,7 @@ from ._kv_cache import KVCache
 from ._layer_arguments import (
     ELSEWHERE,
     OPTIONS_ELSEWHERE,
+    Inputs,
     batch_shape,
     context_dims,
     rotary_options,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+    from ._rotary import Rotation
 
     Array = NDArray[Any]
 
@@ -537,26 +540,41 @@ class MultiHeadAttention:
         """
         if unknown:
             refuse_unknown("MultiHeadAttention", unknown, ELSEWHERE)
-        x = self._checked("x", x, self._embed_dim)
-        is_causal = cache is not None if is_causal is None else flag("is_causal", is_causal)
-        check_options(
-            self._dtype, self._heads, self._head_dim, is_causal, window, None, softcap, None, None,
-            None,
-        )  # fmt: skip
-        positional = positional_options(is_causal, window)
-        options: dict[str, Any] = {
-            "is_causal": is_causal, "window": window, "softcap": softcap, "layout": "blhd",
-        }  # fmt: skip
         wants_weights = flag("return_weights", return_weights)
-        if positions is not None and self._rotary is None:
-            refuse_kind("positions", "an array", "None: this layer has no rotary embedding")
+        options: dict[str, Any] = {
+            "is_causal": is_causal, "mask": mask, "tail_mask": tail_mask, "window": window,
+            "softcap": softcap,
+        }  # fmt: skip
         if cache is not None:
             if context is not None:
                 refuse_kind("context", "an array", "None beside a cache")
             if wants_weights:
                 refuse("return_weights", "True", "False beside a cache")
-            options |= {"mask": mask, "tail_mask": tail_mask}
             return self._with_cache(x, lengths, positions, options, cache)
+        inputs, options = self._checked_call(x, context, lengths, positions, options)
+        q, k, v = self._projected(*inputs)
+        out = self._merged(attention(q, k, v, **options))
+        if not wants_weights:
+            return out
+        # With all axes: `attention` has warned if they may be meant otherwise.
+        for name in ("mask", "tail_mask"):
+            if options[name] is not None:
+                array = as_array(name, options[name])
+                missing = max(q.ndim, k.ndim) - array.ndim
+                options[name] = array[(np.newaxis,) * missing]
+        return out, attention_weights(q, k, **options)
+
+    def _checked_call(
+        self,
+        x: ArrayLike,
+        context: ArrayLike | tuple[ArrayLike, ArrayLike] | None,
+        lengths: Any,
+        positions: ArrayLike | None,
+        options: Mapping[str, Any],
+    ) -> tuple[Inputs, dict[str, Any]]:
+        """Check a call without a cache; return what it projects, and options of `attention`."""
+        x = self._checked("x", x, self._embed_dim)
+        checked = self._checked_options(options, is_causal=False)
         if context is None:
             if self._context_dims != (self._embed_dim, self._embed_dim):
                 refuse_kind("context", "None", f"embeddings of {self._context_dims[0]} elements")
@@ -564,9 +582,10 @@ class MultiHeadAttention:
         else:
             keys, values = self._contexts(context)
         valid = ints_per_batch("lengths", lengths, batch_shape(x, keys, values), 0, keys.shape[-2])
+        positional = positional_options(checked["is_causal"], checked["window"])
         if context is None:
             # A token's position does not depend on how many are valid.
-            options |= {"q_lengths": valid, "q_offset": 0}
+            checked |= {"q_lengths": valid, "q_offset": 0}
         elif valid is not None and positional and x.shape[-2] > 1:
             given = " and ".join(positional)
             seen = (
@@ -574,18 +593,18 @@ class MultiHeadAttention:
                 "open at which positions these are"
             )
             refuse("lengths", seen, f"a `mask` instead of {given}")
-        options |= {"mask": mask, "tail_mask": tail_mask, "kv_lengths": valid}
-        q, k, v = self._projected(x, keys, values, positions)
-        out = self._merged(attention(q, k, v, **options))
-        if not wants_weights:
-            return out
-        # With all axes: `attention` has warned if they may be meant otherwise.
-        for name, given_mask in (("mask", mask), ("tail_mask", tail_mask)):
-            if given_mask is not None:
-                array = as_array(name, given_mask)
-                missing = max(q.ndim, k.ndim) - array.ndim
-                options[name] = array[(np.newaxis,) * missing]
-        return out, attention_weights(q, k, **options)
+        rotation = self._rotation(x, positions)
+        return Inputs(x, keys, values, rotation), checked | {"kv_lengths": valid}
+
+    def _checked_options(self, options: Mapping[str, Any], is_causal: bool) -> dict[str, Any]:
+        """Check options that calls with and without a cache share; `is_causal` is its default."""
+        given = options["is_causal"]
+        is_causal = is_causal if given is None else flag("is_causal", given)
+        check_options(
+            self._dtype, self._heads, self._head_dim, is_causal, options["window"], None,
+            options["softcap"], None, None, None,
+        )  # fmt: skip
+        return {**options, "is_causal": is_causal, "layout": "blhd"}
 
     def _contexts(self, context: ArrayLike | tuple[ArrayLike, ArrayLike]) -> tuple[Array, Array]:
         """Return what keys and values are made of."""
@@ -600,11 +619,13 @@ class MultiHeadAttention:
         if keys.shape[-2] != values.shape[-2]:
             shapes = f"keys {keys.shape} and values {values.shape}"
             refuse("context", shapes, "as many tokens for values as for keys")
-        return keys, values
+        return keys, (values if isinstance(context, tuple) else keys)
 
     def _with_cache(
-        self, x: Array, lengths: Any, positions: Any, options: dict[str, Any], cache: KVCache
+        self, x: ArrayLike, lengths: Any, positions: Any, options: dict[str, Any], cache: KVCache
     ) -> Array:
+        x = self._checked("x", x, self._embed_dim)
+        options = self._checked_options(options, is_causal=True)
         if not isinstance(cache, KVCache):
             refuse_kind("cache", type(cache).__name__, "a KVCache")
         dtype = cache._arguments.dtype
@@ -620,13 +641,21 @@ class MultiHeadAttention:
             expected = f"({batch}, length, {self._embed_dim}) as the cache's batch"
             refuse("x", f"shape {x.shape}", expected)
         valid = ints_per_batch("lengths", lengths, (batch,), 0, x.shape[1])
-        if positions is None:
+        if positions is None and self._rotary is not None:
             positions = cache.lengths[:, np.newaxis] + np.arange(x.shape[1])
-        q, k, v = self._projected(x, x, x, positions)
+        q, k, v = self._projected(x, x, x, self._rotation(x, positions))
         return self._merged(cache.append_and_attend(q, k, v, valid, **options))
 
+    def _rotation(self, x: Array, positions: ArrayLike | None) -> Rotation | None:
+        if self._rotary is None:
+            if positions is not None:
+                refuse_kind("positions", "an array", "None: this layer has no rotary embedding")
+            return None
+        shape = (*x.shape[:-2], self._heads, x.shape[-2], self._head_dim)
+        return make_rotation(shape, self._dtype, positions, **self._rotary)
+
     def _projected(
-        self, x: Array, of_keys: Array, of_values: Array, positions: ArrayLike | None
+        self, x: Array, of_keys: Array, of_values: Array, rotation: Rotation | None
     ) -> tuple[Array, Array, Array]:
         """Return q, k and v, (..., length, heads, dim)."""
         q = self._product("q", x, (self._heads, self._head_dim))
@@ -638,11 +667,10 @@ class MultiHeadAttention:
                 if name in self._parameters:
                     divide_by_root_mean_square(array)
                     array *= self._parameters[name]
-            if self._rotary is not None:
-                vectors = [array.swapaxes(-3, -2) for array in (q, k)]  # heads first
-                rotation = make_rotation(vectors[0].shape, self._dtype, positions, **self._rotary)
-                for heads in vectors:
-                    rotation.apply(heads, heads)
+            if rotation is not None:
+                for array in (q, k):
+                    vectors = array.swapaxes(-3, -2)  # heads first
+                    rotation.apply(vectors, vectors)
         return q, k, v
 
     def _product(self, name: str, x: Array, heads: tuple[int, ...]) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
+
+    from ._rotary import Rotation
 
     Array = NDArray[Any]
 
@@ -73,6 +75,15 @@ OPTIONS_ELSEWHERE = {
     "window": "`window=` of a call",
     "sliding_window": "`window=(sliding_window - 1, 0)` of a call",
 }
+
+
+class Inputs(NamedTuple):
+    """What a call makes its queries, keys and values of."""
+
+    x: Array
+    keys: Array  # `x` itself in self-attention
+    values: Array  # `keys` itself where both come from one array
+    rotation: Rotation | None
 
 
 def context_dims(value: object) -> tuple[int, int]:

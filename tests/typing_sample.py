@@ -43,6 +43,14 @@ def layer() -> NDArray[Any]:
     return na.rotary_embedding(out.reshape(2, 4, 5, 16))
 
 
+def step(module: na.MultiHeadAttention, x: NDArray[np.float32]) -> NDArray[Any]:
+    out, vjp = module.vjp(x, is_causal=True)
+    gradients: na.LayerGradients = vjp(out)
+    for name, parameter in module.parameters().items():
+        parameter -= gradients.parameters[name]
+    return gradients.x
+
+
 threads: int = na.get_num_threads()
 na.set_num_threads(threads)
 info: dict[str, Any] = na.runtime_info()

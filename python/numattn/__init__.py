@@ -3,12 +3,13 @@
 `attention` computes it; `attention_varlen` and `attention_paged` do for sequences that follow one
 another in one array or lie in pages; `merge_states` merges attention over sets of keys, and
 `quantize_kv` rounds keys and values to 8 bits. `attention_vjp`, `attention_backward` and
-`attention_varlen_backward` give its `Gradients`. `KVCache` keeps them while text is generated.
-`set_num_threads` and `get_num_threads` say with how many threads, and `show_runtime` and
+`attention_varlen_backward` give its `Gradients`. `KVCache` keeps keys and values while text is
+generated. `set_num_threads` and `get_num_threads` say with how many threads, and `show_runtime` and
 `runtime_info` tell what this process runs on. `qk_scores`, `masked_softmax` and `aggregate_values`
 are the stages by themselves, `attention_weights` and `attention_received` what they give.
-`MultiHeadAttention` is the layer of a model around attention, `rotary_embedding` and `alibi_slopes`
-its positions, `parameter_count` its size; `numattn.plot` draws.
+`MultiHeadAttention` is the layer of a model around attention, with `LayerGradients`;
+`rotary_embedding` and `alibi_slopes` are its positions, `parameter_count` its size.
+`numattn.plot` draws.
 """
 
 from . import _threadpoolctl
@@ -22,6 +23,7 @@ from ._gradients import (
 )
 from ._kv_cache import KVCache
 from ._layer import MultiHeadAttention
+from ._layer_gradients import LayerGradients
 from ._merge_states import merge_states
 from ._parameter_count import parameter_count
 from ._quantize import quantize_kv
@@ -34,6 +36,7 @@ from ._stages import aggregate_values, attention_received, attention_weights, qk
 __all__ = [
     "Gradients",
     "KVCache",
+    "LayerGradients",
     "MultiHeadAttention",
     "__version__",
     "aggregate_values",

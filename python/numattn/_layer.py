@@ -19,15 +19,18 @@ from ._checks import (
     refuse_kind,
     refuse_unknown,
 )
+from ._gradients import attention_vjp
 from ._kv_cache import KVCache
 from ._layer_arguments import (
     ELSEWHERE,
+    NOT_DIFFERENTIATED,
     OPTIONS_ELSEWHERE,
     Inputs,
     batch_shape,
     context_dims,
     rotary_options,
 )
+from ._layer_gradients import Call, LayerGradients, differentiate
 from ._qk_norm import divide_by_root_mean_square
 from ._rotary import make_rotation
 from ._stages import attention_weights
@@ -563,6 +566,94 @@ class MultiHeadAttention:
                 missing = max(q.ndim, k.ndim) - array.ndim
                 options[name] = array[(np.newaxis,) * missing]
         return out, attention_weights(q, k, **options)
+
+    def vjp(
+        self,
+        x: ArrayLike,
+        context: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+        *,
+        is_causal: bool = False,
+        mask: ArrayLike | None = None,
+        tail_mask: ArrayLike | None = None,
+        lengths: int | ArrayLike | None = None,
+        positions: ArrayLike | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        softcap: float | None = None,
+        **unknown: Any,
+    ) -> tuple[Array, Callable[[ArrayLike], LayerGradients]]:
+        """Attend, and return the function that gives gradients.
+
+        Parameters
+        ----------
+        x, context, is_causal, mask, tail_mask, lengths, positions, window, softcap
+            As of a call. There are no gradients with respect to the options.
+
+        Returns
+        -------
+        out : ndarray, shape (..., L, embed_dim)
+            The result of the call, to the bit.
+        vjp : callable
+            ``vjp(dout)`` takes a scalar's gradient with respect to `out`, of its shape and of the
+            layer's dtype, and returns `LayerGradients`: those with respect to `x`, the context and
+            all parameters. It may be called any number of times, also by several threads.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As of a call and, from `vjp`, if `dout` is of the wrong kind or shape.
+
+        See Also
+        --------
+        attention_vjp : attention alone.
+
+        Notes
+        -----
+        `vjp` keeps q, k, v and the result of attention, which it needs, and of `x`, the context,
+        masks and parameters the arrays themselves. Whoever writes to one of these before `vjp` is
+        called gets other gradients: take all gradients before the step that changes the
+        parameters. Memory is linear in the lengths.
+
+        Padding gets the gradient 0, and what it holds does not show in the others. In rows of `out`
+        that are padding, `dout` counts for ``o_bias`` alone, because nothing else is in them.
+
+        Examples
+        --------
+        Gradient descent: the layer learns to give the token before each one.
+
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> layer = na.MultiHeadAttention(16, 2, rotary=True, rng=0)
+        >>> x = np.random.default_rng(0).standard_normal((8, 12, 16), dtype=np.float32)
+        >>> target = np.roll(x, 1, axis=1)
+        >>> losses = []
+        >>> for _ in range(50):
+        ...     out, vjp = layer.vjp(x)
+        ...     losses.append(float(np.square(out - target).mean()))
+        ...     gradients = vjp(2 * (out - target) / out.size)
+        ...     for name, parameter in layer.parameters().items():
+        ...         parameter -= 2 * gradients.parameters[name]
+        >>> losses[-1] < losses[0] / 2
+        True
+        """
+        for name, expected in NOT_DIFFERENTIATED.items():
+            if name in unknown:
+                refuse_kind(name, type(unknown[name]).__name__, expected)
+        if unknown:
+            refuse_unknown("MultiHeadAttention.vjp", unknown, ELSEWHERE)
+        inputs, options = self._checked_call(
+            x, context, lengths, positions,
+            {
+                "is_causal": is_causal, "mask": mask, "tail_mask": tail_mask, "window": window,
+                "softcap": softcap,
+            },
+        )  # fmt: skip
+        of_heads, take_back = attention_vjp(*self._projected(*inputs), **options)
+        call = Call(self._parameters, self._product, inputs, of_heads, take_back)
+
+        def vjp(dout: ArrayLike) -> LayerGradients:
+            return differentiate(call, dout)
+
+        return self._merged(of_heads), vjp
 
     def _checked_call(
         self,

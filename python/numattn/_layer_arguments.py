@@ -52,6 +52,12 @@ ELSEWHERE = {
     "enable_gqa": "nothing: grouped heads are the layer's `kv_heads`",
 }
 
+# What calls have and `vjp` has not.
+NOT_DIFFERENTIATED = {
+    "cache": "nothing: a text is differentiated as a whole, with `is_causal=True`",
+    "return_weights": "nothing: `layer(x, return_weights=True)` gives the weights",
+}
+
 # What PyTorch's layer and models' configurations call the options of a layer.
 OPTIONS_ELSEWHERE = {
     "num_key_value_heads": "`kv_heads=`",

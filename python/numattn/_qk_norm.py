@@ -1,4 +1,4 @@
-"""The norm of a layer's queries and keys."""
+"""The norm of a layer's queries and keys, and its gradient."""
 
 from __future__ import annotations
 
@@ -14,13 +14,35 @@ if TYPE_CHECKING:
 _EPSILON = 1e-6
 
 
-def divide_by_root_mean_square(vectors: Array) -> None:
-    """Divide each vector of the last axis by its root mean square, in place."""
+def divide_by_root_mean_square(vectors: Array) -> tuple[Array, Array]:
+    """Divide each vector of the last axis by its root mean square, in place.
+
+    Return the power of two that each is multiplied by, and what it is divided by after that.
+    """
     # Squares of numbers beyond 1e19 overflow in float32. Powers of two change no digit.
     largest = np.maximum(vectors.max(axis=-1, keepdims=True), -vectors.min(axis=-1, keepdims=True))
     _, exponents = np.frexp(largest)
     most = np.finfo(vectors.dtype).maxexp - 2  # whose reciprocal is a normal number
-    scale = np.ldexp(vectors.dtype.type(1), -np.clip(exponents, 0, most))
+    scale: Array = np.ldexp(vectors.dtype.type(1), -np.clip(exponents, 0, most))
     vectors *= scale
     square = np.mean(np.square(vectors), axis=-1, keepdims=True)
-    vectors /= np.sqrt(square + vectors.dtype.type(_EPSILON) * scale * scale)
+    root: Array = np.sqrt(square + vectors.dtype.type(_EPSILON) * scale * scale)
+    vectors /= root
+    return scale, root
+
+
+def take_norm_back(d: Array, vectors: Array, weight: Array) -> Array:
+    """Make gradients `d` with respect to a norm's results those of its `vectors`, in place.
+
+    Return products whose sum over all vectors is the gradient of the weight. `vectors` are
+    overwritten.
+    """
+    scale, root = divide_by_root_mean_square(vectors)
+    of_weight = d * vectors
+    d *= weight
+    # Without what changes the length of a vector.
+    vectors *= np.mean(d * vectors, axis=-1, keepdims=True)
+    d -= vectors
+    d /= root
+    d *= scale
+    return of_weight

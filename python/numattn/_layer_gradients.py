@@ -1,0 +1,146 @@
+"""The gradients of a layer with respect to its inputs and parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ._checks import as_array, dtype_name, refuse, refuse_kind
+from ._qk_norm import take_norm_back
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from ._gradients import Gradients
+    from ._layer_arguments import Inputs
+
+    Array = NDArray[Any]
+
+
+class LayerGradients(NamedTuple):
+    """Gradients with respect to the inputs and parameters of a `MultiHeadAttention`.
+
+    Attributes
+    ----------
+    x : ndarray
+        In the shape of `x`.
+    context : ndarray, tuple of two ndarrays, or None
+        In the shape of the context; two if it was two, None without one.
+    parameters : dict of ndarray
+        By the names of `MultiHeadAttention.parameters`, in their shapes.
+
+    See Also
+    --------
+    MultiHeadAttention.vjp
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numattn as na
+    >>> layer = na.MultiHeadAttention(8, 2, bias=False, rng=0)
+    >>> out, vjp = layer.vjp(np.ones((2, 3, 8), np.float32))
+    >>> gradients = vjp(np.ones_like(out))
+    >>> gradients.x.shape, gradients.context is None, list(gradients.parameters)
+    ((2, 3, 8), True, ['q_weight', 'k_weight', 'v_weight', 'o_weight'])
+    """
+
+    x: NDArray[Any]
+    context: NDArray[Any] | tuple[NDArray[Any], NDArray[Any]] | None
+    parameters: dict[str, NDArray[Any]]
+
+
+class Call(NamedTuple):
+    """What a call of a layer leaves for its gradients."""
+
+    parameters: Mapping[str, Array]  # the layer's own arrays
+    product: Callable[[str, Array, tuple[int, ...]], Array]  # times a parameter, as the layer does
+    inputs: Inputs
+    of_heads: Array  # (..., L, heads, value_dim), the result of attention
+    take_attention_back: Callable[[Array], Gradients]
+
+
+def differentiate(call: Call, dout: ArrayLike) -> LayerGradients:
+    parameters, inputs = call.parameters, call.inputs
+    dout = _like_out(call, dout)
+    found: dict[str, Array] = {}
+    with np.errstate(all="ignore"):
+        d_rows, rows = _rows(dout, 1), _rows(call.of_heads, 2)
+        d_heads = (d_rows @ parameters["o_weight"].T).reshape(call.of_heads.shape)
+        # Queries that attend to nothing have a result of 0: no `dout` of theirs changes the matrix.
+        some = _some(rows)
+        found["o_weight"] = rows[some].T @ d_rows[some]
+        found["o_bias"] = _sum(d_rows)
+    gradients = call.take_attention_back(d_heads)
+    if inputs.rotation is not None:
+        back = inputs.rotation.transposed()
+        for d in (gradients.q, gradients.k):
+            vectors = d.swapaxes(-3, -2)  # heads first
+            back.apply(vectors, vectors)
+    # Of an array that is used several times there is one sum.
+    dx = _zeros(inputs.x)
+    dkeys = dx if inputs.keys is inputs.x else _zeros(inputs.keys)
+    dvalues = dkeys if inputs.values is inputs.keys else _zeros(inputs.values)
+    with np.errstate(all="ignore"):
+        _take_product_back(call, "q", inputs.x, gradients.q, dx, found)
+        _take_product_back(call, "k", inputs.keys, gradients.k, dkeys, found)
+        _take_product_back(call, "v", inputs.values, gradients.v, dvalues, found)
+    of_context = dkeys if dvalues is dkeys else (dkeys, dvalues)
+    return LayerGradients(
+        dx, None if dkeys is dx else of_context, {name: found[name] for name in parameters}
+    )
+
+
+def _zeros(x: Array) -> Array:
+    return np.zeros(x.shape, x.dtype)
+
+
+def _like_out(call: Call, dout: ArrayLike) -> Array:
+    array = as_array("dout", dout)
+    weight = call.parameters["o_weight"]
+    if array.dtype != weight.dtype:
+        refuse_kind("dout", dtype_name(array), f"{weight.dtype.name} as the layer")
+    shape = (*call.of_heads.shape[:-2], weight.shape[-1])
+    if array.shape != shape:
+        refuse("dout", f"shape {array.shape}", f"{shape}, the shape of out")
+    return array
+
+
+def _take_product_back(
+    call: Call, name: str, x: Array, d: Array, dx: Array, found: dict[str, Array]
+) -> None:
+    """Add to `dx`, and to what is `found`, what comes from q, k or v, (..., L, heads, dim)."""
+    rows, d_rows, dx_rows = _rows(x, 1), _rows(d, 2), _rows(dx, 1)
+    # Padding and tokens that nobody attends to have gradients of 0. What is not finite in them
+    # would make NaN of these.
+    some = _some(d_rows)
+    rows, d_rows = rows[some], d_rows[some]
+    norm = call.parameters.get(f"{name}_norm")
+    if norm is not None:
+        # The vectors before the norm are computed again rather than kept.
+        vectors = call.product(name, rows, d.shape[-2:])
+        of_norm = take_norm_back(d_rows.reshape(vectors.shape), vectors, norm)
+        found[f"{name}_norm"] = _sum(of_norm.reshape(-1, norm.size))
+    found[f"{name}_weight"] = rows.T @ d_rows
+    found[f"{name}_bias"] = _sum(d_rows)
+    dx_rows[some] += d_rows @ call.parameters[f"{name}_weight"].T
+
+
+def _rows(x: Array, axes: int) -> Array:
+    """View an array whose last axes become one, and all before them another one."""
+    size = int(np.prod(x.shape[-axes:]))
+    return x.reshape(-1, size)
+
+
+def _some(rows: Array) -> Array | slice:
+    """Return which rows are not 0."""
+    are: Array = np.any(rows, axis=-1)
+    return slice(None) if are.all() else are
+
+
+def _sum(rows: Array) -> Array:
+    """Add up rows, in the order of products with matrices."""
+    total: Array = np.ones(len(rows), rows.dtype) @ rows
+    return total

@@ -119,9 +119,11 @@ def test_lengths(dtype, arrays, rng, length):
         (19, length, 17, 8, {"is_causal": True}),
     ):
         heads = 1 + 200 // min(lq, lk)  # some thousand numbers
-        q, k, v = arrays(hq=heads, lq=lq, lk=lk, d=d, dv=dv, dtype=dtype)
+        q, k, v = arrays(hq=heads, lq=lq, lk=lk, d=d, dv=dv, amplitude=0.7, dtype=dtype)
         dout, dlse = like_out(rng, q, v), of_lse(rng, q, v)
-        assert_gradients_close_to_reference(q, k, v, dout, dlse, **options)
+        # A short sum has the error of its largest logit, which luck decides.
+        factor = 4 if length < 16 else None
+        assert_gradients_close_to_reference(q, k, v, dout, dlse, factor=factor, **options)
 
 
 @pytest.mark.parametrize("d", [1, 3, 8, 31, 64, 130])

@@ -34,12 +34,17 @@ namespace numattn {
 namespace {
 
 // An Element is what the arrays q, k and v hold.
-template <class VectorsOfLevel, class Element>
+template <class Arithmetic, class Element>
 struct Backward {
-  using Vectors = VectorsOfLevel;
+  using Vectors = typename Arithmetic::Vectors;
   using Vec = typename Vectors::Vec;
   using Scalar = typename Vectors::Scalar;
-  using Units = ScalarUnits<Vectors>;
+  using QkUnits = typename Arithmetic::QkUnits;  // of the first two products, along d
+  using QkUnit = typename QkUnits::Unit;
+  // Of the others: along queries for dV and dK, along keys for dQ.
+  using Units = typename Arithmetic::ValueUnits;
+  using Unit = typename Units::Unit;
+  static constexpr int kPerUnit = Units::kElements;
   static constexpr int kLanes = Vectors::kLanes;
   // Wider than the register tile: the last three products have a step for each query, and pay for
   // loading and storing dK and dV once a tile.
@@ -61,10 +66,10 @@ struct Backward {
 
   struct Tile {
     QueryRows rows;
-    Scalar* queries;  // [d][lane], negated where the scale is negative
-    Scalar* douts;    // [d][lane]
-    Scalar* q_rows;   // [query][d], 0 in place of what is not finite
-    Scalar* do_rows;  // the same
+    QkUnit* queries;  // [unit of d][lane], negated where the scale is negative
+    QkUnit* douts;    // [unit of d][lane]
+    Unit* q_rows;     // [unit of queries][d], 0 in place of what is not finite
+    Unit* do_rows;    // the same
     // [lane], what the softmax subtracts, in two numbers: weights are not divided by their sum
     // again, which would hide what rounding it does to them.
     Scalar *base, *base_rest;
@@ -78,9 +83,10 @@ struct Backward {
     Scalar* weights;        // [key][lane], first logits
     Scalar* slopes;         // [key][lane], d weights, then d logits
     Scalar* capped_slopes;  // [key][lane]
-    Scalar* k_copy;         // [key][d]
-    Scalar* v_copy;         // [key][d]
-    Scalar* k_rows;         // [key][d], 0 in place of what is not finite
+    Unit* slopes_by_key;    // [unit of keys][lane], d logits rounded to units of several
+    QkUnit* k_copy;         // [key][unit of d]
+    QkUnit* v_copy;         // [key][unit of d]
+    Unit* k_rows;           // [unit of keys][d], 0 in place of what is not finite
     int64_t bytes;
   };
 
@@ -92,17 +98,18 @@ struct Backward {
     arena.take(scratch.weights, pairs);
     arena.take(scratch.slopes, pairs);
     arena.take(scratch.capped_slopes, task.options.softcap > 0 ? pairs : 0);
-    arena.take(scratch.k_copy, kKeysPerBlock * task.head_dim);
-    arena.take(scratch.v_copy, kKeysPerBlock * task.value_dim);
-    arena.take(scratch.k_rows, kKeysPerBlock * head_dim);
+    arena.take(scratch.slopes_by_key, kPerUnit == 1 ? 0 : pairs / kPerUnit);
+    arena.take(scratch.k_copy, kKeysPerBlock * units_of<QkUnits>(task.head_dim));
+    arena.take(scratch.v_copy, kKeysPerBlock * units_of<QkUnits>(task.value_dim));
+    arena.take(scratch.k_rows, units_of<Units>(kKeysPerBlock) * head_dim);
     for (int64_t first = 0; first < task.queries; first += kQueriesPerTile) {
       const int64_t left = task.queries - first;
       Tile& tile = scratch.tiles[scratch.tile_count++];
       tile.rows = {first, left < kQueriesPerTile ? left : kQueriesPerTile, 1};
-      arena.take(tile.queries, task.head_dim * kQueriesPerTile);
-      arena.take(tile.douts, task.value_dim * kQueriesPerTile);
-      arena.take(tile.q_rows, head_dim * kQueriesPerTile);
-      arena.take(tile.do_rows, value_dim * kQueriesPerTile);
+      arena.take(tile.queries, units_of<QkUnits>(task.head_dim) * kQueriesPerTile);
+      arena.take(tile.douts, units_of<QkUnits>(task.value_dim) * kQueriesPerTile);
+      arena.take(tile.q_rows, units_of<Units>(kQueriesPerTile) * head_dim);
+      arena.take(tile.do_rows, units_of<Units>(kQueriesPerTile) * value_dim);
       arena.take(tile.base, kQueriesPerTile);
       arena.take(tile.base_rest, kQueriesPerTile);
       arena.take(tile.row_sum, kQueriesPerTile);
@@ -131,27 +138,26 @@ struct Backward {
     return Vectors::select_equal(Vectors::sub(x, x), Vectors::zero(), x, Vectors::zero());
   }
 
-  // Rows as vectors, 0 in place of what is not finite: 0 * NaN would be NaN for pairs that are
-  // masked. Returns whether all is finite.
+  // Rows as vectors [unit of rows][d], 0 in place of what is not finite: 0 * NaN would be NaN for
+  // pairs that are masked. The last unit is padded with 0. Returns whether all is finite.
   template <class Type>
-  static bool copy_row(const char* from, int64_t column_stride, int64_t dims, Scalar* to) {
+  static bool copy_rows(const View& view, int64_t rows, int64_t dims, Unit* to) {
     FiniteCheck<Vectors> check;
-    for (int64_t d = 0; d < dims; d += kLanes) {
-      const Vec x = load_elements<Vectors, Type>(from + d * column_stride, column_stride, dims - d);
-      check.add(x);
-      Vectors::store(to + d, finite(x));
+    for (int64_t row = 0; row < rows; row += kPerUnit, to += padded(dims)) {
+      for (int64_t d = 0; d < dims; d += kLanes) {
+        Vec elements[kPerUnit];  // of each row
+        for (int i = 0; i < kPerUnit; ++i) {
+          const char* const from = view.data + (row + i) * view.row_stride + d * view.column_stride;
+          const Vec x = row + i < rows
+                            ? load_elements<Vectors, Type>(from, view.column_stride, dims - d)
+                            : Vectors::zero();
+          check.add(x);
+          elements[i] = finite(x);
+        }
+        Units::store(to + d, Units::join_rounded(elements));
+      }
     }
     return check.all_finite();
-  }
-  template <class Type>
-  static bool copy_rows(const char* from, const View& view, int64_t rows, int64_t dims,
-                        Scalar* to) {
-    bool all_finite = true;
-    for (int64_t row = 0; row < rows; ++row) {
-      all_finite &= copy_row<Type>(from + row * view.row_stride, view.column_stride, dims,
-                                   to + row * padded(dims));
-    }
-    return all_finite;
   }
 
   // The sum of dO * O over a row.
@@ -175,24 +181,23 @@ struct Backward {
 
   template <class OfOut, class OfDout>
   static void begin_tile(const GradientTask& task, const Tile& tile) {
-    const auto row_of = [&](const View& view, int64_t i) {
-      return view.data + (tile.rows.first_query + i) * view.row_stride;
+    const auto rows_of = [&](View view) {
+      view.data += tile.rows.first_query * view.row_stride;
+      return view;
     };
-    const auto pack = [&]<class Type>(Stored<Type>, const View& view, int64_t dims, Scalar sign,
-                                      Scalar* to) {
-      pack_queries<Units, Type, kVectors>(row_of(view, 0), view.row_stride, view.column_stride,
-                                          tile.rows.queries, dims, sign, to);
-    };
-    pack(Stored<Element>{}, task.q, task.head_dim, static_cast<Scalar>(query_sign(task)),
-         tile.queries);
-    pack(Stored<OfDout>{}, task.dout, task.value_dim, 1, tile.douts);
-    copy_rows<Element>(row_of(task.q, 0), task.q, tile.rows.queries, task.head_dim, tile.q_rows);
-    *tile.douts_are_finite = copy_rows<OfDout>(row_of(task.dout, 0), task.dout, tile.rows.queries,
-                                               task.value_dim, tile.do_rows);
+    const View q = rows_of(task.q), out = rows_of(task.out), dout = rows_of(task.dout);
+    const int64_t queries = tile.rows.queries;
+    pack_queries<QkUnits, Element, kVectors>(q.data, q.row_stride, q.column_stride, queries,
+                                             task.head_dim, static_cast<Scalar>(query_sign(task)),
+                                             tile.queries);
+    pack_queries<QkUnits, OfDout, kVectors>(dout.data, dout.row_stride, dout.column_stride, queries,
+                                            task.value_dim, 1, tile.douts);
+    copy_rows<Element>(q, queries, task.head_dim, tile.q_rows);
+    *tile.douts_are_finite = copy_rows<OfDout>(dout, queries, task.value_dim, tile.do_rows);
     for (int64_t i = 0; i < kQueriesPerTile; ++i) {
       tile.base[i] = tile.base_rest[i] = tile.row_sum[i] = 0;
     }
-    for (int64_t i = 0; i < tile.rows.queries; ++i) {
+    for (int64_t i = 0; i < queries; ++i) {
       const int64_t query = tile.rows.first_query + i;
       const Scalar lse = scalar_at(task.lse, query);
       if (!is_minus_infinity(lse)) {
@@ -200,9 +205,9 @@ struct Backward {
         tile.base[i] = static_cast<Scalar>(base);
         tile.base_rest[i] = static_cast<Scalar>(base - tile.base[i]);
       }
-      tile.row_sum[i] = product_of_rows<OfOut, OfDout>(row_of(task.out, i), task.out.column_stride,
-                                                       row_of(task.dout, i),
-                                                       task.dout.column_stride, task.value_dim);
+      tile.row_sum[i] = product_of_rows<OfOut, OfDout>(
+          out.data + i * out.row_stride, out.column_stride, dout.data + i * dout.row_stride,
+          dout.column_stride, task.value_dim);
       if (task.dlse.data) tile.row_sum[i] -= scalar_at(task.dlse, query);
     }
   }
@@ -226,17 +231,17 @@ struct Backward {
 
   struct Block {
     int64_t first, count;  // keys
-    KeyBlock<Scalar> k, v;
-    const Scalar* k_rows;
+    KeyBlock<QkUnit> k, v;
+    const Unit* k_rows;
     Scalar *dk, *dv;
     int64_t dk_stride, dv_stride;
 
-    // The same from a later key on.
+    // The same from a later key on, which begins a unit.
     Block from(int64_t key, int64_t end, int64_t head_dim) const {
       Block some = *this;
       some.k.data += (key - first) * k.stride;
       some.v.data += (key - first) * v.stride;
-      some.k_rows += (key - first) * padded(head_dim);
+      some.k_rows += (key - first) / kPerUnit * padded(head_dim);
       some.dk += (key - first) * dk_stride;
       some.dv += (key - first) * dv_stride;
       some.first = key;
@@ -258,30 +263,31 @@ struct Backward {
   }
 
   // pairs [key][lane] = keys [key][d] * queries [d][lane]
-  static void multiply_pairs(const KeyBlock<Scalar>& keys, const Scalar* queries, int64_t dims,
+  static void multiply_pairs(const KeyBlock<QkUnit>& keys, const QkUnit* queries, int64_t dims,
                              const Steps& steps, int64_t count, Scalar* pairs) {
     for_steps(steps, count, [&](int64_t begin, int64_t end, int64_t first) {
-      matmul<Scalars::by_row, Vectors>(
-          {keys.row(begin), keys.stride, queries + first, kQueriesPerTile, dims,
+      matmul<Scalars::by_row, QkUnits>(
+          {keys.row(begin), keys.stride, queries + first, kQueriesPerTile, units_of<QkUnits>(dims),
            pairs + begin * kQueriesPerTile + first, kQueriesPerTile, false},
           end - begin, padded(count) - first);
     });
   }
 
-  // to [key][d] += pairs [key][query] * rows [query][d]
-  static void add_to_keys(const Scalar* pairs, const Scalar* rows, int64_t dims, const Steps& steps,
+  // to [key][d] += pairs [key][unit of queries] * rows [unit of queries][d]
+  static void add_to_keys(const Unit* pairs, const Unit* rows, int64_t dims, const Steps& steps,
                           int64_t count, Scalar* to, int64_t to_stride) {
     for_steps(steps, count, [&](int64_t begin, int64_t end, int64_t first) {
-      matmul<Scalars::by_row, Vectors>(
-          {pairs + begin * kQueriesPerTile + first, kQueriesPerTile, rows + first * padded(dims),
-           padded(dims), count - first, to + begin * to_stride, to_stride, true},
+      matmul<Scalars::by_row, Units>(
+          {pairs + begin * kQueriesPerTile + first / kPerUnit, kQueriesPerTile,
+           rows + first / kPerUnit * padded(dims), padded(dims), units_of<Units>(count - first),
+           to + begin * to_stride, to_stride, true},
           end - begin, dims);
     });
   }
 
-  // dq [query][d] += pairs [key][query] * rows [key][d]
-  static void add_to_queries(const Scalar* pairs, const Scalar* rows, int64_t dims,
-                             const Steps& steps, int64_t count, Scalar* dq, int64_t dq_stride) {
+  // dq [query][d] += pairs [unit of keys][query] * rows [unit of keys][d]
+  static void add_to_queries(const Unit* pairs, const Unit* rows, int64_t dims, const Steps& steps,
+                             int64_t count, Scalar* dq, int64_t dq_stride) {
     for (int step = 0; step < kSteps; ++step) {
       const int64_t first = int64_t{step} * kQueriesPerStep;
       if (first >= count) return;
@@ -289,9 +295,10 @@ struct Backward {
       int last = step;
       while (last + 1 < kSteps && steps.ends[last + 1] == steps.ends[step]) ++last;
       const int64_t end = (last + 1) * int64_t{kQueriesPerStep};
-      matmul<Scalars::by_step, Vectors>({pairs + first, kQueriesPerTile, rows, padded(dims),
-                                         steps.ends[step], dq + first * dq_stride, dq_stride, true},
-                                        (end < count ? end : count) - first, dims);
+      matmul<Scalars::by_step, Units>(
+          {pairs + first, kQueriesPerTile, rows, padded(dims), units_of<Units>(steps.ends[step]),
+           dq + first * dq_stride, dq_stride, true},
+          (end < count ? end : count) - first, dims);
       step = last;
     }
   }
@@ -386,7 +393,9 @@ struct Backward {
     for_steps(steps, tile.rows.queries, [&](int64_t begin, int64_t end, int64_t first) {
       for (int64_t d = 0; d < task.value_dim; ++d) {
         for (int64_t query = first; query < tile.rows.queries; ++query) {
-          const Scalar x = tile.douts[d * kQueriesPerTile + query];
+          const Scalar x =
+              QkUnits::element(tile.douts[d / QkUnits::kElements * kQueriesPerTile + query],
+                               static_cast<int>(d % QkUnits::kElements));
           if (x - x == 0) continue;
           for (int64_t key = begin; key < end; ++key) {
             if ((attended[key] >> query & 1) == 0) continue;
@@ -395,6 +404,50 @@ struct Backward {
         }
       }
     });
+  }
+
+  // Lanes from `first` on become units of neighbouring lanes, in place.
+  static void narrow(Scalar* lanes, int64_t first, int64_t count) {
+    constexpr int64_t kTogether = int64_t{kPerUnit} * kLanes;
+    for (int64_t lane = first / kTogether * kTogether; lane < count; lane += kTogether) {
+      Vec elements[kPerUnit];
+      for (int i = 0; i < kPerUnit; ++i) elements[i] = Vectors::load(lanes + lane + i * kLanes);
+      Units::store(reinterpret_cast<Unit*>(lanes) + lane / kPerUnit, Units::narrow(elements));
+    }
+  }
+
+  // Weights and d logits [key][lane] become units along the lanes, in place, d logits also units
+  // along the keys, which are returned; the last of these is padded with 0. Units of one scalar are
+  // what there is.
+  static const Unit* round_to_units(const Scratch& scratch, const Steps& steps, int64_t keys,
+                                    int64_t queries) {
+    if constexpr (kPerUnit == 1) {
+      return reinterpret_cast<const Unit*>(scratch.slopes);
+    } else {
+      if (keys % kPerUnit != 0) {
+        for (int64_t lane = 0; lane < kQueriesPerTile; ++lane) {
+          scratch.slopes[keys * kQueriesPerTile + lane] = 0;
+        }
+      }
+      for_steps(steps, queries, [&](int64_t begin, int64_t end, int64_t first) {
+        for (int64_t key = begin; key < end; key += kPerUnit) {
+          Scalar* const slopes = scratch.slopes + key * kQueriesPerTile;
+          for (int64_t lane = first; lane < queries; lane += kLanes) {
+            Vec of_keys[kPerUnit];
+            for (int i = 0; i < kPerUnit; ++i) {
+              of_keys[i] = Vectors::load(slopes + i * kQueriesPerTile + lane);
+            }
+            Units::store(scratch.slopes_by_key + key / kPerUnit * kQueriesPerTile + lane,
+                         Units::join_rounded(of_keys));
+          }
+        }
+        for (int64_t key = begin; key < end; ++key) {
+          narrow(scratch.weights + key * kQueriesPerTile, first, queries);
+          narrow(scratch.slopes + key * kQueriesPerTile, first, queries);
+        }
+      });
+      return scratch.slopes_by_key;
+    }
   }
 
   static void add_pairs(const GradientTask& task, const Tile& tile, const Scratch& scratch,
@@ -411,8 +464,13 @@ struct Backward {
     }
     const int64_t limit_of_first_query =
         task.first_position + tile.rows.first_query + task.options.window_right + 1;
-    const Steps steps =
+    Steps steps =
         key_steps<kSteps, kQueriesPerStep>(limit_of_first_query - block.first, block.count);
+    // Keys of a unit stay together: those that a step does not attend to are masked.
+    for (int64_t& end : steps.ends) {
+      end = units_of<Units>(end) * kPerUnit;
+      if (end > block.count) end = block.count;
+    }
 
     multiply_pairs(block.k, tile.queries, task.head_dim, steps, queries, scratch.weights);
     multiply_pairs(block.v, tile.douts, task.value_dim, steps, queries, scratch.slopes);
@@ -441,14 +499,15 @@ struct Backward {
       }
     }
 
-    add_to_keys(scratch.weights, tile.do_rows, task.value_dim, steps, queries, block.dv,
-                block.dv_stride);
     if (!*tile.douts_are_finite) {
       add_non_finite_douts(task, tile, block, steps, attended, scratch.weights);
     }
-    add_to_keys(scratch.slopes, tile.q_rows, task.head_dim, steps, queries, block.dk,
-                block.dk_stride);
-    add_to_queries(scratch.slopes, block.k_rows, task.head_dim, steps, queries,
+    const Unit* const slopes_by_key = round_to_units(scratch, steps, block.count, queries);
+    const auto* const weights = reinterpret_cast<const Unit*>(scratch.weights);
+    const auto* const slopes = reinterpret_cast<const Unit*>(scratch.slopes);
+    add_to_keys(weights, tile.do_rows, task.value_dim, steps, queries, block.dv, block.dv_stride);
+    add_to_keys(slopes, tile.q_rows, task.head_dim, steps, queries, block.dk, block.dk_stride);
+    add_to_queries(slopes_by_key, block.k_rows, task.head_dim, steps, queries,
                    row_of<Scalar>(task.dq, tile.rows.first_query),
                    elements<Scalar>(task.dq.row_stride));
   }
@@ -469,15 +528,22 @@ struct Backward {
     Block block;
     block.first = first;
     block.count = count;
-    block.k = k_block<Units, Element>(task.k, first, count, scratch.k_copy);
-    block.v = k_block<Units, Element>(task.v, first, count, scratch.v_copy);
-    copy_rows<Element>(key_row(task.k, first), task.k.rows, count, task.head_dim, scratch.k_rows);
+    block.k = k_block<QkUnits, Element>(task.k, first, count, scratch.k_copy);
+    block.v = k_block<QkUnits, Element>(task.v, first, count, scratch.v_copy);
+    View k_rows = task.k.rows;
+    k_rows.data += first * k_rows.row_stride;
+    copy_rows<Element>(k_rows, count, task.head_dim, scratch.k_rows);
     block.k_rows = scratch.k_rows;
     block.dk = row_of<Scalar>(task.dk, first);
     block.dv = row_of<Scalar>(task.dv, first);
     block.dk_stride = elements<Scalar>(task.dk.row_stride);
     block.dv_stride = elements<Scalar>(task.dv.row_stride);
     return block;
+  }
+
+  // The first of a tile's keys in the block from `first` on; keys of a unit stay together.
+  static int64_t begin_in(const TileKeys& keys, int64_t first) {
+    return keys.begin > first ? keys.begin / kPerUnit * kPerUnit : first;
   }
 
   // False if it was stopped.
@@ -490,7 +556,7 @@ struct Backward {
       int64_t some_begin = INT64_MAX, some_end = 0;
       for (int t = 0; t < scratch.tile_count; ++t) {
         const TileKeys& keys = task.tile_keys[t];
-        const int64_t of_tile = keys.begin > first ? keys.begin : first;
+        const int64_t of_tile = begin_in(keys, first);
         const int64_t end_of_tile = keys.end < block_end ? keys.end : block_end;
         if (of_tile >= end_of_tile) continue;
         some_begin = of_tile < some_begin ? of_tile : some_begin;
@@ -501,7 +567,7 @@ struct Backward {
       for (int i = 0; i < scratch.tile_count; ++i) {
         const int t = last_queries_come_first(task.options) ? scratch.tile_count - 1 - i : i;
         const TileKeys& keys = task.tile_keys[t];
-        const int64_t of_tile = keys.begin > first ? keys.begin : first;
+        const int64_t of_tile = begin_in(keys, first);
         const int64_t end_of_tile = keys.end < block_end ? keys.end : block_end;
         if (of_tile >= end_of_tile) continue;
         const BlockKind kind =

@@ -27,7 +27,7 @@ constexpr DtypeKernels kernels_for() {
   using OfGroups = DecodeTiles<Arithmetic, Element>;
   using OfSmall = SmallHeads<Vectors, Element>;
   using OfStages = Stages<Arithmetic, Element>;
-  using OfGradients = Backward<Vectors, Element>;
+  using OfGradients = Backward<Arithmetic, Element>;
   return {
       .queries_per_tile = OfTiles::kQueriesPerTile,
       .keys_per_block = kKeysPerBlock,

@@ -150,9 +150,11 @@ class RandomGradients : public RandomProblem {
       const double x = load(actual.kind, actual.memory->data() + i * size_of(actual.kind));
       const double error = std::abs(x - expected[i].value);
       if (error == 0) continue;
-      // Weights and gradients may be below the normal numbers.
+      // Products of bfloat16 pairs round weights to bfloat16, too, and numbers below the normal ones
+      // to 0.
+      const Kind kind = kind_ == Kind::bfloat16 ? kind_ : precision_;
       const double allowed =
-          rounding(precision_) * expected[i].size + (precision_ == Kind::float64 ? 1e-300 : 1e-30);
+          rounding(kind) * expected[i].size + (precision_ == Kind::float64 ? 1e-300 : 1e-30);
       const double share = error / allowed;
       largest = std::max(largest, share >= 0 ? share : std::numeric_limits<double>::infinity());
     }

@@ -97,12 +97,14 @@ void fetch_next_rows(const char* square, int64_t row_stride) {
 }
 
 // q [row][d] in memory becomes queries [unit of d][lane], times `sign`; lanes without a row are 0,
-// and so are the elements of the last unit beyond head_dim.
+// and so are the elements of the last unit beyond head_dim. Elements that are wider than what a
+// unit holds are rounded to that.
 template <class Units, class Element, int kVectors>
 void pack_queries(const char* q, int64_t row_stride, int64_t column_stride, int64_t rows,
                   int64_t head_dim, typename Units::Scalar sign, typename Units::Unit* queries) {
   using Vectors = typename Units::Vectors;
   constexpr int kPerUnit = Units::kElements;
+  constexpr bool kIsWider = sizeof(Element) * kPerUnit > sizeof(typename Units::Unit);
   constexpr int kWidth = kVectors * Vectors::kLanes;
   const auto factor = Vectors::set(sign);
   for (int v = 0; v < kVectors; ++v) {
@@ -116,7 +118,8 @@ void pack_queries(const char* q, int64_t row_stride, int64_t column_stride, int6
                                         square);
       for (int64_t i = 0; i < columns; ++i) square[i] = Vectors::mul(square[i], factor);
       for (int64_t i = 0; i < columns; i += kPerUnit) {
-        Units::store(queries + (d + i) / kPerUnit * kWidth + row, Units::join(&square[i]));
+        const auto unit = kIsWider ? Units::join_rounded(&square[i]) : Units::join(&square[i]);
+        Units::store(queries + (d + i) / kPerUnit * kWidth + row, unit);
       }
     }
   }

@@ -1,8 +1,8 @@
 // The product of any two matrices that the other products are special cases of,
 //   to [row][column] (+)= scalars [row][step] * vectors [step][column],
-// one scalar read where it is, times vectors along the columns, by register tiles. Other than in
-// qk_matmul.h and value_aggregation.h all strides are run-time numbers, and columns need not fill a
-// vector.
+// one scalar read where it is, times vectors along the columns, by register tiles; steps count
+// units (simd/arithmetic.h). Other than in qk_matmul.h and value_aggregation.h all strides are
+// run-time numbers, and columns need not fill a vector.
 #pragma once
 
 #include <cstdint>
@@ -18,14 +18,15 @@ namespace {
 // Whether the scalars of a row are side by side, or those of a step.
 enum class Scalars { by_row, by_step };
 
-// Strides are in elements. `vectors` has whole vectors in each step, of which the last may be
-// padded; `to` has `columns` elements in each row and nothing behind them.
-template <class Vectors>
+// Strides are in units, or scalars. `vectors` has whole vectors in each step, of which the last may
+// be padded; `to` has `columns` elements in each row and nothing behind them.
+template <class Units>
 struct MatmulOperands {
-  using Scalar = typename Vectors::Scalar;
-  const Scalar* scalars;  // [row][step], or [step][row]
+  using Unit = typename Units::Unit;
+  using Scalar = typename Units::Scalar;
+  const Unit* scalars;  // [row][step], or [step][row]
   int64_t scalars_stride;
-  const Scalar* vectors;  // [step][column]
+  const Unit* vectors;  // [step][column]
   int64_t vectors_stride;
   int64_t steps;
   Scalar* to;  // [row][column]
@@ -34,9 +35,10 @@ struct MatmulOperands {
 };
 
 // kRows rows times kVectors vectors, the last of which may be cut off by `columns`.
-template <class Vectors, Scalars kOrder, int kRows, int kVectors>
-[[gnu::always_inline]] inline void matmul_register_tile(const MatmulOperands<Vectors>& from,
+template <class Units, Scalars kOrder, int kRows, int kVectors>
+[[gnu::always_inline]] inline void matmul_register_tile(const MatmulOperands<Units>& from,
                                                         int64_t columns) {
+  using Vectors = typename Units::Vectors;
   constexpr int kLanes = Vectors::kLanes;
   const auto* const scalars = from.scalars;
   const auto* vectors = from.vectors;
@@ -50,16 +52,16 @@ template <class Vectors, Scalars kOrder, int kRows, int kVectors>
   }
   const auto* of_step = scalars;  // where they lie by steps
   for (int64_t step = 0; step < from.steps; ++step) {
-    typename Vectors::Vec vector[kVectors];
+    typename Units::Units vector[kVectors];
 #pragma GCC unroll 12
-    for (int i = 0; i < kVectors; ++i) vector[i] = Vectors::load(vectors + i * kLanes);
+    for (int i = 0; i < kVectors; ++i) vector[i] = Units::load(vectors + i * kLanes);
 #pragma GCC unroll 12
     for (int row = 0; row < kRows; ++row) {
-      const auto scalar = Vectors::set(
+      const auto scalar = Units::set(
           kOrder == Scalars::by_row ? scalars[row * scalars_stride + step] : of_step[row]);
 #pragma GCC unroll 12
       for (int i = 0; i < kVectors; ++i) {
-        sums[row][i] = Vectors::fma(scalar, vector[i], sums[row][i]);
+        sums[row][i] = Units::multiply_add(scalar, vector[i], sums[row][i]);
       }
     }
     vectors += vectors_stride;
@@ -89,40 +91,42 @@ template <class Vectors, Scalars kOrder, int kRows, int kVectors>
   from.add ? write_all(Constant<1>{}) : write_all(Constant<0>{});
 }
 
-template <class Vectors, Scalars kOrder, int kRows, int kVectors>
-void matmul_last_columns(const MatmulOperands<Vectors>& from, int64_t columns) {
+template <class Units, Scalars kOrder, int kRows, int kVectors>
+void matmul_last_columns(const MatmulOperands<Units>& from, int64_t columns) {
   if constexpr (kVectors > 0) {
-    if (columns > (kVectors - 1) * Vectors::kLanes) {
-      matmul_register_tile<Vectors, kOrder, kRows, kVectors>(from, columns);
+    if (columns > (kVectors - 1) * Units::Vectors::kLanes) {
+      matmul_register_tile<Units, kOrder, kRows, kVectors>(from, columns);
     } else {
-      matmul_last_columns<Vectors, kOrder, kRows, kVectors - 1>(from, columns);
+      matmul_last_columns<Units, kOrder, kRows, kVectors - 1>(from, columns);
     }
   }
 }
 
-template <class Vectors, Scalars kOrder, int kRows>
-void matmul_rows(MatmulOperands<Vectors> from, int64_t columns) {
+template <class Units, Scalars kOrder, int kRows>
+void matmul_rows(MatmulOperands<Units> from, int64_t columns) {
+  using Vectors = typename Units::Vectors;
   constexpr int kColumns = RegisterTile<Vectors>::kLanes;
   for (; columns > 0; columns -= kColumns) {
-    matmul_last_columns<Vectors, kOrder, kRows, RegisterTile<Vectors>::kVectors>(from, columns);
+    matmul_last_columns<Units, kOrder, kRows, RegisterTile<Vectors>::kVectors>(from, columns);
     from.vectors += kColumns;
     from.to += kColumns;
   }
 }
 
-template <class Vectors, Scalars kOrder, int kRows>
-void matmul_last_rows(const MatmulOperands<Vectors>& from, int64_t rows, int64_t columns) {
+template <class Units, Scalars kOrder, int kRows>
+void matmul_last_rows(const MatmulOperands<Units>& from, int64_t rows, int64_t columns) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      matmul_rows<Vectors, kOrder, kRows>(from, columns);
+      matmul_rows<Units, kOrder, kRows>(from, columns);
     } else {
-      matmul_last_rows<Vectors, kOrder, kRows - 1>(from, rows, columns);
+      matmul_last_rows<Units, kOrder, kRows - 1>(from, rows, columns);
     }
   }
 }
 
-template <Scalars kOrder, class Vectors>
-void matmul(MatmulOperands<Vectors> from, int64_t rows, int64_t columns) {
+template <Scalars kOrder, class Units>
+void matmul(MatmulOperands<Units> from, int64_t rows, int64_t columns) {
+  using Vectors = typename Units::Vectors;
   constexpr int kRows = RegisterTile<Vectors>::scalars(RegisterTile<Vectors>::kVectors);
   // Long sums are made of pieces, so that the rounding error does not grow with their length.
   constexpr int64_t kStepsPerSum = Vectors::kFusedMultiplyAdd ? 192 : 32;
@@ -130,14 +134,14 @@ void matmul(MatmulOperands<Vectors> from, int64_t rows, int64_t columns) {
   const int64_t row_stride = kOrder == Scalars::by_row ? from.scalars_stride : 1;
   for (int64_t left = from.steps; left > 0; left -= kStepsPerSum) {
     from.steps = left < kStepsPerSum ? left : kStepsPerSum;
-    MatmulOperands<Vectors> band = from;
+    MatmulOperands<Units> band = from;
     int64_t rows_left = rows;
     for (; rows_left >= kRows; rows_left -= kRows) {
-      matmul_rows<Vectors, kOrder, kRows>(band, columns);
+      matmul_rows<Units, kOrder, kRows>(band, columns);
       band.scalars += kRows * row_stride;
       band.to += kRows * band.to_stride;
     }
-    matmul_last_rows<Vectors, kOrder, kRows - 1>(band, rows_left, columns);
+    matmul_last_rows<Units, kOrder, kRows - 1>(band, rows_left, columns);
     from.scalars += kStepsPerSum * step_stride;
     from.vectors += kStepsPerSum * from.vectors_stride;
     from.add = true;

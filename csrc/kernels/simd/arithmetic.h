@@ -63,7 +63,7 @@ concept UnitsOfProduct =
       requires AllAre<typename U::Units, decltype(U::set(unit)), decltype(U::load(from)),
                       decltype(U::load_first(from, count)),
                       decltype(U::load_units(elements, count)), decltype(U::join(xs)),
-                      decltype(U::join_rounded(xs))>;
+                      decltype(U::join_rounded(xs)), decltype(U::narrow(xs))>;
       requires AllAre<void, decltype(U::store(to, units)),
                       decltype(U::store_first(to, units, count))>;
       requires AllAre<typename U::Vectors::Vec, decltype(U::multiply_add(units, units, x)),
@@ -94,6 +94,8 @@ struct ScalarUnits : VectorsOfLevel {
   // The units of kElements vectors of elements, without and with rounding to what a unit holds.
   static Units join(const Vec* elements) { return elements[0]; }
   static Units join_rounded(const Vec* elements) { return elements[0]; }
+  // Units of neighbouring lanes of kElements vectors, rounded.
+  static Units narrow(const Vec* lanes) { return lanes[0]; }
   // Element `i` of each unit.
   static Vec element(Units units, int) { return units; }
   static Scalar element(Unit unit, int) { return unit; }

@@ -90,6 +90,10 @@ struct Bfloat16Pairs : Float32 {
     const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(elements[1], elements[0]));
     return _mm512_permutexvar_epi16(alternating(0, 16), halves);
   }
+  // Pairs of neighbouring lanes of two vectors, rounded.
+  static Units narrow(const Vec* lanes) {
+    return reinterpret_cast<Units>(_mm512_cvtne2ps_pbh(lanes[1], lanes[0]));
+  }
   static Vec element(Units units, int i) {
     return _mm512_castsi512_ps(
         i == 0 ? _mm512_slli_epi32(units, 16)

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "gradient_problems.h"
 #include "levels.h"
 #include "problems.h"
 #include "row_operations.h"
@@ -106,6 +107,13 @@ int main() {
       problem.num_threads = 3;
       refused += with_failing_allocations([&] { return problem.run(); }, problem.description);
       expect(problem.error_share() <= 1, "wrong numbers", problem.description);
+    }
+    for (uint64_t seed = 1; seed <= 20; ++seed) {
+      const RandomGradients problem(seed);
+      expect(problem.run() == numattn::Status::done, "not done", problem.description);
+      refused +=
+          with_failing_allocations([&] { return problem.run_backward(3); }, problem.description);
+      expect(problem.gradient_error_share() <= 1, "wrong gradients", problem.description);
     }
   });
   std::printf("%d calls were refused, %d failures\n", refused, failures);

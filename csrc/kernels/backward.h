@@ -17,10 +17,10 @@
 
 #include <cstdint>
 
+#include "kernels/backward_tile.h"
 #include "kernels/block_sizes.h"
 #include "kernels/memory/arena.h"
 #include "kernels/memory/key_block.h"
-#include "kernels/memory/strided.h"
 #include "kernels/options/apply_options.h"
 #include "kernels/options/dropout.h"
 #include "kernels/options/lane_masks.h"
@@ -39,17 +39,15 @@ struct Backward {
   using Vectors = typename Arithmetic::Vectors;
   using Vec = typename Vectors::Vec;
   using Scalar = typename Vectors::Scalar;
-  using QkUnits = typename Arithmetic::QkUnits;  // of the first two products, along d
-  using QkUnit = typename QkUnits::Unit;
-  // Of the others: along queries for dV and dK, along keys for dQ.
-  using Units = typename Arithmetic::ValueUnits;
-  using Unit = typename Units::Unit;
-  static constexpr int kPerUnit = Units::kElements;
-  static constexpr int kLanes = Vectors::kLanes;
-  // Wider than the register tile: the last three products have a step for each query, and pay for
-  // loading and storing dK and dV once a tile.
-  static constexpr int kVectors = 256 / static_cast<int>(sizeof(Vec));
-  static constexpr int kQueriesPerTile = kVectors * kLanes;
+  using Tile = BackwardTile<Arithmetic, Element>;
+  using QkUnits = typename Tile::QkUnits;
+  using QkUnit = typename Tile::QkUnit;
+  using Units = typename Tile::Units;
+  using Unit = typename Tile::Unit;
+  static constexpr int kPerUnit = Tile::kPerUnit;
+  static constexpr int kLanes = Tile::kLanes;
+  static constexpr int kVectors = Tile::kVectors;
+  static constexpr int kQueriesPerTile = Tile::kMaxQueries;
   using Map = TileMap<Vectors, kVectors>;
   static constexpr int kKeysPerChunk = 2 * kKeysPerBlock;
   static constexpr int kMaxTiles = 4;
@@ -61,21 +59,7 @@ struct Backward {
   static constexpr int kQueriesPerStep = kQueriesPerTile / kSteps;
   using Steps = KeySteps<kSteps>;
 
-  // The rows that the vectors of a product are made of: whole vectors, padded with 0.
-  static int64_t padded(int64_t dims) { return (dims + kLanes - 1) / kLanes * kLanes; }
-
-  struct Tile {
-    QueryRows rows;
-    QkUnit* queries;  // [unit of d][lane], negated where the scale is negative
-    QkUnit* douts;    // [unit of d][lane]
-    Unit* q_rows;     // [unit of queries][d], 0 in place of what is not finite
-    Unit* do_rows;    // the same
-    // [lane], what the softmax subtracts, in two numbers: weights are not divided by their sum
-    // again, which would hide what rounding it does to them.
-    Scalar *base, *base_rest;
-    Scalar* row_sum;  // [lane], of dO * O, without dlse
-    bool* douts_are_finite;
-  };
+  static int64_t padded(int64_t dims) { return Tile::padded(dims); }
 
   struct Scratch {
     Tile tiles[kMaxTiles];
@@ -93,7 +77,6 @@ struct Backward {
   static Scratch lay_out(const GradientTask& task) {
     Arena arena{static_cast<char*>(task.scratch), 0};
     Scratch scratch{};
-    const int64_t head_dim = padded(task.head_dim), value_dim = padded(task.value_dim);
     const int64_t pairs = int64_t{kKeysPerBlock} * kQueriesPerTile;
     arena.take(scratch.weights, pairs);
     arena.take(scratch.slopes, pairs);
@@ -101,19 +84,12 @@ struct Backward {
     arena.take(scratch.slopes_by_key, kPerUnit == 1 ? 0 : pairs / kPerUnit);
     arena.take(scratch.k_copy, kKeysPerBlock * units_of<QkUnits>(task.head_dim));
     arena.take(scratch.v_copy, kKeysPerBlock * units_of<QkUnits>(task.value_dim));
-    arena.take(scratch.k_rows, units_of<Units>(kKeysPerBlock) * head_dim);
+    arena.take(scratch.k_rows, units_of<Units>(kKeysPerBlock) * padded(task.head_dim));
     for (int64_t first = 0; first < task.queries; first += kQueriesPerTile) {
       const int64_t left = task.queries - first;
       Tile& tile = scratch.tiles[scratch.tile_count++];
       tile.rows = {first, left < kQueriesPerTile ? left : kQueriesPerTile, 1};
-      arena.take(tile.queries, units_of<QkUnits>(task.head_dim) * kQueriesPerTile);
-      arena.take(tile.douts, units_of<QkUnits>(task.value_dim) * kQueriesPerTile);
-      arena.take(tile.q_rows, units_of<Units>(kQueriesPerTile) * head_dim);
-      arena.take(tile.do_rows, units_of<Units>(kQueriesPerTile) * value_dim);
-      arena.take(tile.base, kQueriesPerTile);
-      arena.take(tile.base_rest, kQueriesPerTile);
-      arena.take(tile.row_sum, kQueriesPerTile);
-      arena.take(tile.douts_are_finite, 1);
+      tile.lay_out(arena, task.head_dim, task.value_dim);
     }
     scratch.bytes = arena.used;
     return scratch;
@@ -132,99 +108,13 @@ struct Backward {
     return (tiles < 1 ? 1 : tiles > kMaxTiles ? kMaxTiles : tiles) * kQueriesPerTile;
   }
 
-  // ---- the queries ----------------------------------------------------------------------------
-
-  static Vec finite(Vec x) {
-    return Vectors::select_equal(Vectors::sub(x, x), Vectors::zero(), x, Vectors::zero());
-  }
-
-  // Rows as vectors [unit of rows][d], 0 in place of what is not finite: 0 * NaN would be NaN for
-  // pairs that are masked. The last unit is padded with 0. Returns whether all is finite.
-  template <class Type>
-  static bool copy_rows(const View& view, int64_t rows, int64_t dims, Unit* to) {
-    FiniteCheck<Vectors> check;
-    for (int64_t row = 0; row < rows; row += kPerUnit, to += padded(dims)) {
-      for (int64_t d = 0; d < dims; d += kLanes) {
-        Vec elements[kPerUnit];  // of each row
-        for (int i = 0; i < kPerUnit; ++i) {
-          const char* const from = view.data + (row + i) * view.row_stride + d * view.column_stride;
-          const Vec x = row + i < rows
-                            ? load_elements<Vectors, Type>(from, view.column_stride, dims - d)
-                            : Vectors::zero();
-          check.add(x);
-          elements[i] = finite(x);
-        }
-        Units::store(to + d, Units::join_rounded(elements));
-      }
-    }
-    return check.all_finite();
-  }
-
-  // The sum of dO * O over a row.
-  template <class OfOut, class OfDout>
-  static Scalar product_of_rows(const char* out, int64_t out_stride, const char* dout,
-                                int64_t dout_stride, int64_t dims) {
-    Vec sum = Vectors::zero();
-    for (int64_t d = 0; d < dims; d += kLanes) {
-      const Vec a = load_elements<Vectors, OfOut>(out + d * out_stride, out_stride, dims - d);
-      const Vec b = load_elements<Vectors, OfDout>(dout + d * dout_stride, dout_stride, dims - d);
-      sum = Vectors::fma(a, b, sum);
-    }
-    return Vectors::sum(sum);
-  }
-
-  static Scalar scalar_at(const View& view, int64_t query) {
-    Scalar x;
-    __builtin_memcpy(&x, view.data + query * view.row_stride, sizeof(x));
-    return x;
-  }
-
-  template <class OfOut, class OfDout>
-  static void begin_tile(const GradientTask& task, const Tile& tile) {
-    const auto rows_of = [&](View view) {
-      view.data += tile.rows.first_query * view.row_stride;
-      return view;
-    };
-    const View q = rows_of(task.q), out = rows_of(task.out), dout = rows_of(task.dout);
-    const int64_t queries = tile.rows.queries;
-    pack_queries<QkUnits, Element, kVectors>(q.data, q.row_stride, q.column_stride, queries,
-                                             task.head_dim, static_cast<Scalar>(query_sign(task)),
-                                             tile.queries);
-    pack_queries<QkUnits, OfDout, kVectors>(dout.data, dout.row_stride, dout.column_stride, queries,
-                                            task.value_dim, 1, tile.douts);
-    copy_rows<Element>(q, queries, task.head_dim, tile.q_rows);
-    *tile.douts_are_finite = copy_rows<OfDout>(dout, queries, task.value_dim, tile.do_rows);
-    for (int64_t i = 0; i < kQueriesPerTile; ++i) {
-      tile.base[i] = tile.base_rest[i] = tile.row_sum[i] = 0;
-    }
-    for (int64_t i = 0; i < queries; ++i) {
-      const int64_t query = tile.rows.first_query + i;
-      const Scalar lse = scalar_at(task.lse, query);
-      if (!is_minus_infinity(lse)) {
-        const double base = lse / softmax_scale(task);
-        tile.base[i] = static_cast<Scalar>(base);
-        tile.base_rest[i] = static_cast<Scalar>(base - tile.base[i]);
-      }
-      tile.row_sum[i] = product_of_rows<OfOut, OfDout>(
-          out.data + i * out.row_stride, out.column_stride, dout.data + i * dout.row_stride,
-          dout.column_stride, task.value_dim);
-      if (task.dlse.data) tile.row_sum[i] -= scalar_at(task.dlse, query);
-    }
-  }
-
   static void begin(const GradientTask& task) {
     const Scratch scratch = lay_out(task);
     // Lanes without a query are never written.
     for (int64_t i = 0; i < kKeysPerBlock * kQueriesPerTile; ++i) {
       scratch.weights[i] = scratch.slopes[i] = 0;
     }
-    with_stored_type<float, Element>(task.out_is_float32, [&]<class OfOut>(Stored<OfOut>) {
-      with_stored_type<float, Element>(task.dout_is_float32, [&]<class OfDout>(Stored<OfDout>) {
-        for (int t = 0; t < scratch.tile_count; ++t) {
-          begin_tile<OfOut, OfDout>(task, scratch.tiles[t]);
-        }
-      });
-    });
+    for (int t = 0; t < scratch.tile_count; ++t) scratch.tiles[t].begin(task);
   }
 
   // ---- one tile, one key block ----------------------------------------------------------------
@@ -532,7 +422,7 @@ struct Backward {
     block.v = k_block<QkUnits, Element>(task.v, first, count, scratch.v_copy);
     View k_rows = task.k.rows;
     k_rows.data += first * k_rows.row_stride;
-    copy_rows<Element>(k_rows, count, task.head_dim, scratch.k_rows);
+    Tile::template copy_rows<Element>(k_rows, count, task.head_dim, scratch.k_rows);
     block.k_rows = scratch.k_rows;
     block.dk = row_of<Scalar>(task.dk, first);
     block.dv = row_of<Scalar>(task.dv, first);

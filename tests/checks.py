@@ -5,6 +5,10 @@ import numpy as np
 from numattn import _reference as reference
 from numattn import _runtime
 
+# How many times plain NumPy's error is allowed where it is the largest of few numbers, which luck
+# may make exact.
+LOOSE = 8
+
 
 def error_factor():
     """Return how many times plain NumPy's error is allowed: 2.
@@ -72,7 +76,9 @@ def assert_gradients_close_to_reference(
         if x is not None:
             assert x.shape == wanted.shape == np.shape(one)
             assert x.dtype == np.asarray(one).dtype
-            assert_within(x, [of[i].astype(x.dtype) for of in plain], wanted, factor)
+            few = x.size < 100  # of sinks, say
+            of_plain = [of[i].astype(x.dtype) for of in plain]
+            assert_within(x, of_plain, wanted, max(factor, LOOSE) if few else factor)
     return actual
 
 

@@ -367,10 +367,12 @@ def check_backward(call):
     more["dlse"] = None if dlse is None else moved(call, dlse)[0]
     actual = run(call, na.attention_backward, *moved(call, *arrays, lse), **more)
     trusted = np.longdouble if precision is np.float64 else np.float64
-    expected, plain = (
-        reference.attention_backward(*arrays, lse, dlse=dlse, **options, dtype=x)
-        for x in (trusted, precision)
+    # Rounding to 16 bits is part of the problem, any other rounding of the results is not.
+    results = (out, lse) if out.dtype.itemsize == 2 else ()
+    expected = reference.attention_backward(
+        *arrays[:4], *results, dlse=dlse, **options, dtype=trusted
     )
+    plain = reference.attention_backward(*arrays, lse, dlse=dlse, **options, dtype=precision)
     for i, (x, wanted, one) in enumerate(zip(actual, expected, plain, strict=True)):
         assert (x is None) == (wanted is None)
         if x is not None:

@@ -3,15 +3,12 @@
 import numattn as na
 import numpy as np
 import pytest
-from checks import assert_close_to_reference
+from checks import LOOSE, assert_close_to_reference
 from conftest import DTYPES, named_dtype
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numattn import _numpy_backend, _runtime
 from numattn import _reference as reference
-
-# Small arrays give few numbers to judge by; mixtures look for wrong results, not for rounding.
-LOOSE = 8
 
 TAIL = np.random.default_rng(3).random((90, 17)) < 0.6
 

@@ -26,6 +26,7 @@ class _Problem:
     attend: Array
     capped: Array | None  # tanh of what softcap has divided
     sink: Array  # (batch..., Hq, Lq, 1); -inf where there is none
+    kept: Array  # what dropout multiplies weights by, broadcasts to (batch..., Hq, Lq, Lk)
     scale: Any
     one_head: bool
     swapped: bool  # whether the caller's arrays have rows before heads
@@ -35,8 +36,8 @@ def _problem(
     q: Array, k: Array, v: Array, *, mask: Any = None, tail_mask: Any = None, bias: Any = None,
     is_causal: bool = False, q_offset: Any = None, window: Any = None, scale: float | None = None,
     softcap: float | None = None, alibi_slopes: Any = None, sinks: Any = None,
-    kv_lengths: Any = None, q_lengths: Any = None, layout: str = "bhld", dtype: Any = np.float64,
-    matmul: Callable[..., Any] = np.matmul,
+    kv_lengths: Any = None, q_lengths: Any = None, dropout: float = 0, rng: Any = None,
+    layout: str = "bhld", dtype: Any = np.float64, matmul: Callable[..., Any] = np.matmul,
 ) -> _Problem:  # fmt: skip
     one_head = q.ndim == k.ndim == v.ndim == 2
     swapped = layout == "blhd" and not one_head
@@ -88,7 +89,30 @@ def _problem(
         sink = np.full(heads, -np.inf) if sinks is None else np.asarray(sinks)
         sink = np.where(is_query, sink.astype(dtype)[:, None, None], dtype(-np.inf))
         sink = np.broadcast_to(sink, (*pairs[:-1], 1))
-    return _Problem(q, k, v, s, attend, capped, sink, factor, one_head, swapped)
+    kept = np.ones((1, 1), dtype)
+    if dropout:
+        growth = dtype(1 / (1 - np.longdouble(dropout)))
+        kept = np.where(kept_by_dropout(dropout, rng, pairs), growth, dtype(0))
+    return _Problem(q, k, v, s, attend, capped, sink, kept, factor, one_head, swapped)
+
+
+def kept_by_dropout(dropout: float, seed: int, pairs: tuple[int, ...]) -> Array:
+    """Return which of the weights (batch..., Hq, Lq, Lk) are kept."""
+    *batch, heads, rows, keys = pairs
+    fours = -(-keys // 4)  # a counter is for four keys
+    b, h, i, j = np.indices((int(np.prod(batch)), heads, rows, fours), np.uint64)
+    words = np.stack(philox([j, i, h, b], int(seed)), axis=-1).reshape(*pairs[:-1], 4 * fours)
+    return np.asarray(words[..., :keys] >= int(dropout * 2**32))
+
+
+def philox(x: list[Array], seed: int) -> list[Array]:
+    """Return the four words of Philox4x32 with ten rounds at the counters x, arrays of uint64."""
+    for n in range(10):
+        key = (seed + n * 0x9E3779B9) % 2**32, ((seed >> 32) + n * 0xBB67AE85) % 2**32
+        high_0, low_0 = np.divmod(x[0] * 0xD2511F53, 2**32)
+        high_2, low_2 = np.divmod(x[2] * 0xCD9E8D57, 2**32)
+        x = [high_2 ^ x[1] ^ key[0], low_2, high_0 ^ x[3] ^ key[1], low_0]
+    return x
 
 
 def _softmax(p: _Problem) -> tuple[Array, Array, Array]:
@@ -106,18 +130,19 @@ def attention(
     q: Array, k: Array, v: Array, *, mask: Any = None, tail_mask: Any = None, bias: Any = None,
     is_causal: bool = False, q_offset: Any = None, window: Any = None, scale: float | None = None,
     softcap: float | None = None, alibi_slopes: Any = None, sinks: Any = None,
-    kv_lengths: Any = None, q_lengths: Any = None, layout: str = "bhld", dtype: Any = np.float64,
-    matmul: Callable[..., Any] = np.matmul,
+    kv_lengths: Any = None, q_lengths: Any = None, dropout: float = 0, rng: Any = None,
+    layout: str = "bhld", dtype: Any = np.float64, matmul: Callable[..., Any] = np.matmul,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Return (out, lse). With another `dtype` it is the plain NumPy computation in that dtype."""
     p = _problem(
         q, k, v, mask=mask, tail_mask=tail_mask, bias=bias, is_causal=is_causal, q_offset=q_offset,
         window=window, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        kv_lengths=kv_lengths, q_lengths=q_lengths, layout=layout, dtype=dtype, matmul=matmul,
+        kv_lengths=kv_lengths, q_lengths=q_lengths, dropout=dropout, rng=rng, layout=layout,
+        dtype=dtype, matmul=matmul,
     )  # fmt: skip
     with np.errstate(all="ignore"):
         weights, _, lse = _softmax(p)
-        out = weighted_sum(weights, p.v, p.attend, matmul)
+        out = weighted_sum(weights * p.kept, p.v, p.attend, matmul)
     if p.one_head:
         return out[0], lse[0]
     if p.swapped:
@@ -150,7 +175,7 @@ def attention_backward(
             base = np.where(rows_of(lse) == -np.inf, 0, rows_of(lse))
             weights = np.where(p.attend, np.exp(p.logits - base), 0)
             of_sink = np.exp(p.sink - base)
-        d_weights = np.where(p.attend, matmul(d, p.v.swapaxes(-1, -2)), 0)
+        d_weights = np.where(p.attend & (p.kept > 0), matmul(d, p.v.swapaxes(-1, -2)) * p.kept, 0)
         if out is None:
             delta = np.where(p.attend, weights * d_weights, 0).sum(axis=-1, keepdims=True)
         else:
@@ -165,7 +190,7 @@ def attention_backward(
         dq = weighted_sum(d_products, p.k, p.attend, matmul) * p.scale
         turned = p.attend.swapaxes(-1, -2)
         dk = weighted_sum(d_products.swapaxes(-1, -2), p.q, turned, matmul) * p.scale
-        dv = weighted_sum(weights.swapaxes(-1, -2), d, turned, matmul)
+        dv = weighted_sum((weights * p.kept).swapaxes(-1, -2), d, turned, matmul)
         d_bias = d_sinks = None
         if options.get("bias") is not None:
             d_bias = _summed(d_logits, np.shape(options["bias"]))

@@ -69,13 +69,14 @@ class Call:
 
 OPTIONS = [
     "causal", "window", "left window", "offset", "scale", "softcap", "alibi", "sinks", "lengths",
-    "query lengths", "mask", "tail mask", "bias",
+    "query lengths", "mask", "tail mask", "bias", "dropout",
 ]  # fmt: skip
 ENTRIES = [
     "attention", "attention", "attention", "attention_varlen", "attention_paged", "KVCache",
     "attention_weights", "attention_received", "qk_scores", "merge_states", "masked_softmax",
     "aggregate_values", "rotary_embedding", "attention_backward",
 ]  # fmt: skip
+HAVE_DROPOUT = ("attention", "attention_varlen", "attention_backward")
 NO_PAIRS = ("attention_varlen", "attention_paged", "merge_states", "aggregate_values")
 WRONG = [
     None, "text", -1, 2**70, 1.5, float("nan"), [], [1, 2, 3], np.zeros(0), np.zeros((2, 3)),
@@ -94,6 +95,8 @@ def calls(draw):
     options = draw(st.lists(st.sampled_from(OPTIONS), unique=True, max_size=5))
     if entry in NO_PAIRS:
         options = [x for x in options if x not in ("mask", "bias")]
+    if entry not in HAVE_DROPOUT:
+        options = [x for x in options if x != "dropout"]
     wrong = None
     if draw(st.integers(0, 4)) == 0:
         wrong = (draw(st.integers(0, 30)), draw(st.integers(0, len(WRONG) - 1)))
@@ -171,6 +174,10 @@ def options_of(call, key_length=None):
         "mask": {"mask": rng.random(shape) < rng.choice([0.05, 0.5, 0.95])},
         "tail mask": {"tail_mask": rng.random((*shape[:3], last)) < rng.choice([0.2, 0.8])},
         "bias": {"bias": bias},
+        "dropout": {
+            "dropout": float(rng.choice([0.1, 0.7])),
+            "rng": int(rng.integers(2**64, dtype=np.uint64)),
+        },
     }
     options = {name: value for x in call.options for name, value in made[x].items()}
     if "kv_lengths" in options and not {"q_offset", "q_lengths"} & set(options):
@@ -346,8 +353,10 @@ def check_varlen(call):
         if tail is not None:
             every = np.broadcast_to(tail, (*tail.shape[:-2], len(q), tail.shape[-1]))
             own["tail_mask"] = every[..., rows, :]
-        (expected, _), (plain, _) = expectations(one_q, one_k, one_v, options | own, call.dtype)
-        compare(out[rows].swapaxes(0, 1), expected, plain, call)
+        # Dropout counts the sequences: this one is the last of a batch.
+        batch = [np.broadcast_to(x, (i + 1, *x.shape)) for x in (one_q, one_k, one_v)]
+        (expected, _), (plain, _) = expectations(*batch, options | own, call.dtype)
+        compare(out[rows].swapaxes(0, 1), expected[-1], plain[-1], call)
 
 
 def check_backward(call):

@@ -141,7 +141,7 @@ def heading(line):
 @pytest.mark.parametrize(
     "names",
     [
-        _checks.ELSEWHERE, _sequences.SEQUENCES_ELSEWHERE,
+        _checks.INFERENCE_ELSEWHERE, _sequences.SEQUENCES_ELSEWHERE,
         _layer_arguments.ELSEWHERE, _layer_arguments.OPTIONS_ELSEWHERE,
         _rotary.ELSEWHERE, _stages._ELSEWHERE, _softmax._ELSEWHERE, _quantize._ELSEWHERE,
     ],

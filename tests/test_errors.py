@@ -241,6 +241,36 @@ CASES = {
         "sinks: got shape (), expected one number per query head",
     ),
     "infinite sink": ({"sinks": [0, 0, np.inf, 0]}, ValueError, "sinks: got inf for head 2"),
+    "negative dropout": (
+        {"dropout": -0.1, "rng": 0},
+        ValueError,
+        "dropout: got -0.1, expected the share of weights to drop, at least 0 and less than 1",
+    ),
+    "dropout of all": ({"dropout": 1, "rng": 0}, ValueError, "dropout: got 1, expected the share"),
+    "dropout in percent": ({"dropout": 10.0, "rng": 0}, ValueError, "dropout: got 10.0, expected"),
+    "NaN dropout": ({"dropout": np.nan, "rng": 0}, ValueError, "dropout: got nan, expected a fin"),
+    "dropout kind": ({"dropout": "0.1", "rng": 0}, TypeError, "dropout: got '0.1' (str), expected"),
+    "dropout flag": ({"dropout": True, "rng": 0}, TypeError, "dropout: got True (bool), expected"),
+    "no dropout given": (
+        {"dropout": None},
+        TypeError,
+        "dropout: got None (NoneType), expected a r",
+    ),
+    "dropout per head": ({"dropout": [0.1] * 4, "rng": 0}, TypeError, "dropout: got [0.1, 0.1, "),
+    "no seed": (
+        {"dropout": 0.1},
+        ValueError,
+        "rng: got None beside dropout=0.1, expected a seed, the same for forward and backward",
+    ),
+    "seed kind": ({"dropout": 0.1, "rng": 1.0}, TypeError, "rng: got 1.0 (float), expected an int"),
+    "seed flag": ({"rng": True}, TypeError, "rng: got True, expected an int"),
+    "seeds": ({"rng": [1, 2]}, TypeError, "rng: got [1, 2] (list), expected an int"),
+    "negative seed": (
+        {"dropout": 0.1, "rng": -1},
+        ValueError,
+        "rng: got -1, expected a seed from 0 to 18446744073709551615",
+    ),
+    "large seed": ({"rng": 2**64}, ValueError, "rng: got 18446744073709551616, expected a seed"),
     "layout": (
         {"layout": "bldh"},
         ValueError,
@@ -441,6 +471,72 @@ def test_names_of_other_libraries(name, meant, meant_in_sequences):
             call(**{name: None})
         with pytest.raises(TypeError, match=r"unexpected keyword argument 'nonsense'$"):
             call(nonsense=1)
+
+
+GENERATOR = (
+    "rng: got a numpy.random.Generator, expected an int, a seed that forward and backward share: "
+    "`int(rng.integers(2**63))`"
+)
+
+
+def test_seeds_are_no_generators(backend):
+    starts = [0, 5], [0, 7]
+    ragged = [x[0].swapaxes(0, 1) for x in (Q, K, V)]
+    out, lse = na.attention(Q, K, V, return_lse=True)
+    one, one_lse = na.attention_varlen(*ragged, *starts, return_lse=True)
+    calls = [
+        lambda **more: na.attention(Q, K, V, **more),
+        lambda **more: na.attention_varlen(*ragged, *starts, **more),
+        lambda **more: na.attention_backward(out, Q, K, V, out, lse, **more),
+        lambda **more: na.attention_varlen_backward(one, *ragged, one, one_lse, *starts, **more),
+    ]
+    for call in calls:
+        for dropout in (0, 0.5):
+            with pytest.raises(TypeError, match="^" + re.escape(GENERATOR)):
+                call(dropout=dropout, rng=np.random.default_rng(0))
+        call(dropout=0.5, rng=0)
+
+
+def test_nothing_is_written_where_dropout_is_refused(backend):
+    out = np.full((2, 4, 5, 6), np.nan, np.float32)
+    for options in ({"dropout": 1.0, "rng": 0}, {"dropout": 0.5}, {"dropout": 0.5, "rng": -1}):
+        with pytest.raises(ValueError, match=r"^(dropout|rng): got"):
+            na.attention(Q, K, V, out=out, **options)
+    assert np.isnan(out).all()
+
+
+@pytest.mark.parametrize("name", ["dropout", "dropout_p"])
+def test_dropout_is_for_training(name):
+    cache = na.KVCache(2, 2, 8, value_dim=6)
+    cache.append(K, V)
+    pages = K.swapaxes(1, 2), V.swapaxes(1, 2)
+    weights = na.attention_weights(Q, K)
+    calls = [
+        lambda **more: na.attention_paged(Q, *pages, [[0], [1]], [7, 7], **more),
+        lambda **more: cache.attend(Q, **more),
+        lambda **more: cache.append_and_attend(Q[:, :, :1], K[:, :, :1], V[:, :, :1], **more),
+        lambda **more: na.qk_scores(Q, K, **more),
+        lambda **more: na.attention_weights(Q, K, **more),
+        lambda **more: na.attention_received(Q, K, **more),
+        lambda **more: na.aggregate_values(weights, V, **more),
+    ]
+    message = f"keyword argument '{name}'; did you mean `dropout=` of `attention`, for training?"
+    for call in calls:
+        with pytest.raises(TypeError, match=re.escape(message)):
+            call(**{name: 0.1})
+    starts = [0, 5], [0, 7]
+    ragged = [x[0].swapaxes(0, 1) for x in (Q, K, V)]
+    calls = [
+        lambda **more: na.attention(Q, K, V, **more),
+        lambda **more: na.attention_varlen(*ragged, *starts, **more),
+        lambda **more: na.attention_vjp(Q, K, V, **more),
+    ]
+    for call in calls:
+        if name == "dropout":
+            call(dropout=0.1, rng=0)
+        else:
+            with pytest.raises(TypeError, match=r"did you mean `dropout=p, rng=seed`\?"):
+                call(**{name: 0.1})
 
 
 OTHERS = {

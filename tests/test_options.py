@@ -49,6 +49,11 @@ ALONE = {
     "tail, causal": {"tail_mask": TAIL, "is_causal": True, "window": (40, None)},
     "tail, lengths": {"tail_mask": np.stack([TAIL, ~TAIL])[:, None], "kv_lengths": [100, 13]},
     "tail, padded": {"tail_mask": TAIL, "q_lengths": [90, 40], "kv_lengths": [90, 4]},
+    "dropout": {"dropout": 0.3, "rng": 7},
+    "much dropout": {"dropout": 0.9, "rng": 2**64 - 1, "softcap": 2.0},
+    "dropout, causal": {"dropout": 0.1, "rng": 2**40 + 3, "is_causal": True, "window": (30, None)},
+    "dropout, sinks": {"dropout": 0.5, "rng": 0, "sinks": [0.5, -1.0, 3.0, -np.inf]},
+    "dropout, padded": {"dropout": 0.2, "rng": 5, "q_lengths": [90, 40], "kv_lengths": [90, 4]},
 }
 
 
@@ -65,7 +70,7 @@ def test_alone_in_the_other_layout(backend, arrays, name):
     assert_close_to_reference(q, k, v, layout="blhd", **ALONE[name])
 
 
-@pytest.mark.parametrize("name", ["causal", "lengths and window", "sinks", "alibi"])
+@pytest.mark.parametrize("name", ["causal", "lengths and window", "sinks", "alibi", "dropout"])
 @pytest.mark.parametrize("lq", [1, 3])
 def test_alone_with_few_queries(dtype, arrays, name, lq):
     q, k, v = arrays(500, hq=4, hkv=2, lq=lq, lk=111, d=17, dv=20, dtype=dtype)
@@ -254,6 +259,7 @@ HIDES_KEYS_70_ON = {
     "mask by query": {"mask": np.broadcast_to(np.arange(100) < 70, (50, 100)).copy()},
     "bias": {"bias": np.where(np.arange(100) < 70, 0, -np.inf).astype(np.float32)},
     "window": {"window": (None, 0), "q_offset": 20},
+    "mask, dropout": {"mask": np.arange(100) < 70, "dropout": 0.4, "rng": 5},
     "mask, some see all": {"mask": (np.arange(100) < 70) | (np.arange(50) > 44)[:, None]},
 }
 
@@ -386,6 +392,9 @@ def problems(draw):
         options["kv_lengths"] = rng.integers(0, lk + 1, batch)
     if draw(st.booleans()) or "kv_lengths" in options:
         options["q_lengths"] = rng.integers(0, lq + 1, batch)
+    if draw(st.booleans()):
+        options["dropout"] = draw(st.sampled_from([0.05, 0.5, 0.9]))
+        options["rng"] = draw(st.integers(0, 2**64 - 1))
     if draw(st.booleans()):
         options["layout"] = "blhd"
         q, k, v = (x.swapaxes(-2, -3) for x in (q, k, v))

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.skipif(
 )
 # Where the results lie and how they are computed: no formula knows of these.
 NOT_IN_THE_FORMULA = {"layout", "return_lse", "out", "num_threads", "k_scale", "v_scale"}
+# What the stages do not have: their results are arrays of their own, without values and dropout.
+NOT_OF_STAGES = {"return_lse", "out", "v_scale", "dropout", "rng"}
 OPTIONS = [
     name
     for name, parameter in inspect.signature(na.attention).parameters.items()
@@ -76,7 +78,12 @@ def test_the_binding_has_every_option_of_the_native_library():
 def test_an_option_is_everywhere(option):
     fields = {field.name for field in dataclasses.fields(_arguments.Arguments)}
     # A window and a causal limit become the two sides of a window.
-    stored = {"is_causal": "window_right", "window": "window_left", "return_lse": "lse"}
+    stored = {
+        "is_causal": "window_right",
+        "window": "window_left",
+        "return_lse": "lse",
+        "rng": "dropout_seed",
+    }
     if option != "layout":
         assert stored.get(option, option) in fields
     assert option in inspect.signature(_arguments.check).parameters
@@ -90,7 +97,7 @@ def test_an_option_is_everywhere(option):
     word = re.compile(rf"\b{option}\b")
     assert word.search(text("tests/test_errors.py") + text("tests/test_sequences.py"))
     assert word.search(text("tests/fuzz.py"))
-    if option not in {"return_lse", "out", "v_scale"}:
+    if option not in NOT_OF_STAGES:
         assert option in inspect.signature(na.attention_weights).parameters
     assert re.search(rf"^\| (`\w+`, )*`{option}`", text("README.md"), re.M)
     pages = [path.read_text() for path in (ROOT / "docs/options").glob("*.rst")]

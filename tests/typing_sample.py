@@ -17,8 +17,10 @@ def attend(x: NDArray[np.float32], lengths: list[int]) -> NDArray[Any]:
 
 
 def train(x: NDArray[np.float32]) -> NDArray[Any]:
-    out, vjp = na.attention_vjp(x, x, x, is_causal=True)
+    rng = np.random.default_rng(0)
+    out, vjp = na.attention_vjp(x, x, x, is_causal=True, dropout=0.1, rng=rng)
     gradients: na.Gradients = vjp(out)
+    na.attention(x, x, x, dropout=0.1, rng=int(rng.integers(2**63)))
     _, lse = na.attention(x, x, x, return_lse=True)
     same = na.attention_backward(out, x, x, x, out, lse, is_causal=True)
     total: NDArray[Any] = gradients.q + same.k

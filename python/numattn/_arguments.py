@@ -89,6 +89,7 @@ class Arguments:
     block_table: NDArray[np.int64] | None = None  # paged: (B, pages of an item)
     dropout: float = 0.0
     dropout_seed: int = 0
+    first_item: int = 0  # the number of the first batch item, as dropout counts
 
 
 def check_options(
@@ -102,6 +103,8 @@ def check_options(
     alibi_slopes: ArrayLike | None,
     sinks: ArrayLike | None,
     num_threads: int | None,
+    dropout: float = 0.0,
+    rng: int | None = None,
 ) -> dict[str, Any]:
     """Check what all entry points understand alike; return it by the names of `Arguments`."""
     window_left, window_right = _window(window)
@@ -113,6 +116,7 @@ def check_options(
     scale_ = 1 / math.sqrt(head_dim) if scale is None else real("scale", scale)
     _check_scale_fits(scale_, softcap_, dtype)
     largest = float(np.finfo(np.float64 if dtype.itemsize == 8 else np.float32).max)
+    dropout_, seed = _dropout(dropout, rng)
     return {
         "window_left": window_left,
         "window_right": window_right,
@@ -121,6 +125,8 @@ def check_options(
         "alibi_slopes": _floats_per_head("alibi_slopes", alibi_slopes, query_heads, largest),
         "sinks": _floats_per_head("sinks", sinks, query_heads, largest),
         "num_threads": None if num_threads is None else thread_count("num_threads", num_threads),
+        "dropout": dropout_,
+        "dropout_seed": seed,
     }
 
 
@@ -146,6 +152,8 @@ def check(
     num_threads: int | None,
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
+    dropout: float = 0.0,
+    rng: int | None = None,
     scales_are_finite: bool = False,
     makes_results: bool = True,
 ) -> Arguments:
@@ -193,7 +201,7 @@ def check(
 
     options = check_options(
         dtype, query_heads, head_dim, is_causal, window, scale, softcap, alibi_slopes, sinks,
-        num_threads,
+        num_threads, dropout, rng,
     )  # fmt: skip
     result = result_lse = None
     if v_ is not None and makes_results:
@@ -512,6 +520,25 @@ def _check_scale_fits(scale: float, softcap: float, dtype: np.dtype[Any]) -> Non
         refuse(
             name, repr(seen), f"a number with which float32 does not overflow (scale {scale:.3g})"
         )
+
+
+def _dropout(dropout: float, rng: int | None) -> tuple[float, int]:
+    """Return the share that is dropped, and the seed: 0 where nothing is dropped."""
+    share = real("dropout", dropout)
+    if not 0 <= share < 1:
+        refuse("dropout", repr(dropout), "the share of weights to drop, at least 0 and less than 1")
+    if isinstance(rng, np.random.Generator):
+        refuse_kind(
+            "rng",
+            "a numpy.random.Generator",
+            "an int, a seed that forward and backward share: `int(rng.integers(2**63))`",
+        )
+    seed = 0 if rng is None else integer("rng", rng)
+    if not 0 <= seed < 2**64:
+        refuse("rng", str(seed), f"a seed from 0 to {2**64 - 1}")
+    if rng is None and share > 0:
+        refuse("rng", f"None beside dropout={share}", "a seed, the same for forward and backward")
+    return share, seed if share > 0 else 0
 
 
 def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:

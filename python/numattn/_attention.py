@@ -29,6 +29,8 @@ def attention(
     sinks: ArrayLike | None = None,
     kv_lengths: int | ArrayLike | None = None,
     q_lengths: int | ArrayLike | None = None,
+    dropout: float = 0.0,
+    rng: int | None = None,
     layout: Literal["bhld", "blhd"] = "bhld",
     return_lse: Literal[False] = False,
     out: NDArray[Any] | None = None,
@@ -54,6 +56,8 @@ def attention(
     sinks: ArrayLike | None = None,
     kv_lengths: int | ArrayLike | None = None,
     q_lengths: int | ArrayLike | None = None,
+    dropout: float = 0.0,
+    rng: int | None = None,
     layout: Literal["bhld", "blhd"] = "bhld",
     return_lse: Literal[True],
     out: NDArray[Any] | None = None,
@@ -78,6 +82,8 @@ def attention(
     sinks: ArrayLike | None = None,
     kv_lengths: int | ArrayLike | None = None,
     q_lengths: int | ArrayLike | None = None,
+    dropout: float = 0.0,
+    rng: int | None = None,
     layout: Literal["bhld", "blhd"] = "bhld",
     return_lse: bool = False,
     out: NDArray[Any] | None = None,
@@ -89,9 +95,9 @@ def attention(
     r"""Scaled dot-product attention, ``softmax(scale * q @ k.T) @ v`` with options.
 
     The options apply in this order: scale, softcap, bias and ALiBi, masks (``mask``,
-    ``tail_mask``, ``is_causal``, ``window``, ``kv_lengths``), sinks. Query row ``i`` stands at
-    position ``p = i + q_offset`` among the keys, which stand at ``j = 0 ... Lk - 1``. The logits
-    are never held in memory as a whole.
+    ``tail_mask``, ``is_causal``, ``window``, ``kv_lengths``), sinks, and after the softmax dropout.
+    Query row ``i`` has the position ``p = i + q_offset`` among the keys, and key ``j`` the position
+    ``j``. The logits are never held in memory as a whole.
 
     Parameters
     ----------
@@ -141,6 +147,12 @@ def attention(
         Number of valid queries, for all or per batch item. Nothing is computed for the others:
         they get zeros, and -inf as lse. A batch padded on the right is ``q_lengths=n,
         kv_lengths=n``.
+    dropout : float in [0, 1), default 0
+        The share of the weights that is dropped, for training: these add nothing to the result,
+        and the others are multiplied by ``1 / (1 - dropout)``. `lse` does not know of it.
+    rng : int, optional
+        A seed, 0 to ``2**64 - 1``, that decides which weights are dropped; needed with `dropout`,
+        and the same for `attention` and its backward (see Notes).
     layout : {"bhld", "blhd"}, default "bhld"
         "blhd" takes and gives (..., L, H, D).
     return_lse : bool, default False
@@ -197,13 +209,22 @@ def attention(
     sum), and products and sums below 1.2e-38 count as 0, so that values below some 1e-36 lose
     digits.
 
-    A masked key is never read into a result, be it NaN; a NaN that is attended to shows. For the
-    same machine and ISA level the bits of a result of the compiled kernels depend on the inputs'
-    values alone: not on the number of threads, the other batch items, the arrays' strides or how
-    the caller's thread rounds. Their scratch memory is proportional to the number of threads, plus
-    a byte for each tile of a dense mask (96 keys by 8, 16 or 64 queries on generic, AVX2 or
-    AVX-512, half as many in float64), and where few queries attend to many keys the size of their
-    result for every 1536 keys that are read; NumPy's is linear in the lengths.
+    Dropout gives each weight a number of its own, and drops it where the number is below
+    ``dropout * 2**32``, rounded down. For key ``j``, query ``i`` (counted from 0, whatever
+    `q_offset`), query head ``h`` and batch item ``b`` (in row-major order of the leading axes) it
+    is word ``j % 4`` of Philox4x32 with ten rounds [4]_, under the key ``(rng % 2**32,
+    rng // 2**32)`` at the counter ``(j // 4, i, h, b)``. So `attention` and its backward drop the
+    same weights, whatever the layout, the dtype, the threads and the backend. A result that grows
+    beyond the largest number may be infinite.
+
+    A masked key is never read into a result, be it NaN; a NaN that is attended to shows, also where
+    its weight is dropped. For the same machine and ISA level the bits of a result of the compiled
+    kernels depend on the inputs' values alone: not on the number of threads, the other batch items
+    (but, with dropout, on how many are before), the arrays' strides or how the caller's thread
+    rounds. Their scratch memory is proportional to the number of threads, plus a byte for each tile
+    of a dense mask (96 keys by 8, 16 or 64 queries on generic, AVX2 or AVX-512, half as many in
+    float64), and where few queries attend to many keys the size of their result for every 1536 keys
+    that are read; NumPy's is linear in the lengths.
 
     The method is the online softmax of Milakov and Gimelshein [1]_ over blocks of keys, as in
     FlashAttention [2]_. The attention itself is that of Vaswani et al. [3]_.
@@ -214,6 +235,7 @@ def attention(
     .. [2] T. Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with
        IO-Awareness", NeurIPS 2022.
     .. [3] A. Vaswani et al., "Attention Is All You Need", NeurIPS 2017.
+    .. [4] J. K. Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 
     Examples
     --------
@@ -247,6 +269,7 @@ def attention(
     return attend(  # type: ignore[no-any-return]
         q, k, v, mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes,
         sinks, kv_lengths, q_lengths, layout, return_lse, out, num_threads, k_scale, v_scale,
+        dropout, rng,
     )  # fmt: skip
 
 

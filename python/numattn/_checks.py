@@ -56,7 +56,7 @@ ELSEWHERE = {
     "key_padding_mask": "`kv_lengths=`, or `mask=~key_padding_mask[:, None, None, :]`",
     "causal": "`is_causal=` (PyTorch and JAX begin at the top left: `q_offset=0`)",
     "enable_gqa": "nothing: grouped heads are seen by the shapes",
-    "dropout_p": "nothing: there is no dropout",
+    "dropout_p": "`dropout=p, rng=seed`",
     "softmax_scale": "`scale=`",
     "window_size": "`window=(left, right)`, None where flash-attn has -1",
     "local_window_size": "`window=(left, right), q_offset=0`",
@@ -69,6 +69,10 @@ ELSEWHERE = {
     "logits_soft_cap": "`softcap=`",
     "s_aux": "`sinks=`",
 }
+
+# For functions that have no dropout.
+NO_DROPOUT = dict.fromkeys(("dropout", "dropout_p"), "`dropout=` of `attention`, for training")
+INFERENCE_ELSEWHERE = {**ELSEWHERE, **NO_DROPOUT}
 
 
 def refuse_unknown(

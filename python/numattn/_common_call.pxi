@@ -58,6 +58,10 @@ cdef inline int64_t _integer(object x, int64_t low, int64_t high):
     return low - 1 if overflow != 0 or number > high else number
 
 
+cdef inline bint _is_zero(object x):
+    return x == 0 if PyFloat_CheckExact(x) else _integer(x, 0, 0) == 0
+
+
 cdef bint _integers(
     object values, int batch_axes, const int64_t* batch_shape, int64_t low, int64_t high,
     vector[int64_t]* to,
@@ -258,7 +262,8 @@ def attention_common(
     object q, object k, object v, object mask, object tail_mask, object bias, object is_causal,
     object q_offset, object window, object scale, object softcap, object alibi_slopes,
     object sinks, object kv_lengths, object q_lengths, object layout, object return_lse,
-    object out, object num_threads, object k_scale, object v_scale, bint scales_are_finite=False,
+    object out, object num_threads, object k_scale, object v_scale, object dropout, object rng,
+    bint scales_are_finite=False,
 ):
     """Compute `attention`, or return None where the call is not a common one or has something wrong.
 
@@ -280,6 +285,8 @@ def attention_common(
     if (is_causal is not True and is_causal is not False) or type(layout) is not str:
         return None
     if return_lse is not True and return_lse is not False:
+        return None
+    if rng is not None or not _is_zero(dropout):
         return None
     if layout != "bhld" and layout != "blhd":
         return None

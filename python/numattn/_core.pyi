@@ -27,6 +27,8 @@ def attention_common(
     num_threads: object,
     k_scale: object,
     v_scale: object,
+    dropout: object,
+    rng: object,
     scales_are_finite: bool = False,
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]] | None: ...
 def attention(arguments: Arguments) -> None: ...

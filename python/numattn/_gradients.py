@@ -74,6 +74,8 @@ def attention_backward(
     sinks: ArrayLike | None = None,
     kv_lengths: int | ArrayLike | None = None,
     q_lengths: int | ArrayLike | None = None,
+    dropout: float = 0.0,
+    rng: int | None = None,
     layout: Literal["bhld", "blhd"] = "bhld",
     num_threads: int | None = None,
     **unknown: Any,
@@ -105,9 +107,9 @@ def attention_backward(
     bias_gradient : bool, default False
         Also return the gradient with respect to `bias`.
     mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, \
-kv_lengths, q_lengths, layout
-        What `attention` was given. There are no gradients with respect to `scale`, `softcap` and
-        `alibi_slopes`.
+kv_lengths, q_lengths, dropout, rng, layout
+        What `attention` was given; with the same seed `rng` the same weights are dropped. There are
+        no gradients with respect to `scale`, `softcap` and `alibi_slopes`.
     num_threads : int, optional
         As in `attention`. The gradients do not depend on it, to the bit.
 
@@ -178,7 +180,7 @@ kv_lengths, q_lengths, layout
         q, k, v, bias_gradient, bias, sinks, layout, mask=mask, tail_mask=tail_mask,
         is_causal=is_causal, q_offset=q_offset, window=window, scale=scale, softcap=softcap,
         alibi_slopes=alibi_slopes, kv_lengths=kv_lengths, q_lengths=q_lengths,
-        num_threads=num_threads,
+        num_threads=num_threads, dropout=dropout, rng=rng,
     )  # fmt: skip
     _gradient_arguments.set_results(problem, out, lse)
     return _differentiate(problem, dout, dlse)
@@ -203,6 +205,8 @@ def attention_varlen_backward(
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    dropout: float = 0.0,
+    rng: int | None = None,
     num_threads: int | None = None,
     **unknown: Any,
 ) -> Gradients:
@@ -226,7 +230,8 @@ def attention_varlen_backward(
         Where each sequence begins, and at last the total length.
     dlse : array_like, shape (total_q, Hq), optional
         Gradient with respect to `lse`, in its dtype. Default: none.
-    tail_mask, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, num_threads
+    tail_mask, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, dropout, rng, \
+num_threads
         What `attention_varlen` was given.
 
     Returns
@@ -266,7 +271,7 @@ def attention_varlen_backward(
     problem = _gradient_arguments.check_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, tail_mask=tail_mask, is_causal=is_causal,
         q_offset=q_offset, window=window, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
-        num_threads=num_threads,
+        num_threads=num_threads, dropout=dropout, rng=rng,
     )  # fmt: skip
     _gradient_arguments.set_results(problem, out, lse)
     return _differentiate(problem, dout, dlse)
@@ -290,6 +295,8 @@ def attention_vjp(
     sinks: ArrayLike | None = None,
     kv_lengths: int | ArrayLike | None = None,
     q_lengths: int | ArrayLike | None = None,
+    dropout: float = 0.0,
+    rng: int | np.random.Generator | None = None,
     layout: Literal["bhld", "blhd"] = "bhld",
     return_lse: bool = False,
     num_threads: int | None = None,
@@ -308,8 +315,11 @@ def attention_vjp(
     bias_gradient : bool, default False
         Whether `vjp` also returns the gradient with respect to `bias`.
     mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, \
-kv_lengths, q_lengths, layout, num_threads
+kv_lengths, q_lengths, dropout, layout, num_threads
         As in `attention`.
+    rng : int or numpy.random.Generator, optional
+        A seed, as in `attention`, or a generator from which one is drawn if there is dropout. Both
+        passes use that seed.
     return_lse : bool, default False
         Also return the log-sum-exp of each query's logits.
 
@@ -353,12 +363,15 @@ kv_lengths, q_lengths, layout, num_threads
     if unknown:
         refuse_unknown("attention_vjp", unknown)
     returns_lse = flag("return_lse", return_lse)
+    generator = rng if isinstance(rng, np.random.Generator) else None
     problem = _gradient_arguments.check(
         q, k, v, bias_gradient, bias, sinks, layout, mask=mask, tail_mask=tail_mask,
         is_causal=is_causal, q_offset=q_offset, window=window, scale=scale, softcap=softcap,
         alibi_slopes=alibi_slopes, kv_lengths=kv_lengths, q_lengths=q_lengths,
-        num_threads=num_threads,
+        num_threads=num_threads, dropout=dropout, rng=rng if generator is None else 0,
     )  # fmt: skip
+    if generator is not None and problem.forward.dropout > 0:
+        problem.forward.dropout_seed = int(generator.integers(2**64, dtype=np.uint64))
     kept = np.empty(problem.out_shape, problem.precision)
     lse = np.empty(problem.out_shape[:-1], problem.precision)
     _gradient_arguments.set_results(problem, kept, lse)

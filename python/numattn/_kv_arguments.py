@@ -17,6 +17,7 @@ from ._arguments import (
 )
 from ._checks import (
     ACCEPTED_DTYPES,
+    INFERENCE_ELSEWHERE,
     as_array,
     at_least,
     check_layout,
@@ -210,7 +211,7 @@ def check_unknown(method: str, options: dict[str, Any]) -> None:
         if options.pop(name, None) is not None:
             refuse_kind(name, "numbers", "none: the queries are those of the tokens in k")
     if options:
-        refuse_unknown(f"KVCache.{method}", options)
+        refuse_unknown(f"KVCache.{method}", options, INFERENCE_ELSEWHERE)
 
 
 def check_apart(out: object, arrays: tuple[Array, ...]) -> None:

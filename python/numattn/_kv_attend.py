@@ -210,5 +210,5 @@ def _attend_to(
     return attend(
         queries.q, k, v, mask, tail_mask, bias, is_causal, first, window, scale, softcap,
         alibi_slopes, sinks, lengths, queries.counts, layout, return_lse, out, num_threads,
-        k_scale, v_scale, True,  # the scales are finite
+        k_scale, v_scale, 0.0, None, True,  # no dropout; the scales are finite
     )  # fmt: skip

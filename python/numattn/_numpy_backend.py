@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._numpy_blocks import aggregate, blocks, masked_logits, plain_problems, query_heads_of, quiet
+from ._numpy_blocks import (
+    aggregate,
+    blocks,
+    kept_weights,
+    masked_logits,
+    plain_problems,
+    query_heads_of,
+    quiet,
+)
 from ._numpy_gradients import attention_backward
 
 if TYPE_CHECKING:
@@ -94,6 +102,11 @@ def _attend(a: Arguments, batch_item: tuple[int, ...], kv_heads: slice, rows: sl
     weights, total, maximum = _weigh(a, kv_heads, logits)
     # Before the product, which may overflow where the mean does not.
     weights /= np.where(total == 0, total.dtype.type(1), total)
+    if a.dropout > 0:
+        kept = kept_weights(a, batch_item, kv_heads, rows, keys)
+        weights = np.where(
+            kept, weights * weights.dtype.type(1 / (1 - a.dropout)), weights.dtype.type(0)
+        )
     v = a.v[batch_item][kv_heads, np.newaxis, keys].astype(logits.dtype, copy=False)
     out = aggregate(weights, v, attend, np.finfo(logits.dtype).max)
     a.out[batch_item][query_heads, rows] = out.reshape(-1, *out.shape[2:])

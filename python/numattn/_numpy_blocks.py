@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import _dropout
 from ._arguments import expanded_tail
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def plain_problems(a: Arguments) -> Iterator[Arguments]:
                     q_offset=None if a.q_offset is None else a.q_offset[i],
                     query_starts=None,
                     key_starts=None,
+                    first_item=i,
                 )
             )
     elif a.block_table is not None and a.kv_lengths is not None:
@@ -170,6 +172,17 @@ def masked_logits(
         of_keys = expanded_tail(tail, None, valid)[..., keys]
         attend = attend & grouped(np.broadcast_to(of_keys, (*tail.shape[:-1], of_keys.shape[-1])))
     return np.where(attend, logits, precision(-np.inf)), attend, keys, capped
+
+
+def kept_weights(
+    a: Arguments, batch_item: tuple[int, ...], kv_heads: slice, rows: slice, keys: slice
+) -> Array:
+    """Return which weights of a block dropout keeps, with the axes of its logits."""
+    item = a.first_item + int(np.ravel_multi_index(batch_item, a.q.shape[:-3]))
+    query_heads = query_heads_of(a, kv_heads)
+    kept = _dropout.kept(a.dropout, a.dropout_seed, item, query_heads, rows, keys)
+    heads = kv_heads.stop - kv_heads.start
+    return kept.reshape(heads, len(kept) // heads, *kept.shape[1:])
 
 
 def aggregate(weights: Array, v: Array, attend: Array, largest: float = np.inf) -> Array:

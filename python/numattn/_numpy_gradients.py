@@ -10,6 +10,7 @@ import numpy as np
 from ._numpy_blocks import (
     aggregate,
     blocks,
+    kept_weights,
     masked_logits,
     plain_problems,
     query_heads_of,
@@ -86,6 +87,12 @@ def _add_gradients(
     if g.dlse is not None:
         row_sums -= of_rows(g.dlse)
     dlogits = np.matmul(dout, of_keys(a.v).swapaxes(-1, -2))
+    of_values = weights  # what values are multiplied by
+    if a.dropout > 0:
+        kept = kept_weights(a, batch_item, kv_heads, rows, keys)
+        growth = precision.type(1 / (1 - a.dropout))
+        of_values = np.where(kept, weights * growth, precision.type(0))
+        dlogits = np.where(kept, dlogits * growth, precision.type(0))
     dlogits -= row_sums
     dlogits *= weights
     # What is masked may have met a NaN.
@@ -103,7 +110,7 @@ def _add_gradients(
     of_key = _by_key(attend)
     dk = aggregate(_by_key(dlogits), _by_group(of_rows(a.q)), of_key) * scale
     g.dk[batch_item][kv_heads, keys] += dk
-    g.dv[batch_item][kv_heads, keys] += aggregate(_by_key(weights), _by_group(dout), of_key)
+    g.dv[batch_item][kv_heads, keys] += aggregate(_by_key(of_values), _by_group(dout), of_key)
 
 
 def _as_heads(x: Array) -> Array:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import _sequence_arguments
 from ._attention import compute
-from ._checks import ELSEWHERE, refuse_unknown
+from ._checks import ELSEWHERE, NO_DROPOUT, refuse_unknown
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -36,6 +36,8 @@ def attention_varlen(
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    dropout: float = 0.0,
+    rng: int | None = None,
     return_lse: bool = False,
     out: NDArray[Any] | None = None,
     num_threads: int | None = None,
@@ -65,6 +67,9 @@ def attention_varlen(
         As in `attention`; every sequence counts its positions by itself.
     q_offset : int or array_like of int, shape (B,), optional
         Position of a sequence's first query among its keys. Default: its keys less its queries.
+    dropout, rng
+        As in `attention`; sequence ``b`` drops the weights that batch item ``b`` of a padded batch
+        would drop.
     return_lse : bool, default False
         Also return the log-sum-exp of each query's logits.
     out : ndarray, shape (total_q, Hq, Dv), optional
@@ -107,7 +112,8 @@ def attention_varlen(
             q, k, v, cu_seqlens_q, cu_seqlens_k, tail_mask, k_scale, v_scale, q_offset, return_lse,
             out,
             is_causal=is_causal, window=window, scale=scale, softcap=softcap,
-            alibi_slopes=alibi_slopes, sinks=sinks, num_threads=num_threads,
+            alibi_slopes=alibi_slopes, sinks=sinks, num_threads=num_threads, dropout=dropout,
+            rng=rng,
         )
     )  # fmt: skip
 
@@ -202,7 +208,7 @@ num_threads
     True
     """
     if unknown:
-        refuse_unknown("attention_paged", unknown, SEQUENCES_ELSEWHERE)
+        refuse_unknown("attention_paged", unknown, {**SEQUENCES_ELSEWHERE, **NO_DROPOUT})
     return compute(
         _sequence_arguments.check_paged(
             q, k_pages, v_pages, block_table, kv_lengths, tail_mask, k_scale, v_scale, q_offset,

@@ -9,6 +9,8 @@ import numpy as np
 
 from . import _arguments, _numpy_blocks, _runtime
 from ._checks import (
+    INFERENCE_ELSEWHERE,
+    NO_DROPOUT,
     as_array,
     check_dtype,
     check_layout,
@@ -33,7 +35,7 @@ _ELSEWHERE = {
     "attn_mask": "nothing: weights of 0 take nothing",
     "attention_mask": "nothing: weights of 0 take nothing",
     "enable_gqa": "nothing: grouped heads are seen by the shapes",
-    "dropout_p": "nothing: there is no dropout",
+    **NO_DROPOUT,
 }
 
 
@@ -94,7 +96,7 @@ def qk_scores(
            [  0.,   0.,   2.]], dtype=float32)
     """
     if unknown:
-        refuse_unknown("qk_scores", unknown)
+        refuse_unknown("qk_scores", unknown, INFERENCE_ELSEWHERE)
     arguments, one_head = _check(
         q, k, mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes,
         None, kv_lengths, q_lengths, layout, num_threads, k_scale,
@@ -258,7 +260,7 @@ def attention_weights(
     (8, 1, 1000)
     """
     if unknown:
-        refuse_unknown("attention_weights", unknown)
+        refuse_unknown("attention_weights", unknown, INFERENCE_ELSEWHERE)
     arguments, one_head = _check(
         q, k, mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes,
         sinks, kv_lengths, q_lengths, layout, num_threads, k_scale,
@@ -338,7 +340,7 @@ def attention_received(
     ((8, 1000), True)
     """
     if unknown:
-        refuse_unknown("attention_received", unknown)
+        refuse_unknown("attention_received", unknown, INFERENCE_ELSEWHERE)
     arguments, one_head = _check(
         q, k, mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes,
         sinks, kv_lengths, q_lengths, layout, num_threads, k_scale,

@@ -156,6 +156,34 @@ def test_differences(rng, name):
         np.testing.assert_allclose(found[which], expected, rtol=0, atol=2e-8, err_msg=which)
 
 
+@pytest.mark.parametrize(
+    ("name", "dropout"),
+    [("grouped heads", 0.3), ("everything", 0.5), ("context", 0.2), ("context, lengths", 0.9)],
+)
+def test_differences_with_dropout(rng, name, dropout):
+    layer, x, context, arrays, options = problem(rng, name)
+    options = options | {"dropout": dropout, "rng": 77}
+    out, vjp = layer.vjp(x, context, **options)
+    assert not np.allclose(out, layer(x, context, **CASES[name][2]), atol=0.01)
+    dout = numbers(rng, *out.shape, dtype=np.float64)
+    found = flat(vjp(dout))
+    for which, array in arrays.items():
+        expected = differences(array, lambda: (layer.vjp(x, context, **options)[0] * dout).sum())
+        np.testing.assert_allclose(found[which], expected, rtol=0, atol=2e-8, err_msg=which)
+
+
+def test_a_generator_drops_other_weights_each_time(any_backend, rng):
+    layer = make(rng, 24, 4, rotary=True, dtype="float32")
+    x = numbers(rng, 2, 9, 24)
+    first, second = np.random.default_rng(3), np.random.default_rng(3)
+    outs = [layer.vjp(x, dropout=0.3, rng=g)[0] for g in (first, first, second)]
+    assert not np.array_equal(outs[0], outs[1])
+    np.testing.assert_array_equal(outs[0], outs[2])
+    seed = int(np.random.default_rng(3).integers(2**64, dtype=np.uint64))
+    np.testing.assert_array_equal(layer.vjp(x, dropout=0.3, rng=seed)[0], outs[0])
+    np.testing.assert_array_equal(layer.vjp(x, dropout=0)[0], layer(x))
+
+
 def test_arrays_that_are_used_several_times(rng):
     layer = make(rng, 8, 2, qk_norm=True)
     x, dout = numbers(rng, 2, 2, 5, 8, dtype=np.float64)
@@ -448,6 +476,24 @@ def test_bad_calls(rng):
             "return_weights: got bool, expected nothing: `layer(x, return_weights=True)` gives",
         ),
         (lambda: layer.vjp(x, attn_mask=None), TypeError, "'attn_mask'; did you mean `mask=`"),
+        (lambda: layer.vjp(x, dropout=1.0, rng=0), ValueError, "dropout: got 1.0, expected the sh"),
+        (lambda: layer.vjp(x, dropout=0.1), ValueError, "rng: got None beside dropout=0.1"),
+        (lambda: layer.vjp(x, rng="0"), TypeError, "rng: got '0' (str), expected an int"),
+        (
+            lambda: layer.vjp(x, dropout_p=0.1),
+            TypeError,
+            "'dropout_p'; did you mean `dropout=p, rng=seed`?",
+        ),
+        (
+            lambda: layer(x, dropout=0.1, rng=0),
+            TypeError,
+            "'dropout'; did you mean `dropout=` of `MultiHeadAttention.vjp`, for training?",
+        ),
+        (
+            lambda: na.MultiHeadAttention(24, 4, attention_dropout=0.1),
+            TypeError,
+            "'attention_dropout'; did you mean `dropout=` of `MultiHeadAttention.vjp`, for train",
+        ),
         (lambda: layer.vjp(x, a=None), TypeError, "MultiHeadAttention.vjp() got an unexpected"),
     ):
         with pytest.raises(error) as raised:
@@ -471,7 +517,8 @@ def test_vjp_takes_what_a_call_takes():
         inspect.signature(f).parameters
         for f in (na.MultiHeadAttention.__call__, na.MultiHeadAttention.vjp)
     )
-    assert [name for name in call if name not in ("cache", "return_weights")] == list(vjp)
+    of_both = [name for name in call if name not in ("cache", "return_weights")]
+    assert of_both == [name for name in vjp if name not in ("dropout", "rng")]
 
 
 def test_the_example_runs():

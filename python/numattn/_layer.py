@@ -25,6 +25,7 @@ from ._layer_arguments import (
     ELSEWHERE,
     NOT_DIFFERENTIATED,
     OPTIONS_ELSEWHERE,
+    VJP_ELSEWHERE,
     Inputs,
     batch_shape,
     context_dims,
@@ -440,7 +441,7 @@ class MultiHeadAttention:
         Notes
         -----
         The layer takes (batch, length, embed_dim), as PyTorch does with ``batch_first=True``, has
-        no dropout, and gives weights per head. Pass ``lengths`` for PyTorch's
+        no dropout (but `vjp` has), and gives weights per head. Pass ``lengths`` for PyTorch's
         ``key_padding_mask``: rows of padding, where PyTorch attends to the valid keys, attend to
         nothing here. A mask is True where PyTorch's is False.
 
@@ -579,6 +580,8 @@ class MultiHeadAttention:
         positions: ArrayLike | None = None,
         window: tuple[int | None, int | None] | None = None,
         softcap: float | None = None,
+        dropout: float = 0.0,
+        rng: int | np.random.Generator | None = None,
         **unknown: Any,
     ) -> tuple[Array, Callable[[ArrayLike], LayerGradients]]:
         """Attend, and return the function that gives gradients.
@@ -587,11 +590,14 @@ class MultiHeadAttention:
         ----------
         x, context, is_causal, mask, tail_mask, lengths, positions, window, softcap
             As of a call. There are no gradients with respect to the options.
+        dropout, rng
+            As of `attention_vjp`: the share of the weights that is dropped, and a seed or a
+            generator. A call has none, because it is for inference.
 
         Returns
         -------
         out : ndarray, shape (..., L, embed_dim)
-            The result of the call, to the bit.
+            The result of the call, to the bit where nothing is dropped.
         vjp : callable
             ``vjp(dout)`` takes a scalar's gradient with respect to `out`, of its shape and of the
             layer's dtype, and returns `LayerGradients`: those with respect to `x`, the context and
@@ -639,7 +645,7 @@ class MultiHeadAttention:
             if name in unknown:
                 refuse_kind(name, type(unknown[name]).__name__, expected)
         if unknown:
-            refuse_unknown("MultiHeadAttention.vjp", unknown, ELSEWHERE)
+            refuse_unknown("MultiHeadAttention.vjp", unknown, VJP_ELSEWHERE)
         inputs, options = self._checked_call(
             x, context, lengths, positions,
             {
@@ -647,7 +653,9 @@ class MultiHeadAttention:
                 "softcap": softcap,
             },
         )  # fmt: skip
-        of_heads, take_back = attention_vjp(*self._projected(*inputs), **options)
+        of_heads, take_back = attention_vjp(
+            *self._projected(*inputs), **options, dropout=dropout, rng=rng
+        )
         call = Call(self._parameters, self._product, inputs, of_heads, take_back)
 
         def vjp(dout: ArrayLike) -> LayerGradients:

@@ -48,9 +48,13 @@ ELSEWHERE = {
     "return_lse": "nothing: `attention` has it",
     "bias": "nothing: `attention` has it",
     "attn_bias": "nothing: `attention` has `bias=`",
-    "dropout_p": "nothing: there is no dropout",
+    "dropout": "`dropout=` of `MultiHeadAttention.vjp`, for training",
+    "dropout_p": "`dropout=` of `MultiHeadAttention.vjp`, for training",
     "enable_gqa": "nothing: grouped heads are the layer's `kv_heads`",
 }
+
+# The same for `vjp`.
+VJP_ELSEWHERE = {**ELSEWHERE, "dropout_p": "`dropout=p, rng=seed`"}
 
 # What calls have and `vjp` has not.
 NOT_DIFFERENTIATED = {
@@ -70,8 +74,8 @@ OPTIONS_ELSEWHERE = {
     "rope_theta": "`rotary={'base': rope_theta}`",
     "rope_scaling": "`rotary={'scaling': rope_scaling}`",
     "rope_parameters": "`rotary={'scaling': rope_parameters}`",
-    "dropout": "nothing: there is no dropout",
-    "attention_dropout": "nothing: there is no dropout",
+    "dropout": "`dropout=` of `MultiHeadAttention.vjp`, for training",
+    "attention_dropout": "`dropout=` of `MultiHeadAttention.vjp`, for training",
     "batch_first": "nothing: the layer takes (batch, length, embed_dim)",
     "add_bias_kv": "nothing: the layer has no keys of its own",
     "add_zero_attn": "nothing: the layer has no keys of its own",

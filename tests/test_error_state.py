@@ -60,12 +60,12 @@ def cached(q, k, v, **options):
     return cache.attend(q)
 
 
-def gradients(q, k, v):
+def gradients(q, k, v, **more):
     bias = k[:, :, :5, :1] * np.ones(8, k.dtype)
     (out, lse), vjp = na.attention_vjp(
-        q, k, v, bias=bias, bias_gradient=True, return_lse=True, **OPTIONS
+        q, k, v, bias=bias, bias_gradient=True, return_lse=True, **OPTIONS, **more
     )
-    return vjp(out, lse)
+    return out, *vjp(out, lse)
 
 
 def merged(q, k, v):
@@ -96,6 +96,7 @@ CALLS = {
     "masked_softmax": lambda q, k, v: na.masked_softmax(k, np.arange(6) != 2),
     "merge_states": merged,
     "gradients": gradients,
+    "gradients with dropout": lambda *qkv: gradients(*qkv, dropout=0.4, rng=2**64 - 1),
     "cache": cached,
     "quantized cache": lambda q, k, v: cached(q, finite(k), finite(v), quantize=True),
     "rotary": lambda q, k, v: na.rotary_embedding(q),

@@ -57,6 +57,14 @@ DIFFERENTIATED = {
     "bias of the batch": {"bias": np.concatenate([TINY_BIAS, HOLES])},
     "bias with holes": {"bias": HOLES},
     "softcap, bias": {"bias": TINY_BIAS, "softcap": 0.8},
+    "dropout": {"dropout": 0.4, "rng": 11},
+    "dropout, padded": {
+        "dropout": 0.5, "rng": 2**64 - 2, "q_lengths": [2, 3], "kv_lengths": [3, 4],
+    },
+    "dropout, many": {
+        "dropout": 0.3, "rng": 2**33, "bias": HOLES, "softcap": 2.0, "sinks": SINKS,
+        "alibi_slopes": [0.5, 0.1], "window": (2, 1),
+    },
     "many": {
         "bias": TINY_BIAS, "softcap": 2.0, "is_causal": True, "sinks": SINKS, "scale": 0.9,
         "alibi_slopes": [0.5, 0.1], "window": (2, 5),
@@ -91,8 +99,8 @@ def test_differences(backend, arrays, rng, name):
             continue
         x = given[name]
         step = 1e-5 * np.eye(x.size).reshape(x.size, *x.shape)
-        if name == "sinks":
-            above, below = ([total(sinks=one) for one in x + sign * step] for sign in (1, -1))
+        if name == "sinks" or "dropout" in options:  # which counts batch items
+            above, below = ([total(**{name: one}) for one in x + sign * step] for sign in (1, -1))
         else:
             missing = (1,) * (4 - x.ndim)
             moved = (x + sign * step.reshape(x.size, *missing, *x.shape) for sign in (1, -1))

@@ -122,7 +122,11 @@ def test_scratch_of_gradients(backend, dtype):
     limit *= 2 if dtype == "np.float64" else 1
     # All logits have 512 MiB, or 64 MiB with several arrays of them.
     environment = {"NUMATTN_BACKEND": backend, "OPENBLAS_NUM_THREADS": "1"}
-    assert added_peak(131072, rows, GRADIENTS, dtype, **environment) < limit * 2**20
+    uses = [GRADIENTS]
+    if dtype == "np.float32":  # random numbers are the same for all, and slow
+        uses.append(GRADIENTS.replace("is_causal=True", "dropout=0.1, rng=0"))
+    for use in uses:
+        assert added_peak(131072, rows, use, dtype, **environment) < limit * 2**20
 
 
 @needs_linux

@@ -95,6 +95,42 @@ def test_batch_neighbours_of_gradients(qkv, options):
             np.testing.assert_array_equal(x, wanted[item])
 
 
+DROPOUT = {"dropout": 0.4, "rng": 2**63 + 1}
+
+
+def test_threads_with_dropout(qkv, options):
+    expected = na.attention(*qkv, **options, **DROPOUT, return_lse=True, num_threads=1)
+    of_inputs = gradients(*qkv, options | DROPOUT, 1)
+    for num_threads in (2, 3):
+        actual = na.attention(*qkv, **options, **DROPOUT, return_lse=True, num_threads=num_threads)
+        again = gradients(*qkv, options | DROPOUT, num_threads)
+        for x, wanted in zip((*actual, *again), (*expected, *of_inputs), strict=True):
+            np.testing.assert_array_equal(x, wanted)
+
+
+def test_layouts_and_strides_with_dropout(qkv):
+    expected = na.attention(*qkv, **DROPOUT)
+    as_blhd = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in qkv]
+    for moved in (as_blhd, [np.asfortranarray(x) for x in as_blhd]):
+        actual = na.attention(*moved, layout="blhd", **DROPOUT).swapaxes(1, 2)
+        np.testing.assert_array_equal(actual, expected)
+    split = [x.reshape(1, 3, 1, *x.shape[1:]) for x in qkv]
+    np.testing.assert_array_equal(na.attention(*split, **DROPOUT)[0, :, 0], expected)
+
+
+def test_batch_neighbours_with_dropout(qkv):
+    """Their values are nothing to an item, which has to keep its place."""
+    together = na.attention(*qkv, **DROPOUT)
+    of_inputs = gradients(*qkv, DROPOUT)
+    for item in range(3):
+        others = [np.zeros_like(x) for x in qkv]
+        for x, of_all in zip(others, qkv, strict=True):
+            x[item] = of_all[item]
+        np.testing.assert_array_equal(na.attention(*others, **DROPOUT)[item], together[item])
+        for x, wanted in zip(gradients(*others, DROPOUT), of_inputs, strict=True):
+            np.testing.assert_array_equal(x[item], wanted[item])
+
+
 def side_by_side(x):
     """Return an equal array in which the heads of each token are neighbours."""
     return np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2)

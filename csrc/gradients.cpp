@@ -20,8 +20,26 @@ bool stop_requested(void* stop) { return static_cast<StopCheck*>(stop)->requeste
 struct Computation {
   const GradientPlan& plan;
   const DtypeKernels& kernels;
+  int64_t scalar_bytes;
   std::unique_ptr<std::atomic<int64_t>[]> turns;  // [chunk], how many items it has taken
+  std::unique_ptr<char[]> parts;                  // of dK [row][d], then of dV, 0 at first
+  std::unique_ptr<int64_t[]> part_of_block;       // 0 at first
   std::atomic<bool> out_of_memory{false};
+
+  void set_parts(GradientItem& item) const {
+    GradientTask& task = item.task;
+    task.dk_part = task.dv_part = {};
+    task.part_of_block = nullptr;
+    if (!parts) return;
+    const auto view = [&](char* begin, int64_t dims) {
+      const int64_t bytes = dims * scalar_bytes;
+      return View{begin + item.first_part_row * bytes, 0, bytes, scalar_bytes};
+    };
+    task.dk_part = view(parts.get(), task.head_dim);
+    task.dv_part =
+        view(parts.get() + plan.part_rows() * task.head_dim * scalar_bytes, task.value_dim);
+    task.part_of_block = part_of_block.get() + item.first_part_block;
+  }
 };
 
 bool compute(void* context, int64_t number, StopCheck& stop) {
@@ -29,6 +47,7 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
   const DtypeKernels& kernels = computation.kernels;
   GradientItem item = computation.plan.item(number);
   GradientTask& task = item.task;
+  computation.set_parts(item);
   const ThreadScratch scratch(kernels.backward_scratch_bytes(task));
   if (!scratch.data()) {
     computation.out_of_memory.store(true, std::memory_order_relaxed);
@@ -39,11 +58,12 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
   task.stop_context = &stop;
   kernels.backward_begin(task);
   const int64_t keys_per_chunk = kernels.keys_per_backward_chunk;
-  for (int64_t chunk = 0; chunk < computation.plan.chunks_per_item(); ++chunk) {
-    std::atomic<int64_t>& turn = computation.turns[static_cast<size_t>(item.first_chunk + chunk)];
+  for (int64_t chunk = 0; chunk < item.chunks; ++chunk) {
+    std::atomic<int64_t>& turn = computation.turns[static_cast<size_t>(item.first_turn + chunk)];
     if (!wait_for(turn, item.turn, stop)) return false;
     const int64_t begin = chunk * keys_per_chunk;
     if (!kernels.backward_keys(task, begin, begin + keys_per_chunk)) return false;
+    if (item.is_last) kernels.backward_end(task, begin, begin + keys_per_chunk);
     turn.store(item.turn + 1, std::memory_order_release);
   }
   return true;
@@ -59,8 +79,15 @@ Status gradients_of_some(const GradientProblem& problem, const Execution& execut
   }
   const GradientPlan plan(problem, kernels, block_kinds ? &*block_kinds : nullptr,
                           execution.num_threads);
-  Computation computation{plan, kernels, nullptr};
-  computation.turns = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(plan.chunks()));
+  Computation computation{plan, kernels, forward.dtype == Dtype::float64 ? 8 : 4, {}, {}, {}};
+  computation.turns = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(plan.turns()));
+  if (plan.has_parts()) {
+    const int64_t elements = plan.part_rows() * (forward.head_dim + forward.value_dim);
+    computation.parts =
+        std::make_unique<char[]>(static_cast<size_t>(elements * computation.scalar_bytes));
+    computation.part_of_block =
+        std::make_unique<int64_t[]>(static_cast<size_t>(plan.part_blocks()));
+  }
   const bool done =
       run({compute, &computation, plan.items(), plan.threads(), execution.interrupted});
   if (done) return Status::done;

@@ -19,8 +19,8 @@ struct GradientProblem {
   // As q, k and v, of float64 where that is dtype, else float32; elements of a row have no gaps,
   // and rows are aligned to elements. What q, k and v broadcast has strides of its own.
   Array dq, dk, dv;
-  // As bias, of dq's dtype: where queries, heads or batch items share a bias, their strides are 0.
-  // Keys do not share. Data null: not wanted.
+  // As bias, of dq's dtype: strides are 0 where queries, heads or batch items share a bias, or only
+  // keys. Data null: not wanted.
   View dbias;
   int64_t dbias_batch_strides[kMaxBatchAxes];
 };

@@ -163,6 +163,13 @@ def test_long_sequences(dtype, arrays, rng):
         assert_gradients_close_to_reference(q, k, v, dout, dlse, is_causal=True, q_offset=0)
 
 
+def test_many_queries_of_a_key(any_backend, arrays, rng):
+    """Sums of one sign, whose rounding errors grow with what was added before."""
+    q, k, v = arrays(hq=128, hkv=1, lq=512, lk=64, d=8)
+    for dout in (np.abs(like_out(rng, q, v)), like_out(rng, q, v) + np.float32(0.5)):
+        assert_gradients_close_to_reference(q, k, v, dout)
+
+
 @pytest.mark.parametrize("dtype_name", ["float16", "bfloat16"])
 def test_16_bits_beside_float32(any_backend, arrays, rng, dtype_name):
     """`out` and `dout` may be rounded or not, each by itself."""
@@ -443,6 +450,27 @@ def test_queries_that_attend_to_nothing(dtype, arrays, rng, bad):
                 assert_same(x, wanted, dtype)
 
 
+def test_sinks_of_queries_that_attend_to_nothing(dtype, arrays, rng):
+    q, k, v = arrays(hq=2, lq=50, lk=60, d=9, dtype=dtype)
+    mask = np.arange(50)[:, np.newaxis] != 17
+    dout = like_out(rng, q, v)
+    _, vjp = na.attention_vjp(q, k, v, mask=mask, sinks=[0.5, 1.0])
+    expected = vjp(dout).sinks
+    dout[:, 17] = np.nan
+    np.testing.assert_array_equal(vjp(dout).sinks, expected)
+
+
+def test_results_may_be_written_to(dtype, arrays, rng):
+    q, k, v = arrays(hq=2, lq=20, d=8, dtype=dtype)
+    (out, lse), vjp = na.attention_vjp(q, k, v, return_lse=True)
+    dout = like_out(rng, q, v)
+    expected = vjp(dout)
+    out -= 1
+    lse[...] = 0
+    for x, wanted in zip(vjp(dout)[:3], expected[:3], strict=True):
+        np.testing.assert_array_equal(x, wanted)
+
+
 def test_logits_of_minus_infinity_have_no_weight(dtype, arrays, rng):
     """Also where a query has no others, so that its lse is -inf: its result is 0 whatever v."""
     q, k, v = arrays(hq=2, lq=50, lk=60, d=9, dtype=dtype)
@@ -453,6 +481,7 @@ def test_logits_of_minus_infinity_have_no_weight(dtype, arrays, rng):
     gradients = vjp(dout)
     assert not gradients.v[1].any()
     expected = na.attention_vjp(q[0], k[0, :30], v[0, :30])[1](dout[0])
+    assert_same(gradients.q[0], expected.q, dtype)
     assert_same(gradients.v[0, :30], expected.v, dtype)
     assert_same(gradients.k[0, :30], expected.k, dtype)
 

@@ -21,6 +21,7 @@
 #include "kernels/block_sizes.h"
 #include "kernels/memory/arena.h"
 #include "kernels/memory/key_block.h"
+#include "kernels/memory/strided.h"
 #include "kernels/options/apply_options.h"
 #include "kernels/options/dropout.h"
 #include "kernels/options/lane_masks.h"
@@ -51,6 +52,7 @@ struct Backward {
   using Map = TileMap<Vectors, kVectors>;
   static constexpr int kKeysPerChunk = 2 * kKeysPerBlock;
   static constexpr int kMaxTiles = 4;
+  static constexpr int kTilesPerPart = 64;
   static_assert(kMaxTiles <= kMaxTilesPerBlock);
   // Under a causal limit, so many vectors of queries are left out together where they attend to
   // nothing.
@@ -102,7 +104,7 @@ struct Backward {
 
   // As many as stay in the second cache with all that is kept of them.
   static int64_t max_queries(int64_t head_dim, int64_t value_dim) {
-    constexpr int64_t kBytes = 256 << 10;
+    constexpr int64_t kBytes = 512 << 10;
     const int64_t bytes_per_query = 2 * (head_dim + value_dim) * int64_t{sizeof(Scalar)};
     const int64_t tiles = kBytes / (bytes_per_query * kQueriesPerTile);
     return (tiles < 1 ? 1 : tiles > kMaxTiles ? kMaxTiles : tiles) * kQueriesPerTile;
@@ -110,9 +112,18 @@ struct Backward {
 
   static void begin(const GradientTask& task) {
     const Scratch scratch = lay_out(task);
-    // Lanes without a query are never written.
-    for (int64_t i = 0; i < kKeysPerBlock * kQueriesPerTile; ++i) {
-      scratch.weights[i] = scratch.slopes[i] = 0;
+    // Options also look at lanes without a query, which no product writes.
+    int64_t keys = 0, lanes = kQueriesPerTile;
+    for (int t = 0; t < scratch.tile_count; ++t) {
+      keys = task.tile_keys[t].end > keys ? task.tile_keys[t].end : keys;
+      const int64_t used = padded(scratch.tiles[t].rows.queries);
+      lanes = used < lanes ? used : lanes;
+    }
+    for (int64_t key = 0; key < keys && key < kKeysPerBlock; ++key) {
+      for (int64_t lane = lanes; lane < kQueriesPerTile; ++lane) {
+        scratch.weights[key * kQueriesPerTile + lane] = 0;
+        scratch.slopes[key * kQueriesPerTile + lane] = 0;
+      }
     }
     for (int t = 0; t < scratch.tile_count; ++t) scratch.tiles[t].begin(task);
   }
@@ -260,6 +271,17 @@ struct Backward {
       sum += static_cast<Scalar>(x);
       __builtin_memcpy(at, &sum, sizeof(sum));
     };
+    if (dbias.column_stride == 0) {  // keys share it
+      for (int64_t query = 0; query < tile.rows.queries; ++query) {
+        const int64_t end = steps.ends[query / kQueriesPerStep];
+        double of_block = 0;
+        for (int64_t key = 0; key < end; ++key) {
+          of_block += static_cast<double>(slopes[key * kQueriesPerTile + query]);
+        }
+        add(query, 0, of_block);
+      }
+      return;
+    }
     for_steps(steps, tile.rows.queries, [&](int64_t begin, int64_t end, int64_t first) {
       for (int64_t key = begin; key < end; ++key) {
         const Scalar* const of_key = slopes + key * kQueriesPerTile;
@@ -296,7 +318,8 @@ struct Backward {
     });
   }
 
-  // Lanes from `first` on become units of neighbouring lanes, in place.
+  // Lanes from `first` on become units of neighbouring lanes, in place; so do some lanes before
+  // them, which nobody reads.
   static void narrow(Scalar* lanes, int64_t first, int64_t count) {
     constexpr int64_t kTogether = int64_t{kPerUnit} * kLanes;
     for (int64_t lane = first / kTogether * kTogether; lane < count; lane += kTogether) {
@@ -366,8 +389,8 @@ struct Backward {
     multiply_pairs(block.v, tile.douts, task.value_dim, steps, queries, scratch.slopes);
     apply_options<Element>(task, Map{tile.rows}, keys, scratch.weights, scratch.capped_slopes);
     const auto scale = static_cast<Scalar>(task.options.scale);
-    const bool needs_d_logits = task.options.softcap > 0 || task.dbias.data;
-    const Scalar factor = needs_d_logits ? Scalar{1} : scale;
+    const bool scales_later = task.options.softcap > 0 || task.dbias.data;
+    const Scalar factor = scales_later ? Scalar{1} : scale;
     uint64_t kept[kKeysPerBlock];
     const bool drops = task.options.dropout > 0;
     if (drops) find_kept(task, tile.rows, keys, kept);
@@ -376,7 +399,7 @@ struct Backward {
                               : find_slopes<false, false>;
     find(task, tile, scratch, steps, attended, kept, factor);
     if (task.dbias.data) add_to_bias(task, tile, block, steps, scratch.slopes);
-    if (needs_d_logits) {
+    if (scales_later) {
       const auto by = Vectors::set(scale);
       for (int64_t i = 0; i < block.count * kQueriesPerTile; i += kLanes) {
         Vec slope = Vectors::mul(Vectors::load(scratch.slopes + i), by);
@@ -424,11 +447,40 @@ struct Backward {
     k_rows.data += first * k_rows.row_stride;
     Tile::template copy_rows<Element>(k_rows, count, task.head_dim, scratch.k_rows);
     block.k_rows = scratch.k_rows;
-    block.dk = row_of<Scalar>(task.dk, first);
-    block.dv = row_of<Scalar>(task.dv, first);
-    block.dk_stride = elements<Scalar>(task.dk.row_stride);
-    block.dv_stride = elements<Scalar>(task.dv.row_stride);
+    const View& dk = task.dk_part.data ? task.dk_part : task.dk;
+    const View& dv = task.dv_part.data ? task.dv_part : task.dv;
+    block.dk = row_of<Scalar>(dk, first);
+    block.dv = row_of<Scalar>(dv, first);
+    block.dk_stride = elements<Scalar>(dk.row_stride);
+    block.dv_stride = elements<Scalar>(dv.row_stride);
     return block;
+  }
+
+  // Adds the part of a block to what came before it, and leaves 0.
+  static void end_part(const GradientTask& task, int64_t first) {
+    const int64_t left = task.valid_keys - first;
+    const int64_t keys = left < kKeysPerBlock ? left : kKeysPerBlock;
+    const auto move = [&](const View& part, const View& to, int64_t dims) {
+      for (int64_t key = first; key < first + keys; ++key) {
+        Scalar* const sums = row_of<Scalar>(part, key);
+        Scalar* const totals = row_of<Scalar>(to, key);
+        for (int64_t d = 0; d < dims; d += kLanes) {
+          const Vec before = load_up_to<Vectors>(totals + d, dims - d);
+          const Vec sum = load_up_to<Vectors>(sums + d, dims - d);
+          store_up_to<Vectors>(totals + d, Vectors::add(before, sum), dims - d);
+          store_up_to<Vectors>(sums + d, Vectors::zero(), dims - d);
+        }
+      }
+    };
+    move(task.dk_part, task.dk, task.head_dim);
+    move(task.dv_part, task.dv, task.value_dim);
+  }
+
+  static void end_keys(const GradientTask& task, int64_t begin, int64_t end) {
+    if (!task.dk_part.data) return;
+    for (int64_t first = begin; first < end && first < task.valid_keys; first += kKeysPerBlock) {
+      end_part(task, first);
+    }
   }
 
   // The first of a tile's keys in the block from `first` on; keys of a unit stay together.
@@ -466,6 +518,12 @@ struct Backward {
                 ? task.block_kinds[t * task.block_kinds_stride + first / kKeysPerBlock]
                 : BlockKind::mixed;
         if (kind == BlockKind::empty) continue;
+        if (task.dk_part.data) {
+          int64_t& part = task.part_of_block[first / kKeysPerBlock];
+          const int64_t part_of_tile = (task.first_tile + i) / kTilesPerPart;
+          if (part != part_of_tile) end_part(task, first);
+          part = part_of_tile;
+        }
         add_pairs(task, scratch.tiles[t], scratch, block.from(of_tile, end_of_tile, task.head_dim),
                   keys.full_begin <= of_tile && end_of_tile <= keys.full_end,
                   kind == BlockKind::full);

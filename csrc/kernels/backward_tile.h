@@ -36,8 +36,8 @@ struct BackwardTile {
   QkUnit* douts;    // [unit of d][lane]
   Unit* q_rows;     // [unit of queries][d], 0 in place of what is not finite
   Unit* do_rows;    // the same
-  // [lane], what the softmax subtracts, in two numbers: weights are not divided by their sum
-  // again, which would hide what rounding it does to them.
+  // [lane], what the softmax subtracts, in two numbers: rounding it would scale all weights of a
+  // row, which are not divided by their sum again.
   Scalar *base, *base_rest;
   Scalar* row_sum;  // [lane], of dO * O, without dlse
   bool* douts_are_finite;

@@ -53,6 +53,8 @@ constexpr DtypeKernels kernels_for() {
       .backward_scratch_bytes = OfGradients::scratch_bytes,
       .backward_begin = OfGradients::begin,
       .backward_keys = OfGradients::add_keys,
+      .backward_end = OfGradients::end_keys,
+      .tiles_per_backward_part = OfGradients::kTilesPerPart,
       .stage_scratch_bytes = OfStages::scratch_bytes,
       .run_stage = OfStages::run,
       .softmax_rows = Rows<Vectors, Element>::softmax,

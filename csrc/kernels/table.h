@@ -52,6 +52,9 @@ struct DtypeKernels {
   int64_t (*backward_scratch_bytes)(const GradientTask& task);
   void (*backward_begin)(const GradientTask& task);
   bool (*backward_keys)(const GradientTask& task, int64_t begin, int64_t end);  // false: stopped
+  // After the last task of a KV head, for all of its valid keys: adds the last parts to dk and dv.
+  void (*backward_end)(const GradientTask& task, int64_t begin, int64_t end);
+  int tiles_per_backward_part;
 
   // Stages by themselves: some queries of one head with all keys, or, for Stage::received, all
   // queries with at most keys_per_chunk keys.

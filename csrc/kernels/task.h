@@ -114,6 +114,11 @@ struct GradientTask : Task {
   View dq;               // [query][d] of scalars without gaps
   View dk, dv;           // [key][d] of scalars without gaps, from key 0 on
   View dbias;            // [query][key] of scalars, from key 0 on; or data null
+  // What dK and dV get is summed in parts, each of some tiles by itself: the rounding errors of one
+  // long sum grow with the number of all tiles. data null: they are few.
+  View dk_part, dv_part;   // as dk and dv
+  int64_t* part_of_block;  // [key block], whose sums dk_part and dv_part hold
+  int64_t first_tile;      // its number among all tiles that add to dk and dv, in their order
 };
 
 // Rows of one head whose pairs of elements are to be rotated; out may be x. cos and sin are scalars

@@ -22,45 +22,77 @@ GradientPlan::GradientPlan(const GradientProblem& problem, const DtypeKernels& k
       block_kinds_(block_kinds),
       sequences_(forward_) {
   double work = 0;
-  int64_t most_keys = 0;
+  int64_t most_tiles = 0, most_keys = 0;
   const int64_t different = sequences_.are_alike() ? 1 : sequences_.count();
+  const int64_t alike = sequences_.are_alike() ? sequences_.count() : 1;
   for (int64_t i = 0; i < different; ++i) {
     const Sequence here = sequences_[i];
-    work += cost(here);
+    work += cost(here) * static_cast<double>(alike);
+    most_tiles = std::max(most_tiles, group() * tiles_of(here.queries));
     most_keys = std::max(most_keys, here.keys);
   }
-  if (sequences_.are_alike()) work *= static_cast<double>(sequences_.count());
   threads_ =
       static_cast<int>(std::clamp(work / kFlopsPerThread, 1.0, static_cast<double>(num_threads)));
 
-  queries_per_item_ = kernels.max_backward_queries(forward_.head_dim, forward_.value_dim);
-  const auto count = [&] {
-    before_.clear();
-    items_ = 0;
-    for (int64_t i = 0; i < different; ++i) {
-      before_.push_back(items_);
-      items_ += items_of(sequences_[i]);
-    }
-    before_.push_back(items_);
-    if (sequences_.are_alike()) {
-      before_.clear();
-      items_ *= sequences_.count();
-    }
+  const auto count_items = [&] {
+    int64_t items = 0;
+    for (int64_t i = 0; i < different; ++i) items += items_of(sequences_[i]);
+    return alike * items;
   };
   // A tile is computed in the same way, however many are in a work item.
-  for (count();
-       items_ < kItemsPerThread * threads_ && queries_per_item_ > kernels.queries_per_backward_tile;
-       count()) {
-    const int64_t tiles = queries_per_item_ / kernels.queries_per_backward_tile;
-    queries_per_item_ = tiles / 2 * kernels.queries_per_backward_tile;
+  const int64_t tile = kernels.queries_per_backward_tile;
+  queries_per_item_ = kernels.max_backward_queries(forward_.head_dim, forward_.value_dim);
+  items_ = count_items();
+  while (items_ < kItemsPerThread * threads_ && queries_per_item_ > tile) {
+    queries_per_item_ = queries_per_item_ / tile / 2 * tile;
+    items_ = count_items();
   }
-  chunk_groups_ = problem.dbias.data ? 1 : sequences_.count() * forward_.kv_heads;
-  chunks_per_item_ = quotient_up(most_keys, kernels.keys_per_backward_chunk);
   threads_ = static_cast<int>(std::min<int64_t>(threads_, std::max<int64_t>(items_, 1)));
+
+  chunks_ = 0;
+  int64_t items = 0;
+  for (int64_t i = 0; i < different; ++i) {
+    if (alike == 1) {
+      items_before_.push_back(items);
+      chunks_before_.push_back(chunks_);
+    }
+    items += items_of(sequences_[i]);
+    chunks_ += alike * forward_.kv_heads * chunks_of(sequences_[i]);
+  }
+  items_before_.push_back(items);
+  if (alike > 1) items_before_.clear();
+  share_bias_ = shares_bias();
+  turns_ = share_bias_ ? quotient_up(most_keys, kernels.keys_per_backward_chunk) : chunks_;
+  has_parts_ = most_tiles > kernels.tiles_per_backward_part;
+  blocks_per_chunk_ = kernels.keys_per_backward_chunk / kernels.keys_per_block;
+}
+
+// Whether several KV heads or batch items add to one element.
+bool GradientPlan::shares_bias() const {
+  if (!problem_.dbias.data) return false;
+  bool shares = problem_.dbias.head_stride == 0 && forward_.kv_heads > 1;
+  for (int axis = 0; axis < forward_.batch_axes; ++axis) {
+    shares |= problem_.dbias_batch_strides[axis] == 0 && forward_.batch_shape[axis] > 1;
+  }
+  return shares;
+}
+
+int64_t GradientPlan::tiles_of(int64_t queries) const {
+  return quotient_up(queries, kernels_.queries_per_backward_tile);
 }
 
 int64_t GradientPlan::items_of(const Sequence& sequence) const {
   return forward_.query_heads * quotient_up(sequence.queries, queries_per_item_);
+}
+
+int64_t GradientPlan::chunks_of(const Sequence& sequence) const {
+  return quotient_up(sequence.keys, kernels_.keys_per_backward_chunk);
+}
+
+// Ragged: key_length is that of all sequences.
+int64_t GradientPlan::part_rows() const {
+  const int64_t batch_items = forward_.query_starts ? 1 : sequences_.count();
+  return batch_items * forward_.kv_heads * forward_.key_length;
 }
 
 double GradientPlan::cost(const Sequence& sequence) const {
@@ -71,34 +103,47 @@ double GradientPlan::cost(const Sequence& sequence) const {
 }
 
 GradientItem GradientPlan::item(int64_t number) const {
-  int64_t batch_item, before;
-  if (before_.empty()) {
-    const int64_t each = items_of(sequences_[0]);
-    batch_item = number / each;
-    before = batch_item * each;
+  int64_t batch_item, before, chunks_before;
+  if (items_before_.empty()) {
+    const Sequence any = sequences_[0];
+    batch_item = number / items_of(any);
+    before = batch_item * items_of(any);
+    chunks_before = batch_item * forward_.kv_heads * chunks_of(any);
   } else {
-    const auto after = std::upper_bound(before_.begin(), before_.end(), number);
-    batch_item = after - before_.begin() - 1;
-    before = before_[static_cast<size_t>(batch_item)];
+    const auto after = std::upper_bound(items_before_.begin(), items_before_.end(), number);
+    batch_item = after - items_before_.begin() - 1;
+    before = items_before_[static_cast<size_t>(batch_item)];
+    chunks_before = chunks_before_[static_cast<size_t>(batch_item)];
   }
   const Sequence sequence = sequences_[batch_item];
   const int64_t blocks = quotient_up(sequence.queries, queries_per_item_);
   const int64_t head = (number - before) / blocks;
   const int64_t kv_head = head / group();
-  int64_t block = (number - before) % blocks;
-  if (last_queries_come_first(forward_.options)) block = blocks - 1 - block;
+  const bool is_reversed = last_queries_come_first(forward_.options);
+  const int64_t place = (number - before) % blocks;  // among the items of its head
+  const int64_t block = is_reversed ? blocks - 1 - place : place;
   const int64_t first_query = block * queries_per_item_;
+  const int64_t queries = std::min(queries_per_item_, sequence.queries - first_query);
 
   GradientItem item;
-  const bool shares_all = chunk_groups_ == 1;
   const int64_t first_of_kv_head = before + kv_head * group() * blocks;
-  item.turn = shares_all ? number : number - first_of_kv_head;
-  item.first_chunk = shares_all ? 0 : (batch_item * forward_.kv_heads + kv_head) * chunks_per_item_;
+  const int64_t first_chunk = chunks_before + kv_head * chunks_of(sequence);
+  item.chunks = chunks_of(sequence);
+  item.turn = share_bias_ ? number : number - first_of_kv_head;
+  item.first_turn = share_bias_ ? 0 : first_chunk;
+  item.is_last = number + 1 == first_of_kv_head + group() * blocks;
+  item.first_part_block = first_chunk * blocks_per_chunk_;
+  item.first_part_row = forward_.query_starts
+                            ? kv_head * forward_.key_length + sequence.first_key
+                            : (batch_item * forward_.kv_heads + kv_head) * forward_.key_length;
 
   GradientTask& task = item.task;
   const int64_t row = sequence.first_query + first_query;
-  sequences_.set_arrays(task, sequence, head, 1, first_query,
-                        std::min(queries_per_item_, sequence.queries - first_query));
+  sequences_.set_arrays(task, sequence, head, 1, first_query, queries);
+  const int64_t tiles = tiles_of(sequence.queries), tiles_before = tiles_of(first_query);
+  task.first_tile = head % group() * tiles +
+                    (is_reversed ? tiles - tiles_before - tiles_of(queries) : tiles_before);
+  task.valid_keys = sequence.valid_keys;
   task.stage = Stage::attention;
   task.dout_is_float32 = problem_.dout_is_float32;
   task.dout = sequences_.moved(problem_.dout, sequence, head, row);
@@ -111,10 +156,10 @@ GradientItem GradientPlan::item(int64_t number) const {
   task.block_kinds_stride = block_kinds_ ? block_kinds_->tile_stride() : 0;
   int tile = 0;
   for (int64_t query = 0; query < task.queries; query += kernels_.queries_per_backward_tile) {
-    const int64_t queries =
+    const int64_t of_tile =
         std::min<int64_t>(kernels_.queries_per_backward_tile, task.queries - query);
     task.tile_keys[tile++] =
-        tile_keys(task.options, task.first_position + query, queries, 0, sequence.valid_keys);
+        tile_keys(task.options, task.first_position + query, of_tile, 0, sequence.valid_keys);
   }
   return item;
 }

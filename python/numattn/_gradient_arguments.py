@@ -154,11 +154,13 @@ def with_gradients(
 
 
 def _zeros_of_pairs(problem: Problem, bias_shape: tuple[int, ...]) -> Array:
-    """Return zeros with an element for each of the bias, and along the keys for each key."""
+    """Return zeros with an element for each of the bias; where keys share one, an element for each
+    query, because threads compute different keys of a query head at once."""
     a = problem.forward
     pairs = (*a.q.shape[:-1], a.k.shape[-2])
     bias_shape = (1,) * (len(pairs) - len(bias_shape)) + bias_shape
-    zeros = np.zeros((*bias_shape[:-1], pairs[-1]), problem.precision)
+    shape = (*pairs[:-1], 1) if bias_shape[-1] == 1 else bias_shape
+    zeros = np.zeros(shape, problem.precision)
     strides = [
         stride if n == wanted else 0
         for stride, n, wanted in zip(zeros.strides, zeros.shape, pairs, strict=True)
@@ -203,7 +205,8 @@ def as_inputs(problem: Problem, g: GradientArguments) -> tuple[Array, Array, Arr
 
 def _as_bias(dbias: Array, bias: Array) -> Array:
     shape = (1,) * (dbias.ndim - bias.ndim) + bias.shape
-    once = dbias[tuple(slice(0, 1 if n == 1 else None) for n in shape[:-1])]
+    shared = (n == 1 and stride == 0 for n, stride in zip(shape, dbias.strides, strict=True))
+    once = dbias[tuple(slice(0, 1 if is_shared else None) for is_shared in shared)]
     return _summed(once, bias.shape).astype(bias.dtype, copy=False)
 
 
@@ -218,5 +221,5 @@ def _summed(sums: Array, shape: tuple[int, ...]) -> Array:
     aligned = (1,) * (sums.ndim - len(shape)) + shape
     axes = tuple(axis for axis, n in enumerate(aligned) if n != sums.shape[axis])
     if axes:
-        sums = sums.sum(axis=axes)
+        sums = sums.sum(axis=axes, dtype=np.float64).astype(sums.dtype)
     return sums.reshape(shape)

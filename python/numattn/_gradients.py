@@ -343,9 +343,9 @@ kv_lengths, q_lengths, dropout, layout, num_threads
 
     Notes
     -----
-    `vjp` keeps `q`, `k`, `v`, `mask`, `tail_mask`, `bias` and the results themselves, and no copies
-    of them: whoever writes to one of these arrays before `vjp` is called gets other gradients.
-    With 16-bit inputs it keeps a result of float32, and `out` is its rounded copy.
+    `vjp` keeps `q`, `k`, `v`, `mask`, `tail_mask` and `bias` themselves, and no copies of them:
+    whoever writes to one of these arrays before `vjp` is called gets other gradients. Of the
+    results it keeps copies, in float32 with 16-bit inputs: they may be written to.
 
     Examples
     --------
@@ -377,12 +377,13 @@ kv_lengths, q_lengths, dropout, layout, num_threads
     _gradient_arguments.set_results(problem, kept, lse)
     _runtime.computations.attention(problem.forward)
     with np.errstate(all="ignore"):
-        out = kept.astype(problem.q.dtype, copy=False)
+        out = kept.astype(problem.q.dtype)
 
     def vjp(dout: ArrayLike, dlse: ArrayLike | None = None) -> Gradients:
+        """Return the gradients of a loss, from those with respect to the results."""
         return _differentiate(problem, dout, dlse)
 
-    return ((out, lse) if returns_lse else out), vjp
+    return ((out, lse.copy()) if returns_lse else out), vjp
 
 
 def _differentiate(problem: Problem, dout: ArrayLike, dlse: ArrayLike | None) -> Gradients:
@@ -403,6 +404,8 @@ def _gradient_of_sinks(g: GradientArguments) -> NDArray[np.float64]:
     assert a.lse is not None
     # In float64, which einsum converts to a few elements at a time.
     row_sums = np.einsum("...d,...d->...", g.dout, a.out, dtype=np.float64)
+    # Of a query that attends to nothing dout may be NaN.
+    row_sums = np.where(a.out.any(axis=-1), row_sums, 0.0)
     if g.dlse is not None:
         row_sums -= g.dlse
     sinks = a.sinks[:, np.newaxis]

@@ -104,7 +104,9 @@ def _add_gradients(
         dlogits = np.where(attend, dlogits, precision.type(0))
 
     scale = precision.type(a.scale)
-    dq = aggregate(dlogits, of_keys(a.k), attend) * scale
+    # A key that is not finite gives a logit of -inf, whose gradient is 0, or NaN already.
+    k = of_keys(a.k)
+    dq = np.matmul(dlogits, np.where(np.isfinite(k), k, precision.type(0))) * scale
     g.dq[batch_item][query_heads, rows] += _as_heads(dq)
     # The rows of all query heads that share a key are added up in one product.
     of_key = _by_key(attend)

@@ -1,0 +1,237 @@
+"""A small GPT in NumPy, with its gradients: characters in, the logits of the next character out.
+
+numattn gives the gradients of attention; all others are the few lines below. `language_model.py`
+trains it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numattn as na
+import numpy as np
+
+RARE = "\N{REPLACEMENT CHARACTER}"  # one character for all those that a text hardly has
+
+
+class Vocabulary:
+    """The characters that a text has often enough; all others are one."""
+
+    def __init__(self, characters: str) -> None:
+        self.characters = characters
+        self._numbers = {character: number for number, character in enumerate(characters)}
+
+    @classmethod
+    def of_text(cls, text: str, at_least: int = 20) -> Vocabulary:
+        counts = Counter(text)
+        return cls(RARE + "".join(sorted(x for x in counts if counts[x] >= at_least)))
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array([self._numbers.get(character, 0) for character in text])
+
+    def decode(self, tokens: np.ndarray) -> str:
+        return "".join(self.characters[token] for token in tokens)
+
+
+# ---- layers and their gradients ----------------------------------------------------------------
+# As `na.MultiHeadAttention.vjp` does, each gives its result y and a function. This takes dy, the
+# gradient of the loss with respect to y, and gives those with respect to what y was made of.
+
+
+def norm_vjp(x, gain):
+    """Divide vectors by their root mean square r, and multiply them by a learned vector."""
+    r = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(1e-6))
+    unit = x / r
+
+    def vjp(dy):
+        # y = gain x / r, and dr/dx = x / (n r) for vectors of n elements:
+        # dx = (gain dy - unit mean(gain dy unit)) / r
+        d_gain = (dy * unit).reshape(-1, gain.size).sum(axis=0)
+        d_unit = dy * gain
+        return (d_unit - unit * np.mean(d_unit * unit, axis=-1, keepdims=True)) / r, d_gain
+
+    return unit * gain, vjp
+
+
+def feed_forward_vjp(x, up, down):
+    """Look at each token by itself: y = max(x up, 0)^2 down."""
+    inner = np.maximum(x @ up, 0)
+    squares = inner * inner
+
+    def vjp(dy):
+        # For a product y = s m: ds = dy m^T and dm = s^T dy, over all tokens.
+        # For s = max(a, 0)^2: da = 2 max(a, 0) ds.
+        d_down = rows(squares).T @ rows(dy)
+        d_inner = dy @ down.T
+        d_inner *= 2 * inner
+        return d_inner @ up.T, rows(x).T @ rows(d_inner), d_down
+
+    return squares @ down, vjp
+
+
+def rows(x):
+    return x.reshape(-1, x.shape[-1])
+
+
+def cross_entropy_vjp(logits, targets):
+    """Return the mean of -log(probability of the target), and the function of its gradient."""
+    log_p = log_softmax(rows(logits))
+    places = np.arange(targets.size), targets.ravel()
+
+    def vjp():
+        # d(-log p_t)/d(logit_i) = p_i, less 1 for the target i = t.
+        d = np.exp(log_p)
+        d[places] -= 1
+        d /= targets.size
+        return d.reshape(logits.shape)
+
+    return -float(log_p[places].mean()), vjp
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+# ---- the model ---------------------------------------------------------------------------------
+
+
+class Block:
+    """Attention and a layer of tokens by themselves, each added to what came in."""
+
+    def __init__(self, dim, heads, kv_heads, rng, dtype) -> None:
+        self.attention = na.MultiHeadAttention(
+            dim, heads, kv_heads=kv_heads, rotary=True, qk_norm=True, bias=False, dtype=dtype,
+            rng=rng,
+        )  # fmt: skip
+        self.own = {
+            "norm1": np.ones(dim, dtype),
+            "norm2": np.ones(dim, dtype),
+            "up": random_matrix(rng, dim, 4 * dim, dtype),
+            # A block begins as one that adds nothing, and so does its attention.
+            "down": np.zeros((4 * dim, dim), dtype),
+        }
+        self.attention.parameters()["o_weight"][...] = 0
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Return the block's own arrays by name."""
+        return self.own | self.attention.parameters()
+
+    def vjp(self, x):
+        own = self.own
+        normed, norm1_vjp = norm_vjp(x, own["norm1"])
+        attended, attention_vjp = self.attention.vjp(normed, is_causal=True)
+        x = x + attended
+        normed, norm2_vjp = norm_vjp(x, own["norm2"])
+        y, forward_vjp = feed_forward_vjp(normed, own["up"], own["down"])
+
+        def vjp(dy):
+            # What is added up passes its gradient to both: y = x + f(x), so dx = dy + f's.
+            d = {}
+            d_normed, d["up"], d["down"] = forward_vjp(dy)
+            dx, d["norm2"] = norm2_vjp(d_normed)
+            dx += dy
+            of_attention = attention_vjp(dx)
+            d |= of_attention.parameters
+            more, d["norm1"] = norm1_vjp(of_attention.x)
+            return dx + more, d
+
+        return x + y, vjp
+
+    def __call__(self, x, cache=None, weights=None):
+        """Return the block's result; with a cache, x goes on where that ends."""
+        normed, _ = norm_vjp(x, self.own["norm1"])
+        if weights is None:
+            attended = self.attention(normed, is_causal=True, cache=cache)
+        else:
+            attended, of_heads = self.attention(normed, is_causal=True, return_weights=True)
+            weights.append(of_heads)
+        x = x + attended
+        normed, _ = norm_vjp(x, self.own["norm2"])
+        return x + feed_forward_vjp(normed, self.own["up"], self.own["down"])[0]
+
+
+def random_matrix(rng, rows_, columns, dtype):
+    return (rng.standard_normal((rows_, columns)) / np.sqrt(rows_)).astype(dtype)
+
+
+class GPT:
+    """Characters in, the logits of the next character out."""
+
+    def __init__(
+        self, vocabulary, dim=96, layers=3, heads=6, kv_heads=3, seed=0, dtype=np.float32
+    ) -> None:
+        self.sizes = {"dim": dim, "layers": layers, "heads": heads, "kv_heads": kv_heads}
+        self.vocabulary = vocabulary
+        characters = len(vocabulary.characters)
+        rng = np.random.default_rng(seed)
+        self.own = {
+            "embedding": random_matrix(rng, characters, dim, dtype),
+            "norm": np.ones(dim, dtype),
+            "output": np.zeros((dim, characters), dtype),
+        }
+        self.blocks = [Block(dim, heads, kv_heads, rng, dtype) for _ in range(layers)]
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Return the model's own arrays by name: what is written into them counts."""
+        named = dict(self.own)
+        for number, block in enumerate(self.blocks):
+            named |= {f"blocks.{number}.{name}": x for name, x in block.parameters().items()}
+        return named
+
+    def loss_and_gradients(self, tokens, targets):
+        x = self.own["embedding"][tokens]
+        block_vjps = []
+        for block in self.blocks:
+            x, vjp = block.vjp(x)
+            block_vjps.append(vjp)
+        normed, final_norm_vjp = norm_vjp(x, self.own["norm"])
+        loss, loss_vjp = cross_entropy_vjp(normed @ self.own["output"], targets)
+
+        # And back, in the opposite order.
+        d_logits = loss_vjp()
+        d = {"output": rows(normed).T @ rows(d_logits)}
+        dx, d["norm"] = final_norm_vjp(d_logits @ self.own["output"].T)
+        for number, vjp in reversed(list(enumerate(block_vjps))):
+            dx, of_block = vjp(dx)
+            d |= {f"blocks.{number}.{name}": x for name, x in of_block.items()}
+        # A character's embedding gets the sum over the places where the character is.
+        d["embedding"] = np.zeros_like(self.own["embedding"])
+        np.add.at(d["embedding"], tokens.ravel(), rows(dx))
+        return loss, d
+
+    def logits(self, tokens, caches=None, weights=None, last_only=False):
+        """Return the logits of the character after each one, or after the last one alone."""
+        x = self.own["embedding"][tokens]
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+            x = block(x, cache, weights)
+        if last_only:
+            x = x[:, -1:]
+        return norm_vjp(x, self.own["norm"])[0] @ self.own["output"]
+
+    def new_caches(self, window: int) -> list[na.KVCache]:
+        """Return a cache for each block, which forgets what is farther away than the window."""
+        kv_heads, dtype = self.sizes["kv_heads"], self.own["embedding"].dtype
+        head_dim = self.sizes["dim"] // self.sizes["heads"]
+        return [na.KVCache(1, kv_heads, head_dim, window=window, dtype=dtype) for _ in self.blocks]
+
+    def save(self, path: str) -> None:
+        from safetensors.numpy import save_file
+
+        sizes = json.dumps(self.sizes | {"characters": self.vocabulary.characters})
+        save_file(self.parameters(), path, metadata={"language_model": sizes})
+
+    @classmethod
+    def load(cls, path: str) -> GPT:
+        from safetensors import safe_open
+
+        with safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get("language_model")
+            if text is None:
+                raise SystemExit(f"{path} was not written by --save")
+            sizes = json.loads(text)
+            model = cls(Vocabulary(sizes.pop("characters")), **sizes)
+            for name, parameter in model.parameters().items():
+                parameter[...] = file.get_tensor(name)
+        return model

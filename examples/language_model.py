@@ -31,12 +31,12 @@ from gpt import GPT, Vocabulary, log_softmax
 RESULTS = Path(__file__).resolve().parent.parent / "demo-results"
 CONTEXTS = (1, 8, 32, 128)  # characters that a prediction is made from
 LONGEST = CONTEXTS[-1]
-CHUNKS = (128, 128, 32, 128, 128, 8)  # how long the chunks of a step are, in turn
-CHARACTERS_PER_STEP = 1024
-STEPS = 2400
-RATE = 5e-3
+CHUNK, SHORT_CHUNK = 256, 8  # what it is trained on
+CHARACTERS_PER_STEP = 2 * CHUNK
+STEPS = 3000
+RATE = 4e-3
 SENTENCE = "A list is a mutable sequence, and a tuple is an immutable sequen"
-BEGINNING = "The statement "
+BEGINNING = "If the object "
 PICTURE_TEXT = "mutable sequence, immutable sequence"
 
 
@@ -120,16 +120,16 @@ def train(model, text, pool, steps: int, minutes: float | None = None, seed: int
     begin = time.perf_counter()
     recent, done, step = None, 0.0, 0
     while done < 1:
-        # The first characters of a chunk have few before them. Shorter chunks among the long ones
-        # make the model good at these, too.
-        length = CHUNKS[step % len(CHUNKS)]
+        # Few characters of a long chunk are near its beginning. Every sixth step has short ones, so
+        # that the model is good at little context, too.
+        length = SHORT_CHUNK if step % 6 == 5 else CHUNK
         loss, gradients = shared_gradients(model, pool, *random_chunks(text, length, rng))
         clip(gradients)
         adam.step(gradients, learning_rate(step, done))
         step += 1
         seconds = time.perf_counter() - begin
         done = min(1.0, seconds / (60 * minutes) if minutes else step / steps)
-        if length == LONGEST:
+        if length == CHUNK:
             recent = loss if recent is None else recent + 0.05 * (loss - recent)
         speed = step * CHARACTERS_PER_STEP / seconds
         progress(done, f"{bits(recent):.2f} bits a character, {speed:,.0f} characters/s")
@@ -162,7 +162,7 @@ def held_out_bits(model, text, pool, context: int, count: int) -> float:
         log_p = log_softmax(model.logits(chunks, last_only=True)[:, 0])
         return log_p[np.arange(len(places)), text[places]]
 
-    parts = np.array_split(places, max(1, count * context // CHARACTERS_PER_STEP))
+    parts = np.array_split(places, max(1, count * context // (8 * CHARACTERS_PER_STEP)))
     return -bits(np.concatenate(list(pool.map(log_probabilities, parts))).mean())
 
 
@@ -179,9 +179,9 @@ def counted_bits(train_text, text, characters: int, count: int) -> tuple[float, 
     return single_bits, pair_bits
 
 
-def write(model, beginning: str, count: int, rng, temperature: float = 0.7) -> str:
+def write(model, beginning: str, count: int, rng, temperature: float = 0.6) -> str:
     """Go on with a text. A temperature below 1 makes likely characters more likely."""
-    caches = model.new_caches(LONGEST)
+    caches = model.new_caches(CHUNK)
     tokens = model.vocabulary.encode(beginning)[np.newaxis]
     written = []
     for _ in range(count):
@@ -201,20 +201,18 @@ def likeliest(model, text: str, count: int = 5) -> str:
     return "  ".join(f"{model.vocabulary.characters[i]!r} {p[i]:.2f}" for i in best)
 
 
-def head_that_repeats(model, text: str):
-    """Return weights, layer and head of the head that best looks for what comes next.
+def farthest_head(model, text: str):
+    """Return weights, layer and head of the head that looks farthest back on average.
 
-    Where a character has been there before, what followed it then is a good guess of what comes
-    next: a head that gives these places much weight is called an induction head.
+    Most heads look at the few characters before, which say the most about the next one.
     """
     tokens = model.vocabulary.encode(text)
     weights = []
     model.logits(tokens[np.newaxis], weights=weights)
     weights = np.concatenate(weights)  # (layers, heads, characters, characters)
-    follows = np.zeros((len(tokens), len(tokens)), bool)
-    follows[:, 1:] = tokens[:, np.newaxis] == tokens[:-1]
-    shares = np.sum(weights * np.tril(follows, -1), axis=(-2, -1))
-    layer, head = np.unravel_index(shares.argmax(), shares.shape)
+    places = np.arange(len(tokens))
+    distances = np.sum(weights * (places[:, np.newaxis] - places), axis=(-2, -1))
+    layer, head = np.unravel_index(distances.argmax(), distances.shape)
     return weights[layer, head], int(layer), int(head)
 
 
@@ -224,7 +222,7 @@ def draw(model, path: Path) -> str:
     matplotlib.use("Agg")  # a file, wherever this runs
     from numattn import plot
 
-    weights, layer, head = head_that_repeats(model, PICTURE_TEXT)
+    weights, layer, head = farthest_head(model, PICTURE_TEXT)
     labels = [character.replace(" ", "\N{OPEN BOX}") for character in PICTURE_TEXT]
     title = f"layer {layer}, head {head}"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -262,7 +260,7 @@ def main() -> None:
         "--picture", metavar="PATH", type=Path, default=RESULTS / "language_model.png"
     )
     parser.add_argument("--no-picture", action="store_true")
-    parser.add_argument("--count", type=int, default=2048, help="held-out characters to predict")
+    parser.add_argument("--count", type=int, default=4096, help="held-out characters to predict")
     parser.add_argument("--characters", type=int, default=400, help="how many it writes")
     arguments = parser.parse_args()
     if arguments.steps < 1 or arguments.count < 1 or (arguments.minutes or 1) <= 0:
@@ -300,7 +298,7 @@ def main() -> None:
     print(f"\nIt writes:\n\n{BEGINNING}{write(model, BEGINNING, arguments.characters, rng)}")
     if not arguments.no_picture:
         title = draw(model, arguments.picture)
-        print(f"\nWhat {title} looks at: {arguments.picture}")
+        print(f"\nThe head that looks farthest back, {title}: {arguments.picture}")
 
 
 if __name__ == "__main__":

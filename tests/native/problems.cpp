@@ -518,13 +518,14 @@ double RandomProblem::error_share() const {
         for (const double x : s) sum += std::exp(x - base);
         std::vector<double> weights;
         for (const double x : s) weights.push_back(sum == 0 ? 0 : std::exp(x - base) / sum);
+        const double largest_weight = largest_of(weights);
         for (size_t j = 0; j < s.size(); ++j) {
           received[j] += weights[j];
           const auto key = static_cast<int64_t>(j);
           if (problem.stage == Stage::logits) {
             compare(out_.stored(b, h, i, key), s[j], std::max(1.0, std::abs(s[j])));
           } else if (problem.stage == Stage::weights) {
-            compare(out_.stored(b, h, i, key), weights[j], largest_of(weights));
+            compare(out_.stored(b, h, i, key), weights[j], largest_weight);
           }
         }
         if (problem.stage != Stage::attention) continue;
@@ -543,8 +544,9 @@ double RandomProblem::error_share() const {
           compare(out_.stored(b, h, i, d), expected, size);
         }
       }
+      const double most_received = largest_of(received);
       for (int64_t j = 0; problem.stage == Stage::received && j < problem.key_length; ++j) {
-        compare(out_.stored(b, h, j, 0), received[static_cast<size_t>(j)], largest_of(received));
+        compare(out_.stored(b, h, j, 0), received[static_cast<size_t>(j)], most_received);
       }
     }
   }

@@ -19,8 +19,6 @@
 namespace numattn {
 namespace {
 
-bool stop_requested(void* stop) { return static_cast<StopCheck*>(stop)->requested(); }
-
 struct Computation {
   Computation(const Plan& plan, const DtypeKernels& kernels) : plan(plan), kernels(kernels) {}
 

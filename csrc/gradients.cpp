@@ -15,8 +15,6 @@
 namespace numattn {
 namespace {
 
-bool stop_requested(void* stop) { return static_cast<StopCheck*>(stop)->requested(); }
-
 struct Computation {
   const GradientPlan& plan;
   const DtypeKernels& kernels;

@@ -7,8 +7,8 @@
 //   dK [key][d]   += d logits [key][query] * Q  [query][d]
 //   dQ [query][d] += d logits [key][query] * K  [key][d]
 //
-// by the method of FlashAttention (Dao et al., 2022), where the row sums are those of dO * O. In
-// the first two the lanes are queries, as in prefill.h, so that options, masks and powers are the
+// by the method of FlashAttention (Dao et al., 2022), where dO * O is summed over each row. In the
+// first two the lanes are queries, as in prefill.h, so that options, masks and powers are the
 // same code; in the others they are elements of a row.
 //
 // What a tile and a block add to dQ, dK and dV is summed by itself. A query tile takes its blocks
@@ -483,9 +483,15 @@ struct Backward {
     }
   }
 
-  // The first of a tile's keys in the block from `first` on; keys of a unit stay together.
-  static int64_t begin_in(const TileKeys& keys, int64_t first) {
-    return keys.begin > first ? keys.begin / kPerUnit * kPerUnit : first;
+  struct KeyRange {
+    int64_t begin, end;
+    bool empty() const { return begin >= end; }
+  };
+
+  // A tile's keys in the block [first, end); keys of a unit stay together.
+  static KeyRange keys_in_block(const TileKeys& keys, int64_t first, int64_t end) {
+    return {keys.begin > first ? keys.begin / kPerUnit * kPerUnit : first,
+            keys.end < end ? keys.end : end};
   }
 
   // False if it was stopped.
@@ -495,28 +501,21 @@ struct Backward {
       if (task.should_stop(task.stop_context)) return false;
       const int64_t block_end = end - first < kKeysPerBlock ? end : first + kKeysPerBlock;
       // What any tile attends to: further keys may not even be there.
-      int64_t some_begin = INT64_MAX, some_end = 0;
+      KeyRange all{INT64_MAX, 0};
       for (int t = 0; t < scratch.tile_count; ++t) {
-        const TileKeys& keys = task.tile_keys[t];
-        const int64_t of_tile = begin_in(keys, first);
-        const int64_t end_of_tile = keys.end < block_end ? keys.end : block_end;
-        if (of_tile >= end_of_tile) continue;
-        some_begin = of_tile < some_begin ? of_tile : some_begin;
-        some_end = end_of_tile > some_end ? end_of_tile : some_end;
+        const KeyRange range = keys_in_block(task.tile_keys[t], first, block_end);
+        if (range.empty()) continue;
+        all.begin = range.begin < all.begin ? range.begin : all.begin;
+        all.end = range.end > all.end ? range.end : all.end;
       }
-      if (some_begin >= some_end) continue;
-      const Block block = load(task, scratch, some_begin, some_end - some_begin);
+      if (all.empty()) continue;
+      const Block block = load(task, scratch, all.begin, all.end - all.begin);
       for (int i = 0; i < scratch.tile_count; ++i) {
         const int t = last_queries_come_first(task.options) ? scratch.tile_count - 1 - i : i;
         const TileKeys& keys = task.tile_keys[t];
-        const int64_t of_tile = begin_in(keys, first);
-        const int64_t end_of_tile = keys.end < block_end ? keys.end : block_end;
-        if (of_tile >= end_of_tile) continue;
-        const BlockKind kind =
-            mask_is_full(task, end_of_tile) ? BlockKind::full
-            : task.block_kinds
-                ? task.block_kinds[t * task.block_kinds_stride + first / kKeysPerBlock]
-                : BlockKind::mixed;
+        const KeyRange range = keys_in_block(keys, first, block_end);
+        if (range.empty()) continue;
+        const BlockKind kind = block_kind(task, t, first / kKeysPerBlock, range.end);
         if (kind == BlockKind::empty) continue;
         if (task.dk_part.data) {
           int64_t& part = task.part_of_block[first / kKeysPerBlock];
@@ -524,9 +523,9 @@ struct Backward {
           if (part != part_of_tile) end_part(task, first);
           part = part_of_tile;
         }
-        add_pairs(task, scratch.tiles[t], scratch, block.from(of_tile, end_of_tile, task.head_dim),
-                  keys.full_begin <= of_tile && end_of_tile <= keys.full_end,
-                  kind == BlockKind::full);
+        add_pairs(
+            task, scratch.tiles[t], scratch, block.from(range.begin, range.end, task.head_dim),
+            keys.full_begin <= range.begin && range.end <= keys.full_end, kind == BlockKind::full);
       }
     }
     return true;

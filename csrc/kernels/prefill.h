@@ -287,10 +287,7 @@ struct Prefill {
       const Tile& tile = scratch.tiles[t];
       const TileKeys& tile_keys = task.tile_keys[t];
       KeyRange range = keys_in_block(tile_keys, block);
-      const BlockKind kind = mask_is_full(task, range.end) ? BlockKind::full
-                             : task.block_kinds
-                                 ? task.block_kinds[t * task.block_kinds_stride + block]
-                                 : BlockKind::mixed;
+      const BlockKind kind = block_kind(task, t, block, range.end);
       if (tile_keys.begin >= tile_keys.end || range.empty() || kind == BlockKind::empty) continue;
       if (!is_loaded) load(task, scratch, all, loaded);
       is_loaded = true;

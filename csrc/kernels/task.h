@@ -105,6 +105,13 @@ static inline bool mask_is_full(const Task& task, int64_t end) {
   return !task.options.mask.data || end <= task.mask_begin;
 }
 
+// What the dense mask leaves of the task's tile `tile` in key block `block`, of keys before `end`.
+static inline BlockKind block_kind(const Task& task, int tile, int64_t block, int64_t end) {
+  if (mask_is_full(task, end)) return BlockKind::full;
+  return task.block_kinds ? task.block_kinds[tile * task.block_kinds_stride + block]
+                          : BlockKind::mixed;
+}
+
 // Prefill's task backwards: its queries, and what they add to the gradients of some keys. `out` and
 // `lse` are read.
 struct GradientTask : Task {

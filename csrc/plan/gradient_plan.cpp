@@ -22,14 +22,13 @@ GradientPlan::GradientPlan(const GradientProblem& problem, const DtypeKernels& k
       block_kinds_(block_kinds),
       sequences_(forward_) {
   double work = 0;
-  int64_t most_tiles = 0, most_keys = 0;
+  int64_t most_tiles = 0;
   const int64_t different = sequences_.are_alike() ? 1 : sequences_.count();
   const int64_t alike = sequences_.are_alike() ? sequences_.count() : 1;
   for (int64_t i = 0; i < different; ++i) {
     const Sequence here = sequences_[i];
     work += cost(here) * static_cast<double>(alike);
     most_tiles = std::max(most_tiles, group() * tiles_of(here.queries));
-    most_keys = std::max(most_keys, here.keys);
   }
   threads_ =
       static_cast<int>(std::clamp(work / kFlopsPerThread, 1.0, static_cast<double>(num_threads)));
@@ -59,10 +58,10 @@ GradientPlan::GradientPlan(const GradientProblem& problem, const DtypeKernels& k
     items += items_of(sequences_[i]);
     chunks_ += alike * forward_.kv_heads * chunks_of(sequences_[i]);
   }
-  items_before_.push_back(items);
-  if (alike > 1) items_before_.clear();
+  if (alike == 1) items_before_.push_back(items);
   share_bias_ = shares_bias();
-  turns_ = share_bias_ ? quotient_up(most_keys, kernels.keys_per_backward_chunk) : chunks_;
+  // A bias is for batch items that have all keys.
+  turns_ = share_bias_ ? chunks_of(sequences_[0]) : chunks_;
   has_parts_ = most_tiles > kernels.tiles_per_backward_part;
   blocks_per_chunk_ = kernels.keys_per_backward_chunk / kernels.keys_per_block;
 }
@@ -89,7 +88,7 @@ int64_t GradientPlan::chunks_of(const Sequence& sequence) const {
   return quotient_up(sequence.keys, kernels_.keys_per_backward_chunk);
 }
 
-// Ragged: key_length is that of all sequences.
+// Ragged: key_length counts the keys of all sequences.
 int64_t GradientPlan::part_rows() const {
   const int64_t batch_items = forward_.query_starts ? 1 : sequences_.count();
   return batch_items * forward_.kv_heads * forward_.key_length;
@@ -152,15 +151,8 @@ GradientItem GradientPlan::item(int64_t number) const {
   task.dk = sequences_.moved(problem_.dk, sequence, kv_head, sequence.first_key);
   task.dv = sequences_.moved(problem_.dv, sequence, kv_head, sequence.first_key);
   task.dbias = sequences_.moved(problem_.dbias, problem_.dbias_batch_strides, sequence, head, row);
-  task.block_kinds = block_kinds_ ? block_kinds_->of_tile(batch_item, head, first_query) : nullptr;
-  task.block_kinds_stride = block_kinds_ ? block_kinds_->tile_stride() : 0;
-  int tile = 0;
-  for (int64_t query = 0; query < task.queries; query += kernels_.queries_per_backward_tile) {
-    const int64_t of_tile =
-        std::min<int64_t>(kernels_.queries_per_backward_tile, task.queries - query);
-    task.tile_keys[tile++] =
-        tile_keys(task.options, task.first_position + query, of_tile, 0, sequence.valid_keys);
-  }
+  sequences_.set_tiles(task, sequence, block_kinds_, head, first_query,
+                       kernels_.queries_per_backward_tile);
   return item;
 }
 

@@ -3,8 +3,8 @@
 //
 // Work items of one KV head add to the same dK and dV. So keys are cut into chunks, and each chunk
 // takes the items of its KV head in their order, one after the other: an item follows the one
-// before it through the chunks. That makes sums the same for any number of threads, and needs no
-// second copy of dK and dV. Where heads or batch items share the gradient of a bias, the chunks
+// before it through the chunks. That makes sums the same for any number of threads, without a copy
+// of dK and dV for each. Where heads or batch items share the gradient of a bias, the chunks
 // take the items of all KV heads.
 #pragma once
 
@@ -63,7 +63,8 @@ class GradientPlan {
   int64_t turns_, blocks_per_chunk_;
   bool share_bias_, has_parts_;
   int threads_;
-  // [batch item + 1], how many come before; empty where the batch items are all alike.
+  // How many come before each batch item, the first ones also before the end; empty where several
+  // batch items are all alike.
   std::vector<int64_t> items_before_, chunks_before_;
 };
 

@@ -182,15 +182,7 @@ void Plan::set_prefill(WorkItem& item, const Sequence& sequence, int64_t local) 
   Task& task = item.task;
   sequences_.set_arrays(task, sequence, head, 1, first,
                         std::min(queries_per_item, sequence.queries - first));
-  task.block_kinds =
-      block_kinds_ ? block_kinds_->of_tile(sequence.batch_item, head, first) : nullptr;
-  task.block_kinds_stride = block_kinds_ ? block_kinds_->tile_stride() : 0;
-  int tile = 0;
-  for (int64_t query = 0; query < task.queries; query += kernels_.queries_per_tile) {
-    const int64_t queries = std::min<int64_t>(kernels_.queries_per_tile, task.queries - query);
-    task.tile_keys[tile++] =
-        tile_keys(task.options, task.first_position + query, queries, 0, sequence.valid_keys);
-  }
+  sequences_.set_tiles(task, sequence, block_kinds_, head, first, kernels_.queries_per_tile);
 }
 
 void Plan::set_decode(WorkItem& item, const Sequence& sequence, int64_t local) const {

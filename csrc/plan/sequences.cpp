@@ -1,5 +1,7 @@
 #include "plan/sequences.h"
 
+#include <algorithm>
+
 #include "plan/index.h"
 
 namespace numattn {
@@ -82,6 +84,19 @@ void Sequences::set_arrays(Task& task, const Sequence& sequence, int64_t head, i
   task.first_row = first_query;
   task.weight_exponent = 0;
   task.first_position = sequence.first_position + first_query;
+}
+
+void Sequences::set_tiles(Task& task, const Sequence& sequence, const BlockKinds* block_kinds,
+                          int64_t head, int64_t first_query, int64_t queries_per_tile) const {
+  task.block_kinds =
+      block_kinds ? block_kinds->of_tile(sequence.batch_item, head, first_query) : nullptr;
+  task.block_kinds_stride = block_kinds ? block_kinds->tile_stride() : 0;
+  int tile = 0;
+  for (int64_t query = 0; query < task.queries; query += queries_per_tile) {
+    task.tile_keys[tile++] =
+        tile_keys(task.options, task.first_position + query,
+                  std::min(queries_per_tile, task.queries - query), 0, sequence.valid_keys);
+  }
 }
 
 }  // namespace numattn

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/task.h"
+#include "plan/block_kinds.h"
 #include "problem.h"
 
 namespace numattn {
@@ -35,6 +36,11 @@ class Sequences {
   View moved(const Array& array, const Sequence& sequence, int64_t head, int64_t row) const {
     return moved(array, array.batch_strides, sequence, head, row);
   }
+
+  // The tiles of a task with its arrays: their keys, and what a dense mask leaves of these, if
+  // there is one.
+  void set_tiles(Task& task, const Sequence& sequence, const BlockKinds* block_kinds, int64_t head,
+                 int64_t first_query, int64_t queries_per_tile) const;
 
   // A task for `queries` queries from `first_query` on of `heads` heads from `head` on.
   void set_arrays(Task& task, const Sequence& sequence, int64_t head, int64_t heads,

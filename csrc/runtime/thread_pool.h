@@ -32,6 +32,9 @@ class StopCheck {
   std::chrono::steady_clock::time_point next_call_;
 };
 
+// StopCheck::requested for kernels, which take a function and its context.
+inline bool stop_requested(void* stop) { return static_cast<StopCheck*>(stop)->requested(); }
+
 struct Job {
   // Called once for each item in 0 ... items - 1, which start in increasing order. False means
   // that it was stopped or failed: no further item starts then.

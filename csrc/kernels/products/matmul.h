@@ -15,7 +15,7 @@
 namespace numattn {
 namespace {
 
-// Whether the scalars of a row are side by side, or those of a step.
+// Whether the scalars of a row are side by side, or the scalars of a step.
 enum class Scalars { by_row, by_step };
 
 // Strides are in units, or scalars. `vectors` has whole vectors in each step, of which the last may

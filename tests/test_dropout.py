@@ -159,7 +159,7 @@ def test_a_nan_shows_where_its_weight_is_dropped(any_backend, arrays):
 
 
 def test_a_sequence_is_the_batch_item_of_its_number(dtype, arrays, rng):
-    """Attention of ragged sequences and its gradients are those of a padded batch."""
+    """Ragged sequences have the results and gradients of a padded batch."""
     lengths = [20, 0, 33, 7]
     q, k, v = arrays(4, hq=4, hkv=2, lq=33, d=16, dtype=dtype)
     options = {"dropout": 0.4, "rng": SEED, "is_causal": True, "sinks": [0.5, 1, 0, -1]}

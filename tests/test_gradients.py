@@ -1,4 +1,4 @@
-"""Promise: gradients are those of attention, with every option, to the bound of its results."""
+"""Promise: attention has exact gradients, with every option, to the bound of its results."""
 
 import itertools
 
@@ -87,7 +87,7 @@ def test_differences(backend, arrays, rng, name):
     given |= {name: options.pop(name) for name in ("bias", "sinks") if name in options}
 
     def total(**changed):
-        """Return the sum for each of the arrays behind each other along a first axis."""
+        """Return the sum for each of the arrays along a first axis."""
         out, lse = na.attention(**given | changed, **options, return_lse=True)
         lse = np.where(np.isfinite(lse), lse, 0)
         return (out * dout).sum(axis=(-1, -2, -3, -4)) + (lse * dlse).sum(axis=(-1, -2, -3))
@@ -487,7 +487,7 @@ def test_logits_of_minus_infinity_have_no_weight(dtype, arrays, rng):
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (6, 2)}], ids=str)
 def test_padding_is_not_looked_at(dtype, arrays, rng, options):
-    """The gradients of a padded batch are those of its sentences, and 0 in the padding."""
+    """A padded batch has the gradients of its sentences, and 0 in the padding."""
     lengths = [20, 13, 1, 0, 40]
     q, k, v = arrays(5, hq=4, hkv=2, lq=40, d=16, dtype=dtype)
     options = options | {"sinks": [0.5, 1.0, 0.0, -np.inf]}

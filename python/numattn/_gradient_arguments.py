@@ -33,7 +33,7 @@ class GradientArguments:
     dk: Array
     dv: Array
     # (batch..., Hq, Lq, Lk), a view with strides of 0 where the bias is broadcast along batch,
-    # heads or queries (never along keys), to which a backend adds; None if it is not wanted.
+    # heads or queries, or along keys alone, to which a backend adds; None if it is not wanted.
     dbias: Array | None
 
 
@@ -132,7 +132,7 @@ def set_results(problem: Problem, out: ArrayLike, lse: ArrayLike) -> None:
 def with_gradients(
     problem: Problem, dout: ArrayLike, dlse: ArrayLike | None = None
 ) -> GradientArguments:
-    """Check the gradients with respect to the results, and make those of the inputs."""
+    """Check the gradients with respect to the results, and make the inputs'."""
     dout_ = _like_out(problem, "dout", dout)
     dlse_ = None if dlse is None else _like_lse(problem, "dlse", dlse)
     a = problem.forward

@@ -32,7 +32,7 @@ def divide_by_root_mean_square(vectors: Array) -> tuple[Array, Array]:
 
 
 def take_norm_back(d: Array, vectors: Array, weight: Array) -> Array:
-    """Make gradients `d` with respect to a norm's results those of its `vectors`, in place.
+    """Turn gradients `d` with respect to a norm's results into its vectors' gradients, in place.
 
     Return products whose sum over all vectors is the gradient of the weight. `vectors` are
     overwritten.

@@ -157,9 +157,9 @@ def attention_backward(
 ) -> tuple[Array, Array, Array, Array | None, Array | None]:  # fmt: skip
     """Return the gradients with respect to q, k, v, the bias and the sinks, all of `dtype`.
 
-    From the weights as a whole: by the derivative of a softmax, row sums are those of weights and
-    their gradients. With `out` and `lse` the weights and the row sums are made of these instead, so
-    that their rounding is part of the problem.
+    From the weights as a whole: by the derivative of a softmax, rows of weights times their
+    gradients are summed. With `out` and `lse` the weights and the row sums are made of these
+    instead, so that their rounding is part of the problem.
     """
     p = _problem(q, k, v, dtype=dtype, matmul=matmul, **options)
 

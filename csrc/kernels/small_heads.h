@@ -237,6 +237,10 @@ struct SmallHeads {
       any |= attended[row + r];
       all &= attended[row + r];
     }
+    const int64_t begin = any == 0 ? 0 : __builtin_ctzll(any);
+    // Whether all rows attend to all keys from `begin` on.
+    const bool are_alike = any == all && (any >> begin & ((any >> begin) + 1)) == 0;
+    const bool is_contiguous = task.out.column_stride == static_cast<int64_t>(sizeof(Element));
     FiniteCheck<Vectors> check;
     // kCount whole vectors, or one that is not whole.
     const auto columns = [&](int64_t d, auto count, auto is_whole) __attribute__((always_inline)) {
@@ -248,7 +252,7 @@ struct SmallHeads {
 #pragma GCC unroll 4
         for (int i = 0; i < kCount; ++i) sums[r][i] = Vectors::zero();
       }
-      for (int64_t key = 0; any >> key != 0; ++key) {
+      const auto add_key = [&](int64_t key, auto attends) __attribute__((always_inline)) {
         Vec values[kCount];
         // One address for all vectors: the compiler would keep one for each of them, on the stack.
         const Scalar* from = v.row(key) + d;
@@ -260,13 +264,20 @@ struct SmallHeads {
         }
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-          // A weight of 0 would not keep a NaN out.
-          if ((all >> key & 1) == 0 && (attended[row + r] >> key & 1) == 0) continue;
+          if (!attends(r)) continue;
           const Vec weight = Vectors::set(weights[(row + r) * kWidth + key] * shrink);
 #pragma GCC unroll 4
           for (int i = 0; i < kCount; ++i) {
             sums[r][i] = Vectors::fma(weight, values[i], sums[r][i]);
           }
+        }
+      };
+      if (are_alike) {
+        for (int64_t key = begin; any >> key != 0; ++key) add_key(key, [](int) { return true; });
+      } else {
+        for (int64_t key = begin; any >> key != 0; ++key) {
+          // A weight of 0 would not keep a NaN out.
+          add_key(key, [&](int r) { return (attended[row + r] >> key & 1) != 0; });
         }
       }
 #pragma GCC unroll 4
@@ -279,9 +290,13 @@ struct SmallHeads {
           const Vec product = kExponent == 0 ? Vectors::mul(sums[r][i], factor)
                                              : finite_product<Vectors>(sums[r][i], factor);
           check.add(product);
-          store_elements<Vectors, Element>(to + i * Vectors::kLanes * task.out.column_stride,
-                                           task.out.column_stride, product,
-                                           kIsWhole ? Vectors::kLanes : task.value_dim - d);
+          if (kIsWhole && is_contiguous) {
+            Vectors::store(reinterpret_cast<Element*>(to) + i * Vectors::kLanes, product);
+          } else {
+            store_elements<Vectors, Element>(to + i * Vectors::kLanes * task.out.column_stride,
+                                             task.out.column_stride, product,
+                                             kIsWhole ? Vectors::kLanes : task.value_dim - d);
+          }
         }
       }
     };

@@ -51,6 +51,7 @@ template <class Units, Scalars kOrder, int kRows, int kVectors>
     for (int i = 0; i < kVectors; ++i) sums[row][i] = Vectors::zero();
   }
   const auto* of_step = scalars;  // where they lie by steps
+#pragma GCC unroll 4
   for (int64_t step = 0; step < from.steps; ++step) {
     typename Units::Units vector[kVectors];
 #pragma GCC unroll 12

@@ -58,6 +58,7 @@ template <class Units, int kKeys, int kVectors, int kWidth>
       __builtin_prefetch(row + fetch_distance, 0, 2);
     }
     const int64_t end = line + kUnitsPerLine < units ? line + kUnitsPerLine : units;
+#pragma GCC unroll 4
     for (int64_t d = line; d < end; ++d) {
       typename Units::Units query[kVectors];
 #pragma GCC unroll 12

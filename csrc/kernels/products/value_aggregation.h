@@ -30,6 +30,7 @@ template <class Units, int kFirst, int kDims, int kVectors>
   using Vectors = typename Units::Vectors;
   constexpr int kWidth = kVectors * Vectors::kLanes;
   const int64_t begin = kFirst == 0 ? 0 : steps.ends[kFirst > 0 ? kFirst - 1 : 0];
+#pragma GCC unroll 4
   for (int64_t key = begin; key < steps.ends[kFirst]; ++key) {
     typename Units::Units weight[kVectors];
 #pragma GCC unroll 12

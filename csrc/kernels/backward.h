@@ -263,9 +263,12 @@ struct Backward {
   static void add_to_bias(const GradientTask& task, const Tile& tile, const Block& block,
                           const Steps& steps, const Scalar* slopes) {
     const View& dbias = task.dbias;
+    const auto element = [&](int64_t query, int64_t key) {
+      return dbias.data + (tile.rows.first_query + query) * dbias.row_stride +
+             (block.first + key) * dbias.column_stride;
+    };
     const auto add = [&](int64_t query, int64_t key, double x) {
-      char* const at = dbias.data + (tile.rows.first_query + query) * dbias.row_stride +
-                       (block.first + key) * dbias.column_stride;
+      char* const at = element(query, key);
       Scalar sum;
       __builtin_memcpy(&sum, at, sizeof(sum));
       sum += static_cast<Scalar>(x);
@@ -283,17 +286,32 @@ struct Backward {
       return;
     }
     for_steps(steps, tile.rows.queries, [&](int64_t begin, int64_t end, int64_t first) {
-      for (int64_t key = begin; key < end; ++key) {
-        const Scalar* const of_key = slopes + key * kQueriesPerTile;
-        double of_tile = 0;
-        for (int64_t query = first; query < tile.rows.queries; ++query) {
-          if (dbias.row_stride == 0) {
-            of_tile += static_cast<double>(of_key[query]);
-          } else {
-            add(query, key, static_cast<double>(of_key[query]));
+      if (dbias.row_stride == 0) {  // queries share it
+        for (int64_t key = begin; key < end; ++key) {
+          double of_tile = 0;
+          for (int64_t query = first; query < tile.rows.queries; ++query) {
+            of_tile += static_cast<double>(slopes[key * kQueriesPerTile + query]);
+          }
+          add(0, key, of_tile);
+        }
+        return;
+      }
+      for (int64_t key = begin; key < end; key += kLanes) {
+        const int64_t keys = end - key < kLanes ? end - key : kLanes;
+        for (int64_t lane = first; lane < tile.rows.queries; lane += kLanes) {
+          const int64_t left = tile.rows.queries - lane;
+          const int64_t queries = left < kLanes ? left : kLanes;
+          Vec of_queries[kLanes];  // [query][key]
+          load_transposed<Vectors, Scalar>(
+              reinterpret_cast<const char*>(slopes + key * kQueriesPerTile + lane),
+              kQueriesPerTile * sizeof(Scalar), sizeof(Scalar), keys, queries, of_queries);
+          for (int64_t i = 0; i < queries; ++i) {
+            char* const at = element(lane + i, key);
+            const Vec before = load_elements<Vectors, Scalar>(at, dbias.column_stride, keys);
+            store_elements<Vectors, Scalar>(at, dbias.column_stride,
+                                            Vectors::add(before, of_queries[i]), keys);
           }
         }
-        if (dbias.row_stride == 0) add(0, key, of_tile);
       }
     });
   }
@@ -401,15 +419,20 @@ struct Backward {
     if (task.dbias.data) add_to_bias(task, tile, block, steps, scratch.slopes);
     if (scales_later) {
       const auto by = Vectors::set(scale);
-      for (int64_t i = 0; i < block.count * kQueriesPerTile; i += kLanes) {
-        Vec slope = Vectors::mul(Vectors::load(scratch.slopes + i), by);
-        if (task.options.softcap > 0) {
-          // A masked logit may be NaN, and so may its slope.
-          const Vec capped = Vectors::mul(slope, Vectors::load(scratch.capped_slopes + i));
-          slope = Vectors::select_equal(slope, Vectors::zero(), slope, capped);
+      for_steps(steps, queries, [&](int64_t begin, int64_t end, int64_t first) {
+        for (int64_t key = begin; key < end; ++key) {
+          for (int64_t lane = first; lane < queries; lane += kLanes) {
+            const int64_t i = key * kQueriesPerTile + lane;
+            Vec slope = Vectors::mul(Vectors::load(scratch.slopes + i), by);
+            if (task.options.softcap > 0) {
+              // A masked logit may be NaN, and so may its slope.
+              const Vec capped = Vectors::mul(slope, Vectors::load(scratch.capped_slopes + i));
+              slope = Vectors::select_equal(slope, Vectors::zero(), slope, capped);
+            }
+            Vectors::store(scratch.slopes + i, slope);
+          }
         }
-        Vectors::store(scratch.slopes + i, slope);
-      }
+      });
     }
 
     if (!*tile.douts_are_finite) {

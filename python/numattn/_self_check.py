@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -9,10 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _arguments, _checks, _numpy_backend, _reference, _runtime, _terminal
+from . import (
+    _arguments,
+    _checks,
+    _gradient_arguments,
+    _numpy_backend,
+    _reference,
+    _runtime,
+    _terminal,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -24,7 +33,7 @@ _FACTOR = 4.0
 
 
 def self_check() -> bool:
-    """Compare attention with float64 on every ISA level and dtype; print a table.
+    """Compare attention and its gradients with float64 on every ISA level and dtype; print a table.
 
     Returns
     -------
@@ -97,38 +106,77 @@ def _problems(dtype: np.dtype[Any]) -> Iterator[tuple[list[Array], dict[str, Any
 
 
 def _shares(level: str, dtype: np.dtype[Any]) -> Iterator[float]:
-    """Yield the errors of out and lse over their bounds, problem by problem."""
+    """Yield the errors of results and gradients over their bounds, problem by problem."""
     precision = np.float64 if dtype.itemsize == 8 else np.float32
     trusted = np.longdouble if precision is np.float64 else np.float64
+    matmuls = (np.matmul, _reference.matmul_by_einsum)
+    rng = np.random.default_rng(2)
     for (q, k, v), options in _problems(dtype):
-        expected = _reference.attention(q, k, v, **options, dtype=trusted)
-        plain = [
-            _reference.attention(q, k, v, **options, dtype=precision, matmul=matmul)
-            for matmul in (np.matmul, _reference.matmul_by_einsum)
-        ]
-        for i, actual in enumerate(_compute(level, q, k, v, options)):
-            of_plain = [x[i].astype(actual.dtype) for x in plain]
-            error, bound = _reference.error_and_bound(actual, of_plain, expected[i], _FACTOR)
-            yield error / bound
+        out, lse = _attention(level, q, k, v, options)
+        dout = rng.standard_normal(out.shape).astype(dtype)
+        given = (dout, q, k, v, out, lse)
+        gradients = _gradients(level, *given, options)
+        expected = _plain(*given, options, trusted)
+        plain = [_plain(*given, options, precision, matmul) for matmul in matmuls]
+        for actual, wanted, *of_plain in zip((out, lse, *gradients), expected, *plain, strict=True):
+            if actual is not None:
+                rounded = [x.astype(actual.dtype) for x in of_plain]
+                error, bound = _reference.error_and_bound(actual, rounded, wanted, _FACTOR)
+                yield error / bound
 
 
-def _compute(level: str, q: Array, k: Array, v: Array, options: dict[str, Any]) -> list[Array]:
-    named: dict[str, Any] = dict.fromkeys(
-        ("mask", "tail_mask", "bias", "q_offset", "window", "scale", "softcap", "alibi_slopes",
-         "sinks", "kv_lengths", "q_lengths", "out", "num_threads")
-    ) | {"is_causal": False, "layout": "bhld", "return_lse": True}  # fmt: skip
-    arguments = _arguments.check(q, k, v, **(named | options))
+def _plain(
+    dout: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, options: dict[str, Any],
+    dtype: Any, matmul: Callable[..., Any] = np.matmul,
+) -> list[Any]:  # fmt: skip
+    """Return out, lse and the gradients of q, k, v and the bias; those of sinks are too few."""
+    results = _reference.attention(q, k, v, **options, dtype=dtype, matmul=matmul)
+    gradients = _reference.attention_backward(
+        dout, q, k, v, out, lse, **options, dtype=dtype, matmul=matmul
+    )
+    return [*results, *gradients[:4]]
+
+
+_OPTIONS: dict[str, Any] = dict.fromkeys(
+    ("mask", "tail_mask", "bias", "q_offset", "window", "scale", "softcap", "alibi_slopes",
+     "sinks", "kv_lengths", "q_lengths", "num_threads")
+) | {"is_causal": False, "layout": "bhld"}  # fmt: skip
+
+
+def _attention(
+    level: str, q: Array, k: Array, v: Array, options: dict[str, Any]
+) -> tuple[Array, Array]:
+    arguments = _arguments.check(q, k, v, **(_OPTIONS | options), out=None, return_lse=True)
+    with _backend(level) as backend:
+        backend.attention(arguments)
+    return np.asarray(arguments.result), np.asarray(arguments.result_lse)
+
+
+def _gradients(
+    level: str, dout: Array, q: Array, k: Array, v: Array, out: Array, lse: Array,
+    options: dict[str, Any],
+) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
+    problem = _gradient_arguments.check(q, k, v, "bias" in options, **(_OPTIONS | options))
+    _gradient_arguments.set_results(problem, out, lse)
+    arguments = _gradient_arguments.with_gradients(problem, dout)
+    with _backend(level) as backend:
+        backend.attention_backward(arguments)
+    return _gradient_arguments.as_inputs(problem, arguments)
+
+
+@contextlib.contextmanager
+def _backend(level: str) -> Iterator[Any]:
+    """Pin a level, or "numpy", and yield what computes then."""
     if level == "numpy":
-        _numpy_backend.attention(arguments)
-    else:
-        native = _runtime.native
-        assert native is not None
-        before = native.isa()
-        native.set_isa(level)
-        try:
-            if native.isa() != level:
-                sys.exit(f"numattn: asked for {level}, got {native.isa()}")
-            native.attention(arguments)
-        finally:
-            native.set_isa(before)
-    return [np.asarray(x) for x in (arguments.result, arguments.result_lse)]
+        yield _numpy_backend
+        return
+    native = _runtime.native
+    assert native is not None
+    before = native.isa()
+    native.set_isa(level)
+    try:
+        if native.isa() != level:
+            sys.exit(f"numattn: asked for {level}, got {native.isa()}")
+        yield native
+    finally:
+        native.set_isa(before)

@@ -260,7 +260,7 @@ CASES = {
     "no seed": (
         {"dropout": 0.1},
         ValueError,
-        "rng: got None beside dropout=0.1, expected a seed, the same for forward and backward",
+        "rng: got None beside dropout=0.1, expected a seed, an int that forward and backward share",
     ),
     "seed kind": ({"dropout": 0.1, "rng": 1.0}, TypeError, "rng: got 1.0 (float), expected an int"),
     "seed flag": ({"rng": True}, TypeError, "rng: got True, expected an int"),
@@ -437,12 +437,15 @@ def test_several_batch_axes_are_compared_as_a_whole(backend, rng, name, sizes, s
     np.testing.assert_array_equal(out, na.attention(q, k, v, **{name: given[np.newaxis]}))
 
 
+LEAVE_OUT = "leave it out: grouped heads are seen by the shapes. See Porting"
+
+
 @pytest.mark.parametrize(
     ("name", "meant", "meant_in_sequences"),
     [
         ("attn_mask", "`mask=`", "`tail_mask=`"),
         ("causal", "`is_causal=`", "`is_causal=`"),
-        ("enable_gqa", "nothing", "nothing"),
+        ("enable_gqa", LEAVE_OUT, LEAVE_OUT),
         ("key_padding_mask", "`kv_lengths=`", "`kv_lengths=`"),
         ("query_seq_lengths", "`q_lengths=`", "`q_lengths=`"),
         ("tree_mask", "`tail_mask=`", "`tail_mask=`"),
@@ -466,7 +469,8 @@ def test_names_of_other_libraries(name, meant, meant_in_sequences):
         (lambda **more: na.attention_received(Q, K, **more), meant),
     ]
     for call, meant_here in calls:
-        message = rf"unexpected keyword argument '{name}'; did you mean {meant_here}"
+        hint = meant_here if meant_here == LEAVE_OUT else f"did you mean {meant_here}"
+        message = f"unexpected keyword argument '{name}'; {hint}"
         with pytest.raises(TypeError, match=re.escape(message)):
             call(**{name: None})
         with pytest.raises(TypeError, match=r"unexpected keyword argument 'nonsense'$"):
@@ -474,7 +478,7 @@ def test_names_of_other_libraries(name, meant, meant_in_sequences):
 
 
 GENERATOR = (
-    "rng: got a numpy.random.Generator, expected an int, a seed that forward and backward share: "
+    "rng: got a numpy.random.Generator, expected a seed, an int that forward and backward share: "
     "`int(rng.integers(2**63))`"
 )
 
@@ -570,8 +574,11 @@ def test_names_of_other_libraries_for_what_is_around_attention(name):
 
 def test_names_of_other_libraries_in_a_layer():
     layer = na.MultiHeadAttention(8, 2, rng=0)
-    for name, meant in (("attn_bias", "nothing"), ("logits_soft_cap", "`softcap=`")):
-        with pytest.raises(TypeError, match=rf"argument '{name}'; did you mean {meant}"):
+    for name, hint in (
+        ("attn_bias", "only `attention` has `bias=`. See Porting"),
+        ("logits_soft_cap", "did you mean `softcap=`?"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(f"argument '{name}'; {hint}")):
             layer(zeros(3, 8), **{name: None})
     message = r"^rotary: got 'rope_theta', expected only base, .*; did you mean `base=`\?"
     with pytest.raises(ValueError, match=message):

@@ -527,17 +527,14 @@ def _dropout(dropout: float, rng: int | None) -> tuple[float, int]:
     share = real("dropout", dropout)
     if not 0 <= share < 1:
         refuse("dropout", repr(dropout), "the share of weights to drop, at least 0 and less than 1")
+    wanted = "a seed, an int that forward and backward share: `int(rng.integers(2**63))`, say"
     if isinstance(rng, np.random.Generator):
-        refuse_kind(
-            "rng",
-            "a numpy.random.Generator",
-            "an int, a seed that forward and backward share: `int(rng.integers(2**63))`",
-        )
+        refuse_kind("rng", "a numpy.random.Generator", wanted)
     seed = 0 if rng is None else integer("rng", rng)
     if not 0 <= seed < 2**64:
         refuse("rng", str(seed), f"a seed from 0 to {2**64 - 1}")
     if rng is None and share > 0:
-        refuse("rng", f"None beside dropout={share}", "a seed, the same for forward and backward")
+        refuse("rng", f"None beside dropout={share}", wanted)
     return share, seed if share > 0 else 0
 
 

@@ -55,7 +55,7 @@ ELSEWHERE = {
     "qq_bias": "`tail_mask=qq_bias == 0`",
     "key_padding_mask": "`kv_lengths=`, or `mask=~key_padding_mask[:, None, None, :]`",
     "causal": "`is_causal=` (PyTorch and JAX begin at the top left: `q_offset=0`)",
-    "enable_gqa": "nothing: grouped heads are seen by the shapes",
+    "enable_gqa": "leave it out: grouped heads are seen by the shapes",
     "dropout_p": "`dropout=p, rng=seed`",
     "softmax_scale": "`scale=`",
     "window_size": "`window=(left, right)`, None where flash-attn has -1",
@@ -86,9 +86,15 @@ def refuse_unknown(
 
 
 def meant(name: str, meanings: Mapping[str, str]) -> str:
-    """Return what to append to an error about a name that may be another library's."""
+    """Return what to append to an error about a name that may be another library's.
+
+    A meaning is what to write instead, or a sentence.
+    """
     meaning = meanings.get(name)
-    return "" if meaning is None else f"; did you mean {meaning}? See Porting in the documentation"
+    if meaning is None:
+        return ""
+    hint = f"did you mean {meaning}?" if meaning.startswith("`") else f"{meaning}."
+    return f"; {hint} See Porting in the documentation"
 
 
 # ---- arrays ------------------------------------------------------------------------------------

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 # What other libraries call the arguments.
 _ELSEWHERE = {
-    "axis": "nothing: the last axis has the vectors, and `layout=` says where the tokens are",
-    "dim": "nothing: the last axis has the vectors, and `layout=` says where the tokens are",
+    "axis": "leave it out: the last axis has the vectors, and `layout=` says where the tokens are",
+    "dim": "leave it out: the last axis has the vectors, and `layout=` says where the tokens are",
     "per_channel": "`channel_scale=`",
-    "num_bits": "nothing: there are 8",
+    "num_bits": "leave it out: there are 8",
 }
 # 127 times it is still a number of float32.
 _LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))

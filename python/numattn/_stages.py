@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 # What may be meant by options of attention that `aggregate_values` does not have.
 _ELSEWHERE = {
     "scale": "`v_scale=`",
-    "attn_mask": "nothing: weights of 0 take nothing",
-    "attention_mask": "nothing: weights of 0 take nothing",
-    "enable_gqa": "nothing: grouped heads are seen by the shapes",
+    "attn_mask": "leave it out: weights of 0 take nothing",
+    "attention_mask": "leave it out: weights of 0 take nothing",
+    "enable_gqa": "leave it out: grouped heads are seen by the shapes",
     **NO_DROPOUT,
 }
 

@@ -111,8 +111,10 @@ GRADIENTS = (
 
 
 @needs_linux
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", ["native", "numpy"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [*(("native", dtype) for dtype in DTYPES), ("numpy", "np.float32"), ("numpy", "np.float16")],
+)
 def test_scratch_of_gradients(backend, dtype):
     """Beside the gradients of k and v: 32 MiB, 64 MiB in float64, 48 MiB with sums in float32."""
     if backend == "native" and _runtime.native is None:

@@ -1,0 +1,365 @@
+"""What a layer holds: sizes and parameters, drawn, given, written to files and read from them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from . import _layer_weights
+from ._checks import at_least, flag, refuse, refuse_kind, refuse_unknown
+from ._layer_arguments import OPTIONS_ELSEWHERE, context_dims, rotary_options
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping
+
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+    Array = NDArray[Any]
+
+
+class LayerParameters:
+    """What a `MultiHeadAttention` holds; attention is its own."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        context_dim: int | tuple[int, int] | None = None,
+        bias: bool = True,
+        rotary: bool | Mapping[str, Any] | None = None,
+        qk_norm: bool = False,
+        dtype: DTypeLike = np.float32,
+        rng: np.random.Generator | int | None = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            refuse_unknown("MultiHeadAttention", unknown, OPTIONS_ELSEWHERE)
+        shapes = self._set_sizes(
+            embed_dim, num_heads, kv_heads, head_dim, value_dim, context_dim, bias, qk_norm, dtype
+        )
+        self._rotary = rotary_options(rotary, self._head_dim)
+        try:
+            generator = np.random.default_rng(rng)
+        except TypeError as error:
+            refuse_kind("rng", f"{rng!r} ({error})", "a numpy.random.Generator or a seed")
+        except ValueError as error:
+            refuse("rng", f"{rng!r} ({error})", "a seed of at least 0")
+        self._parameters = {
+            name: self._initial(name, shape, generator) for name, shape in shapes.items()
+        }
+
+    @classmethod
+    def _of_arrays(
+        cls,
+        given: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], Array],
+        *,
+        rotary: bool | Mapping[str, Any] | None,
+        are_transposed: bool = False,
+        **sizes: Any,
+    ) -> Self:
+        """Make a layer of copies of the arrays that `read` gives by the names of parameters.
+
+        Nothing is read before their shapes, which are `given`, have been checked.
+        """
+        layer = cls.__new__(cls)
+        shapes = layer._set_sizes(**sizes)
+        _layer_weights.check_shapes(given, shapes, are_transposed)
+        layer._rotary = rotary_options(rotary, layer._head_dim)
+        layer._parameters = {
+            name: _layer_weights.converted(name, read(name), layer._dtype) for name in shapes
+        }
+        return layer
+
+    def _set_sizes(
+        self, embed_dim: Any, num_heads: Any, kv_heads: Any, head_dim: Any, value_dim: Any,
+        context_dim: Any, bias: Any, qk_norm: Any, dtype: Any,
+    ) -> dict[str, tuple[int, ...]]:  # fmt: skip
+        """Check and keep sizes; return the parameters' shapes by name."""
+        self._embed_dim = at_least("embed_dim", embed_dim, 1)
+        self._heads = at_least("num_heads", num_heads, 1)
+        self._kv_heads = self._heads if kv_heads is None else at_least("kv_heads", kv_heads, 1)
+        if self._heads % self._kv_heads:
+            refuse("kv_heads", str(kv_heads), f"a divisor of num_heads, which is {num_heads}")
+        if head_dim is None and self._embed_dim % self._heads:
+            refuse("embed_dim", str(embed_dim), f"a multiple of num_heads {num_heads}, or head_dim")
+        self._head_dim = at_least(
+            "head_dim", self._embed_dim // self._heads if head_dim is None else head_dim, 1
+        )
+        self._value_dim = at_least(
+            "value_dim", self._head_dim if value_dim is None else value_dim, 1
+        )
+        of_keys, of_values = self._context_dims = context_dims(
+            self._embed_dim if context_dim is None else context_dim
+        )
+        try:
+            self._dtype = np.dtype(dtype)
+        except TypeError:
+            refuse_kind("dtype", repr(dtype), "float32 or float64")
+        if self._dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+            refuse_kind("dtype", str(self._dtype), "float32 or float64")
+        weights = {
+            "q": (self._embed_dim, self._heads * self._head_dim),
+            "k": (of_keys, self._kv_heads * self._head_dim),
+            "v": (of_values, self._kv_heads * self._value_dim),
+            "o": (self._heads * self._value_dim, self._embed_dim),
+        }
+        shapes: dict[str, tuple[int, ...]] = {f"{n}_weight": s for n, s in weights.items()}
+        if flag("bias", bias):
+            shapes |= {f"{name}_bias": shape[1:] for name, shape in weights.items()}
+        if flag("qk_norm", qk_norm):
+            shapes |= {"q_norm": (self._head_dim,), "k_norm": (self._head_dim,)}
+        return shapes
+
+    def _initial(self, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+        if name.endswith("_bias"):
+            return np.zeros(shape, self._dtype)
+        if name.endswith("_norm"):
+            return np.ones(shape, self._dtype)
+        with np.errstate(under="ignore"):
+            return (rng.standard_normal(shape) / math.sqrt(shape[0])).astype(self._dtype)
+
+    def __repr__(self) -> str:
+        return (
+            f"MultiHeadAttention({self._embed_dim}, {self._heads}, kv_heads={self._kv_heads}, "
+            f"head_dim={self._head_dim}, value_dim={self._value_dim}, dtype={self._dtype.name})"
+        )
+
+    # ---- parameters -----------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, Array]:
+        """Return the layer's own arrays by name: what is written into them counts.
+
+        ``q_weight`` (embed_dim, heads * head_dim), ``k_weight`` and ``v_weight`` (context_dim,
+        kv_heads * head_dim or value_dim), ``o_weight`` (heads * value_dim, embed_dim), so that
+        ``q = x @ q_weight + q_bias``; ``q_norm`` and ``k_norm`` (head_dim,).
+
+        Examples
+        --------
+        >>> import numattn as na
+        >>> layer = na.MultiHeadAttention(64, 4, bias=False, rng=0)
+        >>> layer.parameters()["o_weight"][...] = 0
+        >>> [(name, x.shape) for name, x in layer.parameters().items()][:2]
+        [('q_weight', (64, 64)), ('k_weight', (64, 64))]
+        """
+        return dict(self._parameters)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all parameters."""
+        return sum(x.size for x in self._parameters.values())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write parameters and sizes to a safetensors file.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Where to write it; a file that is there is replaced.
+
+        Raises
+        ------
+        ImportError
+            If safetensors is missing: ``pip install 'numattn[weights]'``.
+        OSError
+            If the file cannot be written.
+        TypeError
+            If `path` is no path.
+
+        See Also
+        --------
+        load : read it.
+        """
+        description = {
+            "embed_dim": self._embed_dim,
+            "num_heads": self._heads,
+            "kv_heads": self._kv_heads,
+            "head_dim": self._head_dim,
+            "value_dim": self._value_dim,
+            "context_dim": self._context_dims,
+            "bias": "q_bias" in self._parameters,
+            "rotary": self._rotary,
+            "qk_norm": "q_norm" in self._parameters,
+            "dtype": self._dtype.name,
+        }
+        _layer_weights.save(path, description, self._parameters)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a layer that `save` wrote.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The file.
+
+        Raises
+        ------
+        ImportError
+            If safetensors is missing: ``pip install 'numattn[weights]'``.
+        OSError
+            If the file cannot be read.
+        ValueError
+            If it is no such file: its sizes are missing, unknown or of the wrong kind, or its
+            arrays are not what they say. Nothing of these sizes is allocated then.
+        TypeError
+            If `path` is no path.
+
+        See Also
+        --------
+        save : write it.
+        """
+        with _layer_weights.opened(path) as (shapes, read, description):
+            return cls._of_arrays(shapes, read, **description)
+
+    @classmethod
+    def from_weights(
+        cls,
+        q_weight: ArrayLike,
+        k_weight: ArrayLike,
+        v_weight: ArrayLike,
+        o_weight: ArrayLike,
+        *,
+        num_heads: int,
+        kv_heads: int | None = None,
+        q_bias: ArrayLike | None = None,
+        k_bias: ArrayLike | None = None,
+        v_bias: ArrayLike | None = None,
+        o_bias: ArrayLike | None = None,
+        q_norm: ArrayLike | None = None,
+        k_norm: ArrayLike | None = None,
+        rotary: bool | Mapping[str, Any] | None = None,
+        dtype: DTypeLike | None = None,
+        **unknown: Any,
+    ) -> Self:
+        """Make a layer of separate matrices as Hugging Face models hold them.
+
+        Parameters
+        ----------
+        q_weight, k_weight, v_weight, o_weight : array_like, shape (elements out, elements in)
+            As of ``torch.nn.Linear``: (heads * head_dim, embed_dim), (kv_heads * head_dim,
+            context_dim), (kv_heads * value_dim, context_dim) and (embed_dim, heads * value_dim).
+        num_heads : int
+            Query heads.
+        kv_heads : int, optional
+            Heads of keys and values. Default: what the rows of `k_weight` make with the head_dim of
+            `q_weight`.
+        q_bias, k_bias, v_bias, o_bias : array_like, optional
+            Missing ones are 0 where any is given.
+        q_norm, k_norm : array_like, shape (head_dim,), optional
+            Weights of the norms of queries and keys; both or none.
+        rotary : bool or mapping, optional
+            As of the class.
+        dtype : dtype, optional
+            Default: that of `q_weight`, float32 for 16-bit floats.
+
+        Raises
+        ------
+        TypeError
+            If an argument is of the wrong kind, such as a masked array or complex numbers.
+        ValueError
+            If shapes do not fit, or a number is too large for `dtype`.
+
+        See Also
+        --------
+        from_torch : the weights of a ``torch.nn.MultiheadAttention``.
+
+        Examples
+        --------
+        Eight query heads and two heads of keys and values, with embeddings of 64 elements:
+
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> rng = np.random.default_rng(0)
+        >>> q, o = rng.standard_normal((2, 64, 64), dtype=np.float32)
+        >>> k, v = rng.standard_normal((2, 16, 64), dtype=np.float32)
+        >>> na.MultiHeadAttention.from_weights(q, k, v, o, num_heads=8, rotary=True)
+        MultiHeadAttention(64, 8, kv_heads=2, head_dim=8, value_dim=8, dtype=float32)
+        """
+        if unknown:
+            refuse_unknown("MultiHeadAttention.from_weights", unknown, OPTIONS_ELSEWHERE)
+        matrices = _layer_weights.float_matrices(
+            q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, o_weight=o_weight
+        )
+        biases = {"q_bias": q_bias, "k_bias": k_bias, "v_bias": v_bias, "o_bias": o_bias}
+        norms = {"q_norm": q_norm, "k_norm": k_norm}
+        embed_dim, heads, options = _layer_weights.sizes(matrices, num_heads, kv_heads)
+        if (q_norm is None) != (k_norm is None):
+            refuse("q_norm, k_norm", "one of them", "both or none")
+        if dtype is None:
+            is_double = matrices["q_weight"].dtype == np.float64
+            dtype = np.float64 if is_double else np.float32
+        arrays = {name: x.T for name, x in matrices.items()}
+        if any(x is not None for x in biases.values()):
+            for name, x in biases.items():
+                rows = len(matrices[name.replace("bias", "weight")])
+                arrays[name] = np.zeros(rows) if x is None else _layer_weights.numbers(name, x)
+        for name, x in norms.items():
+            if x is not None:
+                arrays[name] = _layer_weights.numbers(name, x)
+        return cls._of_arrays(
+            {name: x.shape for name, x in arrays.items()},
+            arrays.__getitem__,
+            embed_dim=embed_dim,
+            num_heads=heads,
+            **options,
+            bias="q_bias" in arrays,
+            rotary=rotary,
+            qk_norm="q_norm" in arrays,
+            dtype=dtype,
+            are_transposed=True,
+        )
+
+    @classmethod
+    def from_torch(
+        cls, module: Any, num_heads: int | None = None, *, dtype: DTypeLike = np.float32
+    ) -> Self:
+        """Make a layer of the weights of a ``torch.nn.MultiheadAttention``.
+
+        Parameters
+        ----------
+        module : torch.nn.MultiheadAttention or mapping
+            The module, with ``batch_first=True``, or its ``state_dict()``, also of arrays. Of a
+            model pass the part, such as ``encoder_layer.self_attn``.
+        num_heads : int, optional
+            Needed with a state_dict, which does not say. Default: the module's.
+        dtype : dtype, default float32
+            Of the layer.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If weights are missing, misshapen, or of a kind that has no place here (`bias_k`), or
+            the module has ``batch_first=False``: a layer of it would take other axes than it.
+
+        See Also
+        --------
+        from_weights : separate matrices, as Hugging Face models hold them.
+
+        Notes
+        -----
+        The layer takes (batch, length, embed_dim), as PyTorch does with ``batch_first=True``, has
+        no dropout (but `vjp` has), and gives weights per head. Pass ``lengths`` for PyTorch's
+        ``key_padding_mask``: rows of padding, where PyTorch attends to the valid keys, attend to
+        nothing here. A mask is True where PyTorch's is False.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> rng = np.random.default_rng(0)
+        >>> state = {  # torch.nn.MultiheadAttention(64, 4, bias=False).state_dict()
+        ...     "in_proj_weight": rng.standard_normal((192, 64), dtype=np.float32),
+        ...     "out_proj.weight": rng.standard_normal((64, 64), dtype=np.float32),
+        ... }
+        >>> na.MultiHeadAttention.from_torch(state, 4)
+        MultiHeadAttention(64, 4, kv_heads=4, head_dim=16, value_dim=16, dtype=float32)
+        """
+        return cls.from_weights(**_layer_weights.of_torch(module, num_heads), dtype=dtype)

@@ -9,7 +9,7 @@ import pytest
 from numattn import _reference as reference
 
 
-def by_hand(p, x, context, values, heads, kv_heads, rotary=None, **options):
+def by_hand(p, x, context, values, heads, kv_heads, rotary=None, norm_epsilon=1e-6, **options):
     """Compute the layer in float64."""
     p = {name: a.astype(np.float64) for name, a in p.items()}
 
@@ -17,7 +17,8 @@ def by_hand(p, x, context, values, heads, kv_heads, rotary=None, **options):
         rows = source.astype(np.float64) @ p[f"{name}_weight"] + p.get(f"{name}_bias", 0)
         split = rows.reshape(*rows.shape[:-1], count, -1).swapaxes(-2, -3)
         if f"{name}_norm" in p:
-            split = split / np.sqrt((split**2).mean(-1, keepdims=True) + 1e-6) * p[f"{name}_norm"]
+            mean = (split**2).mean(-1, keepdims=True)
+            split = split / np.sqrt(mean + norm_epsilon) * p[f"{name}_norm"]
         return split
 
     q, k, v = (
@@ -48,6 +49,7 @@ def fill(layer, rng):
         {},
         {"kv_heads": 2, "head_dim": 10, "value_dim": 7},
         {"bias": False, "qk_norm": True, "kv_heads": 1},
+        {"qk_norm": True, "norm_epsilon": 0.5},
         {"rotary": True},
         {"rotary": {"base": 500.0, "rotary_dim": 4, "interleaved": True}, "qk_norm": True},
     ],
@@ -60,6 +62,7 @@ def test_self_attention(any_backend, rng, sizes, dtype):
     rotary = sizes.get("rotary")
     known = {"heads": 4, "kv_heads": sizes.get("kv_heads", 4)}
     known["rotary"] = {} if rotary is True else rotary
+    known["norm_epsilon"] = sizes.get("norm_epsilon", 1e-6)
     for options, theirs in (
         ({}, {}),
         ({"is_causal": True}, {"is_causal": True}),
@@ -170,6 +173,41 @@ def test_norms_of_any_finite_vector(rng, dtype, size):
     np.testing.assert_allclose(weights[0], expected, rtol=20 * tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [0, 1e-30, 1e-20, 1e-19, 1e-3, 1e10])
+def test_any_epsilon_of_norms(rng, dtype, size):
+    finfo = np.finfo(dtype)
+    for epsilon in (float(finfo.tiny), 1e-12, 1.0, 1e30, float(finfo.max)):
+        layer = na.MultiHeadAttention(
+            4, 1, bias=False, qk_norm=True, norm_epsilon=epsilon, dtype=dtype, rng=0
+        )
+        layer.parameters()["q_weight"][...] = np.eye(4)
+        x = (rng.uniform(-1, 1, (3, 4)) * size).astype(dtype)
+        q, _, _ = layer._projected(x, x, x, None)
+        exact = x.astype(np.longdouble)
+        expected = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + np.longdouble(epsilon))
+        np.testing.assert_allclose(
+            q[:, 0], expected.astype(np.float64), rtol=8 * finfo.eps, atol=finfo.tiny
+        )
+
+
+def test_the_norm_of_transformers(rng):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    norm = transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm(6, eps=0.01)
+    torch.nn.init.normal_(norm.weight)
+    weights = np.split(numbers(rng, 96, 24), 4)
+    layer = na.MultiHeadAttention.from_weights(
+        *weights, num_heads=4, q_norm=norm.weight, k_norm=norm.weight,
+        norm_epsilon=norm.variance_epsilon,
+    )  # fmt: skip
+    x = numbers(rng, 5, 24) / 10
+    q, _, _ = layer._projected(x, x, x, None)
+    with torch.no_grad():
+        expected = norm(torch.tensor((x @ weights[0].T).reshape(5, 4, 6)))
+    np.testing.assert_allclose(q, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [0, 1e-44, 1e-38, 1e-20, 1, 1e19, 3e38, np.inf])
 @pytest.mark.parametrize(
     "sizes", [{}, {"rotary": True, "qk_norm": True}, {"rotary": {"base": 1e300}}], ids=str
@@ -266,11 +304,65 @@ def test_a_cache_is_causal_unless_told_otherwise(any_backend, rng):
         np.testing.assert_allclose(out, expected[:, 4:], rtol=0, atol=2e-5)
 
 
+SIZES = (
+    "embed_dim", "num_heads", "kv_heads", "head_dim", "value_dim", "context_dim", "bias", "rotary",
+    "qk_norm", "norm_epsilon", "dtype",
+)  # fmt: skip
+
+
+def sizes_of(layer):
+    return {name: getattr(layer, name) for name in SIZES}
+
+
+def test_a_layer_tells_its_sizes():
+    plain = na.MultiHeadAttention(24, 4)
+    assert sizes_of(plain) == dict(
+        zip(SIZES, (24, 4, 4, 6, 6, (24, 24), True, None, False, 1e-6, np.float32), strict=True)
+    )
+    rotary = {"base": np.float32(500), "scaling": {"type": "linear", "factor": 2.0}}
+    layer = na.MultiHeadAttention(
+        24, 4, kv_heads=2, head_dim=10, value_dim=7, context_dim=(24, 3), bias=False,
+        rotary=rotary, qk_norm=True, norm_epsilon=np.float64(0.25), dtype="float64",
+    )  # fmt: skip
+    all_options = {
+        "base": 500.0, "rotary_dim": None, "interleaved": False, "frequencies": None,
+        "scaling": {"type": "linear", "factor": 2.0},
+    }  # fmt: skip
+    assert sizes_of(layer) == dict(
+        zip(
+            SIZES,
+            (24, 4, 2, 10, 7, (24, 3), False, all_options, True, 0.25, np.float64),
+            strict=True,
+        )
+    )
+    # They make the same layer again, and are the layer's own.
+    again = na.MultiHeadAttention(**sizes_of(layer))
+    assert sizes_of(again) == sizes_of(layer)
+    layer.rotary["scaling"]["factor"] = 7.0
+    assert layer.rotary == all_options
+    assert na.MultiHeadAttention(24, 4, rotary=True).rotary
+    for name in SIZES:
+        with pytest.raises(AttributeError):
+            setattr(layer, name, 3)
+
+
+def test_files_without_an_epsilon_are_older_than_it(tmp_path, rng):
+    package = pytest.importorskip("safetensors.numpy")
+    arrays = {f"{name}_weight": numbers(rng, 8, 8) for name in "qkvo"}
+    arrays |= {f"{name}_norm": numbers(rng, 4) for name in "qk"}
+    path = tmp_path / "layer.safetensors"
+    for more, expected in (({}, 1e-6), ({"norm_epsilon": 0.5}, 0.5)):
+        header = json.dumps(LAYER | {"qk_norm": True} | more)
+        package.save_file(arrays, path, metadata={"numattn.MultiHeadAttention": header})
+        assert na.MultiHeadAttention.load(path).norm_epsilon == expected
+
+
 def test_parameters_save_and_load(rng, tmp_path):
     pytest.importorskip("safetensors")
     layer = na.MultiHeadAttention(
-        24, 4, kv_heads=2, rotary={"scaling": {"type": "linear", "factor": 2}}, qk_norm=True, rng=3
-    )
+        24, 4, kv_heads=2, rotary={"scaling": {"type": "linear", "factor": 2}}, qk_norm=True,
+        norm_epsilon=1e-3, rng=3,
+    )  # fmt: skip
     fill(layer, rng)
     sizes = {name: x.shape for name, x in layer.parameters().items()}
     assert sizes["k_weight"] == (24, 12)
@@ -278,6 +370,7 @@ def test_parameters_save_and_load(rng, tmp_path):
     path = tmp_path / "layer.safetensors"
     layer.save(path)
     same = na.MultiHeadAttention.load(path)
+    assert sizes_of(same) == sizes_of(layer)
     x = numbers(rng, 1, 5, 24)
     np.testing.assert_array_equal(same(x, is_causal=True), layer(x, is_causal=True))
     layer.parameters()["o_weight"][...] = 0
@@ -346,6 +439,8 @@ LAYER = {
         ({"head_dim": 10**12, "rotary": {}}, "q_weight: got shape (8, 8), expected (8, 2000000000"),
         ({"num_heads": 10**30}, "q_weight: got shape (8, 8), expected (8, 4000000000"),
         ({"qk_norm": True}, "q_norm: got nothing among"),
+        ({"norm_epsilon": "x"}, "norm_epsilon: got 'x' (str), expected a real number"),
+        ({"norm_epsilon": -1}, "norm_epsilon: got -1, expected 1.2e-38 to 3.4e+38 in float32"),
     ],
 )
 def test_files_whose_header_is_wrong(tmp_path, monkeypatch, header, message):
@@ -639,6 +734,21 @@ def test_torch(rng, sizes):
         ((24, 8), {"rotary": 3}, TypeError, "rotary: got int, expected True or a mapping"),
         ((24, 4), {"bias": 1}, TypeError, "bias: got 1 (int), expected True or False"),
         ((24, 4), {"qk_norm": "no"}, TypeError, "qk_norm: got 'no' (str), expected True or False"),
+        ((24, 4), {"norm_epsilon": 0}, ValueError, "norm_epsilon: got 0, expected 1.2e-38 to 3.4e"),
+        (
+            (24, 4),
+            {"norm_epsilon": 1e-300},
+            ValueError,
+            "norm_epsilon: got 1e-300, expected 1.2e-38",
+        ),
+        (
+            (24, 4),
+            {"norm_epsilon": np.nan},
+            ValueError,
+            "norm_epsilon: got nan, expected a finite",
+        ),
+        ((24, 4), {"norm_epsilon": None}, TypeError, "norm_epsilon: got None (NoneType), expected"),
+        ((24, 4), {"rms_norm_eps": 1e-5}, TypeError, "did you mean `norm_epsilon=`?"),
         ((24, 4), {"dtype": "text"}, TypeError, "dtype: got 'text', expected float32 or float64"),
         ((24, 4), {"rng": "seed"}, TypeError, "rng: got 'seed'"),
         ((24, 4), {"rng": -1}, ValueError, "rng: got -1"),

@@ -78,6 +78,7 @@ CASES = {
     "sizes": ({"kv_heads": 1, "head_dim": 5, "value_dim": 3}, PLAIN, {"is_causal": True}),
     "norm": ({"qk_norm": True}, PLAIN, {}),
     "norm, no bias": ({"qk_norm": True, "bias": False, "kv_heads": 1}, PLAIN, {"softcap": 2.0}),
+    "norm, epsilon": ({"qk_norm": True, "norm_epsilon": 0.3}, PLAIN, {}),
     "rotary": ({"rotary": True}, PLAIN, {}),
     "rotary, partial": ({"rotary": {"base": 500.0, "rotary_dim": 2}}, PLAIN, {}),
     "rotary, interleaved": ({"rotary": {"interleaved": True}}, PLAIN, {"is_causal": True}),

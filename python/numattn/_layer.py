@@ -56,6 +56,8 @@ class MultiHeadAttention(LayerParameters):
     qk_norm : bool, default False
         Divide each head's queries and keys by their root mean square, and multiply them by a
         learned vector.
+    norm_epsilon : float, default 1e-6
+        With `qk_norm`: what is added to the mean of the squares.
     dtype : dtype, default float32
         float32 or float64, of the parameters and of x.
     rng : numpy.random.Generator or int, optional
@@ -64,6 +66,18 @@ class MultiHeadAttention(LayerParameters):
 
     Attributes
     ----------
+    embed_dim, num_heads, kv_heads, head_dim, value_dim : int
+        The sizes, also where they were left out.
+    context_dim : (int, int)
+        Elements of an embedding that keys are made of, and of one for values.
+    bias, qk_norm : bool
+        Whether the layer has them.
+    norm_epsilon : float
+        What is added to the mean of the squares.
+    rotary : dict or None
+        All options of the rotary embedding, those that were left out included; a copy.
+    dtype : dtype
+        Of the parameters and of x.
     num_parameters : int
         Numbers in all parameters.
 
@@ -83,8 +97,8 @@ class MultiHeadAttention(LayerParameters):
     -----
     The layer of Vaswani et al., "Attention Is All You Need", NeurIPS 2017. The products with the
     matrices are NumPy's; what they give is read and written by the kernels where it lies. `qk_norm`
-    is the norm of Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019, with an
-    epsilon of 1e-6. NaN and infinity go where arithmetic takes them, whatever ``np.seterr`` says.
+    is the norm of Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019. NaN and
+    infinity go where arithmetic takes them, whatever ``np.seterr`` says.
 
     Examples
     --------
@@ -294,7 +308,9 @@ class MultiHeadAttention(LayerParameters):
         of_heads, take_back = attention_vjp(
             *self._projected(*inputs), **options, dropout=dropout, rng=rng
         )
-        call = Call(self._parameters, self._product, inputs, of_heads, take_back)
+        call = Call(
+            self._parameters, self._norm_epsilon, self._product, inputs, of_heads, take_back
+        )
 
         def vjp(dout: ArrayLike) -> LayerGradients:
             return differentiate(call, dout)
@@ -402,7 +418,7 @@ class MultiHeadAttention(LayerParameters):
         with np.errstate(all="ignore"):
             for name, array in (("q_norm", q), ("k_norm", k)):
                 if name in self._parameters:
-                    divide_by_root_mean_square(array)
+                    divide_by_root_mean_square(array, self._norm_epsilon)
                     array *= self._parameters[name]
             if rotation is not None:
                 for array in (q, k):

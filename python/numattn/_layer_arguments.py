@@ -71,6 +71,7 @@ OPTIONS_ELSEWHERE = {
     "attention_bias": "`bias=`",
     "qkv_bias": "`bias=`",
     "use_qk_norm": "`qk_norm=`",
+    "rms_norm_eps": "`norm_epsilon=`",
     "rope_theta": "`rotary={'base': rope_theta}`",
     "rope_scaling": "`rotary={'scaling': rope_scaling}`",
     "rope_parameters": "`rotary={'scaling': rope_parameters}`",
@@ -102,12 +103,21 @@ def context_dims(value: object) -> tuple[int, int]:
     return (at_least("context_dim", value, 1),) * 2
 
 
+def norm_epsilon(value: object, dtype: np.dtype[Any]) -> float:
+    number = real("norm_epsilon", value)
+    # Smaller ones have few digits or none, and a vector of zeros would be divided by 0.
+    least, largest = float(np.finfo(dtype).tiny), float(np.finfo(dtype).max)
+    if not least <= number <= largest:
+        refuse("norm_epsilon", repr(value), f"{least:.2g} to {largest:.2g} in {dtype.name}")
+    return number
+
+
 def rotary_options(rotary: object, head_dim: int) -> dict[str, Any] | None:
-    """Return options of `make_rotation`, checked by using them."""
+    """Return all options of `make_rotation`, checked by using them; None for no rotation."""
+    if isinstance(rotary, (bool, np.bool_)):
+        rotary = {} if rotary else None
     if rotary is None:
         return None
-    if isinstance(rotary, (bool, np.bool_)):
-        return {} if rotary else None
     try:
         given = dict(rotary)  # type: ignore[call-overload]
     except (TypeError, ValueError):
@@ -117,7 +127,7 @@ def rotary_options(rotary: object, head_dim: int) -> dict[str, Any] | None:
         "base": real, "rotary_dim": integer, "interleaved": flag, "scaling": _plain_scaling,
         "frequencies": _plain_numbers,
     }  # fmt: skip
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict.fromkeys(plain) | {"interleaved": False}
     for name, value in given.items():
         if name not in plain:
             expected = "only " + ", ".join(plain)

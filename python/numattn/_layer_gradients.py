@@ -56,6 +56,7 @@ class Call(NamedTuple):
     """What a call of a layer leaves for its gradients."""
 
     parameters: Mapping[str, Array]  # the layer's own arrays
+    norm_epsilon: float
     product: Callable[[str, Array, tuple[int, ...]], Array]  # times a parameter, as the layer does
     inputs: Inputs
     of_heads: Array  # (..., L, heads, value_dim), the result of attention
@@ -121,7 +122,7 @@ def _take_product_back(
     if norm is not None:
         # The vectors before the norm are computed again rather than kept.
         vectors = call.product(name, rows, d.shape[-2:])
-        of_norm = take_norm_back(d_rows.reshape(vectors.shape), vectors, norm)
+        of_norm = take_norm_back(d_rows.reshape(vectors.shape), vectors, norm, call.norm_epsilon)
         found[f"{name}_norm"] = _sum(of_norm.reshape(-1, norm.size))
     found[f"{name}_weight"] = rows.T @ d_rows
     found[f"{name}_bias"] = _sum(d_rows)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from . import _layer_weights
+from . import _layer_arguments, _layer_weights
 from ._checks import at_least, flag, refuse, refuse_kind, refuse_unknown
 from ._layer_arguments import OPTIONS_ELSEWHERE, context_dims, rotary_options
 
@@ -35,6 +36,7 @@ class LayerParameters:
         bias: bool = True,
         rotary: bool | Mapping[str, Any] | None = None,
         qk_norm: bool = False,
+        norm_epsilon: float = 1e-6,
         dtype: DTypeLike = np.float32,
         rng: np.random.Generator | int | None = None,
         **unknown: Any,
@@ -42,8 +44,9 @@ class LayerParameters:
         if unknown:
             refuse_unknown("MultiHeadAttention", unknown, OPTIONS_ELSEWHERE)
         shapes = self._set_sizes(
-            embed_dim, num_heads, kv_heads, head_dim, value_dim, context_dim, bias, qk_norm, dtype
-        )
+            embed_dim, num_heads, kv_heads, head_dim, value_dim, context_dim, bias, qk_norm,
+            norm_epsilon, dtype,
+        )  # fmt: skip
         self._rotary = rotary_options(rotary, self._head_dim)
         try:
             generator = np.random.default_rng(rng)
@@ -80,7 +83,7 @@ class LayerParameters:
 
     def _set_sizes(
         self, embed_dim: Any, num_heads: Any, kv_heads: Any, head_dim: Any, value_dim: Any,
-        context_dim: Any, bias: Any, qk_norm: Any, dtype: Any,
+        context_dim: Any, bias: Any, qk_norm: Any, norm_epsilon: Any, dtype: Any,
     ) -> dict[str, tuple[int, ...]]:  # fmt: skip
         """Check and keep sizes; return the parameters' shapes by name."""
         self._embed_dim = at_least("embed_dim", embed_dim, 1)
@@ -100,11 +103,12 @@ class LayerParameters:
             self._embed_dim if context_dim is None else context_dim
         )
         try:
-            self._dtype = np.dtype(dtype)
+            self._dtype: np.dtype[Any] = np.dtype(dtype)
         except TypeError:
             refuse_kind("dtype", repr(dtype), "float32 or float64")
         if self._dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
             refuse_kind("dtype", str(self._dtype), "float32 or float64")
+        self._norm_epsilon = _layer_arguments.norm_epsilon(norm_epsilon, self._dtype)
         weights = {
             "q": (self._embed_dim, self._heads * self._head_dim),
             "k": (of_keys, self._kv_heads * self._head_dim),
@@ -131,6 +135,63 @@ class LayerParameters:
             f"MultiHeadAttention({self._embed_dim}, {self._heads}, kv_heads={self._kv_heads}, "
             f"head_dim={self._head_dim}, value_dim={self._value_dim}, dtype={self._dtype.name})"
         )
+
+    # ---- sizes ----------------------------------------------------------------------------------
+
+    @property
+    def embed_dim(self) -> int:
+        """Elements of an embedding, in and out."""
+        return self._embed_dim
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads."""
+        return self._heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self._kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a query and a key."""
+        return self._head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Elements of a value."""
+        return self._value_dim
+
+    @property
+    def context_dim(self) -> tuple[int, int]:
+        """Elements of an embedding that keys are made of, and of one for values."""
+        return self._context_dims
+
+    @property
+    def bias(self) -> bool:
+        """Whether a learned vector is added after each matrix."""
+        return "q_bias" in self._parameters
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are divided by their root mean square."""
+        return "q_norm" in self._parameters
+
+    @property
+    def norm_epsilon(self) -> float:
+        """What `qk_norm` adds to the mean of the squares."""
+        return self._norm_epsilon
+
+    @property
+    def rotary(self) -> dict[str, Any] | None:
+        """A copy of all options of the rotary embedding, None without one."""
+        return copy.deepcopy(self._rotary)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of the parameters and of x."""
+        return self._dtype
 
     # ---- parameters -----------------------------------------------------------------------------
 
@@ -178,16 +239,17 @@ class LayerParameters:
         load : read it.
         """
         description = {
-            "embed_dim": self._embed_dim,
-            "num_heads": self._heads,
-            "kv_heads": self._kv_heads,
-            "head_dim": self._head_dim,
-            "value_dim": self._value_dim,
-            "context_dim": self._context_dims,
-            "bias": "q_bias" in self._parameters,
+            "embed_dim": self.embed_dim,
+            "num_heads": self.num_heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "value_dim": self.value_dim,
+            "context_dim": self.context_dim,
+            "bias": self.bias,
             "rotary": self._rotary,
-            "qk_norm": "q_norm" in self._parameters,
-            "dtype": self._dtype.name,
+            "qk_norm": self.qk_norm,
+            "norm_epsilon": self.norm_epsilon,
+            "dtype": self.dtype.name,
         }
         _layer_weights.save(path, description, self._parameters)
 
@@ -235,6 +297,7 @@ class LayerParameters:
         o_bias: ArrayLike | None = None,
         q_norm: ArrayLike | None = None,
         k_norm: ArrayLike | None = None,
+        norm_epsilon: float = 1e-6,
         rotary: bool | Mapping[str, Any] | None = None,
         dtype: DTypeLike | None = None,
         **unknown: Any,
@@ -255,6 +318,8 @@ class LayerParameters:
             Missing ones are 0 where any is given.
         q_norm, k_norm : array_like, shape (head_dim,), optional
             Weights of the norms of queries and keys; both or none.
+        norm_epsilon : float, default 1e-6
+            Of these norms: `rms_norm_eps` of the model's configuration.
         rotary : bool or mapping, optional
             As of the class.
         dtype : dtype, optional
@@ -313,6 +378,7 @@ class LayerParameters:
             bias="q_bias" in arrays,
             rotary=rotary,
             qk_norm="q_norm" in arrays,
+            norm_epsilon=norm_epsilon,
             dtype=dtype,
             are_transposed=True,
         )

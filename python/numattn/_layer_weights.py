@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 _METADATA = "numattn.MultiHeadAttention"
 _OPTIONS = (
     "embed_dim", "num_heads", "kv_heads", "head_dim", "value_dim", "context_dim", "bias", "rotary",
-    "qk_norm", "dtype",
+    "qk_norm", "dtype", "norm_epsilon",
 )  # fmt: skip
+# Of files that do not say them, which are older.
+_LATER_OPTIONS = {"norm_epsilon": 1e-6}
 _DTYPES = {"float32": "F32", "float64": "F64"}
 _TORCH_NAMES = (
     "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias",
@@ -128,6 +130,7 @@ def _description(text: str) -> dict[str, Any]:
         refuse(_METADATA, f"no JSON ({error})", "JSON")
     if not isinstance(description, dict):
         refuse_kind(_METADATA, type(description).__name__, "a mapping")
+    description = _LATER_OPTIONS | description
     for name in _OPTIONS:
         if name not in description:
             refuse(name, "nothing", "it among a layer's sizes")

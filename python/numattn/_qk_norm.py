@@ -11,13 +11,12 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-_EPSILON = 1e-6
 
-
-def divide_by_root_mean_square(vectors: Array) -> tuple[Array, Array]:
+def divide_by_root_mean_square(vectors: Array, epsilon: float) -> tuple[Array, Array]:
     """Divide each vector of the last axis by its root mean square, in place.
 
-    Return the power of two that each is multiplied by, and what it is divided by after that.
+    `epsilon` is added to the mean of the squares. Return the power of two that each is multiplied
+    by, and what it is divided by after that.
     """
     # Squares of numbers beyond 1e19 overflow in float32. Powers of two change no digit.
     largest = np.maximum(vectors.max(axis=-1, keepdims=True), -vectors.min(axis=-1, keepdims=True))
@@ -26,18 +25,18 @@ def divide_by_root_mean_square(vectors: Array) -> tuple[Array, Array]:
     scale: Array = np.ldexp(vectors.dtype.type(1), -np.clip(exponents, 0, most))
     vectors *= scale
     square = np.mean(np.square(vectors), axis=-1, keepdims=True)
-    root: Array = np.sqrt(square + vectors.dtype.type(_EPSILON) * scale * scale)
+    root: Array = np.sqrt(square + vectors.dtype.type(epsilon) * scale * scale)
     vectors /= root
     return scale, root
 
 
-def take_norm_back(d: Array, vectors: Array, weight: Array) -> Array:
+def take_norm_back(d: Array, vectors: Array, weight: Array, epsilon: float) -> Array:
     """Turn gradients `d` with respect to a norm's results into its vectors' gradients, in place.
 
     Return products whose sum over all vectors is the gradient of the weight. `vectors` are
     overwritten.
     """
-    scale, root = divide_by_root_mean_square(vectors)
+    scale, root = divide_by_root_mean_square(vectors, epsilon)
     of_weight = d * vectors
     d *= weight
     # Without what changes the length of a vector.

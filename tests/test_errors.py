@@ -575,7 +575,8 @@ def test_names_of_other_libraries_for_what_is_around_attention(name):
 def test_names_of_other_libraries_in_a_layer():
     layer = na.MultiHeadAttention(8, 2, rng=0)
     for name, hint in (
-        ("attn_bias", "only `attention` has `bias=`. See Porting"),
+        ("return_lse", "only `attention` has it. See Porting"),
+        ("attn_bias", "did you mean `bias=`?"),
         ("logits_soft_cap", "did you mean `softcap=`?"),
     ):
         with pytest.raises(TypeError, match=re.escape(f"argument '{name}'; {hint}")):

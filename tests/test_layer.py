@@ -6,41 +6,8 @@ import tracemalloc
 import numattn as na
 import numpy as np
 import pytest
-from numattn import _reference as reference
-
-
-def by_hand(p, x, context, values, heads, kv_heads, rotary=None, norm_epsilon=1e-6, **options):
-    """Compute the layer in float64."""
-    p = {name: a.astype(np.float64) for name, a in p.items()}
-
-    def project(name, source, count):
-        rows = source.astype(np.float64) @ p[f"{name}_weight"] + p.get(f"{name}_bias", 0)
-        split = rows.reshape(*rows.shape[:-1], count, -1).swapaxes(-2, -3)
-        if f"{name}_norm" in p:
-            mean = (split**2).mean(-1, keepdims=True)
-            split = split / np.sqrt(mean + norm_epsilon) * p[f"{name}_norm"]
-        return split
-
-    q, k, v = (
-        project(*a) for a in (("q", x, heads), ("k", context, kv_heads), ("v", values, kv_heads))
-    )
-    if rotary is not None:
-        q, k = (na.rotary_embedding(a, **rotary) for a in (q, k))
-    out, _ = reference.attention(q, k, v, **options)
-    merged = out.swapaxes(-2, -3).reshape(*x.shape[:-1], -1)
-    return merged @ p["o_weight"] + p.get("o_bias", 0)
-
-
-def numbers(rng, *shape):
-    return rng.standard_normal(shape, dtype=np.float32)
-
-
-def fill(layer, rng):
-    """Give biases and norms numbers that show."""
-    for name, x in layer.parameters().items():
-        if not name.endswith("weight"):
-            x += numbers(rng, *x.shape) / 3
-    return layer
+from checks import numbers
+from layers import by_hand, fill
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,12 @@ import numattn as na
 import numpy as np
 import pytest
 from checks import numbers
+from layers import fill
 
 
 def make(rng, *sizes, dtype="float64", **options):
     """Return a layer whose biases and norms have numbers that show."""
-    layer = na.MultiHeadAttention(*sizes, **options, dtype=dtype, rng=1)
-    for name, x in layer.parameters().items():
-        if not name.endswith("weight"):
-            x += numbers(rng, *x.shape, dtype=x.dtype) / 3
-    return layer
+    return fill(na.MultiHeadAttention(*sizes, **options, dtype=dtype, rng=1), rng)
 
 
 def in_dtype(layer, dtype, sizes, **options):
@@ -33,6 +30,8 @@ def flat(gradients):
     context = gradients.context
     pair = context if isinstance(context, tuple) else (context,)
     named = {f"context {i}": x for i, x in enumerate(pair) if x is not None}
+    of_options = {"bias": gradients.bias, "sinks": gradients.sinks}
+    named |= {name: x for name, x in of_options.items() if x is not None}
     return {"x": gradients.x, **named, **gradients.parameters}
 
 
@@ -55,6 +54,9 @@ ROPE = {
     "llama3": {"type": "llama3"},
 }  # fmt: skip
 PLAIN = [(2, 4, 4)]  # x alone
+OWN = np.random.default_rng(11)
+BIAS = OWN.standard_normal((2, 2, 4, 4))
+SINKS = np.array([0.5, -0.7])
 CASES = {
     # What the layer has, what x and the context are, and the options of the call.
     "plain": ({}, PLAIN, {}),
@@ -96,6 +98,20 @@ CASES = {
         {"is_causal": True, "window": (2, None), "softcap": 1.5, "lengths": [3, 4], "mask": MASK,
          "tail_mask": np.tri(4, 2, dtype=bool)},
     ),
+    "scale": ({}, PLAIN, {"scale": -0.8}),
+    "bias": ({}, PLAIN, {"bias": BIAS}),
+    "bias of all": ({"rotary": True}, PLAIN, {"bias": BIAS[0, 0, 0], "is_causal": True}),
+    "bias of heads": ({"kv_heads": 1}, PLAIN, {"bias": BIAS[:1], "lengths": [4, 2]}),
+    "sinks": ({}, PLAIN, {"sinks": SINKS}),
+    "ALiBi": ({}, PLAIN, {"alibi_slopes": [0.5, 0.1], "lengths": [4, 3]}),
+    "bias, sinks and others": (
+        {"qk_norm": True, "kv_heads": 1}, PLAIN,
+        {"bias": BIAS[:, :, :1], "sinks": SINKS, "alibi_slopes": [0.5, 0.1], "scale": 0.3,
+         "softcap": 2.0, "lengths": [3, 4], "window": (2, 0)},
+    ),
+    "context, bias": (
+        {"context_dim": 5}, [(2, 3, 4), (2, 4, 5)], {"bias": BIAS[:, :, :3], "sinks": SINKS}
+    ),
     "context": ({"context_dim": 5}, [(2, 3, 4), (2, 4, 5)], {}),
     "context of the same size": ({"qk_norm": True}, [(2, 3, 4), (2, 4, 4)], {"is_causal": True}),
     "two contexts": (
@@ -123,6 +139,7 @@ def problem(rng, name):
     x, *contexts = (numbers(rng, *shape, dtype=np.float64) for shape in shapes)
     context = None if not contexts else contexts[0] if len(contexts) == 1 else tuple(contexts)
     arrays = {"x": x, **{f"context {i}": c for i, c in enumerate(contexts)}, **layer.parameters()}
+    arrays |= {name: options[name] for name in ("bias", "sinks") if name in options}
     return layer, x, context, arrays, options
 
 
@@ -142,7 +159,7 @@ def differences(x, total, step=1e-5):
 @pytest.mark.parametrize("name", CASES)
 def test_differences(rng, name):
     layer, x, context, arrays, options = problem(rng, name)
-    out, vjp = layer.vjp(x, context, **options)
+    out, vjp = layer.vjp(x, context, **options, bias_gradient="bias" in options)
     dout = numbers(rng, *out.shape, dtype=np.float64)
     gradients = vjp(dout)
     if isinstance(context, tuple):
@@ -231,6 +248,16 @@ def test_every_backend_and_float32(any_backend, rng, name):
         ),
         ({"head_dim": 7, "value_dim": 5}, {"mask": np.tri(70, dtype=bool), "softcap": 2.0}),
         ({"kv_heads": 1}, {"tail_mask": np.tri(70, 9, dtype=bool), "lengths": 68}),
+        (
+            {"kv_heads": 2},
+            {
+                "bias": np.full((1, 1), 0.5, np.float32),
+                "sinks": np.ones(4),
+                "scale": 0.4,
+                "alibi_slopes": [0.1] * 4,
+                "num_threads": 1,
+            },
+        ),
     ],
     ids=str,
 )
@@ -285,6 +312,27 @@ def test_arrays_of_any_strides(rng):
                 np.testing.assert_allclose(gradient, expected[which], rtol=1e-12, atol=1e-12)
     x.flags.writeable = dout.flags.writeable = False
     layer.vjp(x, context)[1](dout)
+
+
+def test_gradients_of_options_are_there_where_they_are_asked_for(rng):
+    layer = make(rng, 24, 4, dtype="float32")
+    x = numbers(rng, 2, 5, 24)
+    bias, sinks = numbers(rng, 4, 1, 5), [0.0, 1.0, -1.0, -np.inf]
+    for options, are_there in (
+        ({}, (False, False)),
+        ({"bias": bias}, (False, False)),
+        ({"bias": bias, "bias_gradient": True}, (True, False)),
+        ({"sinks": sinks}, (False, True)),
+    ):
+        out, vjp = layer.vjp(x, **options)
+        gradients = vjp(out)
+        assert (gradients.bias is not None, gradients.sinks is not None) == are_there
+        if gradients.bias is not None:
+            assert gradients.bias.shape == bias.shape
+            assert gradients.bias.dtype == np.float32
+        if gradients.sinks is not None:
+            assert gradients.sinks.dtype == np.float64
+            assert gradients.sinks[3] == 0
 
 
 # ---- padding and what nobody attends to --------------------------------------------------------
@@ -495,6 +543,17 @@ def test_bad_calls(rng):
             TypeError,
             "'attention_dropout'; did you mean `dropout=` of `MultiHeadAttention.vjp`, for train",
         ),
+        (
+            lambda: layer.vjp(x, bias_gradient=True),
+            ValueError,
+            "bias_gradient: got True without a bias, expected",
+        ),
+        (lambda: layer.vjp(x, bias_gradient=1), TypeError, "bias_gradient: got 1 (int), expected"),
+        (
+            lambda: layer.vjp(x, position_bias=None),
+            TypeError,
+            "did you mean `bias=`, with `bias_gradient=True` if it is learned?",
+        ),
         (lambda: layer.vjp(x, a=None), TypeError, "MultiHeadAttention.vjp() got an unexpected"),
     ):
         with pytest.raises(error) as raised:
@@ -519,7 +578,7 @@ def test_vjp_takes_what_a_call_takes():
         for f in (na.MultiHeadAttention.__call__, na.MultiHeadAttention.vjp)
     )
     of_both = [name for name in call if name not in ("cache", "return_weights")]
-    assert of_both == [name for name in vjp if name not in ("dropout", "rng")]
+    assert of_both == [name for name in vjp if name not in ("dropout", "rng", "bias_gradient")]
 
 
 def test_the_example_runs():
@@ -545,7 +604,7 @@ def test_torch(rng, sizes):
     keys = numbers(rng, 3, 6, sizes.get("kdim", 48))
     values = numbers(rng, 3, 6, sizes.get("vdim", 48))
     lengths = np.array([6, 4, 1])
-    causal = np.tri(9, 6, dtype=bool)
+    causal, bias = np.tri(9, 6, dtype=bool), numbers(rng, 9, 6)
     cases = [
         ((keys, values), {}, {}),
         (
@@ -554,6 +613,11 @@ def test_torch(rng, sizes):
             {"key_padding_mask": torch.tensor(np.arange(6) >= lengths[:, None])},
         ),
         ((keys, values), {"mask": causal}, {"attn_mask": torch.tensor(~causal)}),
+        (
+            (keys, values),
+            {"bias": bias, "bias_gradient": True},
+            {"attn_mask": torch.tensor(bias, requires_grad=True)},
+        ),
     ]
     if "kdim" not in sizes:
         square = np.tri(9, dtype=bool)
@@ -584,6 +648,8 @@ def test_torch(rng, sizes):
             biases = module.in_proj_bias.grad.chunk(3)
             expected |= {f"{n}_bias": b for n, b in zip("qkv", biases, strict=True)}
             expected["o_bias"] = module.out_proj.bias.grad
+        if "bias" in ours:
+            expected["bias"] = theirs["attn_mask"].grad
         assert gradients.keys() == expected.keys()
         for which, wanted in expected.items():
             scale = float(wanted.abs().max())

@@ -49,7 +49,8 @@ class MultiHeadAttention(LayerParameters):
         Elements of an embedding of the context; two numbers where keys and values come from
         different ones. Default: `embed_dim`.
     bias : bool, default True
-        Add a learned vector after each matrix.
+        Add a learned vector after each matrix. (The `bias` of a call is no such vector: it is added
+        to the logits.)
     rotary : bool or mapping, optional
         Rotate queries and keys by their positions; a mapping has options of `rotary_embedding`:
         base, rotary_dim, interleaved, scaling, frequencies. For self-attention only.
@@ -121,12 +122,17 @@ class MultiHeadAttention(LayerParameters):
         is_causal: bool | None = None,
         mask: ArrayLike | None = None,
         tail_mask: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
         lengths: int | ArrayLike | None = None,
         positions: ArrayLike | None = None,
         window: tuple[int | None, int | None] | None = None,
+        scale: float | None = None,
         softcap: float | None = None,
+        alibi_slopes: ArrayLike | None = None,
+        sinks: ArrayLike | None = None,
         cache: KVCache | None = None,
         return_weights: bool = False,
+        num_threads: int | None = None,
         **unknown: Any,
     ) -> Any:
         """Attend.
@@ -141,10 +147,12 @@ class MultiHeadAttention(LayerParameters):
         is_causal : bool, optional
             Attend to no later token. Default: True with a cache, else False. False with a cache
             lets the tokens of `x` see each other in both directions, and all tokens before them.
-        mask, tail_mask, window, softcap
-            As of `attention`. With a cache, a mask is one of `KVCache.attend`: it broadcasts to
-            (batch, heads, L, T), where T counts the longest sequence's tokens after `x` has been
-            appended. A tail mask is of the last T tokens, `x` included.
+        mask, tail_mask, bias, window, scale, softcap, alibi_slopes, sinks
+            As of `attention`; mask and bias broadcast to (..., heads, L, Lk). With a cache, they
+            are those of `KVCache.attend`: they broadcast to (batch, heads, L, T), where T counts
+            the longest sequence's tokens after `x` has been appended. A tail mask is of the last T
+            tokens, `x` included. `bias` is added to the logits, such as learned biases of relative
+            positions; the layer's learned vectors are its constructor's `bias`.
         lengths : int or array_like of int, optional
             How many tokens are valid, for all or per batch item, the others being padding on the
             right: tokens of `x`, or of the context in cross-attention. Nobody attends to padding,
@@ -159,6 +167,9 @@ class MultiHeadAttention(LayerParameters):
             than its window. x is (batch, L, embed_dim) then.
         return_weights : bool, default False
             Also return the weights (..., heads, L, Lk), which are then held in memory.
+        num_threads : int, optional
+            As of `attention`. It counts for attention alone: products with the matrices have
+            NumPy's threads.
 
         Returns
         -------
@@ -172,8 +183,8 @@ class MultiHeadAttention(LayerParameters):
             If an argument is of the wrong kind.
         ValueError
             If a shape or a value does not fit, or `lengths` of a context leave open where the
-            tokens of `x` are, which `is_causal` and `window` need to know. A cache is then as it
-            was.
+            tokens of `x` are, which `is_causal`, `window` and `alibi_slopes` need to know. A cache
+            is then as it was.
 
         Examples
         --------
@@ -198,8 +209,9 @@ class MultiHeadAttention(LayerParameters):
             refuse_unknown("MultiHeadAttention", unknown, ELSEWHERE)
         wants_weights = flag("return_weights", return_weights)
         options: dict[str, Any] = {
-            "is_causal": is_causal, "mask": mask, "tail_mask": tail_mask, "window": window,
-            "softcap": softcap,
+            "is_causal": is_causal, "mask": mask, "tail_mask": tail_mask, "bias": bias,
+            "window": window, "scale": scale, "softcap": softcap, "alibi_slopes": alibi_slopes,
+            "sinks": sinks, "num_threads": num_threads,
         }  # fmt: skip
         if cache is not None:
             if context is not None:
@@ -213,7 +225,7 @@ class MultiHeadAttention(LayerParameters):
         if not wants_weights:
             return out
         # With all axes: `attention` has warned if they may be meant otherwise.
-        for name in ("mask", "tail_mask"):
+        for name in ("mask", "tail_mask", "bias"):
             if options[name] is not None:
                 array = as_array(name, options[name])
                 missing = max(q.ndim, k.ndim) - array.ndim
@@ -228,23 +240,32 @@ class MultiHeadAttention(LayerParameters):
         is_causal: bool = False,
         mask: ArrayLike | None = None,
         tail_mask: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
         lengths: int | ArrayLike | None = None,
         positions: ArrayLike | None = None,
         window: tuple[int | None, int | None] | None = None,
+        scale: float | None = None,
         softcap: float | None = None,
+        alibi_slopes: ArrayLike | None = None,
+        sinks: ArrayLike | None = None,
         dropout: float = 0.0,
         rng: int | np.random.Generator | None = None,
+        bias_gradient: bool = False,
+        num_threads: int | None = None,
         **unknown: Any,
     ) -> tuple[Array, Callable[[ArrayLike], LayerGradients]]:
         """Attend, and return the function that gives gradients.
 
         Parameters
         ----------
-        x, context, is_causal, mask, tail_mask, lengths, positions, window, softcap
-            As of a call. There are no gradients with respect to the options.
+        x, context, is_causal, mask, tail_mask, bias, lengths, positions, window, scale, softcap, \
+alibi_slopes, sinks, num_threads
+            As of a call. Of these options `bias` and `sinks` have gradients.
         dropout, rng
             As of `attention_vjp`: the share of the weights that is dropped, and a seed or a
             generator. A call has none, because it is for inference.
+        bias_gradient : bool, default False
+            Whether `vjp` also returns the gradient with respect to `bias`.
 
         Returns
         -------
@@ -252,8 +273,9 @@ class MultiHeadAttention(LayerParameters):
             The result of the call, to the bit where nothing is dropped.
         vjp : callable
             ``vjp(dout)`` takes a scalar's gradient with respect to `out`, of its shape and of the
-            layer's dtype, and returns `LayerGradients`: those with respect to `x`, the context and
-            all parameters. It may be called any number of times, also by several threads.
+            layer's dtype, and returns `LayerGradients`: those with respect to `x`, the context, all
+            parameters and the sinks of the call, and with `bias_gradient` its bias. It may be
+            called any number of times, also by several threads.
 
         Raises
         ------
@@ -267,8 +289,8 @@ class MultiHeadAttention(LayerParameters):
         Notes
         -----
         `vjp` keeps q, k, v and the result of attention, which it needs, and of `x`, the context,
-        masks and parameters the arrays themselves. Whoever writes to one of these before `vjp` is
-        called gets other gradients: take all gradients before the step that changes the
+        masks, `bias` and parameters the arrays themselves. Whoever writes to one of these before
+        `vjp` is called gets other gradients: take all gradients before the step that changes the
         parameters. Memory is linear in the lengths.
 
         Padding gets the gradient 0, and what it holds does not show in the others. In rows of `out`
@@ -301,13 +323,15 @@ class MultiHeadAttention(LayerParameters):
         inputs, options = self._checked_call(
             x, context, lengths, positions,
             {
-                "is_causal": is_causal, "mask": mask, "tail_mask": tail_mask, "window": window,
-                "softcap": softcap,
+                "is_causal": is_causal, "mask": mask, "tail_mask": tail_mask, "bias": bias,
+                "window": window, "scale": scale, "softcap": softcap, "alibi_slopes": alibi_slopes,
+                "sinks": sinks, "num_threads": num_threads,
             },
         )  # fmt: skip
         of_heads, take_back = attention_vjp(
-            *self._projected(*inputs), **options, dropout=dropout, rng=rng
-        )
+            *self._projected(*inputs), **options, dropout=dropout, rng=rng,
+            bias_gradient=bias_gradient,
+        )  # fmt: skip
         call = Call(
             self._parameters, self._norm_epsilon, self._product, inputs, of_heads, take_back
         )
@@ -335,7 +359,9 @@ class MultiHeadAttention(LayerParameters):
         else:
             keys, values = self._contexts(context)
         valid = ints_per_batch("lengths", lengths, batch_shape(x, keys, values), 0, keys.shape[-2])
-        positional = positional_options(checked["is_causal"], checked["window"])
+        positional = positional_options(
+            checked["is_causal"], checked["window"], checked["alibi_slopes"]
+        )
         if context is None:
             # A token's position does not depend on how many are valid.
             checked |= {"q_lengths": valid, "q_offset": 0}
@@ -345,7 +371,7 @@ class MultiHeadAttention(LayerParameters):
                 f"lengths of the context beside {given} and {x.shape[-2]} tokens of x, which leave "
                 "open at which positions these are"
             )
-            refuse("lengths", seen, f"a `mask` instead of {given}")
+            refuse("lengths", seen, f"a `mask` or a `bias` instead of {given}")
         rotation = self._rotation(x, positions)
         return Inputs(x, keys, values, rotation), checked | {"kv_lengths": valid}
 
@@ -354,8 +380,9 @@ class MultiHeadAttention(LayerParameters):
         given = options["is_causal"]
         is_causal = is_causal if given is None else flag("is_causal", given)
         check_options(
-            self._dtype, self._heads, self._head_dim, is_causal, options["window"], None,
-            options["softcap"], None, None, None,
+            self._dtype, self._heads, self._head_dim, is_causal, options["window"],
+            options["scale"], options["softcap"], options["alibi_slopes"], options["sinks"],
+            options["num_threads"],
         )  # fmt: skip
         return {**options, "is_causal": is_causal, "layout": "blhd"}
 

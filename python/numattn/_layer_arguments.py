@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 # What PyTorch's layer, Hugging Face's layers and `attention` call the arguments of a call.
 ELSEWHERE = {
-    "attn_mask": "`mask=` (bool, True = attend; PyTorch's is True where it masks)",
-    "attention_mask": "`lengths=`, or `mask=` (bool, True = attend)",
+    "attn_mask": "`mask=` if it is bool (True = attend; PyTorch's is True where it masks), `bias=` "
+    "if it is float",
+    "attention_mask": "`lengths=`, `mask=` if it is bool (True = attend), `bias=` if it is float",
     "key_padding_mask": "`lengths=`, or `mask=~key_padding_mask[:, None, None, :]`",
     "kv_lengths": "`lengths=`",
     "q_lengths": "`lengths=`",
@@ -46,15 +47,23 @@ ELSEWHERE = {
     "logits_soft_cap": "`softcap=`",
     "return_attn_probs": "`return_weights=`",
     "return_lse": "only `attention` has it",
-    "bias": "only `attention` has it",
-    "attn_bias": "only `attention` has `bias=`",
+    "attn_bias": "`bias=`",
+    "position_bias": "`bias=`",
+    "softmax_scale": "`scale=`",
+    "scaling": "`scale=`",
+    "s_aux": "`sinks=`",
     "dropout": "`dropout=` of `MultiHeadAttention.vjp`, for training",
     "dropout_p": "`dropout=` of `MultiHeadAttention.vjp`, for training",
     "enable_gqa": "leave it out: grouped heads are the layer's `kv_heads`",
 }
 
 # The same for `vjp`.
-VJP_ELSEWHERE = {**ELSEWHERE, "dropout_p": "`dropout=p, rng=seed`"}
+VJP_ELSEWHERE = {
+    **ELSEWHERE,
+    "dropout_p": "`dropout=p, rng=seed`",
+    "attn_bias": "`bias=`, with `bias_gradient=True` if it is learned",
+    "position_bias": "`bias=`, with `bias_gradient=True` if it is learned",
+}
 
 # What calls have and `vjp` has not.
 NOT_DIFFERENTIATED = {
@@ -81,6 +90,11 @@ OPTIONS_ELSEWHERE = {
     "add_bias_kv": "leave it out: the layer has no keys of its own",
     "add_zero_attn": "leave it out: the layer has no keys of its own",
     "device": "leave it out: it computes on the CPU",
+    "scale": "`scale=` of a call",
+    "scaling": "`scale=` of a call",
+    "softcap": "`softcap=` of a call",
+    "sinks": "`sinks=` of a call",
+    "alibi_slopes": "`alibi_slopes=` of a call",
     "is_causal": "`is_causal=` of a call",
     "causal": "`is_causal=` of a call",
     "window": "`window=` of a call",

@@ -31,6 +31,11 @@ class LayerGradients(NamedTuple):
         In the shape of the context; two if it was two, None without one.
     parameters : dict of ndarray
         By the names of `MultiHeadAttention.parameters`, in their shapes.
+    bias : ndarray or None
+        With respect to the `bias` of the call, in its shape and dtype; None where it was not asked
+        for.
+    sinks : ndarray, shape (heads,), or None
+        As of `Gradients`; None without sinks.
 
     See Also
     --------
@@ -50,6 +55,8 @@ class LayerGradients(NamedTuple):
     x: NDArray[Any]
     context: NDArray[Any] | tuple[NDArray[Any], NDArray[Any]] | None
     parameters: dict[str, NDArray[Any]]
+    bias: NDArray[Any] | None
+    sinks: NDArray[Any] | None
 
 
 class Call(NamedTuple):
@@ -90,7 +97,11 @@ def differentiate(call: Call, dout: ArrayLike) -> LayerGradients:
         _take_product_back(call, "v", inputs.values, gradients.v, dvalues, found)
     of_context = dkeys if dvalues is dkeys else (dkeys, dvalues)
     return LayerGradients(
-        dx, None if dkeys is dx else of_context, {name: found[name] for name in parameters}
+        dx,
+        None if dkeys is dx else of_context,
+        {name: found[name] for name in parameters},
+        gradients.bias,
+        gradients.sinks,
     )
 
 

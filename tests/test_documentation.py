@@ -39,6 +39,24 @@ def test_docstring(name):
         assert runner.run(test).failed == 0
 
 
+@pytest.mark.parametrize(
+    ("cls", "names"),
+    [
+        (na.KVCache, {"attend", "append_and_attend", "truncate", "concatenate"}),
+        (
+            na.MultiHeadAttention,
+            {"__call__", "vjp", "parameters", "from_weights", "from_torch"},
+        ),
+    ],
+)
+def test_examples_of_methods(cls, names):
+    finder, runner = doctest.DocTestFinder(recurse=True), doctest.DocTestRunner()
+    found = [test for one in cls.__mro__[:-1] for test in finder.find(one, "", globs={})]
+    assert names <= {test.name.removeprefix(".") for test in found if test.examples}
+    for test in found:
+        assert runner.run(test).failed == 0
+
+
 def test_readme():
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
     assert blocks

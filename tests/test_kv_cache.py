@@ -1,7 +1,6 @@
 """Promise: a cache attends as if all tokens were there, in memory that grows as it should."""
 
 import copy
-import doctest
 import pickle
 
 import numattn as na
@@ -811,16 +810,3 @@ def test_a_cache_says_what_it_is():
         "max_rollback=2): lengths [0]"
     )
     assert repr(Named("x", 0)).startswith("Named(2, 2, 8, 12, dtype=float32, window=5, max_roll")
-
-
-def test_examples_of_methods():
-    finder = doctest.DocTestFinder(recurse=True)
-    found = [
-        test for cls in na.KVCache.__mro__[:-1] for test in finder.find(cls, "KVCache", globs={})
-    ]
-    shown = {test.name for test in found if test.examples}
-    names = {"attend", "append_and_attend", "truncate", "concatenate"}
-    assert {f"KVCache.{name}" for name in names} <= shown
-    runner = doctest.DocTestRunner()
-    for test in found:
-        assert runner.run(test).failed == 0

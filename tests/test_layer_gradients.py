@@ -1,6 +1,5 @@
 """Promise: `MultiHeadAttention.vjp` gives the layer's result and its gradients."""
 
-import doctest
 import inspect
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -579,14 +578,6 @@ def test_vjp_takes_what_a_call_takes():
     )
     of_both = [name for name in call if name not in ("cache", "return_weights")]
     assert of_both == [name for name in vjp if name not in ("dropout", "rng", "bias_gradient")]
-
-
-def test_the_example_runs():
-    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
-    for test in finder.find(na.MultiHeadAttention.vjp, "vjp", globs={}):
-        results = runner.run(test)
-        assert results.attempted > 5
-        assert results.failed == 0
 
 
 # ---- PyTorch -----------------------------------------------------------------------------------

@@ -555,7 +555,7 @@ OTHERS = {
     ),
     "MultiHeadAttention.from_weights": (
         lambda **more: na.MultiHeadAttention.from_weights(
-            *[np.eye(8, dtype=np.float32)] * 4, num_heads=2, **more
+            *[np.eye(8, dtype=np.float32)] * 4, num_heads=2, transposed=False, **more
         ), "rope_scaling", "`rotary={'scaling': rope_scaling}`",
     ),
 }  # fmt: skip

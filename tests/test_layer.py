@@ -165,7 +165,7 @@ def test_the_norm_of_transformers(rng):
     torch.nn.init.normal_(norm.weight)
     weights = np.split(numbers(rng, 96, 24), 4)
     layer = na.MultiHeadAttention.from_weights(
-        *weights, num_heads=4, q_norm=norm.weight, k_norm=norm.weight,
+        *weights, num_heads=4, transposed=False, q_norm=norm.weight, k_norm=norm.weight,
         norm_epsilon=norm.variance_epsilon,
     )  # fmt: skip
     x = numbers(rng, 5, 24) / 10
@@ -438,7 +438,10 @@ def test_weights_that_are_given_are_not_drawn(tmp_path, monkeypatch, rng):
     monkeypatch.setattr(np.random, "default_rng", None)
     layers = [
         na.MultiHeadAttention.load(path),
-        na.MultiHeadAttention.from_weights(*(x.T for x in arrays.values()), num_heads=2),
+        na.MultiHeadAttention.from_weights(
+            *(x.T for x in arrays.values()), num_heads=2, transposed=False
+        ),
+        na.MultiHeadAttention.from_weights(*arrays.values(), num_heads=2, transposed=True),
     ]
     for layer in layers:
         assert layer.parameters().keys() == arrays.keys()
@@ -510,6 +513,92 @@ def test_from_weights(rng):
         *weights.values(), num_heads=4, o_bias=np.full(24, 1e-300)
     )
     assert np.all(small.parameters()["o_bias"] == 0)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"q": (24, 24), "k": (24, 24), "v": (24, 24), "o": (24, 24)},
+        {"q": (24, 24), "k": (12, 24), "v": (12, 24), "o": (24, 24)},
+        {"q": (32, 24), "k": (16, 10), "v": (12, 10), "o": (24, 24)},
+    ],
+    ids=["square", "grouped", "context"],
+)
+def test_matrices_of_either_way_round(rng, shapes):
+    matrices = {f"{name}_weight": numbers(rng, *shape) for name, shape in shapes.items()}
+    turned = {name: x.T for name, x in matrices.items()}
+    biases = {f"{name}_bias": numbers(rng, shape[0]) for name, shape in shapes.items()}
+    make = na.MultiHeadAttention.from_weights
+    layer = make(**matrices, **biases, num_heads=4, transposed=False)
+    same = make(**turned, **biases, num_heads=4, transposed=np.True_)
+    assert sizes_of(same) == sizes_of(layer)
+    for name, x in layer.parameters().items():
+        np.testing.assert_array_equal(x, turned.get(name, biases.get(name)))
+        np.testing.assert_array_equal(x, same.parameters()[name])
+        assert same.parameters()[name].flags.c_contiguous
+    if all(a == b for a, b in shapes.values()):
+        message = (
+            "transposed: got None for square matrices, .*, expected False if they are "
+            r"\(out, in\), as of torch.nn.Linear, or True if they are \(in, out\), as of GPT-2's"
+        )
+        for either in (matrices, turned):
+            with pytest.raises(TypeError, match=message):
+                make(**either, **biases, num_heads=4)
+        return
+    as_before = make(**matrices, **biases, num_heads=4)
+    assert sizes_of(as_before) == sizes_of(layer)
+    # The wrong way round shows: by an error, or by sizes that no x of the right ones fits.
+    x, context = numbers(rng, 3, 24), numbers(rng, 3, shapes["k"][1])
+    args = (x,) if shapes["k"][1] == 24 else (x, context)
+    layer(*args)
+    for turned_wrongly in (
+        lambda: make(**turned, num_heads=4),
+        lambda: make(**matrices, num_heads=4, transposed=True),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            turned_wrongly()(*args)
+
+
+def test_errors_of_transposed_matrices_name_shapes_as_they_were_given(rng):
+    shapes = {"q": (24, 32), "k": (10, 16), "v": (10, 12), "o": (24, 24)}
+    matrices = {f"{name}_weight": numbers(rng, *shape) for name, shape in shapes.items()}
+    for options, error, message in (
+        ({"q_weight": np.ones((24, 31))}, ValueError, "shape (24, 31), expected columns for 4"),
+        ({"k_weight": np.ones((10, 15))}, ValueError, "shape (10, 15), expected 8 columns: 1 hea"),
+        ({"k_weight": np.ones((10, 24))}, ValueError, "shape (10, 24), expected columns for a di"),
+        ({"v_weight": np.ones((10, 13))}, ValueError, "shape (10, 13), expected columns for 2"),
+        ({"o_weight": np.ones((24, 23))}, ValueError, "shape (24, 23), expected (24, 24)"),
+        ({"q_bias": np.ones(24)}, ValueError, "q_bias: got shape (24,), expected (32,)"),
+        ({"transposed": 1}, TypeError, "transposed: got 1 (int), expected True or False"),
+    ):
+        with pytest.raises(error) as raised:
+            na.MultiHeadAttention.from_weights(
+                **matrices | {"num_heads": 4, "transposed": True} | options
+            )
+        assert message in str(raised.value)
+
+
+def test_gpt2(rng):
+    torch = pytest.importorskip("torch")
+    gpt2 = pytest.importorskip("transformers.models.gpt2.modeling_gpt2")
+    torch.manual_seed(0)
+    module = gpt2.GPT2Attention(
+        gpt2.GPT2Config(n_embd=24, n_head=4, attn_implementation="eager")
+    ).eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    layer = na.MultiHeadAttention.from_weights(
+        *module.c_attn.weight.split(24, dim=1), module.c_proj.weight, num_heads=4, transposed=True,
+        **dict(zip(("q_bias", "k_bias", "v_bias"), module.c_attn.bias.split(24), strict=True)),
+        o_bias=module.c_proj.bias,
+    )  # fmt: skip
+    x = numbers(rng, 2, 7, 24)
+    # As the model passes it.
+    causal = np.where(np.tri(7, dtype=bool), 0, -np.inf).astype(np.float32)
+    with torch.no_grad():
+        expected = module(torch.tensor(x), attention_mask=torch.tensor(causal))[0]
+    np.testing.assert_allclose(layer(x, is_causal=True), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(layer(x, bias=causal), expected, rtol=0, atol=1e-5)
 
 
 def state_dict(rng, embed_dim=24, kdim=None, vdim=None):
@@ -611,7 +700,7 @@ def named(*names):
             named("q_proj", "k_proj", "v_proj", "o_proj"),
             "'q_proj.weight' in a Module",
             "pass separate matrices to `from_weights(module.q_proj.weight, module.k_proj.weight, "
-            "module.v_proj.weight, module.o_proj.weight, num_heads=...)`",
+            "module.v_proj.weight, module.o_proj.weight, num_heads=..., transposed=False)`",
         ),
         (
             named("k_proj", "v_proj", "q_proj", "out_proj") | {"q_proj.bias": np.ones(24)},
@@ -626,15 +715,22 @@ def named(*names):
         (
             named("self.query", "self.key", "self.value", "output.dense"),
             "'self.query.weight' in a Module",
-            "module.self.value.weight, o_weight, num_heads=...)`",
+            "module.self.value.weight, o_weight, num_heads=..., transposed=False)`",
         ),
         (
-            named("h.0.attn.c_attn", "h.0.attn.c_proj"),
+            {"h.0.attn.c_attn.weight": np.ones((24, 72)), **named("h.0.attn.c_proj")},
             "'h.0.attn.c_attn.weight' in a Module",
-            "split `module.h[0].attn.c_attn.weight` into matrices (out, in) of q, k and v for `fr",
+            "split `module.h[0].attn.c_attn.weight` into matrices (in, out) of q, k and v for "
+            "`from_weights(..., transposed=True)`",
+        ),
+        (
+            {"attention.query_key_value.weight": np.ones((72, 24)), **named("attention.dense")},
+            "'attention.query_key_value.weight' in a Module",
+            "split `module.attention.query_key_value.weight` into matrices (out, in) of q, k and v "
+            "for `from_weights(..., transposed=False)`",
         ),
     ],
-    ids=["Llama", "CLIP", "a model", "BERT", "GPT-2"],
+    ids=["Llama", "CLIP", "a model", "BERT", "GPT-2", "GPT-NeoX"],
 )
 def test_other_layers_are_sent_to_from_weights(state, seen, expected):
     with pytest.raises(ValueError, match=r"^module: got ") as raised:
@@ -860,10 +956,12 @@ def test_weights_that_mean_something_else_are_refused():
         na.MultiHeadAttention.from_torch(WithZero())
     square = np.zeros((8, 8))
     with pytest.raises(TypeError, match="v_weight: got dtype complex128, expected real numbers"):
-        na.MultiHeadAttention.from_weights(square, square, square + 0j, square, num_heads=2)
+        na.MultiHeadAttention.from_weights(
+            square, square, square + 0j, square, num_heads=2, transposed=False
+        )
     with pytest.raises(TypeError, match=r"k_bias: got dtype str"):
         na.MultiHeadAttention.from_weights(
-            square, square, square, square, num_heads=2, k_bias=["0"] * 8
+            square, square, square, square, num_heads=2, transposed=False, k_bias=["0"] * 8
         )
 
 

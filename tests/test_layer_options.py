@@ -186,7 +186,12 @@ def test_biases_of_positions_as_t5_learns_them(rng):
     expected, position_bias = module(torch.tensor(x))[:2]
     expected.backward(torch.tensor(dout))
     layer = na.MultiHeadAttention.from_weights(
-        module.q.weight, module.k.weight, module.v.weight, module.o.weight, num_heads=4
+        module.q.weight,
+        module.k.weight,
+        module.v.weight,
+        module.o.weight,
+        num_heads=4,
+        transposed=False,
     )
     out, vjp = layer.vjp(x, bias=position_bias.detach(), scale=1, bias_gradient=True)
     np.testing.assert_allclose(out, expected.detach(), rtol=0, atol=1e-5)

@@ -291,6 +291,7 @@ class LayerParameters:
         *,
         num_heads: int,
         kv_heads: int | None = None,
+        transposed: bool | None = None,
         q_bias: ArrayLike | None = None,
         k_bias: ArrayLike | None = None,
         v_bias: ArrayLike | None = None,
@@ -309,11 +310,16 @@ class LayerParameters:
         q_weight, k_weight, v_weight, o_weight : array_like, shape (elements out, elements in)
             As of ``torch.nn.Linear``: (heads * head_dim, embed_dim), (kv_heads * head_dim,
             context_dim), (kv_heads * value_dim, context_dim) and (embed_dim, heads * value_dim).
+            The other way round with ``transposed=True``.
         num_heads : int
             Query heads.
         kv_heads : int, optional
             Heads of keys and values. Default: what the rows of `k_weight` make with the head_dim of
             `q_weight`.
+        transposed : bool, optional
+            Whether the matrices are (elements in, elements out), as of GPT-2's ``Conv1D`` and of
+            `parameters`. It has to be said where all four are square, because the layer would give
+            other numbers, and nothing would show it. Default: False.
         q_bias, k_bias, v_bias, o_bias : array_like, optional
             Missing ones are 0 where any is given.
         q_norm, k_norm : array_like, shape (head_dim,), optional
@@ -328,7 +334,8 @@ class LayerParameters:
         Raises
         ------
         TypeError
-            If an argument is of the wrong kind, such as a masked array or complex numbers.
+            If an argument is of the wrong kind, such as a masked array or complex numbers, or all
+            matrices are square and `transposed` is missing.
         ValueError
             If shapes do not fit, or a number is too large for `dtype`.
 
@@ -347,6 +354,13 @@ class LayerParameters:
         >>> k, v = rng.standard_normal((2, 16, 64), dtype=np.float32)
         >>> na.MultiHeadAttention.from_weights(q, k, v, o, num_heads=8, rotary=True)
         MultiHeadAttention(64, 8, kv_heads=2, head_dim=8, value_dim=8, dtype=float32)
+
+        The matrices of a GPT-2, which are (in, out), and those of queries, keys and values in one:
+
+        >>> c_attn, c_proj = rng.standard_normal((64, 192)), rng.standard_normal((64, 64))
+        >>> q, k, v = np.split(c_attn, 3, axis=1)
+        >>> na.MultiHeadAttention.from_weights(q, k, v, c_proj, num_heads=8, transposed=True)
+        MultiHeadAttention(64, 8, kv_heads=8, head_dim=8, value_dim=8, dtype=float64)
         """
         if unknown:
             refuse_unknown("MultiHeadAttention.from_weights", unknown, OPTIONS_ELSEWHERE)
@@ -355,17 +369,20 @@ class LayerParameters:
         )
         biases = {"q_bias": q_bias, "k_bias": k_bias, "v_bias": v_bias, "o_bias": o_bias}
         norms = {"q_norm": q_norm, "k_norm": k_norm}
-        embed_dim, heads, options = _layer_weights.sizes(matrices, num_heads, kv_heads)
+        inputs_first = _layer_weights.with_inputs_first(matrices, transposed)
+        embed_dim, heads, options = _layer_weights.sizes(
+            matrices, num_heads, kv_heads, inputs_first
+        )
         if (q_norm is None) != (k_norm is None):
             refuse("q_norm, k_norm", "one of them", "both or none")
         if dtype is None:
             is_double = matrices["q_weight"].dtype == np.float64
             dtype = np.float64 if is_double else np.float32
-        arrays = {name: x.T for name, x in matrices.items()}
+        arrays = {name: x if inputs_first else x.T for name, x in matrices.items()}
         if any(x is not None for x in biases.values()):
             for name, x in biases.items():
-                rows = len(matrices[name.replace("bias", "weight")])
-                arrays[name] = np.zeros(rows) if x is None else _layer_weights.numbers(name, x)
+                outputs = arrays[name.replace("bias", "weight")].shape[1]
+                arrays[name] = np.zeros(outputs) if x is None else _layer_weights.numbers(name, x)
         for name, x in norms.items():
             if x is not None:
                 arrays[name] = _layer_weights.numbers(name, x)
@@ -380,7 +397,7 @@ class LayerParameters:
             qk_norm="q_norm" in arrays,
             norm_epsilon=norm_epsilon,
             dtype=dtype,
-            are_transposed=True,
+            are_transposed=not inputs_first,
         )
 
     @classmethod

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from ._checks import REFUSALS, as_array, at_least, is_real, refuse, refuse_kind
+from ._checks import REFUSALS, as_array, at_least, flag, is_real, refuse, refuse_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -166,27 +166,52 @@ def float_matrices(**matrices: ArrayLike) -> dict[str, Array]:
     return {name: _float_matrix(name, x) for name, x in matrices.items()}
 
 
+def with_inputs_first(matrices: dict[str, Array], transposed: bool | None) -> bool:
+    """Whether matrices are (in, out), and not (out, in), as the caller says or their shapes show.
+
+    Matrices that are not square and are read the wrong way round make a layer of other sizes, which
+    shows in its first call. Square ones make one that gives other numbers.
+    """
+    if transposed is not None:
+        return flag("transposed", transposed)
+    if all(x.shape[0] == x.shape[1] for x in matrices.values()):
+        refuse_kind(
+            "transposed",
+            "None for square matrices, whose shapes do not tell inputs from outputs",
+            "False if they are (out, in), as of torch.nn.Linear, or True if they are (in, out), as "
+            "of GPT-2's Conv1D",
+        )
+    return False
+
+
 def sizes(
-    matrices: dict[str, Array], num_heads: int, kv_heads: int | None
+    matrices: dict[str, Array], num_heads: int, kv_heads: int | None, inputs_first: bool
 ) -> tuple[int, int, dict[str, Any]]:
-    """Return embed_dim, num_heads, and the other sizes of a layer of matrices (out, in)."""
+    """Return embed_dim, num_heads, and the other sizes of a layer of matrices.
+
+    An error names shapes as the user gave them.
+    """
     heads = at_least("num_heads", num_heads, 1)
-    shapes = {name: x.shape for name, x in matrices.items()}
+    flip = -1 if inputs_first else 1
+    shapes = {name: x.shape[::flip] for name, x in matrices.items()}
+    rows = "columns" if inputs_first else "rows"
+
+    def refuse_outputs(name: str, expected: str) -> NoReturn:
+        refuse(name, f"shape {matrices[name].shape}", expected)
+
     if shapes["q_weight"][0] % heads:
-        refuse("q_weight", f"shape {shapes['q_weight']}", f"rows for {heads} heads")
+        refuse_outputs("q_weight", f"{rows} for {heads} heads")
     head_dim = shapes["q_weight"][0] // heads
     if kv_heads is None:
         groups = max(shapes["k_weight"][0] // head_dim, 1)
     else:
         groups = at_least("kv_heads", kv_heads, 1)
     if shapes["k_weight"][0] != groups * head_dim:
-        expected = f"{groups * head_dim} rows: {groups} heads of {head_dim}"
-        refuse("k_weight", f"shape {shapes['k_weight']}", expected)
+        refuse_outputs("k_weight", f"{groups * head_dim} {rows}: {groups} heads of {head_dim}")
     if kv_heads is None and heads % groups:
-        expected = f"rows for a divisor of the {heads} heads of {head_dim}"
-        refuse("k_weight", f"shape {shapes['k_weight']}", expected)
+        refuse_outputs("k_weight", f"{rows} for a divisor of the {heads} heads of {head_dim}")
     if shapes["v_weight"][0] % groups:
-        refuse("v_weight", f"shape {shapes['v_weight']}", f"rows for {groups} heads")
+        refuse_outputs("v_weight", f"{rows} for {groups} heads")
     return (
         shapes["q_weight"][1],
         heads,
@@ -267,14 +292,17 @@ def _refuse_separate(module: Any, state: Mapping[str, Any], is_state: bool) -> N
                 continue
             paths = [path(f"{part}.weight") for part in parts]
             paths[3:] = paths[3:] if parts[3] in there else ["o_weight"]
-            call = f"`from_weights({', '.join(paths)}, num_heads=...)`"
+            call = f"`from_weights({', '.join(paths)}, num_heads=..., transposed=False)`"
             bias = " and their biases" if f"{parts[0]}.bias" in names else ""
             seen = f"{name!r} in a {type(module).__name__}"
             refuse("module", seen, f"{expected}; pass separate matrices{bias} to {call}")
         if last in _JOINED_NAMES:
             seen = f"{name!r} in a {type(module).__name__}"
-            take = f"split `{path(name)}` into matrices (out, in) of q, k and v for `from_weights`"
-            refuse("module", seen, f"{expected}; {take}")
+            is_wide = np.argmax(getattr(state[name], "shape", (0,))) == 1  # of a Conv1D
+            axes = "(in, out)" if is_wide else "(out, in)"
+            take = f"split `{path(name)}` into matrices {axes} of q, k and v for"
+            call = f"`from_weights(..., transposed={bool(is_wide)})`"
+            refuse("module", seen, f"{expected}; {take} {call}")
 
 
 def _present(arrays: Mapping[str, Array], name: str) -> Array:
@@ -329,6 +357,7 @@ def of_torch(module: Any, num_heads: int | None) -> dict[str, Any]:
         "o_weight": _present(arrays, "out_proj.weight"),
         "num_heads": num_heads,
         "kv_heads": num_heads,
+        "transposed": False,
         **dict(zip(("q_bias", "k_bias", "v_bias"), biases, strict=True)),
         "o_bias": arrays.get("out_proj.bias"),
     }

@@ -1,5 +1,6 @@
 """Promise: `MultiHeadAttention` is the layer of the models, for their weights."""
 
+import inspect
 import json
 import tracemalloc
 
@@ -190,6 +191,7 @@ def test_the_callers_way_with_floating_point_errors_changes_nothing(any_backend,
         yield from layer(x, softcap=2.0, window=(2, 0), return_weights=True)
         if "rotary" not in sizes:
             yield layer(x, x[:, :3])
+            yield layer(x, layer.context_cache(x[:, :3], [3, 2]))
         for window in (None, 4):
             cache = na.KVCache(2, 4, 6, window=window)
             yield layer(x[:, :4], cache=cache, lengths=[4, 3])
@@ -240,6 +242,31 @@ def test_cache(backend, rng, window, rotary):
     np.testing.assert_array_equal(
         first[1, 2:], np.broadcast_to(layer.parameters()["o_bias"], (3, 24))
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_new_cache_fits(any_backend, rng, dtype):
+    sizes = {"kv_heads": 2, "head_dim": 10, "value_dim": 7}
+    layer = fill(na.MultiHeadAttention(24, 4, **sizes, rotary=True, dtype=dtype, rng=1), rng)
+    x = numbers(rng, 3, 5, 24, dtype=dtype)
+    cache = layer.new_cache(3)
+    steps = [layer(x[:, i : i + 1], cache=cache) for i in range(5)]
+    expected = by_hand(layer.parameters(), x, x, x, 4, 2, {}, is_causal=True)
+    tolerance = 2e-5 if dtype == "float32" else 1e-12
+    np.testing.assert_allclose(np.concatenate(steps, axis=1), expected, rtol=0, atol=tolerance)
+    options = {"quantize": True, "capacity": 7, "window": 8, "keep_first": 1, "max_rollback": 2}
+    expected = repr(na.KVCache(1, 2, 10, 7, dtype=dtype, **options))
+    assert repr(layer.new_cache(**options)) == expected
+
+
+def test_a_new_cache_has_all_options_of_a_cache():
+    ours = inspect.signature(na.MultiHeadAttention.new_cache).parameters
+    theirs = inspect.signature(na.KVCache).parameters
+    of_layer = ("kv_heads", "head_dim", "value_dim", "dtype")
+    assert [x for x in ours if x != "self"] == [x for x in theirs if x not in of_layer]
+    for name, parameter in ours.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            assert parameter.default == theirs[name].default
 
 
 @pytest.mark.parametrize("sizes", [{}, {"window": 8}, {"window": 4, "keep_first": 2}], ids=str)
@@ -849,7 +876,7 @@ def test_bad_calls(rng):
         (
             lambda: layer(x, x, cache=cache),
             TypeError,
-            "context: got an array, expected None beside",
+            "context: got one, expected None beside a cache",
         ),
         (lambda: layer(x, return_weights=1), TypeError, "return_weights: got 1"),
         (lambda: layer(x, is_causal=1), TypeError, "is_causal: got 1"),
@@ -871,7 +898,7 @@ def test_bad_calls(rng):
         (
             lambda: layer(x, x[[0, 0, 0]]),
             ValueError,
-            "context: got shapes (3, 5, 24) and (3, 5, 24) beside x of (2, 5, 24), expected",
+            "context: got leading axes (3,) of keys and (3,) of values beside (2,) of x, expected",
         ),
         (
             lambda: layer(x, (x, x[:, :3])),
@@ -883,6 +910,14 @@ def test_bad_calls(rng):
             ValueError,
             "cache: got kv_heads, head_dim and value_dim (2, 6, 6), expected (4, 6, 6) as the",
         ),
+        (
+            lambda: other(x, cache=na.KVCache(2, 4, 6)),
+            ValueError,
+            "context_dim: got (10, 10) beside embed_dim 24, expected the same in a layer with a KV",
+        ),
+        (other.new_cache, ValueError, "context_dim: got (10, 10) beside embed_dim 24, expected"),
+        (lambda: layer.new_cache(-1), ValueError, "batch: got -1, expected at least 0"),
+        (lambda: layer.new_cache(keep_first=2), ValueError, "keep_first: got 2, expected 0 where"),
         (
             lambda: layer(x, cache=na.KVCache(2, 4, 6, dtype="float64")),
             TypeError,

@@ -498,6 +498,11 @@ def test_bad_calls(rng):
             ValueError,
             "context: got 3 arrays, expected one, or two",
         ),
+        (
+            lambda: layer.vjp(x, layer.context_cache(x)),
+            TypeError,
+            "context: got a ContextCache, expected what it was made of, which gets gradients",
+        ),
         (lambda: turned.vjp(x, x), ValueError, "context: got an array, expected None: rotary"),
         (lambda: layer.vjp(x, is_causal=1), TypeError, "is_causal: got 1"),
         (lambda: layer.vjp(x, softcap=-1), ValueError, "softcap: got -1"),

@@ -7,7 +7,8 @@ another in one array or lie in pages; `merge_states` merges attention over sets 
 generated. `set_num_threads` and `get_num_threads` say with how many threads, and `show_runtime` and
 `runtime_info` tell what this process runs on. `qk_scores`, `masked_softmax` and `aggregate_values`
 are the stages by themselves, `attention_weights` and `attention_received` what they give.
-`MultiHeadAttention` is the layer of a model around attention, with `LayerGradients`;
+`MultiHeadAttention` is the layer of a model around attention, with `LayerGradients` and
+`ContextCache`, which keeps the keys and values of what it attends to in every step;
 `rotary_embedding` and `alibi_slopes` are its positions, `parameter_count` its size.
 `numattn.plot` draws.
 """
@@ -15,6 +16,7 @@ are the stages by themselves, `attention_weights` and `attention_received` what 
 from . import _threadpoolctl
 from ._alibi import alibi_slopes
 from ._attention import attention
+from ._context_cache import ContextCache
 from ._gradients import (
     Gradients,
     attention_backward,
@@ -34,6 +36,7 @@ from ._softmax import masked_softmax
 from ._stages import aggregate_values, attention_received, attention_weights, qk_scores
 
 __all__ = [
+    "ContextCache",
     "Gradients",
     "KVCache",
     "LayerGradients",

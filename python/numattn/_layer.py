@@ -9,6 +9,7 @@ import numpy as np
 from ._arguments import MAX_AXES, check_options, ints_per_batch, positional_options
 from ._attention import attention
 from ._checks import as_array, dtype_name, flag, refuse, refuse_kind, refuse_unknown
+from ._context_cache import ContextCache
 from ._gradients import attention_vjp
 from ._kv_cache import KVCache
 from ._layer_arguments import ELSEWHERE, NOT_DIFFERENTIATED, VJP_ELSEWHERE, Inputs, batch_shape
@@ -90,7 +91,8 @@ class MultiHeadAttention(LayerParameters):
     See Also
     --------
     attention : attention alone, with more options.
-    KVCache : keys and values of the tokens so far.
+    KVCache : keys and values of the tokens so far; `new_cache` makes one that fits.
+    ContextCache : keys and values of a context; `context_cache` makes it.
     rotary_embedding : what `rotary` does to queries and keys.
     parameter_count : how many numbers such layers hold.
 
@@ -117,7 +119,7 @@ class MultiHeadAttention(LayerParameters):
     def __call__(
         self,
         x: ArrayLike,
-        context: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+        context: ArrayLike | tuple[ArrayLike, ArrayLike] | ContextCache | None = None,
         *,
         is_causal: bool | None = None,
         mask: ArrayLike | None = None,
@@ -141,9 +143,9 @@ class MultiHeadAttention(LayerParameters):
         ----------
         x : array_like, shape (..., L, embed_dim)
             Embeddings, of the layer's dtype.
-        context : array_like, shape (..., Lk, context_dim), or two of them, optional
-            What keys and values are made of: cross-attention. Two are for keys and for values.
-            Default: `x`.
+        context : array_like, shape (..., Lk, context_dim), two of them, or ContextCache, optional
+            What keys and values are made of: cross-attention. Two are for keys and for values. A
+            `ContextCache` has keys and values already. Default: `x`.
         is_causal : bool, optional
             Attend to no later token. Default: True with a cache, else False. False with a cache
             lets the tokens of `x` see each other in both directions, and all tokens before them.
@@ -155,7 +157,8 @@ class MultiHeadAttention(LayerParameters):
             positions; the layer's learned vectors are its constructor's `bias`.
         lengths : int or array_like of int, optional
             How many tokens are valid, for all or per batch item, the others being padding on the
-            right: tokens of `x`, or of the context in cross-attention. Nobody attends to padding,
+            right: tokens of `x`, or of the context in cross-attention (a `ContextCache` has its
+            own). Nobody attends to padding,
             and padding of `x` attends to nothing: its rows of `out` are the output bias. With a
             cache, only valid tokens are appended. Default: all.
         positions : array_like of int, shape (L,) or (..., L), optional
@@ -215,12 +218,16 @@ class MultiHeadAttention(LayerParameters):
         }  # fmt: skip
         if cache is not None:
             if context is not None:
-                refuse_kind("context", "an array", "None beside a cache")
+                refuse_kind("context", "one", "None beside a cache")
             if wants_weights:
                 refuse("return_weights", "True", "False beside a cache")
             return self._with_cache(x, lengths, positions, options, cache)
-        inputs, options = self._checked_call(x, context, lengths, positions, options)
-        q, k, v = self._projected(*inputs)
+        if isinstance(context, ContextCache):
+            q, options = self._with_context_cache(x, lengths, positions, options, context)
+            k, v = context._k, context._v
+        else:
+            inputs, options = self._checked_call(x, context, lengths, positions, options)
+            q, k, v = self._projected(*inputs)
         out = self._merged(attention(q, k, v, **options))
         if not wants_weights:
             return out
@@ -231,6 +238,106 @@ class MultiHeadAttention(LayerParameters):
                 missing = max(q.ndim, k.ndim) - array.ndim
                 options[name] = array[(np.newaxis,) * missing]
         return out, attention_weights(q, k, **options)
+
+    def new_cache(
+        self,
+        batch: int = 1,
+        *,
+        quantize: bool = False,
+        capacity: int = 0,
+        window: int | None = None,
+        keep_first: int = 0,
+        max_rollback: int = 16,
+    ) -> KVCache:
+        """Make a `KVCache` for calls of this layer: ``layer(x, cache=cache)``.
+
+        Parameters
+        ----------
+        batch : int, default 1
+            Number of sequences.
+        quantize, capacity, window, keep_first, max_rollback
+            As of `KVCache`, which gets the layer's sizes and dtype.
+
+        Returns
+        -------
+        KVCache
+            Without tokens.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `KVCache` does, and if the layer's `context_dim` is not its `embed_dim`.
+
+        See Also
+        --------
+        context_cache : for cross-attention.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> layer = na.MultiHeadAttention(64, 4, kv_heads=2, rotary=True, rng=0)
+        >>> cache = layer.new_cache(window=32)
+        >>> layer(np.zeros((1, 10, 64), np.float32), cache=cache).shape, cache.lengths
+        ((1, 10, 64), array([10]))
+        """
+        self._refuse_context_dim()
+        return KVCache(
+            batch, self._kv_heads, self._head_dim, self._value_dim, dtype=self._dtype,
+            quantize=quantize, capacity=capacity, window=window, keep_first=keep_first,
+            max_rollback=max_rollback,
+        )  # fmt: skip
+
+    def context_cache(
+        self,
+        context: ArrayLike | tuple[ArrayLike, ArrayLike],
+        lengths: int | ArrayLike | None = None,
+    ) -> ContextCache:
+        """Make keys and values of a context once, for many calls: ``layer(x, cache)``.
+
+        A decoder attends to the same encoded text in each step. Without a cache, each step
+        multiplies all of that text with two matrices.
+
+        Parameters
+        ----------
+        context : array_like, shape (..., Lk, context_dim), or two of them
+            As of a call.
+        lengths : int or array_like of int, optional
+            How many of its tokens are valid, for all or per batch item. Default: all.
+
+        Returns
+        -------
+        ContextCache
+            What calls take in place of the context, with the same results. It is of the parameters
+            that the layer has now. `vjp` takes none, because a context has gradients.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As of a call.
+
+        See Also
+        --------
+        new_cache : for self-attention.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> rng = np.random.default_rng(0)
+        >>> layer = na.MultiHeadAttention(64, 4, context_dim=32, rng=rng)
+        >>> encoded = rng.standard_normal((2, 100, 32), dtype=np.float32)
+        >>> cache = layer.context_cache(encoded, lengths=[100, 60])
+        >>> x = rng.standard_normal((2, 1, 64), dtype=np.float32)  # one token of each text
+        >>> bool(np.array_equal(layer(x, cache), layer(x, encoded, lengths=[100, 60])))
+        True
+        """
+        keys, values = self._contexts(context)
+        batch = batch_shape((), keys.shape[:-2], values.shape[:-2])
+        valid = ints_per_batch("lengths", lengths, batch, 0, keys.shape[-2])
+        no_queries = np.empty((0, self._embed_dim), self._dtype)
+        _, k, v = self._projected(no_queries, keys, values, None)
+        return ContextCache(k, v, valid)
 
     def vjp(
         self,
@@ -320,6 +427,8 @@ alibi_slopes, sinks, num_threads
                 refuse_kind(name, type(unknown[name]).__name__, expected)
         if unknown:
             refuse_unknown("MultiHeadAttention.vjp", unknown, VJP_ELSEWHERE)
+        if isinstance(context, ContextCache):
+            refuse_kind("context", "a ContextCache", "what it was made of, which gets gradients")
         inputs, options = self._checked_call(
             x, context, lengths, positions,
             {
@@ -358,22 +467,41 @@ alibi_slopes, sinks, num_threads
             keys = values = x
         else:
             keys, values = self._contexts(context)
-        valid = ints_per_batch("lengths", lengths, batch_shape(x, keys, values), 0, keys.shape[-2])
-        positional = positional_options(
-            checked["is_causal"], checked["window"], checked["alibi_slopes"]
-        )
+        batch = batch_shape(x.shape[:-2], keys.shape[:-2], values.shape[:-2])
+        valid = ints_per_batch("lengths", lengths, batch, 0, keys.shape[-2])
         if context is None:
             # A token's position does not depend on how many are valid.
             checked |= {"q_lengths": valid, "q_offset": 0}
-        elif valid is not None and positional and x.shape[-2] > 1:
-            given = " and ".join(positional)
-            seen = (
-                f"lengths of the context beside {given} and {x.shape[-2]} tokens of x, which leave "
-                "open at which positions these are"
-            )
-            refuse("lengths", seen, f"a `mask` or a `bias` instead of {given}")
+        elif valid is not None:
+            _check_positions(x, checked)
         rotation = self._rotation(x, positions)
         return Inputs(x, keys, values, rotation), checked | {"kv_lengths": valid}
+
+    def _with_context_cache(
+        self,
+        x: ArrayLike,
+        lengths: Any,
+        positions: Any,
+        options: dict[str, Any],
+        cache: ContextCache,
+    ) -> tuple[Array, dict[str, Any]]:
+        """Return the queries of `x`, and options of `attention`."""
+        x = self._checked("x", x, self._embed_dim)
+        checked = self._checked_options(options, is_causal=False)
+        self._refuse_rotary("a ContextCache")
+        self._rotation(x, positions)  # which refuses positions
+        if lengths is not None:
+            refuse_kind(
+                "lengths", "numbers", "None beside a ContextCache: `context_cache` takes them"
+            )
+        k, v = cache._k, cache._v
+        self._check_fits("context", k.dtype, (k.shape[-2], k.shape[-1], v.shape[-1]))
+        batch_shape(x.shape[:-2], k.shape[:-3], v.shape[:-3])
+        if cache._lengths is not None:
+            _check_positions(x, checked)
+        of_keys, of_values = (np.empty((0, dim), self._dtype) for dim in self._context_dims)
+        q, _, _ = self._projected(x, of_keys, of_values, None)
+        return q, checked | {"kv_lengths": cache._lengths}
 
     def _checked_options(self, options: Mapping[str, Any], is_causal: bool) -> dict[str, Any]:
         """Check options that calls with and without a cache share; `is_causal` is its default."""
@@ -388,8 +516,7 @@ alibi_slopes, sinks, num_threads
 
     def _contexts(self, context: ArrayLike | tuple[ArrayLike, ArrayLike]) -> tuple[Array, Array]:
         """Return what keys and values are made of."""
-        if self._rotary is not None:
-            refuse("context", "an array", "None: rotary positions are those of one text")
+        self._refuse_rotary("an array")
         pair = context if isinstance(context, tuple) else (context, context)
         if len(pair) != 2:
             refuse("context", f"{len(pair)} arrays", "one, or two: for keys and for values")
@@ -401,6 +528,26 @@ alibi_slopes, sinks, num_threads
             refuse("context", shapes, "as many tokens for values as for keys")
         return keys, (values if isinstance(context, tuple) else keys)
 
+    def _refuse_rotary(self, seen: str) -> None:
+        if self._rotary is not None:
+            refuse("context", seen, "None: rotary positions are those of one text")
+
+    def _refuse_context_dim(self) -> None:
+        """Refuse a layer whose keys and values cannot be made of `x`."""
+        if self._context_dims != (self._embed_dim, self._embed_dim):
+            seen = f"{self._context_dims} beside embed_dim {self._embed_dim}"
+            expected = "the same in a layer with a KVCache; `context_cache` keeps a context's keys"
+            refuse("context_dim", seen, expected)
+
+    def _check_fits(self, name: str, dtype: np.dtype[Any], sizes: tuple[int, int, int]) -> None:
+        """Check that keys and values of a cache are such as the layer makes."""
+        if dtype != self._dtype:
+            refuse_kind(name, f"dtype {dtype.name}", f"{self._dtype.name} as the layer")
+        if sizes != (self._kv_heads, self._head_dim, self._value_dim):
+            names = "kv_heads, head_dim and value_dim"
+            expected = f"({self._kv_heads}, {self._head_dim}, {self._value_dim}) as the layer"
+            refuse(name, f"{names} {sizes}", expected)
+
     def _with_cache(
         self, x: ArrayLike, lengths: Any, positions: Any, options: dict[str, Any], cache: KVCache
     ) -> Array:
@@ -408,14 +555,9 @@ alibi_slopes, sinks, num_threads
         options = self._checked_options(options, is_causal=True)
         if not isinstance(cache, KVCache):
             refuse_kind("cache", type(cache).__name__, "a KVCache")
-        dtype = cache._arguments.dtype
-        if dtype != self._dtype:
-            refuse_kind("cache", f"dtype {dtype.name}", f"{self._dtype.name} as the layer")
+        self._refuse_context_dim()
         sizes = (cache.k.shape[1], cache.k.shape[3], cache.v.shape[3])
-        if sizes != (self._kv_heads, self._head_dim, self._value_dim):
-            names = "kv_heads, head_dim and value_dim"
-            expected = f"({self._kv_heads}, {self._head_dim}, {self._value_dim}) as the layer"
-            refuse("cache", f"{names} {sizes}", expected)
+        self._check_fits("cache", cache._arguments.dtype, sizes)
         batch = len(cache.lengths)
         if x.ndim != 3 or x.shape[0] != batch:
             expected = f"({batch}, length, {self._embed_dim}) as the cache's batch"
@@ -477,3 +619,17 @@ alibi_slopes, sinks, num_threads
         if array.ndim >= MAX_AXES:
             refuse(name, f"{array.ndim} axes", f"at most {MAX_AXES - 1}")
         return array
+
+
+def _check_positions(x: Array, options: Mapping[str, Any]) -> None:
+    """Refuse options that need positions, which the lengths of a context leave open."""
+    positional = positional_options(
+        options["is_causal"], options["window"], options["alibi_slopes"]
+    )
+    if positional and x.shape[-2] > 1:
+        given = " and ".join(positional)
+        seen = (
+            f"lengths of the context beside {given} and {x.shape[-2]} tokens of x, which leave "
+            "open at which positions these are"
+        )
+        refuse("lengths", seen, f"a `mask` or a `bias` instead of {given}")

@@ -171,10 +171,12 @@ def _plain_numbers(name: str, values: object) -> list[float]:
     return [real(name, x) for x in as_array(name, values).ravel()]  # type: ignore[arg-type]
 
 
-def batch_shape(x: Array, keys: Array, values: Array) -> tuple[int, ...]:
-    """Return the shape of the leading axes."""
+def batch_shape(
+    of_x: tuple[int, ...], of_keys: tuple[int, ...], of_values: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Return the shape that leading axes broadcast to."""
     try:
-        return np.broadcast_shapes(*(a.shape[:-2] for a in (x, keys, values)))
+        return np.broadcast_shapes(of_x, of_keys, of_values)
     except ValueError:
-        shapes = f"shapes {keys.shape} and {values.shape} beside x of {x.shape}"
-        refuse("context", shapes, "leading axes that broadcast")
+        shapes = f"leading axes {of_keys} of keys and {of_values} of values beside {of_x} of x"
+        refuse("context", shapes, "ones that broadcast")

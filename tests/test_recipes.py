@@ -3,11 +3,12 @@
 import dataclasses
 import inspect
 import re
+import typing
 from pathlib import Path
 
 import numattn as na
 import pytest
-from numattn import _arguments, _reference, _runtime
+from numattn import _arguments, _option_types, _reference, _runtime
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(
@@ -102,6 +103,41 @@ def test_an_option_is_everywhere(option):
     assert re.search(rf"^\| (`\w+`, )*`{option}`", text("README.md"), re.M)
     pages = [path.read_text() for path in (ROOT / "docs/options").glob("*.rst")]
     assert any(option in page.splitlines()[0] for page in pages), f"no page is headed {option}"
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "switch"),
+    [
+        (na.attention, "AttentionOptions", "return_lse"),
+        (na.attention_vjp, "VjpOptions", "return_lse"),
+        (na.attention_varlen, "VarlenOptions", "return_lse"),
+        (na.attention_paged, "PagedOptions", "return_lse"),
+        (na.KVCache.attend, "AttendOptions", "return_lse"),
+        (na.KVCache.append_and_attend, "AppendAndAttendOptions", "return_lse"),
+        (na.MultiHeadAttention.__call__, "LayerOptions", "return_weights"),
+    ],
+)
+def test_type_checkers_know_every_option(function, options, switch):
+    """Overloads have the switch and these options; the function itself has all of them."""
+    typed = {
+        name: x.__forward_arg__
+        for name, x in getattr(_option_types, options).__annotations__.items()
+    }
+    parameters = inspect.signature(function).parameters
+    own = {
+        name: parameter.annotation
+        for name, parameter in parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name != switch
+    }
+    assert typed == own
+    overloads = typing.get_overloads(function)
+    assert len(overloads) == 3
+    by_place = [x for x in parameters.values() if x.kind is x.POSITIONAL_OR_KEYWORD]
+    for overload in overloads:
+        *given, of_switch, others = inspect.signature(overload).parameters.values()
+        assert given == by_place
+        assert of_switch.name == switch
+        assert others.annotation == f"Unpack[{options}]"
 
 
 def test_the_map_names_every_file():

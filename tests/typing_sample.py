@@ -1,6 +1,7 @@
 """What a user's program looks like to a type checker: `mypy --strict`, in `make lint`."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, assert_type
 
 import numattn as na
 import numpy as np
@@ -41,8 +42,55 @@ def generate(steps: int) -> int:
 
 def layer() -> NDArray[Any]:
     module = na.MultiHeadAttention(64, 4, rotary=True, rng=0)
-    out: NDArray[Any] = module(np.zeros((2, 5, 64), np.float32), is_causal=True)
-    return na.rotary_embedding(out.reshape(2, 4, 5, 16))
+    out = module(np.zeros((2, 5, 64), np.float32), is_causal=True)
+    assert_type(module.context_dim, tuple[int, int])
+    return na.rotary_embedding(out.reshape(2, 4, 5, module.head_dim))
+
+
+def decode(module: na.MultiHeadAttention, encoded: NDArray[np.float32], wanted: bool) -> None:
+    x = np.zeros((2, 1, 64), np.float32)
+    context: na.ContextCache = module.context_cache(encoded, lengths=[5, 3])
+    assert_type(module(x, context), One)
+    assert_type(module(x, encoded, scale=1, bias=np.zeros(5), return_weights=False), One)
+    assert_type(module(x, (encoded, encoded), return_weights=True, sinks=[0.0] * 4), Both)
+    assert_type(module(x, context, return_weights=wanted), One | Both)
+    assert_type(module(x, cache=module.new_cache(2, window=8), num_threads=1), One)
+    module(x, softmax_scale=1)  # type: ignore[call-overload]
+
+
+# One result, and one with what was asked for beside it.
+One = NDArray[Any]
+Both = tuple[NDArray[Any], NDArray[Any]]
+
+
+def results(x: NDArray[np.float32], pages: NDArray[np.float32], wanted: bool) -> None:
+    """Get what is known where the program says what it asks for."""
+    assert_type(na.attention(x, x, x, softcap=2), One)
+    assert_type(na.attention(x, x, x, return_lse=False), One)
+    assert_type(na.attention(x, x, x, return_lse=True, layout="blhd"), Both)
+    assert_type(na.attention(x, x, x, return_lse=wanted), One | Both)
+    na.attention(x, x, x, attn_mask=None)  # type: ignore[call-overload]
+    na.attention(x, x, x, scale="1")  # type: ignore[call-overload]
+    starts = [0, 3, 8]
+    assert_type(na.attention_varlen(x, x, x, starts, starts, is_causal=True), One)
+    assert_type(na.attention_varlen(x, x, x, starts, starts, return_lse=True), Both)
+    assert_type(na.attention_varlen(x, x, x, starts, starts, return_lse=wanted), One | Both)
+    assert_type(na.attention_paged(x, pages, pages, [[0]], [2], q_lengths=1), One)
+    assert_type(na.attention_paged(x, pages, pages, [[0]], [2], return_lse=True), Both)
+    assert_type(na.attention_paged(x, pages, pages, [[0]], 2, return_lse=wanted), One | Both)
+    cache = na.KVCache(1, 2, 16)
+    assert_type(cache.attend(x, q_offset=3), One)
+    assert_type(cache.attend(x, return_lse=True), Both)
+    assert_type(cache.attend(x, return_lse=wanted), One | Both)
+    assert_type(cache.append_and_attend(x, x, x, [1], window=(3, None)), One)
+    assert_type(cache.append_and_attend(x, x, x, return_lse=True), Both)
+    assert_type(cache.append_and_attend(x, x, x, return_lse=wanted), One | Both)
+    cache.append_and_attend(x, x, x, q_offset=3)  # type: ignore[call-overload]
+    Vjp = Callable[..., na.Gradients]
+    assert_type(na.attention_vjp(x, x, x, bias_gradient=False), tuple[One, Vjp])
+    assert_type(na.attention_vjp(x, x, x, return_lse=True), tuple[Both, Vjp])
+    rounded = na.quantize_kv(x, channel_scale=wanted)
+    assert_type(rounded[0], NDArray[np.int8])
 
 
 def step(module: na.MultiHeadAttention, x: NDArray[np.float32]) -> NDArray[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from . import _arguments, _runtime
 from ._checks import refuse_kind, refuse_unknown
@@ -10,6 +10,8 @@ from ._checks import refuse_kind, refuse_unknown
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
+    from ._option_types import AttentionOptions
+
 
 @overload
 def attention(
@@ -17,26 +19,8 @@ def attention(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    mask: ArrayLike | None = None,
-    tail_mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    is_causal: bool = False,
-    q_offset: int | ArrayLike | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    kv_lengths: int | ArrayLike | None = None,
-    q_lengths: int | ArrayLike | None = None,
-    dropout: float = 0.0,
-    rng: int | None = None,
-    layout: Literal["bhld", "blhd"] = "bhld",
     return_lse: Literal[False] = False,
-    out: NDArray[Any] | None = None,
-    num_threads: int | None = None,
-    k_scale: ArrayLike | None = None,
-    v_scale: ArrayLike | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> NDArray[Any]: ...
 @overload
 def attention(
@@ -44,27 +28,18 @@ def attention(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    mask: ArrayLike | None = None,
-    tail_mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    is_causal: bool = False,
-    q_offset: int | ArrayLike | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    kv_lengths: int | ArrayLike | None = None,
-    q_lengths: int | ArrayLike | None = None,
-    dropout: float = 0.0,
-    rng: int | None = None,
-    layout: Literal["bhld", "blhd"] = "bhld",
     return_lse: Literal[True],
-    out: NDArray[Any] | None = None,
-    num_threads: int | None = None,
-    k_scale: ArrayLike | None = None,
-    v_scale: ArrayLike | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> tuple[NDArray[Any], NDArray[Any]]: ...
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    return_lse: bool,
+    **options: Unpack[AttentionOptions],
+) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]: ...
 def attention(
     q: ArrayLike,
     k: ArrayLike,

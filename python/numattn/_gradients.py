@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, overload
 
 import numpy as np
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from ._gradient_arguments import GradientArguments, Problem
+    from ._option_types import VjpOptions
 
 
 class Gradients(NamedTuple):
@@ -277,6 +278,36 @@ num_threads
     return _differentiate(problem, dout, dlse)
 
 
+@overload
+def attention_vjp(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[VjpOptions],
+) -> tuple[NDArray[Any], Callable[..., Gradients]]: ...
+@overload
+def attention_vjp(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[VjpOptions],
+) -> tuple[tuple[NDArray[Any], NDArray[Any]], Callable[..., Gradients]]: ...
+@overload
+def attention_vjp(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    return_lse: bool,
+    **options: Unpack[VjpOptions],
+) -> (
+    tuple[NDArray[Any], Callable[..., Gradients]]
+    | tuple[tuple[NDArray[Any], NDArray[Any]], Callable[..., Gradients]]
+): ...
 def attention_vjp(
     q: ArrayLike,
     k: ArrayLike,
@@ -301,7 +332,7 @@ def attention_vjp(
     return_lse: bool = False,
     num_threads: int | None = None,
     **unknown: Any,
-) -> tuple[Any, Callable[..., Gradients]]:
+) -> tuple[NDArray[Any] | tuple[NDArray[Any], NDArray[Any]], Callable[..., Gradients]]:
     """Attention, and the function that gives its gradients.
 
     Parameters

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from ._checks import check_out, check_overlap, refuse
 from ._kv_arguments import UNLIMITED, check_apart, check_pairs, check_unknown
@@ -12,6 +12,8 @@ from ._kv_store import KVStore
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
+
+    from ._option_types import AppendAndAttendOptions, AttendOptions
 
 
 class KVCache(KVStore):
@@ -93,6 +95,30 @@ class KVCache(KVStore):
     True
     """
 
+    @overload
+    def attend(
+        self,
+        q: ArrayLike,
+        *,
+        return_lse: Literal[False] = False,
+        **options: Unpack[AttendOptions],
+    ) -> NDArray[Any]: ...
+    @overload
+    def attend(
+        self,
+        q: ArrayLike,
+        *,
+        return_lse: Literal[True],
+        **options: Unpack[AttendOptions],
+    ) -> tuple[NDArray[Any], NDArray[Any]]: ...
+    @overload
+    def attend(
+        self,
+        q: ArrayLike,
+        *,
+        return_lse: bool,
+        **options: Unpack[AttendOptions],
+    ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]: ...
     def attend(
         self,
         q: ArrayLike,
@@ -113,7 +139,7 @@ class KVCache(KVStore):
         out: NDArray[Any] | None = None,
         num_threads: int | None = None,
         **unknown: Any,
-    ) -> Any:
+    ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
         """Attend to what the cache holds.
 
         Where the queries are, if neither `q_offset` nor `q_lengths` says it: after an `append` with
@@ -208,8 +234,41 @@ class KVCache(KVStore):
             mask, tail_mask, bias, is_causal, window, scale, softcap, alibi_slopes, sinks, layout,
             return_lse, out, num_threads,
         )  # fmt: skip
-        return attend_to_tokens(tokens, queries, options)
+        return attend_to_tokens(tokens, queries, options)  # type: ignore[no-any-return]
 
+    @overload
+    def append_and_attend(
+        self,
+        q: ArrayLike,
+        k: ArrayLike,
+        v: ArrayLike,
+        lengths: int | ArrayLike | None = None,
+        *,
+        return_lse: Literal[False] = False,
+        **options: Unpack[AppendAndAttendOptions],
+    ) -> NDArray[Any]: ...
+    @overload
+    def append_and_attend(
+        self,
+        q: ArrayLike,
+        k: ArrayLike,
+        v: ArrayLike,
+        lengths: int | ArrayLike | None = None,
+        *,
+        return_lse: Literal[True],
+        **options: Unpack[AppendAndAttendOptions],
+    ) -> tuple[NDArray[Any], NDArray[Any]]: ...
+    @overload
+    def append_and_attend(
+        self,
+        q: ArrayLike,
+        k: ArrayLike,
+        v: ArrayLike,
+        lengths: int | ArrayLike | None = None,
+        *,
+        return_lse: bool,
+        **options: Unpack[AppendAndAttendOptions],
+    ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]: ...
     def append_and_attend(
         self,
         q: ArrayLike,
@@ -231,7 +290,7 @@ class KVCache(KVStore):
         out: NDArray[Any] | None = None,
         num_threads: int | None = None,
         **unknown: Any,
-    ) -> Any:
+    ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
         """Append tokens and attend with their queries, also more of them than the window.
 
         The same as `append` and then `attend`; more tokens than a cache's window are appended and
@@ -318,4 +377,4 @@ class KVCache(KVStore):
         )  # fmt: skip
         new = self._stored(new, counts)
         self._tokens, result = append_in_pieces(tokens, queries, new, counts, options)
-        return result
+        return result  # type: ignore[no-any-return]

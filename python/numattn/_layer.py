@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import numpy as np
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
+    from ._option_types import LayerOptions
     from ._rotary import Rotation
 
     Array = NDArray[Any]
@@ -116,6 +117,33 @@ class MultiHeadAttention(LayerParameters):
     ((2, 4, 10, 10), 16640)
     """
 
+    @overload
+    def __call__(
+        self,
+        x: ArrayLike,
+        context: ArrayLike | tuple[ArrayLike, ArrayLike] | ContextCache | None = None,
+        *,
+        return_weights: Literal[False] = False,
+        **options: Unpack[LayerOptions],
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self,
+        x: ArrayLike,
+        context: ArrayLike | tuple[ArrayLike, ArrayLike] | ContextCache | None = None,
+        *,
+        return_weights: Literal[True],
+        **options: Unpack[LayerOptions],
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def __call__(
+        self,
+        x: ArrayLike,
+        context: ArrayLike | tuple[ArrayLike, ArrayLike] | ContextCache | None = None,
+        *,
+        return_weights: bool,
+        **options: Unpack[LayerOptions],
+    ) -> Array | tuple[Array, Array]: ...
     def __call__(
         self,
         x: ArrayLike,
@@ -136,7 +164,7 @@ class MultiHeadAttention(LayerParameters):
         return_weights: bool = False,
         num_threads: int | None = None,
         **unknown: Any,
-    ) -> Any:
+    ) -> Array | tuple[Array, Array]:
         """Attend.
 
         Parameters

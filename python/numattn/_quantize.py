@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     Rounded = tuple[NDArray[np.int8], NDArray[np.float32]]
+    RoundedByChannel = tuple[NDArray[np.int8], NDArray[np.float32], NDArray[Any]]
 
 # What other libraries call the arguments.
 _ELSEWHERE = {
@@ -48,7 +49,13 @@ def quantize_kv(
 @overload
 def quantize_kv(
     x: ArrayLike, *, channel_scale: Literal[True], layout: Literal["bhld", "blhd"] = ...
-) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[Any]]: ...
+) -> RoundedByChannel: ...
+
+
+@overload
+def quantize_kv(
+    x: ArrayLike, *, channel_scale: bool, layout: Literal["bhld", "blhd"] = ...
+) -> Rounded | RoundedByChannel: ...
 
 
 def quantize_kv(
@@ -57,7 +64,7 @@ def quantize_kv(
     channel_scale: bool = False,
     layout: Literal["bhld", "blhd"] = "bhld",
     **unknown: Any,
-) -> Rounded | tuple[NDArray[np.int8], NDArray[np.float32], NDArray[Any]]:
+) -> Rounded | RoundedByChannel:
     """Round keys or values to 8 bits, with a scale for each token and head.
 
     Parameters

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from . import _sequence_arguments
 from ._attention import compute
@@ -10,6 +10,8 @@ from ._checks import ELSEWHERE, NO_DROPOUT, refuse_unknown
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
+
+    from ._option_types import PagedOptions, VarlenOptions
 
 
 # What `attention` has, and these functions have not.
@@ -21,6 +23,39 @@ SEQUENCES_ELSEWHERE = {
 }
 
 
+@overload
+def attention_varlen(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[VarlenOptions],
+) -> NDArray[Any]: ...
+@overload
+def attention_varlen(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[VarlenOptions],
+) -> tuple[NDArray[Any], NDArray[Any]]: ...
+@overload
+def attention_varlen(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    return_lse: bool,
+    **options: Unpack[VarlenOptions],
+) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]: ...
 def attention_varlen(
     q: ArrayLike,
     k: ArrayLike,
@@ -44,7 +79,7 @@ def attention_varlen(
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
     **unknown: Any,
-) -> Any:
+) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
     """Attention of sequences of different lengths that stand behind each other, without padding.
 
     Sequence ``i`` has the queries ``q[cu_seqlens_q[i]:cu_seqlens_q[i + 1]]``, which attend to the
@@ -107,7 +142,7 @@ def attention_varlen(
     """
     if unknown:
         refuse_unknown("attention_varlen", unknown, SEQUENCES_ELSEWHERE)
-    return compute(
+    return compute(  # type: ignore[no-any-return]
         _sequence_arguments.check_varlen(
             q, k, v, cu_seqlens_q, cu_seqlens_k, tail_mask, k_scale, v_scale, q_offset, return_lse,
             out,
@@ -118,6 +153,39 @@ def attention_varlen(
     )  # fmt: skip
 
 
+@overload
+def attention_paged(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_table: ArrayLike,
+    kv_lengths: int | ArrayLike,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[PagedOptions],
+) -> NDArray[Any]: ...
+@overload
+def attention_paged(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_table: ArrayLike,
+    kv_lengths: int | ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[PagedOptions],
+) -> tuple[NDArray[Any], NDArray[Any]]: ...
+@overload
+def attention_paged(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_table: ArrayLike,
+    kv_lengths: int | ArrayLike,
+    *,
+    return_lse: bool,
+    **options: Unpack[PagedOptions],
+) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]: ...
 def attention_paged(
     q: ArrayLike,
     k_pages: ArrayLike,
@@ -141,7 +209,7 @@ def attention_paged(
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
     **unknown: Any,
-) -> Any:
+) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
     """Attention to keys and values that lie in pages, which sequences may share.
 
     Key ``j`` of batch item ``i`` is row ``j % page_size`` of page
@@ -209,7 +277,7 @@ num_threads
     """
     if unknown:
         refuse_unknown("attention_paged", unknown, {**SEQUENCES_ELSEWHERE, **NO_DROPOUT})
-    return compute(
+    return compute(  # type: ignore[no-any-return]
         _sequence_arguments.check_paged(
             q, k_pages, v_pages, block_table, kv_lengths, tail_mask, k_scale, v_scale, q_offset,
             q_lengths, layout, return_lse, out, is_causal=is_causal, window=window, scale=scale,

@@ -186,9 +186,8 @@ class MultiHeadAttention(LayerParameters):
         lengths : int or array_like of int, optional
             How many tokens are valid, for all or per batch item, the others being padding on the
             right: tokens of `x`, or of the context in cross-attention (a `ContextCache` has its
-            own). Nobody attends to padding,
-            and padding of `x` attends to nothing: its rows of `out` are the output bias. With a
-            cache, only valid tokens are appended. Default: all.
+            own). Nobody attends to padding, and padding of `x` attends to nothing: its rows of
+            `out` are the output bias. With a cache, only valid tokens are appended. Default: all.
         positions : array_like of int, shape (L,) or (..., L), optional
             Where the tokens of `x` are in the text, for a rotary layer: drafts of a tree, for
             example, of which several have the same place. Masks do not know of it. Default: one
@@ -527,6 +526,7 @@ alibi_slopes, sinks, num_threads
         batch_shape(x.shape[:-2], k.shape[:-3], v.shape[:-3])
         if cache._lengths is not None:
             _check_positions(x, checked)
+        # The keys of no tokens: those of the context are there.
         of_keys, of_values = (np.empty((0, dim), self._dtype) for dim in self._context_dims)
         q, _, _ = self._projected(x, of_keys, of_values, None)
         return q, checked | {"kv_lengths": cache._lengths}

@@ -431,7 +431,7 @@ class LayerParameters:
         The layer takes (batch, length, embed_dim), as PyTorch does with ``batch_first=True``, has
         no dropout (but `vjp` has), and gives weights per head. Pass ``lengths`` for PyTorch's
         ``key_padding_mask``: rows of padding, where PyTorch attends to the valid keys, attend to
-        nothing here. A mask is True where PyTorch's is False.
+        nothing here. A mask is True where PyTorch's is False; one of floats is a call's `bias`.
 
         Examples
         --------

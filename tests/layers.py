@@ -14,9 +14,9 @@ def by_hand(p, x, context, values, heads, kv_heads, rotary=None, norm_epsilon=1e
     return merged @ p["o_weight"].astype(np.float64) + p.get("o_bias", 0)
 
 
-def weights_by_hand(p, x, context, heads, kv_heads, rotary=None, **options):
+def weights_by_hand(p, x, context, values, heads, kv_heads, rotary=None, **options):
     """Compute the weights (..., heads, L, Lk)."""
-    q, k, v = projections(p, x, context, context, heads, kv_heads, rotary, 1e-6)
+    q, k, v = projections(p, x, context, values, heads, kv_heads, rotary, 1e-6)
     each_key = np.broadcast_to(np.eye(k.shape[-2]), (*v.shape[:-1], k.shape[-2]))
     return reference.attention(q, k, each_key, **options)[0]
 

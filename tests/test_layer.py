@@ -8,7 +8,7 @@ import numattn as na
 import numpy as np
 import pytest
 from checks import numbers
-from layers import by_hand, fill
+from layers import by_hand, fill, weights_by_hand
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,27 @@ def test_cross_attention_and_weights(any_backend, rng):
     layer = fill(na.MultiHeadAttention(24, 4, context_dim=10, rng=1), rng)
     expected = by_hand(layer.parameters(), x, keys, keys, **known)
     np.testing.assert_allclose(layer(x, keys), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("has_batch", ["x", "keys", "values", "keys and values"])
+def test_weights_have_the_batch_of_the_result(any_backend, rng, has_batch):
+    layer = fill(na.MultiHeadAttention(24, 4, context_dim=(10, 14), rng=1), rng)
+    x, keys, values = (
+        numbers(rng, *((3,) if name in has_batch else ()), *shape)
+        for name, shape in (("x", (4, 24)), ("keys", (6, 10)), ("values", (6, 14)))
+    )
+    mask = rng.random((3, 1, 4, 6)) < 0.7
+    for ours, theirs in (
+        ({}, {}),
+        ({"lengths": [6, 3, 0]}, {"kv_lengths": [6, 3, 0]}),
+        ({"mask": mask}, {"mask": mask}),
+    ):
+        out, weights = layer(x, (keys, values), **ours, return_weights=True)
+        full = [np.broadcast_to(a, (3, *a.shape[-2:])) for a in (x, keys, values)]
+        expected = by_hand(layer.parameters(), *full, 4, 4, **theirs)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5)
+        expected = weights_by_hand(layer.parameters(), *full, 4, 4, **theirs)
+        np.testing.assert_allclose(weights, expected, rtol=0, atol=2e-5)
 
 
 def test_a_mask_that_may_mean_the_batch_is_warned_of_once(any_backend, rng):

@@ -72,7 +72,7 @@ def test_against_float64(any_backend, rng, name, dtype):
     assert out.dtype == weights.dtype == dtype
     np.testing.assert_allclose(out, expected, rtol=0, atol=tolerance)
     np.testing.assert_array_equal(layer(x, **CASES[name]), out)
-    expected = weights_by_hand(parameters, x, x, 4, 2, {}, **own)
+    expected = weights_by_hand(parameters, x, x, x, 4, 2, {}, **own)
     np.testing.assert_allclose(weights, expected, rtol=0, atol=tolerance)
 
 

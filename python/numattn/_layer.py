@@ -258,12 +258,13 @@ class MultiHeadAttention(LayerParameters):
         out = self._merged(attention(q, k, v, **options))
         if not wants_weights:
             return out
+        # The batch may be that of the values alone, which weights are not made of.
+        q = np.broadcast_to(q, (*out.shape[:-2], *q.shape[-3:]))
         # With all axes: `attention` has warned if they may be meant otherwise.
         for name in ("mask", "tail_mask", "bias"):
             if options[name] is not None:
                 array = as_array(name, options[name])
-                missing = max(q.ndim, k.ndim) - array.ndim
-                options[name] = array[(np.newaxis,) * missing]
+                options[name] = array[(np.newaxis,) * (q.ndim - array.ndim)]
         return out, attention_weights(q, k, **options)
 
     def new_cache(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -109,6 +110,27 @@ class Inputs(NamedTuple):
     keys: Array  # `x` itself in self-attention
     values: Array  # `keys` itself where both come from one array
     rotation: Rotation | None
+
+
+def random_generator(rng: np.random.Generator | int | None) -> np.random.Generator:
+    try:
+        return np.random.default_rng(rng)
+    except TypeError as error:
+        refuse_kind("rng", f"{rng!r} ({error})", "a numpy.random.Generator or a seed")
+    except ValueError as error:
+        refuse("rng", f"{rng!r} ({error})", "a seed of at least 0")
+
+
+def initial_parameter(
+    name: str, shape: tuple[int, ...], dtype: np.dtype[Any], rng: np.random.Generator
+) -> Array:
+    """Return what a parameter is before it has learned: random for a matrix alone."""
+    if name.endswith("_bias"):
+        return np.zeros(shape, dtype)
+    if len(shape) == 1:  # of a norm
+        return np.ones(shape, dtype)
+    with np.errstate(under="ignore"):
+        return (rng.standard_normal(shape) / math.sqrt(shape[0])).astype(dtype)
 
 
 def context_dims(value: object) -> tuple[int, int]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from . import _layer_arguments, _layer_weights
 from ._checks import at_least, flag, refuse, refuse_kind, refuse_unknown
-from ._layer_arguments import OPTIONS_ELSEWHERE, context_dims, rotary_options
+from ._layer_arguments import (
+    OPTIONS_ELSEWHERE,
+    context_dims,
+    initial_parameter,
+    random_generator,
+    rotary_options,
+)
 
 if TYPE_CHECKING:
     import os
@@ -48,14 +53,10 @@ class LayerParameters:
             norm_epsilon, dtype,
         )  # fmt: skip
         self._rotary = rotary_options(rotary, self._head_dim)
-        try:
-            generator = np.random.default_rng(rng)
-        except TypeError as error:
-            refuse_kind("rng", f"{rng!r} ({error})", "a numpy.random.Generator or a seed")
-        except ValueError as error:
-            refuse("rng", f"{rng!r} ({error})", "a seed of at least 0")
+        generator = random_generator(rng)
         self._parameters = {
-            name: self._initial(name, shape, generator) for name, shape in shapes.items()
+            name: initial_parameter(name, shape, self._dtype, generator)
+            for name, shape in shapes.items()
         }
 
     @classmethod
@@ -121,14 +122,6 @@ class LayerParameters:
         if flag("qk_norm", qk_norm):
             shapes |= {"q_norm": (self._head_dim,), "k_norm": (self._head_dim,)}
         return shapes
-
-    def _initial(self, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
-        if name.endswith("_bias"):
-            return np.zeros(shape, self._dtype)
-        if name.endswith("_norm"):
-            return np.ones(shape, self._dtype)
-        with np.errstate(under="ignore"):
-            return (rng.standard_normal(shape) / math.sqrt(shape[0])).astype(self._dtype)
 
     def __repr__(self) -> str:
         return (
@@ -238,7 +231,11 @@ class LayerParameters:
         --------
         load : read it.
         """
-        description = {
+        _layer_weights.save(path, self._describe(), self._parameters)
+
+    def _describe(self) -> dict[str, Any]:
+        """Return the options that `_of_arrays` makes such a layer with."""
+        return {
             "embed_dim": self.embed_dim,
             "num_heads": self.num_heads,
             "kv_heads": self.kv_heads,
@@ -251,7 +248,6 @@ class LayerParameters:
             "norm_epsilon": self.norm_epsilon,
             "dtype": self.dtype.name,
         }
-        _layer_weights.save(path, description, self._parameters)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -77,14 +77,17 @@ def converted(name: str, x: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def save(
-    path: str | os.PathLike[str], description: dict[str, Any], parameters: Mapping[str, Array]
+    path: str | os.PathLike[str],
+    description: dict[str, Any],
+    parameters: Mapping[str, Array],
+    kind: str = _METADATA,
 ) -> None:
-    """Write parameters, and the options of the layer that has them."""
+    """Write parameters, and the options of the layer, of some kind, that has them."""
     arrays = {name: np.ascontiguousarray(x) for name, x in parameters.items()}
     package = _safetensors()
     filename = _file_name(path)
     try:
-        package.numpy.save_file(arrays, filename, metadata={_METADATA: json.dumps(description)})
+        package.numpy.save_file(arrays, filename, metadata={kind: json.dumps(description)})
     except package.SafetensorError as error:
         raise OSError(f"path: {filename} cannot be written ({error})") from error
 
@@ -92,19 +95,22 @@ def save(
 @contextmanager
 def opened(
     path: str | os.PathLike[str],
+    kind: str = _METADATA,
+    check: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Array], dict[str, Any]]]:
     """Give the shapes of the arrays in a file, what reads one by its name, and the layer's options.
 
-    Errors of the file, and of a layer made of it, name the file.
+    `check` returns these, checked; by default those of an attention layer. Errors of the file, and
+    of a layer made of it, name the file.
     """
     package = _safetensors()
     filename = _file_name(path)
     try:
         with package.safe_open(filename, framework="numpy") as file:
             metadata = file.metadata() or {}
-            if _METADATA not in metadata:
-                refuse("metadata", f"no {_METADATA}", "a layer's sizes")
-            description = _description(metadata[_METADATA])
+            if kind not in metadata:
+                refuse("metadata", f"no {kind}", "a layer's sizes")
+            description = (check or checked_sizes)(_description(kind, metadata[kind]))
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             for name, x in slices.items():
                 if x.get_dtype() != _DTYPES[description["dtype"]]:
@@ -122,21 +128,30 @@ def _file_name(path: str | os.PathLike[str]) -> str:
         refuse_kind("path", f"{path!r} ({type(path).__name__})", "a str or a pathlib.Path")
 
 
-def _description(text: str) -> dict[str, Any]:
-    """Return the options of a layer."""
+def _description(kind: str, text: str) -> dict[str, Any]:
     try:
         description = json.loads(text)
     except (ValueError, RecursionError) as error:
-        refuse(_METADATA, f"no JSON ({error})", "JSON")
+        refuse(kind, f"no JSON ({error})", "JSON")
     if not isinstance(description, dict):
-        refuse_kind(_METADATA, type(description).__name__, "a mapping")
-    description = _LATER_OPTIONS | description
-    for name in _OPTIONS:
+        refuse_kind(kind, type(description).__name__, "a mapping")
+    return description
+
+
+def check_names(kind: str, description: dict[str, Any], options: tuple[str, ...]) -> None:
+    """Check that a layer's options are there, and no others."""
+    for name in options:
         if name not in description:
             refuse(name, "nothing", "it among a layer's sizes")
     for name in description:
-        if name not in _OPTIONS:
-            refuse(_METADATA, repr(name), "only " + ", ".join(_OPTIONS))
+        if name not in options:
+            refuse(kind, repr(name), "only " + ", ".join(options))
+
+
+def checked_sizes(description: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of an attention layer."""
+    description = _LATER_OPTIONS | description
+    check_names(_METADATA, description, _OPTIONS)
     for name in _OPTIONS[:5]:
         at_least(name, description[name], 1)
     pair = description["context_dim"]

@@ -12,25 +12,38 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 
-def divide_by_root_mean_square(vectors: Array, epsilon: float) -> tuple[Array, Array]:
+def divide_by_root_mean_square(vectors: Array, epsilon: float | Array) -> tuple[Array, Array]:
     """Divide each vector of the last axis by its root mean square, in place.
 
     `epsilon` is added to the mean of the squares. Return the power of two that each is multiplied
     by, and what it is divided by after that.
     """
-    # Squares of numbers beyond 1e19 overflow in float32. Powers of two change no digit.
+    scale = scale_down(vectors)
+    return scale, divide_by_root(vectors, np.asarray(epsilon, vectors.dtype) * scale * scale)
+
+
+def scale_down(vectors: Array) -> Array:
+    """Multiply large vectors by a power of two, in place, which makes their elements 1 at most.
+
+    Squares of numbers beyond 1e19 overflow in float32; powers of two change no digit.
+    """
     largest = np.maximum(vectors.max(axis=-1, keepdims=True), -vectors.min(axis=-1, keepdims=True))
     _, exponents = np.frexp(largest)
     most = np.finfo(vectors.dtype).maxexp - 2  # whose reciprocal is a normal number
     scale: Array = np.ldexp(vectors.dtype.type(1), -np.clip(exponents, 0, most))
     vectors *= scale
+    return scale
+
+
+def divide_by_root(vectors: Array, epsilon: Array) -> Array:
+    """Divide each vector by its root mean square, in place, and return this."""
     square = np.mean(np.square(vectors), axis=-1, keepdims=True)
-    root: Array = np.sqrt(square + vectors.dtype.type(epsilon) * scale * scale)
+    root: Array = np.sqrt(square + epsilon)
     vectors /= root
-    return scale, root
+    return root
 
 
-def take_norm_back(d: Array, vectors: Array, weight: Array, epsilon: float) -> Array:
+def take_norm_back(d: Array, vectors: Array, weight: Array, epsilon: float | Array) -> Array:
     """Turn gradients `d` with respect to a norm's results into its vectors' gradients, in place.
 
     Return products whose sum over all vectors is the gradient of the weight. `vectors` are

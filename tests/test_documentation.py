@@ -8,6 +8,7 @@ from pathlib import Path
 import numattn as na
 import pytest
 from numattn import (
+    _block_arguments,
     _checks,
     _layer_arguments,
     _quantize,
@@ -161,10 +162,13 @@ def heading(line):
     [
         _checks.INFERENCE_ELSEWHERE, _sequences.SEQUENCES_ELSEWHERE,
         _layer_arguments.ELSEWHERE, _layer_arguments.OPTIONS_ELSEWHERE,
+        _block_arguments.OPTIONS_ELSEWHERE, _block_arguments.ACTIVATIONS_ELSEWHERE,
+        _block_arguments.NORMS_ELSEWHERE,
         _rotary.ELSEWHERE, _stages._ELSEWHERE, _softmax._ELSEWHERE, _quantize._ELSEWHERE,
     ],
     ids=[
         "attention", "sequences", "a layer's call", "a layer",
+        "a block", "activations", "norms",
         "rotary", "values", "softmax", "8 bits",
     ],
 )  # fmt: skip
@@ -180,7 +184,7 @@ def test_reference_has_everything_public():
     for name in [*na.__all__, *plot.__all__]:
         if callable(getattr(na, name, None) or getattr(plot, name, None)):
             assert name in documented, name
-    for cls in (na.KVCache, na.MultiHeadAttention):
+    for cls in (na.KVCache, na.MultiHeadAttention, na.TransformerBlock):
         for name, member in inspect.getmembers(cls):
             is_method = inspect.isfunction(member) or inspect.ismethod(member)
             if is_method and (not name.startswith("_") or name == "__call__"):

@@ -101,6 +101,16 @@ def step(module: na.MultiHeadAttention, x: NDArray[np.float32]) -> NDArray[Any]:
     return gradients.x
 
 
+def block(module: na.TransformerBlock, x: NDArray[np.float32]) -> NDArray[Any]:
+    cache = na.KVCache(2, 4, 16)
+    out: NDArray[Any] = module(x, lengths=[5, 4], cache=cache, window=(8, 0))
+    _, weights = module(out, is_causal=True, return_weights=True)
+    out, vjp = module.vjp(x, is_causal=True, dropout=0.1, rng=0)
+    gradients: na.BlockGradients = vjp(out)
+    total: NDArray[Any] = weights + gradients.parameters["up_weight"].sum()
+    return total
+
+
 threads: int = na.get_num_threads()
 na.set_num_threads(threads)
 info: dict[str, Any] = na.runtime_info()

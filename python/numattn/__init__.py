@@ -9,13 +9,15 @@ generated. `set_num_threads` and `get_num_threads` say with how many threads, an
 are the stages by themselves, `attention_weights` and `attention_received` what they give.
 `MultiHeadAttention` is the layer of a model around attention, with `LayerGradients` and
 `ContextCache`, which keeps the keys and values of what it attends to in every step;
-`rotary_embedding` and `alibi_slopes` are its positions, `parameter_count` its size.
-`numattn.plot` draws.
+`TransformerBlock` is a whole block of one, with `BlockGradients`. `rotary_embedding` and
+`alibi_slopes` are their positions, `parameter_count` their size. `numattn.plot` draws.
 """
 
 from . import _threadpoolctl
 from ._alibi import alibi_slopes
 from ._attention import attention
+from ._block import TransformerBlock
+from ._block_gradients import BlockGradients
 from ._context_cache import ContextCache
 from ._gradients import (
     Gradients,
@@ -36,11 +38,13 @@ from ._softmax import masked_softmax
 from ._stages import aggregate_values, attention_received, attention_weights, qk_scores
 
 __all__ = [
+    "BlockGradients",
     "ContextCache",
     "Gradients",
     "KVCache",
     "LayerGradients",
     "MultiHeadAttention",
+    "TransformerBlock",
     "__version__",
     "aggregate_values",
     "alibi_slopes",

@@ -1,0 +1,154 @@
+"""The functions between the two matrices of a feed-forward network, and their slopes.
+
+Each turns numbers into its values, in place, and writes its slopes where these are wanted. `work`
+are arrays of the same shape, to be overwritten.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+    Activation = Callable[[Array, Array | None, Array], None]
+
+WORK_ARRAYS = 5
+
+# Q(x) is the probability that a standard normal variable is more than x. For x >= 0,
+# Q(x) exp(x^2 / 2) (x + 4) is a polynomial in u = (x - 4) / (x + 4), -1 <= u < 1, but for 4e-8 of
+# it (10 coefficients) and 1e-16 (23). They are from its Chebyshev series, highest power first.
+_SMOOTH_TAIL = {
+    "float32": (
+        -0.00015732057, 0.000129325681, 0.0015637869, -0.00347616789, -0.00751223138, 0.0603952959,
+        -0.186526711, 0.387137563, -0.607896404, 0.755285127,
+    ),
+    "float64": (
+        -1.6886576966786735e-09, -1.277235143295772e-09, 1.60673869573294e-08,
+        1.9569608939974048e-08, -7.878360342693638e-08, -1.622316320853567e-07,
+        2.647337281979868e-07, 1.026984070143193e-06, -6.249551077565178e-07,
+        -5.922893777541928e-06, 7.146021531267462e-07, 3.514560235904452e-05,
+        -1.907676030719098e-06, -0.00023109513778728935, 0.00013334420916014778,
+        0.0016308184854735856, -0.0034796923566515025, -0.007540188968891619, 0.06039657489036092,
+        -0.1865218579595787, 0.3871374007422266, -0.607896641971893, 0.7552851304157514,
+    ),
+}  # fmt: skip
+_FARTHEST = 40.0  # where Q is 0 in float64
+
+
+def gelu(a: Array, slope: Array | None, work: Array) -> None:
+    """Turn a into a P(X <= a) for a standard normal X.
+
+    The form of the tail is the one of Shepherd and Laframboise, "Chebyshev approximation of
+    (1 + 2x) exp(x^2) erfc x in 0 <= x < infinity", Mathematics of Computation 36, 1981.
+    """
+    x, gauss, inverse, u, tail = work
+    np.abs(a, out=x)
+    np.minimum(x, _FARTHEST, out=x)
+    np.multiply(x, x, out=gauss)
+    gauss *= -0.5
+    np.exp(gauss, out=gauss)
+    np.add(x, 4, out=inverse)
+    np.reciprocal(inverse, out=inverse)
+    np.multiply(inverse, -8, out=u)
+    u += 1
+    highest, *others = _SMOOTH_TAIL[a.dtype.name]
+    tail[...] = highest
+    for coefficient in others:
+        tail *= u
+        tail += coefficient
+    tail *= inverse  # Q(x) exp(x^2 / 2)
+    if slope is not None:
+        # The slope is P + a P'. At -x it is Q(x) - x P'(x); at x it is 1 less that.
+        np.multiply(x, 1 / math.sqrt(2 * math.pi), out=slope)
+        np.subtract(tail, slope, out=slope)
+        slope *= gauss
+        np.subtract(0.5, slope, out=slope)
+        np.copysign(1, a, out=u)
+        slope *= u
+        slope += 0.5
+    tail *= gauss
+    tail *= x
+    np.maximum(a, 0, out=a)
+    a -= tail
+
+
+def gelu_tanh(a: Array, slope: Array | None, work: Array) -> None:
+    """Turn a into a (1 + tanh z) / 2, z = sqrt(2 / pi) (a + 0.044715 a^3).
+
+    This is a / (1 + exp(-2 z)), which keeps the digits of small values.
+    """
+    sigmoid, near = work[:2]
+    of_a = 2 * math.sqrt(2 / math.pi)
+    of_cube = 0.044715 * of_a
+    np.minimum(a, 30, out=near)  # the sigmoid is 0 or 1 beyond it
+    np.maximum(near, -30, out=near)
+    np.multiply(near, near, out=sigmoid)
+    sigmoid *= of_cube
+    sigmoid += of_a
+    sigmoid *= near
+    _to_sigmoid(sigmoid)
+    if slope is not None:
+        # With s = sigmoid(y): s + a s (1 - s) dy/da.
+        np.multiply(near, near, out=slope)
+        slope *= 3 * of_cube
+        slope += of_a
+        slope *= near
+        slope *= sigmoid
+        np.subtract(1, sigmoid, out=near)
+        slope *= near
+        slope += sigmoid
+    a *= sigmoid
+
+
+def silu(a: Array, slope: Array | None, work: Array) -> None:
+    """Turn a into a s for s = 1 / (1 + exp(-a))."""
+    sigmoid = work[0]
+    sigmoid[...] = a
+    _to_sigmoid(sigmoid)
+    if slope is not None:
+        # s + a s (1 - s)
+        np.subtract(1, sigmoid, out=slope)
+        slope *= a
+        slope += 1
+        slope *= sigmoid
+    a *= sigmoid
+
+
+def _to_sigmoid(x: Array) -> None:
+    np.negative(x, out=x)
+    np.exp(x, out=x)
+    x += 1
+    np.reciprocal(x, out=x)
+
+
+def relu(a: Array, slope: Array | None, work: Array) -> None:
+    """Turn a into max(a, 0)."""
+    del work
+    if slope is not None:
+        np.greater(a, 0, out=slope)
+    np.maximum(a, 0, out=a)
+
+
+def relu_squared(a: Array, slope: Array | None, work: Array) -> None:
+    """Turn a into max(a, 0)^2."""
+    del work
+    np.maximum(a, 0, out=a)
+    if slope is not None:
+        np.multiply(a, 2, out=slope)
+    a *= a
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "silu": silu,
+    "relu": relu,
+    "relu_squared": relu_squared,
+}

@@ -1,0 +1,662 @@
+"""A block of a model: attention and a feed-forward network, with norms and residuals."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
+
+import numpy as np
+
+from . import _layer_weights
+from ._arguments import ints_per_batch
+from ._block_arguments import (
+    KIND,
+    OPTIONS_ELSEWHERE,
+    BlockOptions,
+    checked_description,
+    checked_options,
+    refuse_context,
+)
+from ._block_gradients import BlockGradients, Call, Valid, differentiate
+from ._checks import flag, refuse_unknown
+from ._feed_forward import FeedForward
+from ._layer import MultiHeadAttention
+from ._layer_arguments import initial_parameter, random_generator
+from ._norms import Norm
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping
+    from typing import Unpack
+
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+    from ._block_arguments import AttentionOptions, VjpOptions
+
+    Array = NDArray[Any]
+
+_PREFIX = "attention."
+
+
+class TransformerBlock:
+    """A transformer block: attention and a feed-forward network, each added to what came in.
+
+    With ``norm_first=True`` (GPT-2, Llama), ``h = x + attention(norm1(x))`` and ``out = h +
+    feed_forward(norm2(h))``; else (BERT), ``h = norm1(x + attention(x))`` and ``out = norm2(h +
+    feed_forward(h))``. A model is a list of blocks.
+
+    Parameters
+    ----------
+    embed_dim : int
+        Elements of an embedding, in and out.
+    num_heads : int
+        Query heads.
+    hidden_dim : int, optional
+        Elements between the matrices of the feed-forward network. Default: ``4 * embed_dim``.
+    norm : {"layer", "rms"}, default "layer"
+        LayerNorm, or the norm by the root mean square, which has no bias.
+    norm_first : bool, default True
+        Where the norms are; see above.
+    activation : {"gelu", "gelu_tanh", "silu", "relu", "relu_squared"}, default "gelu"
+        The function ``f`` between the matrices. "gelu" is ``a * P(X <= a)`` for a standard normal
+        X, "gelu_tanh" its approximation in GPT-2 and Gemma, "silu" is ``a / (1 + exp(-a))``, and
+        "relu_squared" is ``max(a, 0)**2``.
+    gated : bool, default False
+        The network is ``down(f(gate(x)) * up(x))`` (SwiGLU in Llama) rather than
+        ``down(f(up(x)))``.
+    norm_epsilon : float, default 1e-5
+        What `norm1` and `norm2` add to the variance or the mean square.
+    kv_heads, head_dim, value_dim, rotary, qk_norm
+        As of `MultiHeadAttention`.
+    bias : bool, default True
+        Add a learned vector after each matrix and in each LayerNorm.
+    dtype : dtype, default float32
+        float32 or float64, of the parameters and of x.
+    rng : numpy.random.Generator or int, optional
+        What random matrices are drawn with, from a normal distribution of variance 1 / (elements
+        in); biases begin at 0, weights of norms at 1.
+
+    Attributes
+    ----------
+    attention : MultiHeadAttention
+        The block's attention.
+    num_parameters : int
+        Numbers in all parameters.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of the wrong kind, or dimensions do not divide.
+
+    See Also
+    --------
+    MultiHeadAttention : attention alone, and cross-attention.
+    KVCache : keys and values of the tokens so far, one cache for each block.
+    parameter_count : how many numbers the matrices of attention hold.
+
+    Notes
+    -----
+    The block of Vaswani et al., "Attention Is All You Need", NeurIPS 2017, with the norms of Ba et
+    al., "Layer Normalization", 2016, or Zhang and Sennrich, "Root Mean Square Layer Normalization",
+    NeurIPS 2019; norms before attention as in Xiong et al., "On Layer Normalization in the
+    Transformer Architecture", ICML 2020; gates as in Shazeer, "GLU Variants Improve Transformer",
+    2020; "relu_squared" from So et al., "Primer", NeurIPS 2021.
+
+    Activations keep the digits of small results: "gelu" is within a few units in the last place
+    (of larger results; (4 + a**2) of them for tails). Norms take vectors of any finite size. NaN
+    and infinity go where arithmetic takes them, whatever ``np.seterr`` says. There is no dropout,
+    except of attention's weights in `vjp`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numattn as na
+    >>> x = np.random.default_rng(0).standard_normal((2, 10, 64), dtype=np.float32)
+    >>> gpt2 = na.TransformerBlock(64, 4, activation="gelu_tanh", rng=0)
+    >>> gpt2(x, is_causal=True).shape
+    (2, 10, 64)
+
+    Llama's block, and a model of two of them:
+
+    >>> llama = {"norm": "rms", "activation": "silu", "gated": True, "bias": False, "rotary": True}
+    >>> model = [na.TransformerBlock(64, 8, 172, kv_heads=2, **llama, rng=i) for i in range(2)]
+    >>> for block in model:
+    ...     x = block(x, is_causal=True)
+    >>> x.shape, sum(block.num_parameters for block in model)
+    ((2, 10, 64), 86784)
+    """
+
+    attention: MultiHeadAttention
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        hidden_dim: int | None = None,
+        *,
+        norm: Literal["layer", "rms"] = "layer",
+        norm_first: bool = True,
+        activation: Literal["gelu", "gelu_tanh", "silu", "relu", "relu_squared"] = "gelu",
+        gated: bool = False,
+        norm_epsilon: float = 1e-5,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        bias: bool = True,
+        rotary: bool | Mapping[str, Any] | None = None,
+        qk_norm: bool = False,
+        dtype: DTypeLike = np.float32,
+        rng: np.random.Generator | int | None = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            refuse_unknown("TransformerBlock", unknown, OPTIONS_ELSEWHERE)
+        generator = random_generator(rng)
+        self.attention = MultiHeadAttention(
+            embed_dim, num_heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim,
+            bias=bias, rotary=rotary, qk_norm=qk_norm, dtype=dtype, rng=generator,
+        )  # fmt: skip
+        self._options = checked_options(
+            4 * self.attention._embed_dim if hidden_dim is None else hidden_dim,
+            norm, norm_first, activation, gated, norm_epsilon, bias, bias,
+        )  # fmt: skip
+        shapes = self._options.shapes(self.attention._embed_dim)
+        self._parameters = {
+            name: initial_parameter(name, shape, self.attention._dtype, generator)
+            for name, shape in shapes.items()
+        }
+
+    @classmethod
+    def _of_arrays(
+        cls,
+        attention: MultiHeadAttention,
+        options: BlockOptions,
+        given: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], Array],
+        are_transposed: bool = False,
+    ) -> Self:
+        """Make a block of copies of its own arrays, as `MultiHeadAttention._of_arrays` does."""
+        block = cls.__new__(cls)
+        shapes = options.shapes(attention._embed_dim)
+        _layer_weights.check_shapes(given, shapes, are_transposed)
+        block.attention, block._options = attention, options
+        block._parameters = {
+            name: _layer_weights.converted(name, read(name), attention._dtype) for name in shapes
+        }
+        return block
+
+    def __repr__(self) -> str:
+        own, attention = self._options, self.attention
+        return (
+            f"TransformerBlock({attention._embed_dim}, {attention._heads}, {own.hidden_dim}, "
+            f"norm={own.norm!r}, norm_first={own.norm_first}, activation={own.activation!r}, "
+            f"gated={own.gated}, kv_heads={attention._kv_heads}, dtype={attention._dtype.name})"
+        )
+
+    # ---- parameters -----------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, Array]:
+        """Return the block's own arrays by name: what is written into them counts.
+
+        ``norm1_weight``, ``norm1_bias`` (embed_dim,); those of `MultiHeadAttention.parameters`
+        with ``attention.`` before their names; ``norm2_weight``, ``norm2_bias``; ``up_weight``
+        and ``gate_weight`` (embed_dim, hidden_dim), ``down_weight`` (hidden_dim, embed_dim), and
+        their biases.
+
+        Examples
+        --------
+        A file of a whole model, and the model that it makes:
+
+        >>> import numattn as na
+        >>> blocks = [na.TransformerBlock(64, 4, rng=i) for i in range(2)]
+        >>> named = {
+        ...     f"blocks.{i}.{name}": x
+        ...     for i, block in enumerate(blocks)
+        ...     for name, x in block.parameters().items()
+        ... }
+        >>> list(named)[:3]
+        ['blocks.0.norm1_weight', 'blocks.0.norm1_bias', 'blocks.0.attention.q_weight']
+        >>> # safetensors.numpy.save_file(named, path); named = safetensors.numpy.load_file(path)
+        >>> for i, block in enumerate(blocks):
+        ...     for name, x in block.parameters().items():
+        ...         x[...] = named[f"blocks.{i}.{name}"]
+        """
+        before = {name: x for name, x in self._parameters.items() if name.startswith("norm1")}
+        attention = {f"{_PREFIX}{name}": x for name, x in self.attention.parameters().items()}
+        return before | attention | self._parameters
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all parameters."""
+        return sum(x.size for x in self.parameters().values())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write parameters and options to a safetensors file.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Where to write it; a file that is there is replaced.
+
+        Raises
+        ------
+        ImportError
+            If safetensors is missing: ``pip install 'numattn[weights]'``.
+        OSError
+            If the file cannot be written.
+        TypeError
+            If `path` is no path.
+
+        See Also
+        --------
+        load : read it.
+        parameters : for files of a whole model.
+        """
+        description = {"attention": self.attention._describe(), **self._options._asdict()}
+        _layer_weights.save(path, description, self.parameters(), KIND)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a block that `save` wrote.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The file.
+
+        Raises
+        ------
+        ImportError
+            If safetensors is missing: ``pip install 'numattn[weights]'``.
+        OSError
+            If the file cannot be read.
+        ValueError
+            If it is no such file: its options are missing, unknown or of the wrong kind, or its
+            arrays are not what they say.
+        TypeError
+            If `path` is no path.
+
+        See Also
+        --------
+        save : write it.
+        """
+        with _layer_weights.opened(path, KIND, checked_description) as (shapes, read, description):
+            names = [name for name in shapes if name.startswith(_PREFIX)]
+            attention = MultiHeadAttention._of_arrays(
+                {name.removeprefix(_PREFIX): shapes.pop(name) for name in names},
+                lambda name: read(f"{_PREFIX}{name}"),
+                **description["attention"],
+            )
+            return cls._of_arrays(attention, description["options"], shapes, read)
+
+    @classmethod
+    def from_weights(
+        cls,
+        *,
+        num_heads: int,
+        q_weight: ArrayLike,
+        k_weight: ArrayLike,
+        v_weight: ArrayLike,
+        o_weight: ArrayLike,
+        up_weight: ArrayLike,
+        down_weight: ArrayLike,
+        norm1_weight: ArrayLike,
+        norm2_weight: ArrayLike,
+        gate_weight: ArrayLike | None = None,
+        q_bias: ArrayLike | None = None,
+        k_bias: ArrayLike | None = None,
+        v_bias: ArrayLike | None = None,
+        o_bias: ArrayLike | None = None,
+        up_bias: ArrayLike | None = None,
+        gate_bias: ArrayLike | None = None,
+        down_bias: ArrayLike | None = None,
+        norm1_bias: ArrayLike | None = None,
+        norm2_bias: ArrayLike | None = None,
+        q_norm: ArrayLike | None = None,
+        k_norm: ArrayLike | None = None,
+        transposed: bool = False,
+        kv_heads: int | None = None,
+        norm: Literal["layer", "rms"] = "layer",
+        norm_first: bool = True,
+        activation: Literal["gelu", "gelu_tanh", "silu", "relu", "relu_squared"] = "gelu",
+        norm_epsilon: float = 1e-5,
+        rotary: bool | Mapping[str, Any] | None = None,
+        dtype: DTypeLike | None = None,
+        **unknown: Any,
+    ) -> Self:
+        """Make a block of separate matrices as Hugging Face models hold them.
+
+        Parameters
+        ----------
+        num_heads : int
+            Query heads.
+        q_weight, k_weight, v_weight, o_weight : array_like, shape (elements out, elements in)
+            As of `MultiHeadAttention.from_weights`, tensors of PyTorch included.
+        up_weight, down_weight : array_like
+            (hidden_dim, embed_dim) and (embed_dim, hidden_dim).
+        norm1_weight, norm2_weight : array_like, shape (embed_dim,)
+            Of the norm of attention and of the feed-forward network.
+        gate_weight : array_like, shape (hidden_dim, embed_dim), optional
+            Of a gated block: what the activation is applied to. Default: the block is not gated.
+        q_bias, k_bias, v_bias, o_bias : array_like, optional
+            Missing ones are 0 where any is given.
+        up_bias, gate_bias, down_bias : array_like, optional
+            The same.
+        norm1_bias, norm2_bias : array_like, shape (embed_dim,), optional
+            The same, for ``norm="layer"``.
+        q_norm, k_norm : array_like, shape (head_dim,), optional
+            Weights of the norms of queries and keys; both or none.
+        transposed : bool, default False
+            All matrices are (elements in, elements out), as those of GPT-2's ``Conv1D``.
+        kv_heads, rotary
+            As of `MultiHeadAttention.from_weights`.
+        norm, norm_first, activation, norm_epsilon
+            As of the class.
+        dtype : dtype, optional
+            Default: that of `q_weight`, float32 for 16-bit floats.
+
+        Raises
+        ------
+        TypeError
+            If an argument is of the wrong kind, such as a masked array or complex numbers.
+        ValueError
+            If shapes do not fit, or a number is too large for `dtype`.
+
+        See Also
+        --------
+        MultiHeadAttention.from_weights : attention alone.
+
+        Examples
+        --------
+        A block of GPT-2, whose matrices of q, k and v are one:
+
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> rng = np.random.default_rng(0)
+        >>> def numbers(*shape):
+        ...     return rng.standard_normal(shape, dtype=np.float32) / 8
+        >>> state = {  # module.state_dict() of a transformers GPT2Block
+        ...     "ln_1.weight": numbers(64), "ln_1.bias": numbers(64),
+        ...     "attn.c_attn.weight": numbers(64, 192), "attn.c_attn.bias": numbers(192),
+        ...     "attn.c_proj.weight": numbers(64, 64), "attn.c_proj.bias": numbers(64),
+        ...     "ln_2.weight": numbers(64), "ln_2.bias": numbers(64),
+        ...     "mlp.c_fc.weight": numbers(64, 256), "mlp.c_fc.bias": numbers(256),
+        ...     "mlp.c_proj.weight": numbers(256, 64), "mlp.c_proj.bias": numbers(64),
+        ... }
+        >>> weights = {}
+        >>> for kind in ("weight", "bias"):
+        ...     joined = np.split(state[f"attn.c_attn.{kind}"], 3, axis=-1)
+        ...     weights |= {f"{part}_{kind}": x for part, x in zip("qkv", joined)}
+        ...     weights[f"o_{kind}"] = state[f"attn.c_proj.{kind}"]
+        ...     weights[f"up_{kind}"] = state[f"mlp.c_fc.{kind}"]
+        ...     weights[f"down_{kind}"] = state[f"mlp.c_proj.{kind}"]
+        ...     weights[f"norm1_{kind}"] = state[f"ln_1.{kind}"]
+        ...     weights[f"norm2_{kind}"] = state[f"ln_2.{kind}"]
+        >>> block = na.TransformerBlock.from_weights(
+        ...     **weights, num_heads=4, activation="gelu_tanh", transposed=True
+        ... )
+        >>> block(numbers(1, 10, 64), is_causal=True).shape
+        (1, 10, 64)
+        """
+        if unknown:
+            refuse_unknown("TransformerBlock.from_weights", unknown, OPTIONS_ELSEWHERE)
+        is_transposed = flag("transposed", transposed)
+        of_attention = _layer_weights.float_matrices(
+            q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, o_weight=o_weight
+        )
+        own = _layer_weights.float_matrices(up_weight=up_weight, down_weight=down_weight)
+        hidden_dim = own["up_weight"].shape[1 if is_transposed else 0]
+        if gate_weight is not None:
+            own |= _layer_weights.float_matrices(gate_weight=gate_weight)
+        if is_transposed:
+            of_attention = {name: x.T for name, x in of_attention.items()}
+        else:
+            own = {name: x.T for name, x in own.items()}
+        attention = MultiHeadAttention.from_weights(
+            **of_attention, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=o_bias,
+            q_norm=q_norm, k_norm=k_norm, num_heads=num_heads, kv_heads=kv_heads, rotary=rotary,
+            dtype=dtype,
+        )  # fmt: skip
+        biases = {"up_bias": up_bias, "down_bias": down_bias}
+        if gate_weight is not None or gate_bias is not None:
+            biases["gate_bias"] = gate_bias
+        norm_biases = {"norm1_bias": norm1_bias, "norm2_bias": norm2_bias}
+        options = checked_options(
+            hidden_dim, norm, norm_first, activation, gate_weight is not None, norm_epsilon,
+            any(x is not None for x in norm_biases.values()),
+            any(x is not None for x in biases.values()),
+        )  # fmt: skip
+        shapes = options.shapes(attention._embed_dim)
+        for name, x in (biases | norm_biases).items():
+            if x is not None:
+                own[name] = _layer_weights.numbers(name, x)
+            elif name in shapes:
+                own[name] = np.zeros(shapes[name])
+        own["norm1_weight"] = _layer_weights.numbers("norm1_weight", norm1_weight)
+        own["norm2_weight"] = _layer_weights.numbers("norm2_weight", norm2_weight)
+        given = {name: x.shape for name, x in own.items()}
+        return cls._of_arrays(attention, options, given, own.__getitem__, not is_transposed)
+
+    # ---- the block ------------------------------------------------------------------------------
+
+    @overload
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        lengths: int | ArrayLike | None = None,
+        return_weights: Literal[False] = False,
+        **options: Unpack[AttentionOptions],
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        lengths: int | ArrayLike | None = None,
+        return_weights: Literal[True],
+        **options: Unpack[AttentionOptions],
+    ) -> tuple[Array, Array]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        lengths: int | ArrayLike | None = None,
+        return_weights: bool,
+        **options: Unpack[AttentionOptions],
+    ) -> Array | tuple[Array, Array]: ...
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        lengths: int | ArrayLike | None = None,
+        return_weights: bool = False,
+        **options: Any,
+    ) -> Array | tuple[Array, Array]:
+        """Return what the block makes of embeddings.
+
+        Parameters
+        ----------
+        x : array_like, shape (..., L, embed_dim)
+            Embeddings, of the block's dtype.
+        lengths : int or array_like of int, optional
+            How many tokens are valid, for all or per batch item, the others being padding on the
+            right. Nobody attends to padding, it goes through no feed-forward network, and its rows
+            of `out` are 0, whatever is in `x` there. Default: all.
+        return_weights : bool, default False
+            Also return attention's weights (..., heads, L, L).
+        **options
+            Of `MultiHeadAttention`, as they are: is_causal, mask, tail_mask, positions, window,
+            softcap, and cache, a `KVCache` of the block's own.
+
+        Returns
+        -------
+        out : ndarray, shape (..., L, embed_dim)
+        weights : ndarray, shape (..., heads, L, L)
+            Only with ``return_weights=True``.
+
+        Raises
+        ------
+        TypeError
+            If an argument is of the wrong kind, or a context is given: cross-attention is
+            `MultiHeadAttention`'s.
+        ValueError
+            If a shape or a value does not fit. A cache is then as it was.
+
+        Examples
+        --------
+        Token after token, with a cache for each block:
+
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> block = na.TransformerBlock(64, 4, rotary=True, rng=0)
+        >>> x = np.random.default_rng(0).standard_normal((2, 10, 64), dtype=np.float32)
+        >>> out = block(x, is_causal=True)
+        >>> cache = na.KVCache(2, 4, 16)
+        >>> steps = [block(x[:, i : i + 1], cache=cache) for i in range(10)]
+        >>> bool(np.allclose(np.concatenate(steps, axis=1), out, atol=1e-5))
+        True
+        """
+        refuse_context("TransformerBlock", options)
+        x, lengths, valid = self._checked(x, lengths)
+        norm1, norm2 = self._norms()
+        options |= {"lengths": lengths, "return_weights": return_weights}
+        with np.errstate(all="ignore"):
+            into = self._normed(norm1, x) if self._options.norm_first else x
+            attended = self.attention(into, **options)
+            attended, *weights = attended if return_weights else (attended,)
+            h = valid.of(attended)
+            h += valid.of(x)
+            if self._options.norm_first:
+                out = self._feed_forward()(norm2.apply(h, np.empty_like(h)))
+                out += h
+            else:
+                norm1.apply(h, h)
+                out = self._feed_forward()(h)
+                out += h
+                norm2.apply(out, out)
+        return (valid.spread(out), *weights) if weights else valid.spread(out)
+
+    def vjp(
+        self,
+        x: ArrayLike,
+        *,
+        lengths: int | ArrayLike | None = None,
+        **options: Unpack[VjpOptions],
+    ) -> tuple[Array, Callable[[ArrayLike], BlockGradients]]:
+        """Return the block's result, and the function that gives gradients.
+
+        Parameters
+        ----------
+        x, lengths
+            As of a call.
+        **options
+            Of `MultiHeadAttention.vjp`: is_causal, mask, tail_mask, positions, window, softcap, and
+            dropout with rng, which is of attention's weights alone.
+
+        Returns
+        -------
+        out : ndarray, shape (..., L, embed_dim)
+            The result of the call, to the bit where nothing is dropped.
+        vjp : callable
+            ``vjp(dout)`` takes a scalar's gradient with respect to `out`, of its shape and of the
+            block's dtype, and returns `BlockGradients`: those with respect to `x` and all
+            parameters. It may be called any number of times, also by several threads.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As of a call and, from `vjp`, if `dout` is of the wrong kind or shape.
+
+        See Also
+        --------
+        MultiHeadAttention.vjp : attention alone.
+
+        Notes
+        -----
+        `vjp` keeps what `MultiHeadAttention.vjp` keeps, what goes into the norms and what comes out
+        of the first matrices of the feed-forward network; values of the activation are computed
+        again. Whoever writes to `x`, masks or parameters before `vjp` is called gets other
+        gradients: take all gradients before the step that changes the parameters.
+
+        Padding gets the gradient 0, and neither what it holds nor `dout` there shows in the others.
+
+        Examples
+        --------
+        Gradient descent: two blocks learn to give the token before each one.
+
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> blocks = [na.TransformerBlock(16, 2, rotary=True, rng=i) for i in range(2)]
+        >>> x = np.random.default_rng(0).standard_normal((8, 12, 16), dtype=np.float32)
+        >>> target = np.roll(x, 1, axis=1)
+        >>> losses = []
+        >>> for _ in range(40):
+        ...     out, vjps = x, []
+        ...     for block in blocks:
+        ...         out, vjp = block.vjp(out)
+        ...         vjps.append(vjp)
+        ...     losses.append(float(np.square(out - target).mean()))
+        ...     d = 2 * (out - target) / out.size
+        ...     for block, vjp in zip(reversed(blocks), reversed(vjps)):
+        ...         d, gradients = vjp(d)
+        ...         for name, parameter in block.parameters().items():
+        ...             parameter -= 0.5 * gradients[name]
+        >>> losses[-1] < losses[0] / 2
+        True
+        """
+        refuse_context("TransformerBlock.vjp", options)
+        x, lengths, valid = self._checked(x, lengths)
+        norm_first = self._options.norm_first
+        (norm1, norm2), feed_forward = self._norms(), self._feed_forward()
+        with np.errstate(all="ignore"):
+            into = self._normed(norm1, x) if norm_first else x
+            attended, take_attention_back = self.attention.vjp(into, lengths=lengths, **options)
+            h = valid.of(attended)
+            h += valid.of(x)
+            into_norm1 = valid.of(x) if norm_first else h
+            if not norm_first:
+                h = norm1.apply(h, np.empty_like(h))
+            into_feed_forward = norm2.apply(h, np.empty_like(h)) if norm_first else h
+            inner = feed_forward.inner(into_feed_forward)
+            out = feed_forward.of_inner(inner)
+            out += h
+            into_norm2 = h if norm_first else out
+            if not norm_first:
+                out = norm2.apply(out, np.empty_like(out))
+        call = Call(
+            tuple(self.parameters()), norm_first, (norm1, norm2), feed_forward, valid,
+            (into_norm1, into_norm2), into_feed_forward, inner, take_attention_back,
+        )  # fmt: skip
+
+        def vjp(dout: ArrayLike) -> BlockGradients:
+            return differentiate(call, dout)
+
+        return valid.spread(out), vjp
+
+    def _checked(self, x: ArrayLike, lengths: Any) -> tuple[Array, Array | None, Valid]:
+        x = self.attention._checked("x", x, self.attention._embed_dim)
+        lengths = ints_per_batch("lengths", lengths, x.shape[:-2], 0, x.shape[-2])
+        rows: Array | slice = slice(None)
+        if lengths is not None and np.any(lengths < x.shape[-2]):
+            rows = (np.arange(x.shape[-2]) < lengths[..., np.newaxis]).reshape(-1)
+        return x, lengths, Valid(x.shape, rows)
+
+    def _normed(self, norm: Norm, x: Array) -> Array:
+        rows = x.reshape(-1, x.shape[-1])
+        return norm.apply(rows, np.empty(rows.shape, rows.dtype)).reshape(x.shape)
+
+    def _norms(self) -> tuple[Norm, Norm]:
+        own, options = self._parameters, self._options
+
+        def norm(name: str) -> Norm:
+            weight, bias = own[f"{name}_weight"], own.get(f"{name}_bias")
+            return Norm(options.norm == "layer", options.norm_epsilon, weight, bias)
+
+        return norm("norm1"), norm("norm2")
+
+    def _feed_forward(self) -> FeedForward:
+        return FeedForward(self._options.activation, self._options.gated, self._parameters)

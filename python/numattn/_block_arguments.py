@@ -1,0 +1,150 @@
+"""The options of a block, checked, and what other libraries call them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+from ._activations import ACTIVATIONS
+from ._checks import at_least, flag, meant, real, refuse, refuse_kind
+from ._layer_arguments import OPTIONS_ELSEWHERE as LAYER_OPTIONS_ELSEWHERE
+from ._layer_weights import check_names, checked_sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    from numpy.typing import ArrayLike
+
+    from ._kv_cache import KVCache
+
+KIND = "numattn.TransformerBlock"
+_NORMS = ("layer", "rms")
+
+# What PyTorch's TransformerEncoderLayer and models' configurations call the options of a block.
+OPTIONS_ELSEWHERE = {
+    **LAYER_OPTIONS_ELSEWHERE,
+    "d_model": "`embed_dim=`",
+    "hidden_size": "`embed_dim=`",
+    "nhead": "`num_heads=`",
+    "num_attention_heads": "`num_heads=`",
+    "dim_feedforward": "`hidden_dim=`",
+    "intermediate_size": "`hidden_dim=`",
+    "hidden_act": "`activation=`",
+    "activation_function": "`activation=`",
+    "layer_norm_eps": "`norm_epsilon=`",
+    "layer_norm_epsilon": "`norm_epsilon=`",
+    "rms_norm_eps": "`norm_epsilon=`",
+    "mlp_bias": "`bias=`, or `from_weights`, which takes the biases that there are",
+    "dropout": "`dropout=` of `TransformerBlock.vjp`, for training",
+    "attention_dropout": "`dropout=` of `TransformerBlock.vjp`, for training",
+    "context_dim": "a block attends to its own tokens; `MultiHeadAttention` has `context_dim=`",
+}
+
+ACTIVATIONS_ELSEWHERE = {
+    "gelu_new": "`'gelu_tanh'`",
+    "gelu_pytorch_tanh": "`'gelu_tanh'`",
+    "gelu_python": "`'gelu'`",
+    "swish": "`'silu'`",
+    "swiglu": "`activation='silu', gated=True`",
+    "geglu": "`activation='gelu', gated=True`",
+    "relu2": "`'relu_squared'`",
+}
+
+NORMS_ELSEWHERE = {"layer_norm": "`'layer'`", "rms_norm": "`'rms'`"}
+
+_CONTEXT_MEANT = "nothing: a block attends to its own tokens; `MultiHeadAttention` takes a context"
+_CONTEXT_NAMES = ("context", "encoder_hidden_states", "key_value_states", "memory")
+
+
+class AttentionOptions(TypedDict, total=False):
+    """What a call of a block hands on to its attention."""
+
+    is_causal: bool | None
+    mask: ArrayLike | None
+    tail_mask: ArrayLike | None
+    positions: ArrayLike | None
+    window: tuple[int | None, int | None] | None
+    softcap: float | None
+    cache: KVCache | None
+
+
+class VjpOptions(TypedDict, total=False):
+    """The same for `TransformerBlock.vjp`."""
+
+    is_causal: bool
+    mask: ArrayLike | None
+    tail_mask: ArrayLike | None
+    positions: ArrayLike | None
+    window: tuple[int | None, int | None] | None
+    softcap: float | None
+    dropout: float
+    rng: int | np.random.Generator | None
+
+
+class BlockOptions(NamedTuple):
+    """The options of a block that are not its attention's."""
+
+    hidden_dim: int
+    norm: str
+    norm_first: bool
+    activation: str
+    gated: bool
+    norm_epsilon: float
+    norm_bias: bool
+    hidden_bias: bool
+
+    def shapes(self, embed_dim: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the parameters by name."""
+        into, out_of = (embed_dim, self.hidden_dim), (self.hidden_dim, embed_dim)
+        shapes: dict[str, tuple[int, ...]] = {
+            "norm1": (embed_dim,), "norm2": (embed_dim,),
+            "up": into, **({"gate": into} if self.gated else {}), "down": out_of,
+        }  # fmt: skip
+        named = {}
+        for name, shape in shapes.items():
+            named[f"{name}_weight"] = shape
+            if self.norm_bias if name.startswith("norm") else self.hidden_bias:
+                named[f"{name}_bias"] = shape[-1:]
+        return named
+
+
+def checked_options(
+    hidden_dim: Any, norm: Any, norm_first: Any, activation: Any, gated: Any, norm_epsilon: Any,
+    norm_bias: Any, hidden_bias: Any,
+) -> BlockOptions:  # fmt: skip
+    norm = _one_of("norm", norm, _NORMS, NORMS_ELSEWHERE)
+    activation = _one_of("activation", activation, tuple(ACTIVATIONS), ACTIVATIONS_ELSEWHERE)
+    epsilon = real("norm_epsilon", norm_epsilon)
+    if epsilon < 0:
+        refuse("norm_epsilon", repr(norm_epsilon), "a number of at least 0")
+    return BlockOptions(
+        at_least("hidden_dim", hidden_dim, 1), norm, flag("norm_first", norm_first), activation,
+        flag("gated", gated), epsilon, flag("bias", norm_bias) and norm == "layer",
+        flag("bias", hidden_bias),
+    )  # fmt: skip
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...], elsewhere: Mapping[str, str]) -> str:
+    if not isinstance(value, str):
+        refuse_kind(name, f"{value!r} ({type(value).__name__})", "a str")
+    if value not in known:
+        expected = "one of " + ", ".join(map(repr, known))
+        refuse(name, repr(value), expected + meant(value, elsewhere))
+    return value
+
+
+def checked_description(description: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a block in a file, those of its attention, and the dtype of both."""
+    check_names(KIND, description, ("attention", *BlockOptions._fields))
+    of_attention = description["attention"]
+    if not isinstance(of_attention, dict):
+        refuse_kind("attention", type(of_attention).__name__, "a mapping")
+    of_attention = checked_sizes(of_attention)
+    own = checked_options(**{name: description[name] for name in BlockOptions._fields})
+    return {"attention": of_attention, "options": own, "dtype": of_attention["dtype"]}
+
+
+def refuse_context(function: str, options: Mapping[str, Any]) -> None:
+    for name in _CONTEXT_NAMES:
+        if name in options:
+            refuse_kind(f"{function}: {name}", type(options[name]).__name__, _CONTEXT_MEANT)

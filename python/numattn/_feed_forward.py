@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._activations import ACTIVATIONS, WORK_ARRAYS
+from ._activations import ACTIVATIONS
 from ._projection import bias_gradient, project, project_back, weight_gradient
 from ._row_chunks import chunk_length, chunks
 
@@ -39,7 +39,7 @@ class FeedForward(NamedTuple):
 
     def __call__(self, rows: Array) -> Array:
         inner = self.inner(rows)
-        return self._down(self._hidden(inner, inner.activated))
+        return self._project("down", self._hidden(inner, inner.activated))
 
     def inner(self, rows: Array) -> Inner:
         return Inner(
@@ -48,7 +48,7 @@ class FeedForward(NamedTuple):
 
     def of_inner(self, inner: Inner) -> Array:
         """Return the result, and leave `inner` as it is."""
-        return self._down(self._hidden(inner, np.empty_like(inner.up)))
+        return self._project("down", self._hidden(inner, np.empty_like(inner.up)))
 
     def take_back(self, d: Array, rows: Array, inner: Inner, found: dict[str, Array]) -> Array:
         """Return the gradient with respect to the rows; add those of parameters to `found`."""
@@ -56,10 +56,9 @@ class FeedForward(NamedTuple):
         d_gate = None if inner.gate is None else np.empty_like(d_up)
         hidden = np.empty_like(d_up)
         # The activation is computed again rather than kept.
-        for part, work in _parts(inner.up):
-            values, slope = hidden[part], work[-1]
-            values[...] = inner.activated[part]
-            ACTIVATIONS[self.activation](values, slope, work[:-1])
+        for part, slope, *work in self._parts(inner.up, 1):
+            values = hidden[part]
+            ACTIVATIONS[self.activation].function(inner.activated[part], values, slope, work)
             if d_gate is not None:
                 np.multiply(d_up[part], inner.up[part], out=d_gate[part])
                 d_gate[part] *= slope
@@ -77,17 +76,12 @@ class FeedForward(NamedTuple):
 
     def _hidden(self, inner: Inner, out: Array) -> Array:
         """Write what goes into the last matrix to `out`, which may be what is activated."""
-        for part, work in _parts(out):
+        for part, *work in self._parts(out, 0):
             values = out[part]
-            if out is not inner.activated:
-                values[...] = inner.activated[part]
-            ACTIVATIONS[self.activation](values, None, work[:-1])
+            ACTIVATIONS[self.activation].function(inner.activated[part], values, None, work)
             if self.is_gated:
                 values *= inner.up[part]
         return out
-
-    def _down(self, hidden: Array) -> Array:
-        return self._project("down", hidden)
 
     def _project(self, name: str, rows: Array) -> Array:
         bias = self.parameters.get(f"{name}_bias")
@@ -95,11 +89,12 @@ class FeedForward(NamedTuple):
 
     def _find(self, name: str, rows: Array, d: Array, found: dict[str, Array]) -> None:
         found[f"{name}_weight"] = weight_gradient(rows, d)
-        found[f"{name}_bias"] = bias_gradient(d)
+        if f"{name}_bias" in self.parameters:
+            found[f"{name}_bias"] = bias_gradient(d)
 
-
-def _parts(rows: Array) -> Iterator[tuple[slice, Array]]:
-    """Give chunks of rows, each with arrays to work with."""
-    work = np.empty((WORK_ARRAYS + 1, chunk_length(rows), rows.shape[-1]), rows.dtype)
-    for part in chunks(rows):
-        yield part, work[:, : part.stop - part.start]
+    def _parts(self, rows: Array, more: int) -> Iterator[tuple[Any, ...]]:
+        """Give chunks of rows, each with arrays to work with, those of the activation and more."""
+        arrays = ACTIVATIONS[self.activation].work_arrays + more
+        work = np.empty((arrays, chunk_length(rows), rows.shape[-1]), rows.dtype)
+        for part in chunks(rows):
+            yield (part, *work[:, : part.stop - part.start])

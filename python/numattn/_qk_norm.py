@@ -23,14 +23,21 @@ def divide_by_root_mean_square(vectors: Array, epsilon: float | Array) -> tuple[
 
 
 def scale_down(vectors: Array) -> Array:
-    """Multiply large vectors by a power of two, in place, which makes their elements 1 at most.
+    """Multiply huge vectors by a power of two, in place, which makes their elements 1 at most.
 
-    Squares of numbers beyond 1e19 overflow in float32; powers of two change no digit.
+    Squares of numbers beyond 1e19 overflow in float32; powers of two change no digit. Return what
+    each vector is multiplied by, or one number for all.
     """
+    limits = np.finfo(vectors.dtype)
+    harmless = limits.maxexp // 2 - 16  # sums of 2^31 squares below 2^this do not overflow
+    most = 2.0**harmless
+    if -most < vectors.min(initial=0) and vectors.max(initial=0) < most:
+        return np.ones((), vectors.dtype)
     largest = np.maximum(vectors.max(axis=-1, keepdims=True), -vectors.min(axis=-1, keepdims=True))
     _, exponents = np.frexp(largest)
-    most = np.finfo(vectors.dtype).maxexp - 2  # whose reciprocal is a normal number
-    scale: Array = np.ldexp(vectors.dtype.type(1), -np.clip(exponents, 0, most))
+    exponents[exponents <= harmless] = 0
+    # The reciprocal of the largest power is a normal number.
+    scale: Array = np.ldexp(vectors.dtype.type(1), -np.clip(exponents, 0, limits.maxexp - 2))
     vectors *= scale
     return scale
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_BYTES = 128 * 1024  # an operation has up to seven arrays of this size
+_BYTES = 64 * 1024  # an operation has up to seven arrays of this size
 
 
 def chunk_length(rows: NDArray[Any]) -> int:

@@ -1,7 +1,7 @@
 """A small GPT in NumPy, with its gradients: characters in, the logits of the next character out.
 
-numattn gives the gradients of attention; all others are the few lines below. `language_model.py`
-trains it.
+numattn gives the blocks with their gradients; what is before and after them, and how gradients go
+through all of it, are the few lines below. `language_model.py` trains it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Vocabulary:
 
 
 # ---- layers and their gradients ----------------------------------------------------------------
-# As `na.MultiHeadAttention.vjp` does, each gives its result y and a function. This takes dy, the
+# As `na.TransformerBlock.vjp` does, each gives its result y and a function. This takes dy, the
 # gradient of the loss with respect to y, and gives those with respect to what y was made of.
 
 
@@ -52,22 +52,6 @@ def norm_vjp(x, gain):
         return (d_unit - unit * np.mean(d_unit * unit, axis=-1, keepdims=True)) / r, d_gain
 
     return unit * gain, vjp
-
-
-def feed_forward_vjp(x, up, down):
-    """Look at each token by itself: y = max(x up, 0)^2 down."""
-    inner = np.maximum(x @ up, 0)
-    squares = inner * inner
-
-    def vjp(dy):
-        # For a product y = s m: ds = dy m^T and dm = s^T dy, over all tokens.
-        # For s = max(a, 0)^2: da = 2 max(a, 0) ds.
-        d_down = rows(squares).T @ rows(dy)
-        d_inner = dy @ down.T
-        d_inner *= 2 * inner
-        return d_inner @ up.T, rows(x).T @ rows(d_inner), d_down
-
-    return squares @ down, vjp
 
 
 def rows(x):
@@ -97,59 +81,22 @@ def log_softmax(logits):
 # ---- the model ---------------------------------------------------------------------------------
 
 
-class Block:
-    """Attention and a layer of tokens by themselves, each added to what came in."""
+def new_block(dim, heads, kv_heads, rng, dtype) -> na.TransformerBlock:
+    """Make a block: attention, and a layer of tokens by themselves, each added to what came in.
 
-    def __init__(self, dim, heads, kv_heads, rng, dtype) -> None:
-        self.attention = na.MultiHeadAttention(
-            dim, heads, kv_heads=kv_heads, rotary=True, qk_norm=True, bias=False, dtype=dtype,
-            rng=rng,
-        )  # fmt: skip
-        self.own = {
-            "norm1": np.ones(dim, dtype),
-            "norm2": np.ones(dim, dtype),
-            "up": random_matrix(rng, dim, 4 * dim, dtype),
-            # A block begins as one that adds nothing, and so does its attention.
-            "down": np.zeros((4 * dim, dim), dtype),
-        }
-        self.attention.parameters()["o_weight"][...] = 0
-
-    def parameters(self) -> dict[str, np.ndarray]:
-        """Return the block's own arrays by name."""
-        return self.own | self.attention.parameters()
-
-    def vjp(self, x):
-        own = self.own
-        normed, norm1_vjp = norm_vjp(x, own["norm1"])
-        attended, attention_vjp = self.attention.vjp(normed, is_causal=True)
-        x = x + attended
-        normed, norm2_vjp = norm_vjp(x, own["norm2"])
-        y, forward_vjp = feed_forward_vjp(normed, own["up"], own["down"])
-
-        def vjp(dy):
-            # What is added up passes its gradient to both: y = x + f(x), so dx = dy + f's.
-            d = {}
-            d_normed, d["up"], d["down"] = forward_vjp(dy)
-            dx, d["norm2"] = norm2_vjp(d_normed)
-            dx += dy
-            of_attention = attention_vjp(dx)
-            d |= of_attention.parameters
-            more, d["norm1"] = norm1_vjp(of_attention.x)
-            return dx + more, d
-
-        return x + y, vjp
-
-    def __call__(self, x, cache=None, weights=None):
-        """Return the block's result; with a cache, x goes on where that ends."""
-        normed, _ = norm_vjp(x, self.own["norm1"])
-        if weights is None:
-            attended = self.attention(normed, is_causal=True, cache=cache)
-        else:
-            attended, of_heads = self.attention(normed, is_causal=True, return_weights=True)
-            weights.append(of_heads)
-        x = x + attended
-        normed, _ = norm_vjp(x, self.own["norm2"])
-        return x + feed_forward_vjp(normed, self.own["up"], self.own["down"])[0]
+    From x it makes y = x + attention(norm(x)), and from this y + max(norm(y) up, 0)^2 down.
+    """
+    # Its gradients: what is added up passes its gradient to both, so y = x + f(x) gives dx = dy
+    # and f's. For a product y = s m: ds = dy m^T and dm = s^T dy, over all tokens. For
+    # s = max(a, 0)^2: da = 2 max(a, 0) ds. For the norms see above.
+    block = na.TransformerBlock(
+        dim, heads, norm="rms", norm_epsilon=1e-6, activation="relu_squared", kv_heads=kv_heads,
+        rotary=True, qk_norm=True, bias=False, dtype=dtype, rng=rng,
+    )  # fmt: skip
+    # A block begins as one that adds nothing.
+    for name in ("attention.o_weight", "down_weight"):
+        block.parameters()[name][...] = 0
+    return block
 
 
 def random_matrix(rng, rows_, columns, dtype):
@@ -171,7 +118,7 @@ class GPT:
             "norm": np.ones(dim, dtype),
             "output": np.zeros((dim, characters), dtype),
         }
-        self.blocks = [Block(dim, heads, kv_heads, rng, dtype) for _ in range(layers)]
+        self.blocks = [new_block(dim, heads, kv_heads, rng, dtype) for _ in range(layers)]
 
     def parameters(self) -> dict[str, np.ndarray]:
         """Return the model's own arrays by name: what is written into them counts."""
@@ -184,7 +131,7 @@ class GPT:
         x = self.own["embedding"][tokens]
         block_vjps = []
         for block in self.blocks:
-            x, vjp = block.vjp(x)
+            x, vjp = block.vjp(x, is_causal=True)
             block_vjps.append(vjp)
         normed, final_norm_vjp = norm_vjp(x, self.own["norm"])
         loss, loss_vjp = cross_entropy_vjp(normed @ self.own["output"], targets)
@@ -205,7 +152,11 @@ class GPT:
         """Return the logits of the character after each one, or after the last one alone."""
         x = self.own["embedding"][tokens]
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x = block(x, cache, weights)
+            if weights is None:
+                x = block(x, is_causal=True, cache=cache)
+            else:
+                x, of_heads = block(x, is_causal=True, return_weights=True)
+                weights.append(of_heads)
         if last_only:
             x = x[:, -1:]
         return norm_vjp(x, self.own["norm"])[0] @ self.own["output"]

@@ -1,4 +1,4 @@
-"""The sentence encoder all-MiniLM-L6-v2 in NumPy, its attention done by a function of your choice.
+"""The sentence encoder all-MiniLM-L6-v2: six blocks of numattn, or the same in plain NumPy.
 
 Also what is inside: the vectors after each block, and the weights of each head.
 
@@ -18,25 +18,20 @@ import numpy as np
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-# (q, k, v), each (batch, heads, tokens, head_dim), and the number of valid tokens of each item
-AttentionFunction = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+# A block, the tokens' vectors (batch, tokens, 384), and the number of valid tokens of each item
+BlockFunction = Callable[[na.TransformerBlock, np.ndarray, np.ndarray], np.ndarray]
 
-
-def numattn_attention(q, k, v, lengths):
-    """Attend over a padded batch."""
-    return na.attention(q, k, v, kv_lengths=lengths)
-
-
-def numpy_attention(q, k, v, lengths):
-    """Do the same the usual way, with all logits in memory."""
-    s = q @ k.swapaxes(-1, -2)
-    s *= np.float32(1 / np.sqrt(q.shape[-1]))
-    padding = np.arange(k.shape[-2]) >= lengths[:, np.newaxis]  # (batch, tokens)
-    np.copyto(s, -np.inf, where=padding[:, np.newaxis, np.newaxis, :])
-    s -= s.max(axis=-1, keepdims=True)
-    np.exp(s, out=s)
-    s /= s.sum(axis=-1, keepdims=True)
-    return s @ v
+NAMES = {  # ours: the model's
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "o": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+EPSILON = 1e-12  # of the norms
 
 
 def model_directory() -> Path:
@@ -48,15 +43,27 @@ def model_directory() -> Path:
 
 
 class MiniLM:
-    """Six layers of twelve heads; a sentence's embedding is the mean of its tokens' vectors."""
+    """Six blocks of twelve heads; a sentence's embedding is the mean of its tokens' vectors."""
 
     def __init__(self) -> None:
         directory = model_directory()
         self.config = json.loads((directory / "config.json").read_text())
         self.weights = load_file(directory / "model.safetensors")
+        self.blocks = [self._block(i) for i in range(self.config["num_hidden_layers"])]
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.tokenizer.enable_padding()
         self.tokenizer.enable_truncation(self.config["max_position_embeddings"])
+
+    def _block(self, number: int) -> na.TransformerBlock:
+        matrices = {
+            f"{ours}_{kind}": self.weights[f"encoder.layer.{number}.{theirs}.{kind}"]
+            for ours, theirs in NAMES.items()
+            for kind in ("weight", "bias")
+        }
+        heads = self.config["num_attention_heads"]
+        return na.TransformerBlock.from_weights(
+            **matrices, num_heads=heads, norm_first=False, norm_epsilon=EPSILON
+        )
 
     def tokens(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return padded token numbers (batch, tokens) and the texts' lengths (batch,)."""
@@ -69,36 +76,28 @@ class MiniLM:
         return [self.tokenizer.id_to_token(int(i)) for i in ids]
 
     def hidden_states(
-        self,
-        ids: np.ndarray,
-        lengths: np.ndarray,
-        attention: AttentionFunction = numattn_attention,
+        self, ids: np.ndarray, lengths: np.ndarray, block_function: BlockFunction | None = None
     ) -> Iterator[np.ndarray]:
         """Yield the tokens' vectors (batch, tokens, 384): embedded, then after each block."""
         x = self._embed(ids)
         yield x
-        for layer in range(self.config["num_hidden_layers"]):
-            x = self._layer(x, lengths, f"encoder.layer.{layer}.", attention)
+        for block in self.blocks:
+            x = (block_function or numattn_block)(block, x, lengths)
             yield x
 
     def attention_weights(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Return the weights of all layers, (layers, batch, heads, tokens, tokens)."""
-        weights = []
-
-        def attend_and_look(q, k, v, lengths):
-            weights.append(na.attention_weights(q, k, kv_lengths=lengths))
-            return numattn_attention(q, k, v, lengths)
-
-        for _ in self.hidden_states(ids, lengths, attend_and_look):
-            pass
-        return np.stack(weights)
+        x, all_weights = self._embed(ids), []
+        for block in self.blocks:
+            x, weights = block(x, lengths=lengths, return_weights=True)
+            all_weights.append(weights)
+        return np.stack(all_weights)
 
     def encode(
-        self, ids: np.ndarray, lengths: np.ndarray, attention: AttentionFunction
+        self, ids: np.ndarray, lengths: np.ndarray, block_function: BlockFunction | None = None
     ) -> np.ndarray:
         """Return embeddings (batch, 384) of length 1."""
-        for x in self.hidden_states(ids, lengths, attention):  # noqa: B007
-            pass  # the last ones are wanted
+        *_, x = self.hidden_states(ids, lengths, block_function)
         valid = np.arange(ids.shape[1]) < lengths[:, np.newaxis]
         mean = np.where(valid[..., np.newaxis], x, 0).sum(axis=1) / lengths[:, np.newaxis]
         return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
@@ -108,30 +107,51 @@ class MiniLM:
         x = w["embeddings.word_embeddings.weight"][ids]
         x = x + w["embeddings.position_embeddings.weight"][: ids.shape[1]]
         x = x + w["embeddings.token_type_embeddings.weight"][0]
-        return self._norm(x, "embeddings.LayerNorm")
+        return norm(x, w, "embeddings.LayerNorm.")
 
-    def _layer(self, x, lengths, name, attention):
-        heads = self.config["num_attention_heads"]
-        batch, tokens, dim = x.shape
 
-        def split(y):  # (batch, tokens, dim) -> (batch, heads, tokens, head_dim), a view
-            return y.reshape(batch, tokens, heads, dim // heads).swapaxes(1, 2)
+def numattn_block(block, x, lengths):
+    return block(x, lengths=lengths)
 
-        q, k, v = (split(self._linear(x, f"{name}attention.self.{part}"))
-                   for part in ("query", "key", "value"))  # fmt: skip
-        context = attention(q, k, v, lengths).swapaxes(1, 2).reshape(batch, tokens, dim)
-        context = self._linear(context, f"{name}attention.output.dense")
-        x = self._norm(x + context, f"{name}attention.output.LayerNorm")
-        inner = gelu(self._linear(x, f"{name}intermediate.dense"))
-        return self._norm(x + self._linear(inner, f"{name}output.dense"), f"{name}output.LayerNorm")
 
-    def _linear(self, x, name):
-        return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
+# ---- the same in plain NumPy -------------------------------------------------------------------
 
-    def _norm(self, x, name):
-        x = x - x.mean(axis=-1, keepdims=True)
-        x /= np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.config["layer_norm_eps"])
-        return x * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+
+def numpy_block(block, x, lengths):
+    """Do what `block` does, with its parameters, the usual way."""
+    w = block.parameters()
+    batch, tokens, dim = x.shape
+
+    def split(y):  # (batch, tokens, dim) -> (batch, heads, tokens, 32), a view
+        return y.reshape(batch, tokens, -1, 32).swapaxes(1, 2)
+
+    q, k, v = (split(linear(x, w, f"attention.{part}_")) for part in "qkv")
+    attended = numpy_attention(q, k, v, lengths).swapaxes(1, 2).reshape(batch, tokens, dim)
+    x = norm(x + linear(attended, w, "attention.o_"), w, "norm1_")
+    inner = gelu(linear(x, w, "up_"))
+    return norm(x + linear(inner, w, "down_"), w, "norm2_")
+
+
+def numpy_attention(q, k, v, lengths):
+    """Attend over a padded batch, with all logits in memory."""
+    s = q @ k.swapaxes(-1, -2)
+    s *= np.float32(1 / np.sqrt(q.shape[-1]))
+    padding = np.arange(k.shape[-2]) >= lengths[:, np.newaxis]  # (batch, tokens)
+    np.copyto(s, -np.inf, where=padding[:, np.newaxis, np.newaxis, :])
+    s -= s.max(axis=-1, keepdims=True)
+    np.exp(s, out=s)
+    s /= s.sum(axis=-1, keepdims=True)
+    return s @ v
+
+
+def linear(x, weights, name):
+    return x @ weights[f"{name}weight"] + weights[f"{name}bias"]
+
+
+def norm(x, weights, name):
+    x = x - x.mean(axis=-1, keepdims=True)
+    x /= np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + EPSILON)
+    return x * weights[f"{name}weight"] + weights[f"{name}bias"]
 
 
 def gelu(x: np.ndarray) -> np.ndarray:

@@ -53,7 +53,7 @@ def test_gradients_are_the_differences_of_the_loss(rng):
                 parameters[name] -= distance * d
             return loss
 
-        step = 1e-5
+        step = 2e-6
         expected = (loss_at(step) - loss_at(-step)) / (2 * step)
         found = sum(np.vdot(gradients[name], direction[name]) for name in names)
         assert found == pytest.approx(expected, rel=1e-6, abs=1e-9), names

@@ -141,8 +141,9 @@ class GPT:
         d = {"output": rows(normed).T @ rows(d_logits)}
         dx, d["norm"] = final_norm_vjp(d_logits @ self.own["output"].T)
         for number, vjp in reversed(list(enumerate(block_vjps))):
-            dx, of_block = vjp(dx)
-            d |= {f"blocks.{number}.{name}": x for name, x in of_block.items()}
+            of_block = vjp(dx)
+            dx = of_block.x
+            d |= {f"blocks.{number}.{name}": x for name, x in of_block.parameters.items()}
         # A character's embedding gets the sum over the places where the character is.
         d["embedding"] = np.zeros_like(self.own["embedding"])
         np.add.at(d["embedding"], tokens.ravel(), rows(dx))

@@ -149,6 +149,23 @@ def test_differences_with_options_of_attention(rng, model, options):
     check_differences(rng, block, x, dout, **options)
 
 
+def test_gradients_of_a_call_s_bias_and_sinks(rng):
+    block = make(rng, 8, 2, 12)
+    x, dout = numbers(rng, 2, 3, 5, 8, dtype=np.float64)
+    given = {"bias": numbers(rng, 2, 5, 5, dtype=np.float64), "sinks": np.array([0.5, -1.0])}
+    _, vjp = block.vjp(x, bias_gradient=True, scale=0.7, alibi_slopes=[0.1, 0.2], **given)
+    gradients = vjp(dout)
+
+    def total():
+        return (block(x, scale=0.7, alibi_slopes=[0.1, 0.2], **given) * dout).sum()
+
+    for name, array in given.items():
+        direction, expected = change(rng, array, total)
+        along = np.vdot(getattr(gradients, name), direction)
+        assert along == pytest.approx(expected, rel=1e-6), name
+    assert block.vjp(x)[1](dout)[2:] == (None, None)
+
+
 def test_gradients_of_many_rows_are_sums_of_those_of_few(rng):
     """Chunks of rows, the last one shorter, add up."""
     for model, options in MODELS.items():

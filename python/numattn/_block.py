@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-    from ._block_arguments import AttentionOptions, VjpOptions
+    from ._option_types import BlockCallOptions, BlockVjpOptions
 
     Array = NDArray[Any]
 
@@ -156,12 +156,12 @@ class TransformerBlock:
             bias=bias, rotary=rotary, qk_norm=qk_norm, dtype=dtype, rng=generator,
         )  # fmt: skip
         self._options = checked_options(
-            4 * self.attention._embed_dim if hidden_dim is None else hidden_dim,
+            4 * self.attention.embed_dim if hidden_dim is None else hidden_dim,
             norm, norm_first, activation, gated, norm_epsilon, bias, bias,
         )  # fmt: skip
-        shapes = self._options.shapes(self.attention._embed_dim)
+        shapes = self._options.shapes(self.attention.embed_dim)
         self._parameters = {
-            name: initial_parameter(name, shape, self.attention._dtype, generator)
+            name: initial_parameter(name, shape, self.attention.dtype, generator)
             for name, shape in shapes.items()
         }
 
@@ -176,20 +176,20 @@ class TransformerBlock:
     ) -> Self:
         """Make a block of copies of its own arrays, as `MultiHeadAttention._of_arrays` does."""
         block = cls.__new__(cls)
-        shapes = options.shapes(attention._embed_dim)
+        shapes = options.shapes(attention.embed_dim)
         _layer_weights.check_shapes(given, shapes, are_transposed)
         block.attention, block._options = attention, options
         block._parameters = {
-            name: _layer_weights.converted(name, read(name), attention._dtype) for name in shapes
+            name: _layer_weights.converted(name, read(name), attention.dtype) for name in shapes
         }
         return block
 
     def __repr__(self) -> str:
         own, attention = self._options, self.attention
         return (
-            f"TransformerBlock({attention._embed_dim}, {attention._heads}, {own.hidden_dim}, "
+            f"TransformerBlock({attention.embed_dim}, {attention._heads}, {own.hidden_dim}, "
             f"norm={own.norm!r}, norm_first={own.norm_first}, activation={own.activation!r}, "
-            f"gated={own.gated}, kv_heads={attention._kv_heads}, dtype={attention._dtype.name})"
+            f"gated={own.gated}, kv_heads={attention._kv_heads}, dtype={attention.dtype.name})"
         )
 
     # ---- parameters -----------------------------------------------------------------------------
@@ -412,7 +412,9 @@ class TransformerBlock:
         else:
             own = {name: x.T for name, x in own.items()}
         attention = MultiHeadAttention.from_weights(
-            **of_attention, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=o_bias,
+            of_attention["q_weight"], of_attention["k_weight"], of_attention["v_weight"],
+            of_attention["o_weight"], transposed=False, q_bias=q_bias, k_bias=k_bias,
+            v_bias=v_bias, o_bias=o_bias,
             q_norm=q_norm, k_norm=k_norm, num_heads=num_heads, kv_heads=kv_heads, rotary=rotary,
             dtype=dtype,
         )  # fmt: skip
@@ -425,7 +427,7 @@ class TransformerBlock:
             any(x is not None for x in norm_biases.values()),
             any(x is not None for x in biases.values()),
         )  # fmt: skip
-        shapes = options.shapes(attention._embed_dim)
+        shapes = options.shapes(attention.embed_dim)
         for name, x in (biases | norm_biases).items():
             if x is not None:
                 own[name] = _layer_weights.numbers(name, x)
@@ -445,7 +447,7 @@ class TransformerBlock:
         *,
         lengths: int | ArrayLike | None = None,
         return_weights: Literal[False] = False,
-        **options: Unpack[AttentionOptions],
+        **options: Unpack[BlockCallOptions],
     ) -> Array: ...
 
     @overload
@@ -455,7 +457,7 @@ class TransformerBlock:
         *,
         lengths: int | ArrayLike | None = None,
         return_weights: Literal[True],
-        **options: Unpack[AttentionOptions],
+        **options: Unpack[BlockCallOptions],
     ) -> tuple[Array, Array]: ...
 
     @overload
@@ -465,7 +467,7 @@ class TransformerBlock:
         *,
         lengths: int | ArrayLike | None = None,
         return_weights: bool,
-        **options: Unpack[AttentionOptions],
+        **options: Unpack[BlockCallOptions],
     ) -> Array | tuple[Array, Array]: ...
 
     def __call__(
@@ -489,8 +491,9 @@ class TransformerBlock:
         return_weights : bool, default False
             Also return attention's weights (..., heads, L, L).
         **options
-            Of `MultiHeadAttention`, as they are: is_causal, mask, tail_mask, positions, window,
-            softcap, and cache, a `KVCache` of the block's own.
+            Of `MultiHeadAttention`, as they are: is_causal, mask, tail_mask, bias, positions,
+            window, scale, softcap, alibi_slopes, sinks, num_threads, and cache, a `KVCache` of the
+            block's own, which ``block.attention.new_cache(batch)`` makes.
 
         Returns
         -------
@@ -515,7 +518,7 @@ class TransformerBlock:
         >>> block = na.TransformerBlock(64, 4, rotary=True, rng=0)
         >>> x = np.random.default_rng(0).standard_normal((2, 10, 64), dtype=np.float32)
         >>> out = block(x, is_causal=True)
-        >>> cache = na.KVCache(2, 4, 16)
+        >>> cache = block.attention.new_cache(2)
         >>> steps = [block(x[:, i : i + 1], cache=cache) for i in range(10)]
         >>> bool(np.allclose(np.concatenate(steps, axis=1), out, atol=1e-5))
         True
@@ -545,7 +548,7 @@ class TransformerBlock:
         x: ArrayLike,
         *,
         lengths: int | ArrayLike | None = None,
-        **options: Unpack[VjpOptions],
+        **options: Unpack[BlockVjpOptions],
     ) -> tuple[Array, Callable[[ArrayLike], BlockGradients]]:
         """Return the block's result, and the function that gives gradients.
 
@@ -554,8 +557,8 @@ class TransformerBlock:
         x, lengths
             As of a call.
         **options
-            Of `MultiHeadAttention.vjp`: is_causal, mask, tail_mask, positions, window, softcap, and
-            dropout with rng, which is of attention's weights alone.
+            Of `MultiHeadAttention.vjp`: those of a call but cache, bias_gradient, and dropout with
+            rng, which is of attention's weights alone.
 
         Returns
         -------
@@ -563,8 +566,9 @@ class TransformerBlock:
             The result of the call, to the bit where nothing is dropped.
         vjp : callable
             ``vjp(dout)`` takes a scalar's gradient with respect to `out`, of its shape and of the
-            block's dtype, and returns `BlockGradients`: those with respect to `x` and all
-            parameters. It may be called any number of times, also by several threads.
+            block's dtype, and returns `BlockGradients`: those with respect to `x`, all parameters
+            and the sinks, and with `bias_gradient` the bias. It may be called any number of times,
+            also by several threads.
 
         Raises
         ------
@@ -602,9 +606,10 @@ class TransformerBlock:
         ...     losses.append(float(np.square(out - target).mean()))
         ...     d = 2 * (out - target) / out.size
         ...     for block, vjp in zip(reversed(blocks), reversed(vjps)):
-        ...         d, gradients = vjp(d)
+        ...         gradients = vjp(d)
+        ...         d = gradients.x
         ...         for name, parameter in block.parameters().items():
-        ...             parameter -= 0.5 * gradients[name]
+        ...             parameter -= 0.5 * gradients.parameters[name]
         >>> losses[-1] < losses[0] / 2
         True
         """
@@ -638,7 +643,7 @@ class TransformerBlock:
         return valid.spread(out), vjp
 
     def _checked(self, x: ArrayLike, lengths: Any) -> tuple[Array, Array | None, Valid]:
-        x = self.attention._checked("x", x, self.attention._embed_dim)
+        x = self.attention._checked("x", x, self.attention.embed_dim)
         lengths = ints_per_batch("lengths", lengths, x.shape[:-2], 0, x.shape[-2])
         rows: Array | slice = slice(None)
         if lengths is not None and np.any(lengths < x.shape[-2]):

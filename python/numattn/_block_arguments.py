@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._activations import ACTIVATIONS
 from ._checks import at_least, flag, meant, real, refuse, refuse_kind
@@ -12,10 +12,6 @@ from ._layer_weights import check_names, checked_sizes
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import numpy as np
-    from numpy.typing import ArrayLike
-
-    from ._kv_cache import KVCache
 
 KIND = "numattn.TransformerBlock"
 _NORMS = ("layer", "rms")
@@ -54,31 +50,6 @@ NORMS_ELSEWHERE = {"layer_norm": "`'layer'`", "rms_norm": "`'rms'`"}
 
 _CONTEXT_MEANT = "nothing: a block attends to its own tokens; `MultiHeadAttention` takes a context"
 _CONTEXT_NAMES = ("context", "encoder_hidden_states", "key_value_states", "memory")
-
-
-class AttentionOptions(TypedDict, total=False):
-    """What a call of a block hands on to its attention."""
-
-    is_causal: bool | None
-    mask: ArrayLike | None
-    tail_mask: ArrayLike | None
-    positions: ArrayLike | None
-    window: tuple[int | None, int | None] | None
-    softcap: float | None
-    cache: KVCache | None
-
-
-class VjpOptions(TypedDict, total=False):
-    """The same for `TransformerBlock.vjp`."""
-
-    is_causal: bool
-    mask: ArrayLike | None
-    tail_mask: ArrayLike | None
-    positions: ArrayLike | None
-    window: tuple[int | None, int | None] | None
-    softcap: float | None
-    dropout: float
-    rng: int | np.random.Generator | None
 
 
 class BlockOptions(NamedTuple):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class BlockGradients(NamedTuple):
-    """Gradients with respect to the input and the parameters of a `TransformerBlock`.
+    """Gradients with respect to the inputs and the parameters of a `TransformerBlock`.
 
     Attributes
     ----------
@@ -29,6 +29,10 @@ class BlockGradients(NamedTuple):
         In the shape of `x`.
     parameters : dict of ndarray
         By the names of `TransformerBlock.parameters`, in their shapes.
+    bias : ndarray or None
+        In the shape of the call's `bias`; None unless ``bias_gradient=True``.
+    sinks : ndarray or None
+        In the shape of the call's `sinks`; None without them.
 
     See Also
     --------
@@ -47,6 +51,8 @@ class BlockGradients(NamedTuple):
 
     x: NDArray[Any]
     parameters: dict[str, NDArray[Any]]
+    bias: NDArray[Any] | None
+    sinks: NDArray[Any] | None
 
 
 class Valid(NamedTuple):
@@ -101,7 +107,12 @@ def differentiate(call: Call, dout: ArrayLike) -> BlockGradients:
             _take_norm_back(call, 0, of_branch, found)
         d += of_branch
     found |= {f"attention.{name}": x for name, x in of_attention.parameters.items()}
-    return BlockGradients(call.valid.spread(d), {name: found[name] for name in call.names})
+    return BlockGradients(
+        call.valid.spread(d),
+        {name: found[name] for name in call.names},
+        of_attention.bias,
+        of_attention.sinks,
+    )
 
 
 def _checked(call: Call, dout: ArrayLike) -> Array:

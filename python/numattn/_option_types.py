@@ -81,8 +81,19 @@ class AttendOptions(AppendAndAttendOptions, total=False):
     q_lengths: int | ArrayLike | None
 
 
-class LayerOptions(_OfAll, _OfPairs, total=False):
+class BlockCallOptions(_OfAll, _OfPairs, total=False):
     is_causal: bool | None
-    lengths: int | ArrayLike | None
     positions: ArrayLike | None
     cache: KVCache | None
+
+
+class LayerOptions(BlockCallOptions, total=False):
+    lengths: int | ArrayLike | None
+
+
+class BlockVjpOptions(_OfAll, _OfPairs, total=False):
+    is_causal: bool
+    positions: ArrayLike | None
+    bias_gradient: bool
+    dropout: float
+    rng: int | np.random.Generator | None

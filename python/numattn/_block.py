@@ -346,13 +346,13 @@ class TransformerBlock:
         q_norm, k_norm : array_like, shape (head_dim,), optional
             Weights of the norms of queries and keys; both or none.
         transposed : bool, default False
-            All matrices are (elements in, elements out), as those of GPT-2's ``Conv1D``.
+            All matrices are (elements in, elements out), as in GPT-2's ``Conv1D``.
         kv_heads, rotary
             As of `MultiHeadAttention.from_weights`.
         norm, norm_first, activation, norm_epsilon
             As of the class.
         dtype : dtype, optional
-            Default: that of `q_weight`, float32 for 16-bit floats.
+            Default: the dtype of `q_weight`, float32 for 16-bit floats.
 
         Raises
         ------
@@ -557,7 +557,7 @@ class TransformerBlock:
         x, lengths
             As of a call.
         **options
-            Of `MultiHeadAttention.vjp`: those of a call but cache, bias_gradient, and dropout with
+            Of `MultiHeadAttention.vjp`: all of a call's but cache, bias_gradient, and dropout with
             rng, which is of attention's weights alone.
 
         Returns

@@ -258,7 +258,7 @@ class MultiHeadAttention(LayerParameters):
         out = self._merged(attention(q, k, v, **options))
         if not wants_weights:
             return out
-        # The batch may be that of the values alone, which weights are not made of.
+        # The batch may come from the values alone, which weights are not made of.
         q = np.broadcast_to(q, (*out.shape[:-2], *q.shape[-3:]))
         # With all axes: `attention` has warned if they may be meant otherwise.
         for name in ("mask", "tail_mask", "bias"):

@@ -325,7 +325,7 @@ class LayerParameters:
         rotary : bool or mapping, optional
             As of the class.
         dtype : dtype, optional
-            Default: that of `q_weight`, float32 for 16-bit floats.
+            Default: the dtype of `q_weight`, float32 for 16-bit floats.
 
         Raises
         ------

@@ -80,7 +80,7 @@ def attention_varlen(
     v_scale: ArrayLike | None = None,
     **unknown: Any,
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
-    """Attention of sequences of different lengths that stand behind each other, without padding.
+    """Attention of sequences of different lengths, one after another, without padding.
 
     Sequence ``i`` has the queries ``q[cu_seqlens_q[i]:cu_seqlens_q[i + 1]]``, which attend to the
     keys ``k[cu_seqlens_k[i]:cu_seqlens_k[i + 1]]`` and to no others.

@@ -197,7 +197,7 @@ class TransformerBlock:
     def parameters(self) -> dict[str, Array]:
         """Return the block's own arrays by name: what is written into them counts.
 
-        ``norm1_weight``, ``norm1_bias`` (embed_dim,); those of `MultiHeadAttention.parameters`
+        ``norm1_weight``, ``norm1_bias`` (embed_dim,); all of `MultiHeadAttention.parameters`,
         with ``attention.`` before their names; ``norm2_weight``, ``norm2_bias``; ``up_weight``
         and ``gate_weight`` (embed_dim, hidden_dim), ``down_weight`` (hidden_dim, embed_dim), and
         their biases.
@@ -400,23 +400,16 @@ class TransformerBlock:
         if unknown:
             refuse_unknown("TransformerBlock.from_weights", unknown, OPTIONS_ELSEWHERE)
         is_transposed = flag("transposed", transposed)
-        of_attention = _layer_weights.float_matrices(
-            q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, o_weight=o_weight
-        )
         own = _layer_weights.float_matrices(up_weight=up_weight, down_weight=down_weight)
         hidden_dim = own["up_weight"].shape[1 if is_transposed else 0]
         if gate_weight is not None:
             own |= _layer_weights.float_matrices(gate_weight=gate_weight)
-        if is_transposed:
-            of_attention = {name: x.T for name, x in of_attention.items()}
-        else:
+        if not is_transposed:
             own = {name: x.T for name, x in own.items()}
         attention = MultiHeadAttention.from_weights(
-            of_attention["q_weight"], of_attention["k_weight"], of_attention["v_weight"],
-            of_attention["o_weight"], transposed=False, q_bias=q_bias, k_bias=k_bias,
-            v_bias=v_bias, o_bias=o_bias,
-            q_norm=q_norm, k_norm=k_norm, num_heads=num_heads, kv_heads=kv_heads, rotary=rotary,
-            dtype=dtype,
+            q_weight, k_weight, v_weight, o_weight, num_heads=num_heads, kv_heads=kv_heads,
+            transposed=is_transposed, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=o_bias,
+            q_norm=q_norm, k_norm=k_norm, rotary=rotary, dtype=dtype,
         )  # fmt: skip
         biases = {"up_bias": up_bias, "down_bias": down_bias}
         if gate_weight is not None or gate_bias is not None:

@@ -105,7 +105,7 @@ def _one_of(name: str, value: Any, known: tuple[str, ...], elsewhere: Mapping[st
 
 
 def checked_description(description: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a block in a file, those of its attention, and the dtype of both."""
+    """Return the options of a block and of its attention, from a file, and the dtype of both."""
     check_names(KIND, description, ("attention", *BlockOptions._fields))
     of_attention = description["attention"]
     if not isinstance(of_attention, dict):

@@ -131,7 +131,7 @@ def _take_feed_forward_back(call: Call, d: Array, found: dict[str, Array]) -> Ar
 
 
 def _take_norm_back(call: Call, which: int, d: Array, found: dict[str, Array]) -> None:
-    """Turn gradients of a norm's results into those of what it was given, in place."""
+    """Turn gradients of a norm's results into the gradients of its input, in place."""
     of_weight, of_bias = call.norms[which].take_back(d, call.into_norms[which])
     found[f"norm{which + 1}_weight"] = of_weight
     if of_bias is not None:

@@ -51,7 +51,7 @@ class FeedForward(NamedTuple):
         return self._project("down", self._hidden(inner, np.empty_like(inner.up)))
 
     def take_back(self, d: Array, rows: Array, inner: Inner, found: dict[str, Array]) -> Array:
-        """Return the gradient with respect to the rows; add those of parameters to `found`."""
+        """Return the gradient with respect to the rows; add the parameters' to `found`."""
         d_up = project_back(d, self.parameters["down_weight"])
         d_gate = None if inner.gate is None else np.empty_like(d_up)
         hidden = np.empty_like(d_up)
@@ -93,7 +93,7 @@ class FeedForward(NamedTuple):
             found[f"{name}_bias"] = bias_gradient(d)
 
     def _parts(self, rows: Array, more: int) -> Iterator[tuple[Any, ...]]:
-        """Give chunks of rows, each with arrays to work with, those of the activation and more."""
+        """Give chunks of rows, each with arrays to work with: the activation's, and more."""
         arrays = ACTIVATIONS[self.activation].work_arrays + more
         work = np.empty((arrays, chunk_length(rows), rows.shape[-1]), rows.dtype)
         for part in chunks(rows):

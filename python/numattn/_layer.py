@@ -15,6 +15,7 @@ from ._kv_cache import KVCache
 from ._layer_arguments import ELSEWHERE, NOT_DIFFERENTIATED, VJP_ELSEWHERE, Inputs, batch_shape
 from ._layer_gradients import Call, LayerGradients, differentiate
 from ._layer_parameters import LayerParameters
+from ._projection import project
 from ._qk_norm import divide_by_root_mean_square
 from ._rotary import make_rotation
 from ._stages import attention_weights
@@ -527,7 +528,7 @@ alibi_slopes, sinks, num_threads
         batch_shape(x.shape[:-2], k.shape[:-3], v.shape[:-3])
         if cache._lengths is not None:
             _check_positions(x, checked)
-        # The keys of no tokens: those of the context are there.
+        # The keys of no tokens: the context's are there.
         of_keys, of_values = (np.empty((0, dim), self._dtype) for dim in self._context_dims)
         q, _, _ = self._projected(x, of_keys, of_values, None)
         return q, checked | {"kv_lengths": cache._lengths}
@@ -627,10 +628,8 @@ alibi_slopes, sinks, num_threads
     def _product(self, name: str, x: Array, heads: tuple[int, ...]) -> Array:
         """Return x times a matrix, its last axis in two."""
         with np.errstate(all="ignore"):
-            rows = x.reshape(-1, x.shape[-1]) @ self._parameters[f"{name}_weight"]
-            bias = self._parameters.get(f"{name}_bias")
-            if bias is not None:
-                rows += bias
+            weight, bias = self._parameters[f"{name}_weight"], self._parameters.get(f"{name}_bias")
+            rows = project(x.reshape(-1, x.shape[-1]), weight, bias)
         product: Array = rows.reshape(*x.shape[:-1], *heads)
         return product
 

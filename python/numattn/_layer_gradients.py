@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ._checks import as_array, dtype_name, refuse, refuse_kind
+from ._projection import bias_gradient, project_back, weight_gradient
 from ._qk_norm import take_norm_back
 
 if TYPE_CHECKING:
@@ -76,11 +77,11 @@ def differentiate(call: Call, dout: ArrayLike) -> LayerGradients:
     found: dict[str, Array] = {}
     with np.errstate(all="ignore"):
         d_rows, rows = _rows(dout, 1), _rows(call.of_heads, 2)
-        d_heads = (d_rows @ parameters["o_weight"].T).reshape(call.of_heads.shape)
+        d_heads = project_back(d_rows, parameters["o_weight"]).reshape(call.of_heads.shape)
         # Queries that attend to nothing have a result of 0: no `dout` of theirs changes the matrix.
         some = _some(rows)
-        found["o_weight"] = rows[some].T @ d_rows[some]
-        found["o_bias"] = _sum(d_rows)
+        found["o_weight"] = weight_gradient(rows[some], d_rows[some])
+        found["o_bias"] = bias_gradient(d_rows)
     gradients = call.take_attention_back(d_heads)
     if inputs.rotation is not None:
         back = inputs.rotation.transposed()
@@ -134,10 +135,10 @@ def _take_product_back(
         # The vectors before the norm are computed again rather than kept.
         vectors = call.product(name, rows, d.shape[-2:])
         of_norm = take_norm_back(d_rows.reshape(vectors.shape), vectors, norm, call.norm_epsilon)
-        found[f"{name}_norm"] = _sum(of_norm.reshape(-1, norm.size))
-    found[f"{name}_weight"] = rows.T @ d_rows
-    found[f"{name}_bias"] = _sum(d_rows)
-    dx_rows[some] += d_rows @ call.parameters[f"{name}_weight"].T
+        found[f"{name}_norm"] = bias_gradient(of_norm.reshape(-1, norm.size))
+    found[f"{name}_weight"] = weight_gradient(rows, d_rows)
+    found[f"{name}_bias"] = bias_gradient(d_rows)
+    dx_rows[some] += project_back(d_rows, call.parameters[f"{name}_weight"])
 
 
 def _rows(x: Array, axes: int) -> Array:
@@ -150,9 +151,3 @@ def _some(rows: Array) -> Array | slice:
     """Return which rows are not 0."""
     are: Array = np.any(rows, axis=-1)
     return slice(None) if are.all() else are
-
-
-def _sum(rows: Array) -> Array:
-    """Add up rows, in the order of products with matrices."""
-    total: Array = np.ones(len(rows), rows.dtype) @ rows
-    return total

@@ -100,7 +100,7 @@ def opened(
 ) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Array], dict[str, Any]]]:
     """Give the shapes of the arrays in a file, what reads one by its name, and the layer's options.
 
-    `check` returns these, checked; by default those of an attention layer. Errors of the file, and
+    `check` returns these, checked; by default an attention layer's. Errors of the file, and
     of a layer made of it, name the file.
     """
     package = _safetensors()

@@ -40,7 +40,7 @@ class Norm(NamedTuple):
         return out
 
     def take_back(self, d: Array, rows: Array) -> tuple[Array, Array | None]:
-        """Turn gradients `d` with respect to results into those of the rows, in place.
+        """Turn gradients `d` with respect to results into the rows' gradients, in place.
 
         Return the gradients of the weight and of the bias.
         """

@@ -1,6 +1,6 @@
 """Products of rows with the matrices of a model, forward and backward.
 
-Rows are C-contiguous arrays (rows, elements); a matrix is (elements in, elements out).
+Rows are arrays (rows, elements); a matrix is (elements in, elements out).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The norm of a layer's queries and keys, and its gradient."""
+"""The root-mean-square norm, for queries and keys and for a block's norms, and its gradient."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import numattn as na
 import numpy as np
 import pytest
 from checks import numbers
+from layers import FUNCTIONS, block_by_hand, normal_cdf
 from numattn import _activations, _norms
 
 ACTIVATIONS = list(_activations.ACTIVATIONS)
@@ -36,53 +37,6 @@ def make(rng, *sizes, dtype="float64", **options):
 # ---- a formula in float64 ----------------------------------------------------------------------
 
 
-def normal_cdf(x):
-    return np.vectorize(lambda a: 0.5 * math.erfc(-a / math.sqrt(2)))(x)
-
-
-FUNCTIONS = {
-    "gelu": lambda a: a * normal_cdf(a),
-    "gelu_tanh": lambda a: (
-        a / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a * a * a)))
-    ),
-    "silu": lambda a: a / (1 + np.exp(-a)),
-    "relu": lambda a: np.maximum(a, 0),
-    "relu_squared": lambda a: np.maximum(a, 0) ** 2,
-}
-
-
-def formula(block, x, norm, norm_first, activation, gated, epsilon=1e-5):
-    p = block.parameters()
-
-    def normed(x, name):
-        if norm == "layer":
-            x = x - x.mean(-1, keepdims=True)
-        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon)
-        return x * p[f"{name}_weight"] + p.get(f"{name}_bias", 0)
-
-    def project(x, name):
-        return x @ p[f"{name}_weight"] + p.get(f"{name}_bias", 0)
-
-    def attention(x):
-        q, k, v = (
-            project(x, f"attention.{name}").reshape(*x.shape[:-1], 2, -1).swapaxes(-3, -2)
-            for name in "qkv"
-        )
-        w = np.exp(q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]))
-        w /= w.sum(-1, keepdims=True)
-        return project((w @ v).swapaxes(-3, -2).reshape(x.shape), "attention.o")
-
-    def feed_forward(x):
-        f, up = FUNCTIONS[activation], project(x, "up")
-        return project(f(project(x, "gate")) * up if gated else f(up), "down")
-
-    if norm_first:
-        h = x + attention(normed(x, "norm1"))
-        return h + feed_forward(normed(h, "norm2"))
-    h = normed(x + attention(x), "norm1")
-    return normed(h + feed_forward(h), "norm2")
-
-
 @pytest.mark.parametrize(("norm", "norm_first", "activation", "gated"), KINDS)
 def test_formula(rng, norm, norm_first, activation, gated):
     kind = {"norm": norm, "norm_first": norm_first, "activation": activation, "gated": gated}
@@ -90,7 +44,7 @@ def test_formula(rng, norm, norm_first, activation, gated):
     for tokens, epsilon in ((5, 1e-5), (701, 0.3)):
         block = make(rng, 8, 2, 50, **kind, norm_epsilon=epsilon)
         x = numbers(rng, 2, tokens, 8, dtype=np.float64)
-        expected = formula(block, x, **kind, epsilon=epsilon)
+        expected = block_by_hand(block, x, **kind, norm_epsilon=epsilon)
         np.testing.assert_allclose(block(x), expected, rtol=0, atol=1e-12)
         small = na.TransformerBlock(8, 2, 50, **kind, norm_epsilon=epsilon)
         for name, parameter in small.parameters().items():
@@ -743,7 +697,7 @@ def test_torch_encoder_layer(rng, norm_first, activation):
         ({"norm_epsilon": np.nan}, ValueError, "norm_epsilon: got nan"),
         ({"bias": 1}, TypeError, "bias: got 1 (int)"),
         ({"kv_heads": 3}, ValueError, "kv_heads: got 3, expected a divisor of num_heads"),
-        ({"dtype": "float16"}, TypeError, "dtype: got float16, expected float32 or float64"),
+        ({"dtype": "int8"}, TypeError, "dtype: got int8, expected one of float16, bfloat16,"),
         ({"rng": "seed"}, TypeError, "rng: got 'seed'"),
         ({"dim_feedforward": 3}, TypeError, "'dim_feedforward'; did you mean `hidden_dim=`"),
         ({"layer_norm_eps": 3}, TypeError, "did you mean `norm_epsilon=`"),

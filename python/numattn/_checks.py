@@ -143,6 +143,30 @@ def check_dtype(name: str, x: Array) -> None:
         refuse_kind(name, dtype_name(x), "one of " + ", ".join(ACCEPTED_DTYPES))
 
 
+def accepted_dtype(dtype: object) -> np.dtype[Any]:
+    """Return the dtype that an argument of this name means."""
+    accepted = "one of " + ", ".join(ACCEPTED_DTYPES)
+    if dtype is None:  # which NumPy takes for float64
+        refuse_kind("dtype", "None", accepted)
+    if isinstance(dtype, str) and dtype == "bfloat16":
+        _name_bfloat16()
+    try:
+        found: np.dtype[Any] = np.dtype(dtype)  # type: ignore[call-overload]
+    except (TypeError, ValueError, SyntaxError):
+        refuse_kind("dtype", repr(dtype), accepted)
+    if not is_accepted(found):
+        refuse_kind("dtype", str(found), accepted)
+    return found
+
+
+def _name_bfloat16() -> None:
+    """Make NumPy know the name, which it does once ml_dtypes has been imported."""
+    try:
+        import ml_dtypes  # noqa: F401
+    except ImportError:
+        raise ImportError("dtype bfloat16 needs ml_dtypes: pip install ml_dtypes") from None
+
+
 def is_accepted(dtype: np.dtype[Any]) -> bool:
     return dtype.name in ACCEPTED_DTYPES and dtype.isnative
 

@@ -16,7 +16,6 @@ from ._arguments import (
     ints_per_batch,
 )
 from ._checks import (
-    ACCEPTED_DTYPES,
     INFERENCE_ELSEWHERE,
     as_array,
     at_least,
@@ -24,7 +23,6 @@ from ._checks import (
     check_overlap,
     dtype_name,
     flag,
-    is_accepted,
     refuse,
     refuse_kind,
     refuse_unknown,
@@ -219,16 +217,3 @@ def check_apart(out: object, arrays: tuple[Array, ...]) -> None:
     if isinstance(out, np.ndarray) and any(np.may_share_memory(out, x) for x in arrays):
         names = [f"the cache's {what}" for what in ("keys", "values", "k_scale", "v_scale")]
         check_overlap(out, dict(zip(names, arrays, strict=False)))
-
-
-def accepted_dtype(dtype: object) -> np.dtype[Any]:
-    accepted = "one of " + ", ".join(ACCEPTED_DTYPES)
-    if dtype is None:  # which NumPy takes for float64
-        refuse_kind("dtype", "None", accepted)
-    try:
-        found: np.dtype[Any] = np.dtype(dtype)  # type: ignore[call-overload]
-    except (TypeError, ValueError, SyntaxError):
-        refuse_kind("dtype", repr(dtype), accepted)
-    if not is_accepted(found):
-        refuse_kind("dtype", str(found), accepted)
-    return found

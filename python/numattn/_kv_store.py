@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import numpy as np
 
-from ._checks import check_layout, refuse, refuse_kind, snapshot
-from ._kv_arguments import SHARED, UNLIMITED, CacheArguments, accepted_dtype
+from ._checks import accepted_dtype, check_layout, refuse, refuse_kind, snapshot
+from ._kv_arguments import SHARED, UNLIMITED, CacheArguments
 from ._kv_tokens import SPARE_PLACES, Tokens
 from ._quantize import quantize_named
 

@@ -16,7 +16,7 @@ from ._layer_arguments import ELSEWHERE, NOT_DIFFERENTIATED, VJP_ELSEWHERE, Inpu
 from ._layer_gradients import Call, LayerGradients, differentiate
 from ._layer_parameters import LayerParameters
 from ._projection import project
-from ._qk_norm import divide_by_root_mean_square
+from ._qk_norm import normalize
 from ._rotary import make_rotation
 from ._stages import attention_weights
 
@@ -63,7 +63,7 @@ class MultiHeadAttention(LayerParameters):
     norm_epsilon : float, default 1e-6
         With `qk_norm`: what is added to the mean of the squares.
     dtype : dtype, default float32
-        float32 or float64, of the parameters and of x.
+        Of the parameters and of x: float16, bfloat16 (of ``ml_dtypes``), float32 or float64.
     rng : numpy.random.Generator or int, optional
         What random matrices are drawn with, from a normal distribution of variance 1 / (elements
         in); biases begin at 0.
@@ -104,6 +104,11 @@ class MultiHeadAttention(LayerParameters):
     matrices are NumPy's; what they give is read and written by the kernels where it lies. `qk_norm`
     is the norm of Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019. NaN and
     infinity go where arithmetic takes them, whatever ``np.seterr`` says.
+
+    With 16-bit floats all sums are in float32. What a step gives is rounded once: the product with
+    a matrix and its bias, `qk_norm` with its weight, the rotation, attention. So are gradients: of
+    an `x` that queries, keys and values are made of, their sum is. Parameters are the random
+    numbers of a float32 layer, rounded.
 
     Examples
     --------
@@ -206,7 +211,7 @@ class MultiHeadAttention(LayerParameters):
         -------
         out : ndarray, shape (..., L, embed_dim)
         weights : ndarray, shape (..., heads, L, Lk)
-            Only with ``return_weights=True``.
+            Only with ``return_weights=True``; float32 where the layer has 16 bits.
 
         Raises
         ------
@@ -406,7 +411,8 @@ alibi_slopes, sinks, num_threads
         Returns
         -------
         out : ndarray, shape (..., L, embed_dim)
-            The result of the call, to the bit where nothing is dropped.
+            The result of the call, to the bit where nothing is dropped. (In 16 bits, sequences of
+            at most 16 tokens may be rounded otherwise.)
         vjp : callable
             ``vjp(dout)`` takes a scalar's gradient with respect to `out`, of its shape and of the
             layer's dtype, and returns `LayerGradients`: those with respect to `x`, the context, all
@@ -617,8 +623,7 @@ alibi_slopes, sinks, num_threads
         with np.errstate(all="ignore"):
             for name, array in (("q_norm", q), ("k_norm", k)):
                 if name in self._parameters:
-                    divide_by_root_mean_square(array, self._norm_epsilon)
-                    array *= self._parameters[name]
+                    normalize(array, self._parameters[name], self._norm_epsilon)
             if rotation is not None:
                 for array in (q, k):
                     vectors = array.swapaxes(-3, -2)  # heads first

@@ -10,6 +10,7 @@ import numpy as np
 from ._checks import as_array, at_least, flag, integer, meant, real, refuse, refuse_kind
 from ._rotary import ELSEWHERE as ROTARY_ELSEWHERE
 from ._rotary import make_rotation
+from ._row_chunks import precision_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,7 +131,9 @@ def initial_parameter(
     if len(shape) == 1:  # of a norm
         return np.ones(shape, dtype)
     with np.errstate(under="ignore"):
-        return (rng.standard_normal(shape) / math.sqrt(shape[0])).astype(dtype)
+        drawn = rng.standard_normal(shape) / math.sqrt(shape[0])
+        # A layer of 16 bits has the numbers of one of float32, rounded.
+        return drawn.astype(precision_of(dtype)).astype(dtype, copy=False)
 
 
 def context_dims(value: object) -> tuple[int, int]:
@@ -140,7 +143,7 @@ def context_dims(value: object) -> tuple[int, int]:
 
 
 def norm_epsilon(value: object, dtype: np.dtype[Any]) -> float:
-    number = real("norm_epsilon", value)
+    number, dtype = real("norm_epsilon", value), precision_of(dtype)
     # Smaller ones have few digits or none, and a vector of zeros would be divided by 0.
     least, largest = float(np.finfo(dtype).tiny), float(np.finfo(dtype).max)
     if not least <= number <= largest:

@@ -8,7 +8,8 @@ import numpy as np
 
 from ._checks import as_array, dtype_name, refuse, refuse_kind
 from ._projection import bias_gradient, project_back, weight_gradient
-from ._qk_norm import take_norm_back
+from ._qk_norm import take_back
+from ._row_chunks import precision_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -89,6 +90,7 @@ def differentiate(call: Call, dout: ArrayLike) -> LayerGradients:
             vectors = d.swapaxes(-3, -2)  # heads first
             back.apply(vectors, vectors)
     # Of an array that is used several times there is one sum.
+    # In 16 bits it is rounded once, at the end.
     dx = _zeros(inputs.x)
     dkeys = dx if inputs.keys is inputs.x else _zeros(inputs.keys)
     dvalues = dkeys if inputs.values is inputs.keys else _zeros(inputs.values)
@@ -96,9 +98,13 @@ def differentiate(call: Call, dout: ArrayLike) -> LayerGradients:
         _take_product_back(call, "q", inputs.x, gradients.q, dx, found)
         _take_product_back(call, "k", inputs.keys, gradients.k, dkeys, found)
         _take_product_back(call, "v", inputs.values, gradients.v, dvalues, found)
-    of_context = dkeys if dvalues is dkeys else (dkeys, dvalues)
+        dtype = dout.dtype
+        of_x = dx.astype(dtype, copy=False)
+        of_keys = of_x if dkeys is dx else dkeys.astype(dtype, copy=False)
+        of_values = of_keys if dvalues is dkeys else dvalues.astype(dtype, copy=False)
+    of_context = of_keys if dvalues is dkeys else (of_keys, of_values)
     return LayerGradients(
-        dx,
+        of_x,
         None if dkeys is dx else of_context,
         {name: found[name] for name in parameters},
         gradients.bias,
@@ -107,7 +113,7 @@ def differentiate(call: Call, dout: ArrayLike) -> LayerGradients:
 
 
 def _zeros(x: Array) -> Array:
-    return np.zeros(x.shape, x.dtype)
+    return np.zeros(x.shape, precision_of(x.dtype))
 
 
 def _like_out(call: Call, dout: ArrayLike) -> Array:
@@ -134,11 +140,12 @@ def _take_product_back(
     if norm is not None:
         # The vectors before the norm are computed again rather than kept.
         vectors = call.product(name, rows, d.shape[-2:])
-        of_norm = take_norm_back(d_rows.reshape(vectors.shape), vectors, norm, call.norm_epsilon)
-        found[f"{name}_norm"] = bias_gradient(of_norm.reshape(-1, norm.size))
+        d_vectors = d_rows.reshape(vectors.shape)
+        found[f"{name}_norm"] = take_back(d_vectors, vectors, norm, call.norm_epsilon)
     found[f"{name}_weight"] = weight_gradient(rows, d_rows)
     found[f"{name}_bias"] = bias_gradient(d_rows)
-    dx_rows[some] += project_back(d_rows, call.parameters[f"{name}_weight"])
+    of_rows = np.empty(rows.shape, dx.dtype)
+    dx_rows[some] += project_back(d_rows, call.parameters[f"{name}_weight"], of_rows)
 
 
 def _rows(x: Array, axes: int) -> Array:

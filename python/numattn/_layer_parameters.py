@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from . import _layer_arguments, _layer_weights
-from ._checks import at_least, flag, refuse, refuse_kind, refuse_unknown
+from ._checks import accepted_dtype, at_least, flag, refuse, refuse_unknown
 from ._layer_arguments import (
     OPTIONS_ELSEWHERE,
     context_dims,
@@ -103,12 +103,7 @@ class LayerParameters:
         of_keys, of_values = self._context_dims = context_dims(
             self._embed_dim if context_dim is None else context_dim
         )
-        try:
-            self._dtype: np.dtype[Any] = np.dtype(dtype)
-        except TypeError:
-            refuse_kind("dtype", repr(dtype), "float32 or float64")
-        if self._dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
-            refuse_kind("dtype", str(self._dtype), "float32 or float64")
+        self._dtype = accepted_dtype(dtype)
         self._norm_epsilon = _layer_arguments.norm_epsilon(norm_epsilon, self._dtype)
         weights = {
             "q": (self._embed_dim, self._heads * self._head_dim),

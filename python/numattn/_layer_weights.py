@@ -26,7 +26,7 @@ _OPTIONS = (
 )  # fmt: skip
 # Of files that do not say them, which are older.
 _LATER_OPTIONS = {"norm_epsilon": 1e-6}
-_DTYPES = {"float32": "F32", "float64": "F64"}
+_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 _TORCH_NAMES = (
     "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias",
     "out_proj.weight", "out_proj.bias", "bias_k", "bias_v",
@@ -68,8 +68,9 @@ def converted(name: str, x: Array, dtype: np.dtype[Any]) -> Array:
     """Return a copy of a dtype, row after row."""
     with np.errstate(all="ignore"):
         copy = np.array(x, dtype, order="C")
-    if x.dtype.itemsize > dtype.itemsize and np.any(np.isinf(copy) & np.isfinite(x)):
-        refuse(name, f"numbers too large for {dtype.name}", "smaller ones, or dtype float64")
+    if x.dtype != dtype and np.any(np.isinf(copy) & np.isfinite(x)):
+        wider = "a dtype that holds them" if dtype.itemsize == 2 else "dtype float64"
+        refuse(name, f"numbers too large for {dtype.name}", f"smaller ones, or {wider}")
     return copy
 
 
@@ -158,7 +159,7 @@ def checked_sizes(description: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(pair, list) or len(pair) != 2:
         refuse_kind("context_dim", repr(pair), "two ints")
     if description["dtype"] not in list(_DTYPES):
-        refuse("dtype", repr(description["dtype"]), " or ".join(_DTYPES))
+        refuse("dtype", repr(description["dtype"]), "one of " + ", ".join(_DTYPES))
     return description | {"context_dim": tuple(pair)}
 
 

@@ -1,4 +1,8 @@
-"""The root-mean-square norm, for queries and keys and for a block's norms, and its gradient."""
+"""The root-mean-square norm, for queries and keys and for a block's norms, and its gradient.
+
+`normalize` and `take_back` are the norm of queries and keys, in any dtype. The other functions are
+parts of norms, in float32 or float64.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,41 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._projection import bias_gradient
+from ._row_chunks import chunks, precision_of, put_back, widened
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
+
+
+def normalize(vectors: Array, weight: Array, epsilon: float) -> None:
+    """Divide vectors (..., heads, dim) by their root mean squares, times `weight`, in place.
+
+    All axes but the last two are one in memory, as the results of a product with a matrix are.
+    """
+    rows, weight = vectors.reshape(-1, *vectors.shape[-2:]), widened(weight)
+    for part in chunks(rows):
+        computed = widened(rows[part])
+        divide_by_root_mean_square(computed, epsilon)
+        computed *= weight
+        put_back(computed, rows[part])
+
+
+def take_back(d: Array, vectors: Array, weight: Array, epsilon: float) -> Array:
+    """Turn gradients `d` with respect to `normalize` into those of its vectors, in place.
+
+    Both are (rows, heads, dim); `vectors` may be overwritten. Return the gradient of the weight.
+    """
+    of_weight = np.zeros(weight.shape, precision_of(weight.dtype))
+    wide_weight = widened(weight)
+    for part in chunks(d):
+        computed = widened(d[part])
+        products = take_norm_back(computed, widened(vectors[part]), wide_weight, epsilon)
+        of_weight += bias_gradient(products.reshape(-1, weight.size))
+        put_back(computed, d[part])
+    return of_weight.astype(weight.dtype, copy=False)
 
 
 def divide_by_root_mean_square(vectors: Array, epsilon: float | Array) -> tuple[Array, Array]:

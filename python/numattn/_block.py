@@ -70,7 +70,7 @@ class TransformerBlock:
     bias : bool, default True
         Add a learned vector after each matrix and in each LayerNorm.
     dtype : dtype, default float32
-        float32 or float64, of the parameters and of x.
+        Of the parameters and of x: float16, bfloat16 (of ``ml_dtypes``), float32 or float64.
     rng : numpy.random.Generator or int, optional
         What random matrices are drawn with, from a normal distribution of variance 1 / (elements
         in); biases begin at 0, weights of norms at 1.
@@ -105,6 +105,10 @@ class TransformerBlock:
     (of larger results; (4 + a**2) of them for tails). Norms take vectors of any finite size. NaN
     and infinity go where arithmetic takes them, whatever ``np.seterr`` says. There is no dropout,
     except of attention's weights in `vjp`.
+
+    With 16-bit floats all sums are in float32. What a step gives is rounded once: a norm with its
+    weight and bias, the product with a matrix and its bias, the activation with its gate, a sum of
+    what came in and what was made of it; and in `vjp` their gradients.
 
     Examples
     --------
@@ -492,7 +496,7 @@ class TransformerBlock:
         -------
         out : ndarray, shape (..., L, embed_dim)
         weights : ndarray, shape (..., heads, L, L)
-            Only with ``return_weights=True``.
+            Only with ``return_weights=True``; float32 where the block has 16 bits.
 
         Raises
         ------
@@ -556,7 +560,8 @@ class TransformerBlock:
         Returns
         -------
         out : ndarray, shape (..., L, embed_dim)
-            The result of the call, to the bit where nothing is dropped.
+            The result of the call, to the bit where nothing is dropped, but for what
+            `MultiHeadAttention.vjp` says of 16 bits.
         vjp : callable
             ``vjp(dout)`` takes a scalar's gradient with respect to `out`, of its shape and of the
             block's dtype, and returns `BlockGradients`: those with respect to `x`, all parameters

@@ -8,7 +8,7 @@ import numpy as np
 
 from ._activations import ACTIVATIONS
 from ._projection import bias_gradient, project, project_back, weight_gradient
-from ._row_chunks import chunk_length, chunks
+from ._row_chunks import chunk_length, chunks, precision_of, put_back, widened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -55,32 +55,43 @@ class FeedForward(NamedTuple):
         d_up = project_back(d, self.parameters["down_weight"])
         d_gate = None if inner.gate is None else np.empty_like(d_up)
         hidden = np.empty_like(d_up)
+        function = ACTIVATIONS[self.activation].function
         # The activation is computed again rather than kept.
         for part, slope, *work in self._parts(inner.up, 1):
-            values = hidden[part]
-            ACTIVATIONS[self.activation].function(inner.activated[part], values, slope, work)
+            values, d_values = widened(hidden[part]), widened(d_up[part])
+            function(widened(inner.activated[part]), values, slope, work)
             if d_gate is not None:
-                np.multiply(d_up[part], inner.up[part], out=d_gate[part])
-                d_gate[part] *= slope
-                d_up[part] *= values
-                values *= inner.up[part]
+                up, d_activated = widened(inner.up[part]), widened(d_gate[part])
+                np.multiply(d_values, up, out=d_activated)
+                d_activated *= slope
+                put_back(d_activated, d_gate[part])
+                d_values *= values
+                values *= up
             else:
-                d_up[part] *= slope
+                d_values *= slope
+            put_back(values, hidden[part])
+            put_back(d_values, d_up[part])
         self._find("down", hidden, d, found)
         self._find("up", rows, d_up, found)
-        d_rows = project_back(d_up, self.parameters["up_weight"])
-        if d_gate is not None:
-            self._find("gate", rows, d_gate, found)
-            d_rows += project_back(d_gate, self.parameters["gate_weight"])
+        if d_gate is None:
+            return project_back(d_up, self.parameters["up_weight"])
+        self._find("gate", rows, d_gate, found)
+        # One sum, rounded once.
+        of_up, of_gate = np.empty((2, *rows.shape), precision_of(rows.dtype))
+        project_back(d_up, self.parameters["up_weight"], of_up)
+        of_up += project_back(d_gate, self.parameters["gate_weight"], of_gate)
+        d_rows: Array = of_up.astype(rows.dtype, copy=False)
         return d_rows
 
     def _hidden(self, inner: Inner, out: Array) -> Array:
         """Write what goes into the last matrix to `out`, which may be what is activated."""
+        function = ACTIVATIONS[self.activation].function
         for part, *work in self._parts(out, 0):
-            values = out[part]
-            ACTIVATIONS[self.activation].function(inner.activated[part], values, None, work)
+            values = widened(out[part])
+            function(widened(inner.activated[part]), values, None, work)
             if self.is_gated:
-                values *= inner.up[part]
+                values *= widened(inner.up[part])
+            put_back(values, out[part])
         return out
 
     def _project(self, name: str, rows: Array) -> Array:
@@ -95,6 +106,6 @@ class FeedForward(NamedTuple):
     def _parts(self, rows: Array, more: int) -> Iterator[tuple[Any, ...]]:
         """Give chunks of rows, each with arrays to work with: the activation's, and more."""
         arrays = ACTIVATIONS[self.activation].work_arrays + more
-        work = np.empty((arrays, chunk_length(rows), rows.shape[-1]), rows.dtype)
+        work = np.empty((arrays, chunk_length(rows), rows.shape[-1]), precision_of(rows.dtype))
         for part in chunks(rows):
             yield (part, *work[:, : part.stop - part.start])

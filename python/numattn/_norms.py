@@ -8,7 +8,7 @@ import numpy as np
 
 from ._projection import bias_gradient
 from ._qk_norm import divide_by_root, divide_by_root_mean_square, scale_down, take_norm_back
-from ._row_chunks import chunks
+from ._row_chunks import chunks, put_back, widened
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,17 +26,20 @@ class Norm(NamedTuple):
 
     def apply(self, rows: Array, out: Array) -> Array:
         """Write the rows, normalized, to `out`, which may be `rows`; return it."""
+        weight = widened(self.weight)
+        bias = None if self.bias is None else widened(self.bias)
         for part in chunks(rows):
-            vectors = out[part]
+            vectors = widened(out[part])
             if out is not rows:
                 vectors[...] = rows[part]
             if self.is_centred:
                 divide_by_root(vectors, self._epsilon_times(_centre(vectors) ** 2))
             else:
                 divide_by_root_mean_square(vectors, self.epsilon)
-            vectors *= self.weight
-            if self.bias is not None:
-                vectors += self.bias
+            vectors *= weight
+            if bias is not None:
+                vectors += bias
+            put_back(vectors, out[part])
         return out
 
     def take_back(self, d: Array, rows: Array) -> tuple[Array, Array | None]:
@@ -44,20 +47,22 @@ class Norm(NamedTuple):
 
         Return the gradients of the weight and of the bias.
         """
-        of_weight = np.zeros_like(self.weight)
+        weight = widened(self.weight)
+        of_weight = np.zeros(weight.shape, weight.dtype)
         of_bias = None if self.bias is None else bias_gradient(d)
         for part in chunks(rows):
-            vectors, d_part = rows[part].copy(), d[part]
+            vectors, d_part = rows[part].astype(weight.dtype), widened(d[part])
             if self.is_centred:
                 scale = _centre(vectors)
                 epsilon = self._epsilon_times(scale**2)
-                products = take_norm_back(d_part, vectors, self.weight, epsilon)
+                products = take_norm_back(d_part, vectors, weight, epsilon)
                 d_part *= scale
                 d_part -= np.mean(d_part, axis=-1, keepdims=True)
             else:
-                products = take_norm_back(d_part, vectors, self.weight, self.epsilon)
+                products = take_norm_back(d_part, vectors, weight, self.epsilon)
             of_weight += bias_gradient(products)
-        return of_weight, of_bias
+            put_back(d_part, d[part])
+        return of_weight.astype(self.weight.dtype, copy=False), of_bias
 
     def _epsilon_times(self, factors: Array) -> Array:
         scaled: Array = factors.dtype.type(self.epsilon) * factors

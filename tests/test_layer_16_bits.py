@@ -455,3 +455,68 @@ def test_given_weights(rng, narrow):
         layer(np.zeros((1, 5, 24), narrow), cache=na.KVCache(1, 4, 6))
     with pytest.raises(TypeError, match=rf"dout: got dtype float32, expected {narrow.name} as"):
         layer.vjp(np.zeros((5, 24), narrow))[1](np.zeros((5, 24), np.float32))
+
+
+# ---- PyTorch -----------------------------------------------------------------------------------
+
+SHAPES = {"MiniLM": (384, 12, 1536, False), "GPT-2": (768, 12, 3072, True)}
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_as_exact_as_torch(rng, model):
+    """In bfloat16, as it computes it; both are compared with float64."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    dim, heads, hidden, norm_first = SHAPES[model]
+
+    def gelu_tanh(x):
+        return torch.nn.functional.gelu(x, approximate="tanh")
+
+    module = torch.nn.TransformerEncoderLayer(
+        dim, heads, hidden, dropout=0.0, activation=gelu_tanh if norm_first else "gelu",
+        batch_first=True, norm_first=norm_first, dtype=torch.bfloat16,
+    )  # fmt: skip
+    state = module.state_dict()
+    names = {"o": "self_attn.out_proj", "up": "linear1", "down": "linear2", "norm1": "norm1",
+             "norm2": "norm2"}  # fmt: skip
+    weights = {
+        f"{ours}_{kind}": state[f"{theirs}.{kind}"]
+        for ours, theirs in names.items()
+        for kind in ("weight", "bias")
+    }
+    for kind in ("weight", "bias"):
+        joined = torch.chunk(state[f"self_attn.in_proj_{kind}"], 3)
+        weights |= {f"{part}_{kind}": x for part, x in zip("qkv", joined, strict=True)}
+    block, wide = (
+        na.TransformerBlock.from_weights(
+            **weights, num_heads=heads, norm_first=norm_first, dtype=dtype,
+            activation="gelu_tanh" if norm_first else "gelu",
+        )
+        for dtype in ("bfloat16", "float64")
+    )  # fmt: skip
+    x, dout = (numbers(rng, 24, dim).astype("bfloat16") for _ in range(2))
+    of_x = torch.tensor(x.astype(np.float32)).bfloat16().requires_grad_()
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(24, dtype=torch.bfloat16)
+    out = module(of_x, src_mask=mask if norm_first else None)
+    out.backward(torch.tensor(dout.astype(np.float32)).bfloat16())
+    theirs = {
+        "out": out.detach(), "x": of_x.grad, "up_weight": module.linear1.weight.grad.T,
+        "norm1_weight": module.norm1.weight.grad, "o_bias": module.self_attn.out_proj.bias.grad,
+    }  # fmt: skip
+
+    def results(block, dtype):
+        out, vjp = block.vjp(x.astype(dtype), is_causal=norm_first)
+        gradients = vjp(dout.astype(dtype))
+        of_attention = {
+            name.removeprefix("attention."): a for name, a in gradients.parameters.items()
+        }
+        return {"out": out, "x": gradients.x, **of_attention}
+
+    ours, exact = results(block, block.attention.dtype), results(wide, np.float64)
+    for name, tensor in theirs.items():
+        errors = [
+            np.linalg.norm(a.astype(np.float64) - exact[name])
+            for a in (ours[name], tensor.float().numpy())
+        ]
+        assert errors[0] <= 1.2 * errors[1], (name, errors)
+        assert errors[0] < 0.02 * np.linalg.norm(exact[name]), name

@@ -1,6 +1,8 @@
 """Promise: layers and blocks of 16-bit floats add up in float32 and round each step once."""
 
 import pickle
+import subprocess
+import sys
 
 import numattn as na
 import numpy as np
@@ -350,6 +352,16 @@ def test_a_cache_gives_the_whole(rng, narrow, window):
     np.testing.assert_allclose(found, whole, rtol=0, atol=2 * unit * np.abs(whole).max())
 
 
+def test_a_quantized_cache(rng, narrow):
+    layer = make_layer(rng, narrow, 64, 4, rotary=True)
+    x = random(rng, 2, 30, 64, dtype=narrow)
+    whole = layer(x, is_causal=True).astype(np.float64)
+    cache = layer.new_cache(2, quantize=True)
+    found = np.concatenate([layer(x[:, :20], cache=cache), layer(x[:, 20:], cache=cache)], axis=1)
+    assert found.dtype == narrow
+    np.testing.assert_allclose(found.astype(np.float64), whole, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 6e4])
 def test_padding_changes_no_bit(rng, narrow, bad):
     for model, options in BLOCKS.items():
@@ -428,6 +440,32 @@ def test_what_is_saved_is_loaded_to_the_bit(tmp_path, rng, narrow, make):
         for name, x in module.parameters().items():
             assert loaded.parameters()[name].dtype == narrow
             assert loaded.parameters()[name].tobytes() == x.tobytes()
+
+
+def test_the_name_bfloat16_brings_its_package(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    pytest.importorskip("ml_dtypes")
+    na.MultiHeadAttention(8, 2, dtype="bfloat16").save(tmp_path / "file")
+    code = """
+import sys, numattn as na
+assert "ml_dtypes" not in sys.modules
+make = {
+    "load": lambda: na.MultiHeadAttention.load(sys.argv[2]),
+    "layer": lambda: na.MultiHeadAttention(8, 2, dtype="bfloat16"),
+    "cache": lambda: na.KVCache(1, 2, 4, dtype="bfloat16").k,
+}[sys.argv[1]]
+assert make().dtype.name == "bfloat16"
+"""
+    for what in ("load", "layer", "cache"):
+        command = [sys.executable, "-c", code, what, tmp_path / "file"]
+        subprocess.run(command, check=True)
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)  # as if it were not installed
+    for call in (
+        lambda: na.MultiHeadAttention.load(tmp_path / "file"),
+        lambda: na.TransformerBlock(8, 2, dtype="bfloat16"),
+    ):
+        with pytest.raises(ImportError, match=r"dtype bfloat16 needs ml_dtypes: pip install"):
+            call()
 
 
 def test_given_weights(rng, narrow):

@@ -100,7 +100,7 @@ def work(name, peer):
 
 
 def start(name, peer, threads):
-    from run import environment  # here: a peer's process does not import numattn
+    from rounds import environment  # here: a peer's process does not import numattn
 
     return subprocess.Popen(
         [sys.executable, Path(__file__), "--work", json.dumps([name, peer])],
@@ -142,7 +142,7 @@ def main():
         work(*json.loads(arguments.work))
         return
     from numattn._blas import restart_at_full_speed
-    from run import numpy_blas
+    from rounds import numpy_blas
 
     restart_at_full_speed()
     print(f"NumPy: {numpy_blas(arguments.threads)}")

@@ -86,9 +86,14 @@ def numattn_step(case: Case) -> Call:
 
 
 def numattn_gradients(found: Any) -> list[np.ndarray]:
-    """Return gradients in the order that all libraries are compared in."""
-    names = [f"{name}_{kind}" for kind in ("weight", "bias") for name in "qkvo"]
-    return [found.x, *(found.parameters[name] for name in names)]
+    """Return gradients as all libraries are compared: x, q, k, v, o, their biases as PyTorch's.
+
+    The bias of keys has a gradient of 0 but for rounding, so that it is compared with the others'.
+    """
+    own = found.parameters
+    matrices = (own[f"{name}_weight"] for name in "qkvo")
+    biases = np.concatenate([own[f"{name}_bias"] for name in "qkv"])
+    return [found.x, *matrices, biases, own["o_bias"]]
 
 
 def numattn_backward(case: Case) -> Call:
@@ -367,7 +372,7 @@ def torch_training(case: Case) -> tuple[Call, Callable[[Any], list]]:
         dx, matrices, biases, o_weight, o_bias = torch.autograd.grad(
             out, inputs, dout, retain_graph=True
         )
-        return [dx, *(x.T for x in matrices.chunk(3)), o_weight.T, *biases.chunk(3), o_bias]
+        return [dx, *(x.T for x in matrices.chunk(3)), o_weight.T, biases, o_bias]
 
     return lambda: module(x, x, x, need_weights=False)[0], gradients
 

@@ -17,10 +17,10 @@ class Case:
 
     The kinds: project, a product with a matrix (embed_dim, outputs); row, the products of a single
     row with MATRICES of them; layer, attention with its four matrices; backward, its gradients;
-    forward_and_backward, both; step, a layer for one token after those of a cache; block, a layer
-    and a feed-forward network of `outputs` elements, with norms; weights of attention, for `heads`
-    of 64 elements; softmax of `heads` squares of logits; rotary, for `heads` of 128 elements;
-    sentences and passages, a whole model (`examples/sentences.py`).
+    forward_and_backward, both; step, a layer for one token at a time, after those of a cache;
+    block, a layer and a feed-forward network of `outputs` elements, with norms; weights of
+    attention, for `heads` of 64 elements; softmax of `heads` squares of logits; rotary, for `heads`
+    of 128 elements; sentences and passages, a whole model (`examples/sentences.py`).
     """
 
     name: str
@@ -115,7 +115,7 @@ CASES = [
     Case("one row 4096 x 4096", "row", embed_dim=4096, outputs=4096),
     Case("layer 8 x 512", "layer", **_512),
     Case("layer 2048 causal", "layer", tokens=2048, embed_dim=1024, heads=16, is_causal=True),
-    Case("layer, one token after 512", "step", cached_tokens=512),
+    Case("layer, one token after 512", "step", tokens=16, cached_tokens=512),
     Case("layer vjp 8 x 512", "backward", **_512),
     Case("layer 8 x 512, forward and vjp", "forward_and_backward", **_512),
     Case("block 8 x 512", "block", **_512, outputs=3072),

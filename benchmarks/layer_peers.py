@@ -43,7 +43,7 @@ def numattn_project(case: Case) -> Call:
     if case.dtype == "bfloat16" and level != "avx512_bf16":
         raise Unsupported(f"the level is {level}: products of bfloat16 are avx512_bf16's")
     rows, matrices = rows_and_matrices(case)
-    # A bias of zeros, which is added all the same: the result is that of the product.
+    # A bias of zeros is added like any other, and leaves the product as it is.
     bias = np.zeros(case.outputs, rows.dtype)
     if case.kind == "project":
         return lambda: project(rows, matrices[0], bias)
@@ -75,14 +75,14 @@ def numattn_block(case: Case) -> Call:
 
 def numattn_step(case: Case) -> Call:
     layer, x = numattn_layer(case), embeddings(case)
-    cache = layer.new_cache(capacity=case.cached_tokens + 1)
+    cache = layer.new_cache(capacity=case.cached_tokens + case.tokens)
     layer(normal(1, case.cached_tokens, case.embed_dim, seed=3), cache=cache)
 
-    def step():
-        cache.truncate(case.cached_tokens)  # the token of the call before
-        return layer(x, cache=cache)
+    def steps():
+        cache.truncate(case.cached_tokens)  # the tokens of the call before
+        return [layer(x[:, i : i + 1], cache=cache) for i in range(case.tokens)]
 
-    return step
+    return steps
 
 
 def numattn_gradients(found: Any) -> list[np.ndarray]:
@@ -340,7 +340,7 @@ def torch_step(case: Case) -> Call:
     module, x = torch_module(case), torch.from_numpy(embeddings(case))
     weights = module.in_proj_weight, module.in_proj_bias
     n, shape = case.cached_tokens, (1, -1, 3, case.heads, case.embed_dim // case.heads)
-    keys, values = torch.zeros(2, 1, case.heads, n + 1, shape[-1])
+    keys, values = torch.zeros(2, 1, case.heads, n + case.tokens, shape[-1])
 
     def projected(tokens):  # (1, heads, tokens, head_dim) each
         return linear(tokens, *weights).view(shape).permute(2, 0, 3, 1, 4).unbind()
@@ -349,14 +349,17 @@ def torch_step(case: Case) -> Call:
         before = torch.from_numpy(normal(1, n, case.embed_dim, seed=3))
         _, keys[:, :, :n], values[:, :, :n] = projected(before)
 
-    def step():
-        with torch.inference_mode():
-            q, keys[:, :, n : n + 1], values[:, :, n : n + 1] = projected(x)
-            out = attend(q, keys[:, :, : n + 1], values[:, :, : n + 1])
-            out = out.transpose(1, 2).reshape(1, 1, case.embed_dim)
-            return linear(out, module.out_proj.weight, module.out_proj.bias)
+    def step(token, i):
+        q, keys[:, :, i : i + 1], values[:, :, i : i + 1] = projected(token)
+        out = attend(q, keys[:, :, : i + 1], values[:, :, : i + 1])
+        out = out.transpose(1, 2).reshape(1, 1, case.embed_dim)
+        return linear(out, module.out_proj.weight, module.out_proj.bias)
 
-    return step
+    def steps():
+        with torch.inference_mode():
+            return [step(x[:, i : i + 1], n + i) for i in range(case.tokens)]
+
+    return steps
 
 
 def torch_training(case: Case) -> tuple[Call, Callable[[Any], list]]:

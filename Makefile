@@ -120,7 +120,7 @@ bench: $(BUILT) $(VENV)/bench
 bench-sequences: $(BUILT) $(VENV)/bench
 	$(BIN)/python benchmarks/sequences.py $(ARGS)
 
-bench-layers: $(BUILT) $(VENV)/bench
+bench-layers: $(BUILT) $(VENV)/bench $(VENV)/demo
 	$(BIN)/python benchmarks/layers.py $(ARGS)
 
 bench-grid: $(BUILT) $(VENV)/group-test

@@ -61,6 +61,11 @@ class Case:
         return 2 * self.batch * self.kv_heads * self.key_length * self.head_dim * size
 
     @property
+    def bound(self) -> tuple[str, float]:
+        """What limits it, and how much of that it needs."""
+        return ("bandwidth", self.bytes_read) if self.is_decode else ("peak", self.flops)
+
+    @property
     def flops(self) -> float:
         """Useful operations: a multiply-add for each of q k and w v, for each attended pair; five
         products backwards."""

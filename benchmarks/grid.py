@@ -1,9 +1,8 @@
 """Is numattn anywhere slower than plain NumPy? `make bench-grid` asks at some 460 shapes.
 
-Both libraries run in processes of their own, with as many threads, and take turns as in run.py.
+Both libraries run in processes of their own, with as many threads, and take turns.
 NumPy is `plain_calls` of `numattn._bench`, the fastest of its variants in each turn. A shape that
-comes near 1 is measured again, in more rounds. A round counts only if the machine had all its
-threads to give: its peak on them, before and after, is nearly that many times its peak on one.
+comes near 1 is measured again, in more rounds. Which rounds count: see rounds.py.
 Prints the worst cases; the last line is the verdict, and so is the exit code.
 """
 
@@ -15,16 +14,13 @@ import sys
 import time
 from statistics import median
 
-import numpy as np
 from cases import Case, grid
 from numattn._blas import restart_at_full_speed
 from numattn._terminal import progress
-from run import Worker
+from rounds import ATTEMPTS, SAMPLE, Worker, check_agreement
 
 TURN_SECONDS = 0.01
 REST_SECONDS = 0.05  # OpenBLAS's threads wait busily for some 30 ms after a product
-PEAK_SECONDS = 0.003
-FULL_PEAK = 0.9  # of threads times the peak of one
 NEAR = 1.03
 MORE_ROUNDS = 15
 
@@ -43,17 +39,17 @@ class Pair:
         for worker in (self.ours, self.numpy):
             seconds = worker.ask({"prepare": case.as_dict()})["seconds"]
             self.calls[worker] = max(1, int(TURN_SECONDS / seconds))
-        (expected,) = self.ours.ask({"sample": 999})["samples"]
-        for sample in self.numpy.ask({"sample": 999})["samples"]:
-            np.testing.assert_allclose(sample, expected, rtol=1e-3, atol=1e-4, err_msg=case.name)
+        workers = {"numattn": self.ours, "numpy": self.numpy}
+        samples = {name: w.ask({"sample": SAMPLE})["samples"] for name, w in workers.items()}
+        check_agreement(case.name, samples, 1e-4)
 
     def speedup(self, rounds: int) -> float | None:
         """Return the median of NumPy's time over numattn's; None if no round counts."""
         ratios: list[float] = []
-        undisturbed = self._all_threads()
-        for n in range(4 * rounds):
+        undisturbed = self.ours.has_all_threads()
+        for n in range(ATTEMPTS * rounds):
             turns = {worker: self._turn(worker) for worker in self._order(n)}
-            before, undisturbed = undisturbed, self._all_threads()
+            before, undisturbed = undisturbed, self.ours.has_all_threads()
             if before and undisturbed:
                 ratios.append(turns[self.numpy] / turns[self.ours])
             else:
@@ -77,13 +73,6 @@ class Pair:
         if self.threads > 1 and worker is self.numpy:
             time.sleep(REST_SECONDS)
         return seconds
-
-    def _all_threads(self) -> bool:
-        if self.threads == 1:
-            return True
-        what = {"peak": PEAK_SECONDS, "dtype": "float32"}
-        one, all_ = (self.ours.ask({**what, "threads": n})["per_second"] for n in (1, self.threads))
-        return all_ >= FULL_PEAK * self.threads * one
 
 
 def speedups(cases: list[Case], pair: Pair, rounds: int) -> dict[str, float]:

@@ -94,7 +94,6 @@ def torch_peer(case: Case, threads: int) -> dict[str, Call]:
 
 
 def onnxruntime_peer(case: Case, threads: int) -> dict[str, Call]:
-    import onnxruntime as ort
     from onnx import TensorProto, helper
 
     if case.backward:
@@ -111,12 +110,7 @@ def onnxruntime_peer(case: Case, threads: int) -> dict[str, Call]:
         graph = helper.make_graph([node], "attention", declared, [out])
         opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        run = ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        ).run
-        return lambda: run(None, inputs)
+        return onnxruntime_call(model.SerializeToString(), inputs, threads)
 
     q, k, v = arrays(case)
     names = ["q", "k", "v"]
@@ -134,6 +128,16 @@ def onnxruntime_peer(case: Case, threads: int) -> dict[str, Call]:
         )  # fmt: skip
         calls["MultiHeadAttention"] = session(node, flat)
     return calls
+
+
+def onnxruntime_call(model: bytes, inputs: dict[str, np.ndarray], threads: int) -> Call:
+    """Return the run of an ONNX model, with all of its optimisations, which are the default."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    run = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run
+    return lambda: run(None, inputs)
 
 
 def openvino_peer(case: Case, threads: int) -> dict[str, Call]:

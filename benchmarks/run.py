@@ -1,103 +1,21 @@
 """Compare numattn with its peers and with the machine's own peak: `make bench`.
 
-Each library runs in a process of its own. A case is measured in rounds, in each of which every
-library has its turn, and every figure is the median of the rounds' ratios: what disturbs a shared
-machine for a moment disturbs a round, not the result.
+Each library runs in a process of its own, and they take turns in rounds: see rounds.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from statistics import median
 
 import numattn as na
-from cases import AVX2_BARS, BARS, CASES, OPTION_COSTS, Case
+from cases import AVX2_BARS, BARS, CASES, OPTION_COSTS
 from numattn._blas import restart_at_full_speed
 from numattn._terminal import progress
 from peers import PEERS
-
-TURN_SECONDS = 0.03  # at least one call
-REST_SECONDS = 0.1  # before each turn, until the threads of the one before have gone to sleep
-
-
-def environment(threads: int, isa: str | None = None) -> dict[str, str]:
-    """Return the environment of a process whose libraries use so many threads."""
-    libraries = ("OMP", "OPENBLAS", "MKL", "NUMATTN")
-    level = {"NUMATTN_ISA": isa} if isa else {}
-    return {**os.environ, **{f"{x}_NUM_THREADS": str(threads) for x in libraries}, **level}
-
-
-class Worker:
-    """One library's process."""
-
-    def __init__(self, peer: str, threads: int, isa: str | None) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("worker.py"), peer, str(threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(threads, isa), text=True,
-        )  # fmt: skip
-
-    def ask(self, request: dict) -> dict:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"a benchmark process ended with {self.process.wait()}")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def numpy_blas(threads: int) -> str:
-    """Return what NumPy computes with in a process of so many threads."""
-    worker = Worker("numpy", threads, None)
-    answer = worker.ask({"blas": True})["blas"]
-    worker.close()
-    return answer
-
-
-def measure(case: Case, peers: list[str], threads: int, isa: str | None, rounds: int) -> dict:
-    """Return the case's medians: share of peak, and each peer's time over numattn's."""
-    workers = {peer: Worker(peer, threads, isa) for peer in ["numattn", *peers]}
-    prepared = {}
-    for peer, worker in list(workers.items()):
-        progress(f"{case.name}, {threads} threads: preparing {peer}")
-        prepared[peer] = worker.ask({"prepare": case.as_dict()})
-        if "seconds" not in prepared[peer]:
-            workers.pop(peer).close()
-    if "numattn" not in workers:
-        raise RuntimeError(f"{case.name} needs {prepared['numattn']['missing']}")
-    calls = {p: max(1, int(TURN_SECONDS / prepared[p]["seconds"])) for p in workers}
-    shares, ratios = [], {peer: [] for peer in workers if peer != "numattn"}
-    for n in range(rounds):
-        progress(f"{case.name}, {threads} threads: round {n + 1} of {rounds}")
-        time.sleep(REST_SECONDS)
-        what = {"bandwidth": TURN_SECONDS} if case.is_decode else {"peak": TURN_SECONDS}
-        peak = workers["numattn"].ask(what | {"dtype": case.dtype})["per_second"]
-        ours = workers["numattn"].ask({"time": calls["numattn"]})["seconds"]
-        shares.append((case.bytes_read if case.is_decode else case.flops) / ours / peak)
-        for peer in ratios:
-            time.sleep(REST_SECONDS)
-            ratios[peer].append(workers[peer].ask({"time": calls[peer]})["seconds"] / ours)
-    for worker in workers.values():
-        worker.close()
-    progress("")
-    return {
-        "case": case.name,
-        "threads": threads,
-        "isa": isa or "best",
-        "share_of_peak": round(median(shares), 3),
-        "speedup_over": {peer: round(median(r), 2) for peer, r in ratios.items()},
-        "variants": {p: prepared[p]["variant"] for p in ratios},
-        "missing": {p: x["missing"] for p, x in prepared.items() if "missing" in x},
-    }
+from rounds import TURN_SECONDS, Worker, describe_machine, measure, numpy_blas, show
 
 
 def measure_option_costs(threads: int, isa: str | None, rounds: int) -> list[dict]:
@@ -122,17 +40,6 @@ def measure_option_costs(threads: int, isa: str | None, rounds: int) -> list[dic
         rows.append({"cost": name, "threads": threads, "ratio": ratio, "bar": bar})
         print(f"{name:36}{threads:2} threads {ratio:6.2f}   ({bar})", flush=True)
     return rows
-
-
-def show(row: dict, bars: dict[str, float]) -> None:
-    """Print a case's medians, and in brackets what is aimed at where there is an aim."""
-
-    def with_bar(value: float, bar: float | None, digits: int) -> str:
-        return f"{value:.{digits}f}" + (f" (>= {bar})" if bar else "")
-
-    share = with_bar(row["share_of_peak"], bars.get("peak"), 3)
-    peers = (f"{p} {with_bar(r, bars.get(p), 2)}" for p, r in row["speedup_over"].items())
-    print(f"{row['case']:14}{row['threads']:2} threads  {share:18}{'  '.join(peers)}", flush=True)
 
 
 def text_plot(rows: list[dict]) -> str:
@@ -191,7 +98,9 @@ def main() -> None:
     restart_at_full_speed()
 
     rows, costs, missing = [], [], {}
-    print("case, threads, share of the peak (decode: of bandwidth), times as fast as a peer (bars)")
+    print(describe_machine(arguments.peers))
+    print("case, threads, share of the peak (decode: of bandwidth), times as fast as a peer")
+    print("[the middle half of the rounds] (bars)")
     for threads in arguments.threads:
         if "numpy" in arguments.peers:
             print(f"NumPy: {numpy_blas(threads)}")

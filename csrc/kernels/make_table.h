@@ -7,6 +7,7 @@
 #include "kernels/decode_tiles.h"
 #include "kernels/memory/stored_types.h"
 #include "kernels/prefill.h"
+#include "kernels/projection.h"
 #include "kernels/rows.h"
 #include "kernels/simd/arithmetic.h"
 #include "kernels/small_heads.h"
@@ -28,6 +29,7 @@ constexpr DtypeKernels kernels_for() {
   using OfSmall = SmallHeads<Vectors, Element>;
   using OfStages = Stages<Arithmetic, Element>;
   using OfGradients = Backward<Arithmetic, Element>;
+  using OfProjections = Projection<Arithmetic, Element>;
   return {
       .queries_per_tile = OfTiles::kQueriesPerTile,
       .keys_per_block = kKeysPerBlock,
@@ -57,6 +59,11 @@ constexpr DtypeKernels kernels_for() {
       .tiles_per_backward_part = OfGradients::kTilesPerPart,
       .stage_scratch_bytes = OfStages::scratch_bytes,
       .run_stage = OfStages::run,
+      .max_projection_rows = OfProjections::kMaxRows,
+      .few_projection_rows = OfProjections::kFewRows,
+      .max_projection_columns = OfProjections::max_columns,
+      .projection_scratch_bytes = OfProjections::scratch_bytes,
+      .project = OfProjections::run,
       .softmax_rows = Rows<Vectors, Element>::softmax,
       .rotate_rows = Rows<Vectors, Element>::rotate,
   };

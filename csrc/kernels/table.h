@@ -61,6 +61,13 @@ struct DtypeKernels {
   int64_t (*stage_scratch_bytes)(int64_t head_dim);
   bool (*run_stage)(const Task& task);  // false if it was stopped
 
+  // Products with a matrix: how many rows and columns a work item is to have at most. The weight of
+  // few rows is read, not packed.
+  int64_t max_projection_rows, few_projection_rows;
+  int64_t (*max_projection_columns)(int64_t rows);
+  int64_t (*projection_scratch_bytes)(const ProjectionTask& task);
+  bool (*project)(const ProjectionTask& task);  // false if it was stopped
+
   // Rows by themselves, in C order: mask is null for none; out may be scores.
   void (*softmax_rows)(const void* scores, const uint8_t* mask, void* out, int64_t rows,
                        int64_t columns);

@@ -128,6 +128,31 @@ struct GradientTask : Task {
   int64_t first_tile;      // its number among all tiles that add to dk and dv, in their order
 };
 
+// How the rows of a product are rotated, each head by itself: rotary embedding. cos and sin are
+// scalars [row][pair] without gaps between pairs; the product has more rows where they repeat.
+struct HeadRotation {
+  const char *cos, *sin;  // null: no rotation
+  int64_t rows;
+  int64_t row_stride;
+  int64_t head_dim, rotary_dim;
+  bool interleaved;
+};
+
+// out [row][column] = x [row][step] * weight [step][column] + bias [column], of elements of any
+// strides but the bias, which has no gaps; bias null: none. With a rotation, columns are whole
+// heads.
+struct ProjectionTask {
+  View x, weight, out;  // head_stride is not used
+  const char* bias;
+  HeadRotation rotation;
+  int64_t rows, depth, columns;
+  int64_t first_row;    // of these, in the product
+  bool out_is_float32;  // or else as x
+  bool (*should_stop)(void* context);
+  void* stop_context;
+  void* scratch;  // aligned to 64 bytes
+};
+
 // Rows of one head whose pairs of elements are to be rotated; out may be x. cos and sin are scalars
 // [row][pair], without gaps between pairs.
 struct RowRotation {

@@ -139,6 +139,26 @@ cdef extern from "row_operations.h" namespace "numattn" nogil:
     Status cpp_rotate "numattn::rotate"(const Rotation&, const Execution&) noexcept
 
 
+cdef extern from "projection.h" namespace "numattn" nogil:
+    cdef struct HeadRotation:
+        const char* cos
+        const char* sin
+        int64_t rows, row_stride, head_dim, rotary_dim
+        cbool interleaved
+
+    cdef cppclass Product:
+        Product()
+        View x, weight, out
+        const char* bias
+        cbool out_is_float32
+        int64_t rows, depth, columns
+        HeadRotation rotation
+
+    Status cpp_multiply "numattn::multiply"(
+        Dtype, const Product*, int64_t, const Execution&
+    ) noexcept
+
+
 cdef extern from "runtime/cpu.h" namespace "numattn" nogil:
     string cpp_cpu_name "numattn::cpu_name"() except +
 
@@ -493,6 +513,50 @@ def rotate(
     _fill(&problem.sin, sin, problem.batch_axes, True)
     with nogil:
         status = cpp_rotate(problem, execution)
+    _raise_for(status)
+
+
+cdef void _fill_matrix(View* view, cnp.ndarray x):
+    view.data = <char*>cnp.PyArray_DATA(x)
+    view.row_stride = cnp.PyArray_STRIDE(x, 0)
+    view.column_stride = cnp.PyArray_STRIDE(x, 1)
+
+
+cdef Product _product_of(product, Dtype* dtype) except *:
+    cdef Product made
+    cdef cnp.ndarray x = product.x, weight = product.weight, out = product.out, cos, sin
+    if not _find_dtype(x, dtype):
+        raise TypeError(f"dtype {x.dtype.name} is not one that the kernels take")
+    _fill_matrix(&made.x, x)
+    _fill_matrix(&made.weight, weight)
+    _fill_matrix(&made.out, out)
+    made.out_is_float32 = _is_float32_beside(out, x)
+    if product.bias is not None:
+        made.bias = <const char*>cnp.PyArray_DATA(<cnp.ndarray>product.bias)
+    made.rows, made.depth = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1)
+    made.columns = cnp.PyArray_DIM(weight, 1)
+    if product.rotation is not None:
+        cos, sin = product.rotation.cos, product.rotation.sin
+        made.rotation.cos = <const char*>cnp.PyArray_DATA(cos)
+        made.rotation.sin = <const char*>cnp.PyArray_DATA(sin)
+        made.rotation.rows = cnp.PyArray_DIM(cos, 0)
+        made.rotation.row_stride = cnp.PyArray_STRIDE(cos, 0)
+        made.rotation.head_dim = product.head_dim
+        made.rotation.rotary_dim = 2 * cnp.PyArray_DIM(cos, 1)
+        made.rotation.interleaved = product.rotation.interleaved
+    return made
+
+
+def multiply(list products not None, int num_threads):
+    """Compute the products, `_projection.Product`, of arrays of one dtype; each x has columns."""
+    cdef vector[Product] of_all
+    cdef Dtype dtype
+    cdef Execution execution = _execution(num_threads)
+    cdef Status status
+    for product in products:
+        of_all.push_back(_product_of(product, &dtype))
+    with nogil:
+        status = cpp_multiply(dtype, of_all.data(), <int64_t>of_all.size(), execution)
     _raise_for(status)
 
 

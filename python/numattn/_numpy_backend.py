@@ -21,15 +21,17 @@ from ._numpy_blocks import (
     quiet,
 )
 from ._numpy_gradients import attention_backward
+from ._row_chunks import widened
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ._arguments import Arguments
+    from ._projection import Product
 
     Array = NDArray[Any]
 
-__all__ = ["attention", "attention_backward", "rotate", "softmax", "stage"]
+__all__ = ["attention", "attention_backward", "multiply", "rotate", "softmax", "stage"]
 
 
 def attention(arguments: Arguments) -> None:
@@ -79,6 +81,28 @@ def rotate(x: Array, cos: Array, sin: Array, out: Array, interleaved: bool) -> N
         out[..., first] = a * cos - b * sin
         out[..., second] = b * cos + a * sin
         out[..., 2 * pairs :] = x[..., 2 * pairs :]
+
+
+def multiply(products: list[Product], num_threads: int) -> None:
+    """Compute products with matrices; `num_threads` is left to NumPy's BLAS."""
+    del num_threads
+    with quiet():
+        for product in products:
+            x, weight = widened(product.x), widened(product.weight)
+            in_place = product.out.dtype == x.dtype
+            computed = np.matmul(x, weight, out=product.out if in_place else None)
+            if product.bias is not None:
+                computed += product.bias
+            if product.rotation is not None:
+                heads = computed.reshape(len(x), -1, product.head_dim)
+                times = -(-len(x) // len(product.rotation.cos))
+                cos, sin = (
+                    np.tile(a, (times, 1))[: len(x), np.newaxis]
+                    for a in (product.rotation.cos, product.rotation.sin)
+                )
+                rotate(heads, cos, sin, heads, product.rotation.interleaved)
+            if not in_place:
+                product.out[...] = computed
 
 
 def _weigh(a: Arguments, kv_heads: slice, logits: Array) -> tuple[Array, Array, Array]:

@@ -6,48 +6,75 @@ up in float32, and a result is rounded once, or not at all where `out` is float3
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._row_chunks import widened
+from . import _runtime
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
+
+    from ._rotary import Rotation
 
     Array = NDArray[Any]
 
 
+class Product(NamedTuple):
+    """``out = x @ weight + bias``, with the heads of each row rotated after that.
+
+    A row's angles are those of its number modulo the rotation's rows: `cos` and `sin` have two
+    axes.
+    """
+
+    x: Array
+    weight: Array
+    bias: Array | None
+    out: Array
+    rotation: Rotation | None = None
+    head_dim: int = 0
+
+
+def compute(products: Iterable[Product], num_threads: int | None = None) -> None:
+    """Compute products, of arrays of one dtype, at once."""
+    with_steps = []
+    for product in products:
+        if product.x.shape[1] == 0:
+            product.out[...] = 0 if product.bias is None else product.bias
+        elif product.out.size > 0:
+            with_steps.append(product)
+    _runtime.computations.multiply(with_steps, num_threads or _runtime.get_num_threads())
+
+
 def project(
-    rows: Array, weight: Array, bias: Array | None = None, out: Array | None = None
+    rows: Array,
+    weight: Array,
+    bias: Array | None = None,
+    out: Array | None = None,
+    num_threads: int | None = None,
 ) -> Array:
     """Return ``rows @ weight + bias``."""
-    return _product(rows, weight, bias, out)
-
-
-def project_back(d: Array, weight: Array, out: Array | None = None) -> Array:
-    """Return the gradient with respect to the rows: ``d @ weight.T``."""
-    return _product(d, weight.T, None, out)
-
-
-def weight_gradient(rows: Array, d: Array) -> Array:
-    """Return the gradient with respect to the matrix: ``rows.T @ d``."""
-    return _product(rows.T, d)
-
-
-def bias_gradient(d: Array) -> Array:
-    """Return the sum of the rows, added up in the order of a product with a matrix."""
-    return _product(np.ones(len(d), d.dtype), d)
-
-
-def _product(a: Array, b: Array, bias: Array | None = None, out: Array | None = None) -> Array:
-    wide_a, wide_b = widened(a), widened(b)
-    in_place = out is not None and out.dtype == wide_a.dtype
-    product: Array = np.matmul(wide_a, wide_b, out=out if in_place else None)
-    if bias is not None:
-        product += bias
     if out is None:
-        return product.astype(a.dtype, copy=False)
-    if not in_place:
-        out[...] = product
+        out = np.empty((len(rows), weight.shape[1]), rows.dtype)
+    compute([Product(rows, weight, bias, out)], num_threads)
     return out
+
+
+def project_back(
+    d: Array, weight: Array, out: Array | None = None, num_threads: int | None = None
+) -> Array:
+    """Return the gradient with respect to the rows: ``d @ weight.T``."""
+    return project(d, weight.T, None, out, num_threads)
+
+
+def weight_gradient(rows: Array, d: Array, num_threads: int | None = None) -> Array:
+    """Return the gradient with respect to the matrix: ``rows.T @ d``."""
+    return project(rows.T, d, num_threads=num_threads)
+
+
+def bias_gradient(d: Array, num_threads: int | None = None) -> Array:
+    """Return the sum of the rows, added up in the order of a product with a matrix."""
+    rows = project(np.ones((1, len(d)), d.dtype), d, num_threads=num_threads)
+    return rows.reshape(-1)

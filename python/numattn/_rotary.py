@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -182,6 +183,19 @@ class Rotation:
             for a in (self.cos, self.sin)
         ]
         _runtime.computations.rotate(x, *angles, out, self.interleaved)
+
+    def of_rows(self, shape: tuple[int, ...]) -> Rotation:
+        """Return the rotation for tokens (batch..., L) in C order.
+
+        Angles have two axes, and repeat where all of the batch has the same.
+        """
+
+        def rows(angles: Array) -> Array:
+            if math.prod(angles.shape[:-2]) > 1:
+                angles = np.broadcast_to(angles, (*shape, angles.shape[-1]))
+            return np.ascontiguousarray(angles).reshape(-1, angles.shape[-1])
+
+        return Rotation(rows(self.cos), rows(self.sin), self.interleaved)
 
     def transposed(self) -> Rotation:
         """Return the rotation by the negative angles, with the same factor."""

@@ -1,5 +1,5 @@
-// Softmax of rows and rotary embedding through their public header: random problems on every ISA
-// level, between protected pages, against the formula in double.
+// Softmax of rows, rotary embedding and products with matrices through their public headers: random
+// problems on every ISA level, between protected pages, against the formula in double.
 //
 //   row_operations_test PROBLEMS
 #include "row_operations.h"
@@ -15,6 +15,7 @@
 #include "guarded_memory.h"
 #include "levels.h"
 #include "problems.h"
+#include "projection.h"
 
 namespace {
 
@@ -172,10 +173,71 @@ double rotation_error(uint64_t seed) {
   return largest;
 }
 
+// A matrix (rows, columns) in memory of its own, row after row or column after column.
+struct Matrix {
+  GuardedMemory memory;
+  numattn::View view;
+  std::vector<double> values;
+  int64_t row_stride, column_stride;  // in elements
+
+  Matrix(Random& random, Kind kind, int64_t rows, int64_t columns)
+      : memory(static_cast<size_t>(rows * columns) * size_of(kind), random.sometimes(0.5)),
+        values(random.fill(memory, kind, rows * columns)) {
+    const bool by_rows = random.sometimes(0.7);
+    const auto size = static_cast<int64_t>(size_of(kind));
+    row_stride = by_rows ? columns : 1;
+    column_stride = by_rows ? 1 : rows;
+    view = {memory.data(), 0, row_stride * size, column_stride * size};
+  }
+  double at(int64_t row, int64_t column) const {
+    return values[static_cast<size_t>(row * row_stride + column * column_stride)];
+  }
+};
+
+double product_error(uint64_t seed) {
+  Random random(seed);
+  const Kind kind = random.kind();
+  const int64_t rows = random.sometimes(0.5) ? 1 + random.below(8) : 1 + random.below(90);
+  const int64_t depth = random.sometimes(0.8) ? 1 + random.below(90) : 1 + random.below(700);
+  const int64_t columns = 1 + random.below(random.sometimes(0.9) ? 90 : 700);
+  const Matrix x(random, kind, rows, depth), weight(random, kind, depth, columns);
+  const Matrix out(random, kind, rows, columns), bias(random, kind, 1, columns);
+
+  numattn::Product product;
+  product.x = x.view;
+  product.weight = weight.view;
+  product.out = out.view;
+  if (random.sometimes(0.5)) product.bias = bias.memory.data();
+  product.rows = rows;
+  product.depth = depth;
+  product.columns = columns;
+  const int threads = 1 + static_cast<int>(random.below(3));
+  const auto status = numattn::multiply(dtype_of(kind), &product, 1, {threads, nullptr});
+  if (status != numattn::Status::done) return kInfinity;
+
+  double largest = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      double expected = product.bias ? bias.values[static_cast<size_t>(column)] : 0;
+      double size = std::abs(expected);
+      for (int64_t step = 0; step < depth; ++step) {
+        const double term = x.at(row, step) * weight.at(step, column);
+        expected += term;
+        size += std::abs(term);
+      }
+      const char* const at =
+          out.view.data + row * out.view.row_stride + column * out.view.column_stride;
+      largest = std::max(largest, share_of_allowed(kind, load(kind, at), expected, size));
+    }
+  }
+  return largest;
+}
+
 constexpr struct {
   const char* name;
   double (*error_of)(uint64_t seed);
-} kOperations[] = {{"softmax", softmax_error}, {"rotation", rotation_error}};
+} kOperations[] = {
+    {"softmax", softmax_error}, {"rotation", rotation_error}, {"product", product_error}};
 
 }  // namespace
 

@@ -60,15 +60,12 @@ KeyBlock<Unit> in_place(const KeyRows& keys, int64_t first) {
           keys.rows.row_stride / static_cast<int64_t>(sizeof(Unit))};
 }
 
+// [key][unit of d], copied.
 template <class Units, class Element>
-KeyBlock<typename Units::Unit> k_block_of(const KeyRows& keys, int64_t first, int64_t count,
-                                          typename Units::Unit* copy) {
+KeyBlock<typename Units::Unit> k_block_copy(const KeyRows& keys, int64_t first, int64_t count,
+                                            typename Units::Unit* copy) {
   using Vectors = typename Units::Vectors;
-  using Unit = typename Units::Unit;
   constexpr int kPerUnit = Units::kElements;
-  if constexpr (sizeof(Element) * kPerUnit == sizeof(Unit)) {
-    if (is_in_place<Unit>(keys, kPerUnit)) return in_place<Unit>(keys, first);
-  }
   const int64_t stride = keys.rows.column_stride;
   const int64_t units = units_of<Units>(keys.dims);
   if constexpr (kPerUnit == 1) {
@@ -96,6 +93,16 @@ KeyBlock<typename Units::Unit> k_block_of(const KeyRows& keys, int64_t first, in
     }
   }
   return {copy, units};
+}
+
+template <class Units, class Element>
+KeyBlock<typename Units::Unit> k_block_of(const KeyRows& keys, int64_t first, int64_t count,
+                                          typename Units::Unit* copy) {
+  using Unit = typename Units::Unit;
+  if constexpr (sizeof(Element) * Units::kElements == sizeof(Unit)) {
+    if (is_in_place<Unit>(keys, Units::kElements)) return in_place<Unit>(keys, first);
+  }
+  return k_block_copy<Units, Element>(keys, first, count, copy);
 }
 
 // K as QK^T reads it, [key][unit of d]; the last unit is padded with 0. Elements of 8 bits are not

@@ -15,6 +15,10 @@
 namespace numattn {
 namespace {
 
+// Long sums are made of pieces, so that the rounding error does not grow with their length.
+template <class Vectors>
+constexpr int64_t kStepsPerSum = Vectors::kFusedMultiplyAdd ? 256 : 32;
+
 // Whether the scalars of a row are side by side, or the scalars of a step.
 enum class Scalars { by_row, by_step };
 
@@ -50,8 +54,11 @@ template <class Units, Scalars kOrder, int kRows, int kVectors>
 #pragma GCC unroll 12
     for (int i = 0; i < kVectors; ++i) sums[row][i] = Vectors::zero();
   }
+  if (from.add) {  // fetched while the products are computed
+    for (int row = 0; row < kRows; ++row) __builtin_prefetch(from.to + row * from.to_stride, 1);
+  }
   const auto* of_step = scalars;  // where they lie by steps
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int64_t step = 0; step < from.steps; ++step) {
     typename Units::Units vector[kVectors];
 #pragma GCC unroll 12
@@ -129,12 +136,11 @@ template <Scalars kOrder, class Units>
 void matmul(MatmulOperands<Units> from, int64_t rows, int64_t columns) {
   using Vectors = typename Units::Vectors;
   constexpr int kRows = RegisterTile<Vectors>::scalars(RegisterTile<Vectors>::kVectors);
-  // Long sums are made of pieces, so that the rounding error does not grow with their length.
-  constexpr int64_t kStepsPerSum = Vectors::kFusedMultiplyAdd ? 192 : 32;
+  constexpr int64_t kSteps = kStepsPerSum<Vectors>;
   const int64_t step_stride = kOrder == Scalars::by_row ? 1 : from.scalars_stride;
   const int64_t row_stride = kOrder == Scalars::by_row ? from.scalars_stride : 1;
-  for (int64_t left = from.steps; left > 0; left -= kStepsPerSum) {
-    from.steps = left < kStepsPerSum ? left : kStepsPerSum;
+  for (int64_t left = from.steps; left > 0; left -= kSteps) {
+    from.steps = left < kSteps ? left : kSteps;
     MatmulOperands<Units> band = from;
     int64_t rows_left = rows;
     for (; rows_left >= kRows; rows_left -= kRows) {
@@ -143,8 +149,8 @@ void matmul(MatmulOperands<Units> from, int64_t rows, int64_t columns) {
       band.to += kRows * band.to_stride;
     }
     matmul_last_rows<Units, kOrder, kRows - 1>(band, rows_left, columns);
-    from.scalars += kStepsPerSum * step_stride;
-    from.vectors += kStepsPerSum * from.vectors_stride;
+    from.scalars += kSteps * step_stride;
+    from.vectors += kSteps * from.vectors_stride;
     from.add = true;
   }
 }

@@ -145,7 +145,7 @@ def test_norms_of_any_finite_vector(rng, dtype, size):
         array[...] = np.eye(4) if name.endswith("weight") else [1, -2, 3, 0.5]
     x = (rng.uniform(-1, 1, (3, 4)) * size).astype(dtype)
     x[0, 0], x[1] = size, [size, 0, size, -size]
-    q, k, _ = layer._projected(x, x, x, None)
+    q, k, _ = layer._projected(dict.fromkeys("qkv", x), None, None)
     _, weights = layer(x, return_weights=True)
     exact = x.astype(np.float64)
     largest = np.abs(exact).max(-1, keepdims=True)
@@ -172,7 +172,7 @@ def test_any_epsilon_of_norms(rng, dtype, size):
         )
         layer.parameters()["q_weight"][...] = np.eye(4)
         x = (rng.uniform(-1, 1, (3, 4)) * size).astype(dtype)
-        q, _, _ = layer._projected(x, x, x, None)
+        q, _, _ = layer._projected(dict.fromkeys("qkv", x), None, None)
         exact = x.astype(np.longdouble)
         expected = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + np.longdouble(epsilon))
         np.testing.assert_allclose(
@@ -191,7 +191,7 @@ def test_the_norm_of_transformers(rng):
         norm_epsilon=norm.variance_epsilon,
     )  # fmt: skip
     x = numbers(rng, 5, 24) / 10
-    q, _, _ = layer._projected(x, x, x, None)
+    q, _, _ = layer._projected(dict.fromkeys("qkv", x), None, None)
     with torch.no_grad():
         expected = norm(torch.tensor((x @ weights[0].T).reshape(5, 4, 6)))
     np.testing.assert_allclose(q, expected, rtol=1e-5, atol=1e-6)

@@ -250,13 +250,14 @@ def test_a_gradient_of_three_matrices_is_rounded_once(rng, narrow):
     p, rows = layer.parameters(), x.reshape(-1, 24)
     rotation = _rotary.make_rotation((2, 4, 40, 6), narrow, None)
 
-    def heads(name, count):
-        product = _projection.project(rows, p[f"{name}_weight"])
-        return product.reshape(2, 40, count, 6).swapaxes(1, 2)
+    def heads(name, count, rotation=None):
+        out = np.empty((80, 6 * count), narrow)
+        weight = p[f"{name}_weight"]
+        _projection.compute([_projection.Product(rows, weight, None, out, rotation, 6)])
+        return out.reshape(2, 40, count, 6).swapaxes(1, 2)
 
-    q, k, v = (heads(*a) for a in (("q", 4), ("k", 2), ("v", 2)))
-    for a in (q, k):
-        rotation.apply(a, a)
+    of_rows = rotation.of_rows((2, 40))
+    q, k, v = heads("q", 4, of_rows), heads("k", 2, of_rows), heads("v", 2)
     _, back = na.attention_vjp(q, k, v)
     d_heads = _projection.project_back(dout.reshape(-1, 24), p["o_weight"])
     found = back(d_heads.reshape(2, 40, 4, 6).swapaxes(1, 2))

@@ -226,3 +226,26 @@ def test_common_call_and_general_call(qkv, monkeypatch):
 def test_full_mask_is_no_mask(qkv):
     mask = np.ones((333, 403), bool)
     np.testing.assert_array_equal(na.attention(*qkv, mask=mask), na.attention(*qkv))
+
+
+LAYERS = {
+    "plain": {},
+    "rotary": {"rotary": True, "kv_heads": 2},
+    "norms": {"rotary": {"rotary_dim": 6}, "qk_norm": True, "bias": False},
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_in_a_batch_with_padding(native_dtype, kind, causal):
+    """A sequence has the same bits alone, padded, and beside others; so do threads."""
+    rng = np.random.default_rng(0)
+    layer = na.MultiHeadAttention(40, 4, dtype=native_dtype, rng=0, **LAYERS[kind])
+    x = rng.standard_normal((5, 130, 40)).astype(native_dtype)
+    lengths = np.array([130, 64, 33, 19, 130])
+    padded = layer(x, lengths=lengths, is_causal=causal)
+    np.testing.assert_array_equal(
+        layer(x, lengths=lengths, is_causal=causal, num_threads=3), padded
+    )
+    for own, out, n in zip(x, padded, lengths, strict=True):
+        np.testing.assert_array_equal(layer(own[:n], is_causal=causal), out[:n])

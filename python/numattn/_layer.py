@@ -15,10 +15,11 @@ from ._kv_cache import KVCache
 from ._layer_arguments import ELSEWHERE, NOT_DIFFERENTIATED, VJP_ELSEWHERE, Inputs, batch_shape
 from ._layer_gradients import Call, LayerGradients, differentiate
 from ._layer_parameters import LayerParameters
-from ._projection import project
+from ._projection import Product, compute
 from ._qk_norm import normalize
 from ._rotary import make_rotation
 from ._stages import attention_weights
+from ._workspace import Workspace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -100,15 +101,20 @@ class MultiHeadAttention(LayerParameters):
 
     Notes
     -----
-    The layer of Vaswani et al., "Attention Is All You Need", NeurIPS 2017. The products with the
-    matrices are NumPy's; what they give is read and written by the kernels where it lies. `qk_norm`
-    is the norm of Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019. NaN and
-    infinity go where arithmetic takes them, whatever ``np.seterr`` says.
+    The layer of Vaswani et al., "Attention Is All You Need", NeurIPS 2017. Kernels compute the
+    products with the matrices, which are read where they are: what is written into a parameter
+    counts from the next call on. A token's result has the same bits alone and in any batch, and
+    for any number of threads. `qk_norm` is the norm of Zhang and Sennrich, "Root Mean Square Layer
+    Normalization", NeurIPS 2019. NaN and infinity go where arithmetic takes them, whatever
+    ``np.seterr`` says.
+
+    A thread keeps up to 64 MiB of memory for the next call's q, k and v and attention's result,
+    until a call needs a quarter of it or less.
 
     With 16-bit floats all sums are in float32. What a step gives is rounded once: the product with
-    a matrix and its bias, `qk_norm` with its weight, the rotation, attention. So are gradients: of
-    an `x` that queries, keys and values are made of, their sum is. Parameters are the random
-    numbers of a float32 layer, rounded.
+    a matrix with its bias and rotation, `qk_norm` with its weight (and a rotation after it),
+    attention. So are gradients: of an `x` that queries, keys and values are made of, their sum is.
+    Parameters are the random numbers of a float32 layer, rounded.
 
     Examples
     --------
@@ -204,8 +210,7 @@ class MultiHeadAttention(LayerParameters):
         return_weights : bool, default False
             Also return the weights (..., heads, L, Lk), which are then held in memory.
         num_threads : int, optional
-            As of `attention`. It counts for attention alone: products with the matrices have
-            NumPy's threads.
+            As of `attention`, for all of the call. (The NumPy backend leaves threads to NumPy.)
 
         Returns
         -------
@@ -255,23 +260,27 @@ class MultiHeadAttention(LayerParameters):
             if wants_weights:
                 refuse("return_weights", "True", "False beside a cache")
             return self._with_cache(x, lengths, positions, options, cache)
-        if isinstance(context, ContextCache):
-            q, options = self._with_context_cache(x, lengths, positions, options, context)
-            k, v = context._k, context._v
-        else:
-            inputs, options = self._checked_call(x, context, lengths, positions, options)
-            q, k, v = self._projected(*inputs)
-        out = self._merged(attention(q, k, v, **options))
-        if not wants_weights:
-            return out
-        # The batch may come from the values alone, which weights are not made of.
-        q = np.broadcast_to(q, (*out.shape[:-2], *q.shape[-3:]))
-        # With all axes: `attention` has warned if they may be meant otherwise.
-        for name in ("mask", "tail_mask", "bias"):
-            if options[name] is not None:
-                array = as_array(name, options[name])
-                options[name] = array[(np.newaxis,) * (q.ndim - array.ndim)]
-        return out, attention_weights(q, k, **options)
+        with Workspace() as workspace:
+            if isinstance(context, ContextCache):
+                x, options = self._with_context_cache(x, lengths, positions, options, context)
+                (q,) = self._projected({"q": x}, None, num_threads, workspace.empty)
+                k, v = context._k, context._v
+            else:
+                inputs, options = self._checked_call(x, context, lengths, positions, options)
+                q, k, v = self._projected(*inputs, num_threads, workspace.empty)
+            batch = batch_shape(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+            of_heads = workspace.empty((*batch, *q.shape[-3:-1], self._value_dim), self._dtype)
+            out = self._merged(attention(q, k, v, out=of_heads, **options), num_threads)
+            if not wants_weights:
+                return out
+            # The batch may come from the values alone, which weights are not made of.
+            q = np.broadcast_to(q, (*batch, *q.shape[-3:]))
+            # With all axes: `attention` has warned if they may be meant otherwise.
+            for name in ("mask", "tail_mask", "bias"):
+                if options[name] is not None:
+                    array = as_array(name, options[name])
+                    options[name] = array[(np.newaxis,) * (q.ndim - array.ndim)]
+            return out, attention_weights(q, k, **options)
 
     def new_cache(
         self,
@@ -369,8 +378,7 @@ class MultiHeadAttention(LayerParameters):
         keys, values = self._contexts(context)
         batch = batch_shape((), keys.shape[:-2], values.shape[:-2])
         valid = ints_per_batch("lengths", lengths, batch, 0, keys.shape[-2])
-        no_queries = np.empty((0, self._embed_dim), self._dtype)
-        _, k, v = self._projected(no_queries, keys, values, None)
+        k, v = self._projected({"k": keys, "v": values}, None, None)
         return ContextCache(k, v, valid)
 
     def vjp(
@@ -473,17 +481,15 @@ alibi_slopes, sinks, num_threads
             },
         )  # fmt: skip
         of_heads, take_back = attention_vjp(
-            *self._projected(*inputs), **options, dropout=dropout, rng=rng,
+            *self._projected(*inputs, num_threads), **options, dropout=dropout, rng=rng,
             bias_gradient=bias_gradient,
         )  # fmt: skip
-        call = Call(
-            self._parameters, self._norm_epsilon, self._product, inputs, of_heads, take_back
-        )
+        call = Call(self._parameters, self._norm_epsilon, num_threads, inputs, of_heads, take_back)
 
         def vjp(dout: ArrayLike) -> LayerGradients:
             return differentiate(call, dout)
 
-        return self._merged(of_heads), vjp
+        return self._merged(of_heads, num_threads), vjp
 
     def _checked_call(
         self,
@@ -510,7 +516,8 @@ alibi_slopes, sinks, num_threads
         elif valid is not None:
             _check_positions(x, checked)
         rotation = self._rotation(x, positions)
-        return Inputs(x, keys, values, rotation), checked | {"kv_lengths": valid}
+        inputs = Inputs({"q": x, "k": keys, "v": values}, rotation)
+        return inputs, checked | {"kv_lengths": valid}
 
     def _with_context_cache(
         self,
@@ -520,7 +527,7 @@ alibi_slopes, sinks, num_threads
         options: dict[str, Any],
         cache: ContextCache,
     ) -> tuple[Array, dict[str, Any]]:
-        """Return the queries of `x`, and options of `attention`."""
+        """Check a call with kept keys and values; return `x`, and options of `attention`."""
         x = self._checked("x", x, self._embed_dim)
         checked = self._checked_options(options, is_causal=False)
         self._refuse_rotary("a ContextCache")
@@ -534,10 +541,7 @@ alibi_slopes, sinks, num_threads
         batch_shape(x.shape[:-2], k.shape[:-3], v.shape[:-3])
         if cache._lengths is not None:
             _check_positions(x, checked)
-        # The keys of no tokens: the context's are there.
-        of_keys, of_values = (np.empty((0, dim), self._dtype) for dim in self._context_dims)
-        q, _, _ = self._projected(x, of_keys, of_values, None)
-        return q, checked | {"kv_lengths": cache._lengths}
+        return x, checked | {"kv_lengths": cache._lengths}
 
     def _checked_options(self, options: Mapping[str, Any], is_causal: bool) -> dict[str, Any]:
         """Check options that calls with and without a cache share; `is_causal` is its default."""
@@ -601,8 +605,13 @@ alibi_slopes, sinks, num_threads
         valid = ints_per_batch("lengths", lengths, (batch,), 0, x.shape[1])
         if positions is None and self._rotary is not None:
             positions = cache.lengths[:, np.newaxis] + np.arange(x.shape[1])
-        q, k, v = self._projected(x, x, x, self._rotation(x, positions))
-        return self._merged(cache.append_and_attend(q, k, v, valid, **options))
+        num_threads = options["num_threads"]
+        of = dict.fromkeys("qkv", x)
+        with Workspace() as workspace:
+            rotation = self._rotation(x, positions)
+            q, k, v = self._projected(of, rotation, num_threads, workspace.empty)
+            attended = cache.append_and_attend(q, k, v, valid, **options)
+        return self._merged(attended, num_threads)
 
     def _rotation(self, x: Array, positions: ArrayLike | None) -> Rotation | None:
         if self._rotary is None:
@@ -613,35 +622,56 @@ alibi_slopes, sinks, num_threads
         return make_rotation(shape, self._dtype, positions, **self._rotary)
 
     def _projected(
-        self, x: Array, of_keys: Array, of_values: Array, rotation: Rotation | None
-    ) -> tuple[Array, Array, Array]:
-        """Return q, k and v, (..., length, heads, dim)."""
-        q = self._product("q", x, (self._heads, self._head_dim))
-        k = self._product("k", of_keys, (self._kv_heads, self._head_dim))
-        v = self._product("v", of_values, (self._kv_heads, self._value_dim))
+        self,
+        of: Mapping[str, Array],
+        rotation: Rotation | None,
+        num_threads: int | None,
+        empty: Callable[[tuple[int, ...], np.dtype[Any]], Array] = np.empty,
+    ) -> list[Array]:
+        """Return q, k or v, (..., length, heads, dim), of what each is made of.
+
+        `empty` makes their arrays.
+        """
+        sizes = {
+            "q": (self._heads, self._head_dim),
+            "k": (self._kv_heads, self._head_dim),
+            "v": (self._kv_heads, self._value_dim),
+        }
+        made = {name: empty((*x.shape[:-1], *sizes[name]), self._dtype) for name, x in of.items()}
+        products = [self._product(name, x, made[name]) for name, x in of.items()]
+        normed = [name for name in made if f"{name}_norm" in self._parameters]
+        if rotation is not None and not normed:
+            of_rows = rotation.of_rows(of["q"].shape[:-1])
+            products[:2] = [
+                product._replace(rotation=of_rows, head_dim=self._head_dim)
+                for product in products[:2]
+            ]
+        compute(products, num_threads)
         # NaN and infinity in the input are the user's business, as in `attention`.
         with np.errstate(all="ignore"):
-            for name, array in (("q_norm", q), ("k_norm", k)):
-                if name in self._parameters:
-                    normalize(array, self._parameters[name], self._norm_epsilon)
-            if rotation is not None:
-                for array in (q, k):
-                    vectors = array.swapaxes(-3, -2)  # heads first
+            for name in normed:
+                normalize(made[name], self._parameters[f"{name}_norm"], self._norm_epsilon)
+                if rotation is not None:
+                    vectors = made[name].swapaxes(-3, -2)  # heads first
                     rotation.apply(vectors, vectors)
-        return q, k, v
+        return list(made.values())
 
-    def _product(self, name: str, x: Array, heads: tuple[int, ...]) -> Array:
-        """Return x times a matrix, its last axis in two."""
-        with np.errstate(all="ignore"):
-            weight, bias = self._parameters[f"{name}_weight"], self._parameters.get(f"{name}_bias")
-            rows = project(x.reshape(-1, x.shape[-1]), weight, bias)
-        product: Array = rows.reshape(*x.shape[:-1], *heads)
-        return product
-
-    def _merged(self, out: Array) -> Array:
+    def _merged(self, of_heads: Array, num_threads: int | None) -> Array:
         """Return (..., length, heads, dim) times the output matrix."""
-        rows = out.reshape(*out.shape[:-2], self._heads * self._value_dim)
-        return self._product("o", rows, (self._embed_dim,))
+        out = np.empty((*of_heads.shape[:-2], self._embed_dim), self._dtype)
+        compute([self._product("o", of_heads, out)], num_threads)
+        return out
+
+    def _product(self, name: str, x: Array, out: Array) -> Product:
+        """Return the product with a matrix of x, whose last axes are one to it."""
+        weight = self._parameters[f"{name}_weight"]
+        elements, columns = weight.shape
+        return Product(
+            x.reshape(-1, elements),
+            weight,
+            self._parameters.get(f"{name}_bias"),
+            out.reshape(-1, columns),
+        )
 
     def _checked(self, name: str, x: ArrayLike, dim: int) -> Array:
         array = as_array(name, x)

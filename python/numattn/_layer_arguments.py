@@ -13,7 +13,7 @@ from ._rotary import make_rotation
 from ._row_chunks import precision_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
@@ -105,11 +105,12 @@ OPTIONS_ELSEWHERE = {
 
 
 class Inputs(NamedTuple):
-    """What a call makes its queries, keys and values of."""
+    """What a call makes its queries, keys and values of.
 
-    x: Array
-    keys: Array  # `x` itself in self-attention
-    values: Array  # `keys` itself where both come from one array
+    In self-attention all of them are made of one array, `x` itself.
+    """
+
+    of: Mapping[str, Array]  # q, k and v
     rotation: Rotation | None
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ._checks import as_array, dtype_name, refuse, refuse_kind
-from ._projection import bias_gradient, project_back, weight_gradient
+from ._projection import bias_gradient, project, project_back, weight_gradient
 from ._qk_norm import take_back
 from ._row_chunks import precision_of
 
@@ -66,38 +66,38 @@ class Call(NamedTuple):
 
     parameters: Mapping[str, Array]  # the layer's own arrays
     norm_epsilon: float
-    product: Callable[[str, Array, tuple[int, ...]], Array]  # times a parameter, as the layer does
+    num_threads: int | None
     inputs: Inputs
     of_heads: Array  # (..., L, heads, value_dim), the result of attention
     take_attention_back: Callable[[Array], Gradients]
 
 
 def differentiate(call: Call, dout: ArrayLike) -> LayerGradients:
-    parameters, inputs = call.parameters, call.inputs
+    parameters, of = call.parameters, call.inputs.of
     dout = _like_out(call, dout)
     found: dict[str, Array] = {}
     with np.errstate(all="ignore"):
         d_rows, rows = _rows(dout, 1), _rows(call.of_heads, 2)
-        d_heads = project_back(d_rows, parameters["o_weight"]).reshape(call.of_heads.shape)
+        d_heads = project_back(d_rows, parameters["o_weight"], num_threads=call.num_threads)
         # Queries that attend to nothing have a result of 0: no `dout` of theirs changes the matrix.
         some = _some(rows)
-        found["o_weight"] = weight_gradient(rows[some], d_rows[some])
-        found["o_bias"] = bias_gradient(d_rows)
-    gradients = call.take_attention_back(d_heads)
-    if inputs.rotation is not None:
-        back = inputs.rotation.transposed()
+        found["o_weight"] = weight_gradient(rows[some], d_rows[some], call.num_threads)
+        found["o_bias"] = bias_gradient(d_rows, call.num_threads)
+    gradients = call.take_attention_back(d_heads.reshape(call.of_heads.shape))
+    if call.inputs.rotation is not None:
+        back = call.inputs.rotation.transposed()
         for d in (gradients.q, gradients.k):
             vectors = d.swapaxes(-3, -2)  # heads first
             back.apply(vectors, vectors)
     # Of an array that is used several times there is one sum.
     # In 16 bits it is rounded once, at the end.
-    dx = _zeros(inputs.x)
-    dkeys = dx if inputs.keys is inputs.x else _zeros(inputs.keys)
-    dvalues = dkeys if inputs.values is inputs.keys else _zeros(inputs.values)
+    dx = _zeros(of["q"])
+    dkeys = dx if of["k"] is of["q"] else _zeros(of["k"])
+    dvalues = dkeys if of["v"] is of["k"] else _zeros(of["v"])
     with np.errstate(all="ignore"):
-        _take_product_back(call, "q", inputs.x, gradients.q, dx, found)
-        _take_product_back(call, "k", inputs.keys, gradients.k, dkeys, found)
-        _take_product_back(call, "v", inputs.values, gradients.v, dvalues, found)
+        _take_product_back(call, "q", gradients.q, dx, found)
+        _take_product_back(call, "k", gradients.k, dkeys, found)
+        _take_product_back(call, "v", gradients.v, dvalues, found)
         dtype = dout.dtype
         of_x = dx.astype(dtype, copy=False)
         of_keys = of_x if dkeys is dx else dkeys.astype(dtype, copy=False)
@@ -127,11 +127,10 @@ def _like_out(call: Call, dout: ArrayLike) -> Array:
     return array
 
 
-def _take_product_back(
-    call: Call, name: str, x: Array, d: Array, dx: Array, found: dict[str, Array]
-) -> None:
+def _take_product_back(call: Call, name: str, d: Array, dx: Array, found: dict[str, Array]) -> None:
     """Add to `dx`, and to what is `found`, what comes from q, k or v, (..., L, heads, dim)."""
-    rows, d_rows, dx_rows = _rows(x, 1), _rows(d, 2), _rows(dx, 1)
+    weight, num_threads = call.parameters[f"{name}_weight"], call.num_threads
+    rows, d_rows, dx_rows = _rows(call.inputs.of[name], 1), _rows(d, 2), _rows(dx, 1)
     # Padding and tokens that nobody attends to have gradients of 0. What is not finite in them
     # would make NaN of these.
     some = _some(d_rows)
@@ -139,13 +138,15 @@ def _take_product_back(
     norm = call.parameters.get(f"{name}_norm")
     if norm is not None:
         # The vectors before the norm are computed again rather than kept.
-        vectors = call.product(name, rows, d.shape[-2:])
+        bias = call.parameters.get(f"{name}_bias")
+        vectors = project(rows, weight, bias, num_threads=num_threads)
+        vectors = vectors.reshape(-1, *d.shape[-2:])
         d_vectors = d_rows.reshape(vectors.shape)
         found[f"{name}_norm"] = take_back(d_vectors, vectors, norm, call.norm_epsilon)
-    found[f"{name}_weight"] = weight_gradient(rows, d_rows)
-    found[f"{name}_bias"] = bias_gradient(d_rows)
+    found[f"{name}_weight"] = weight_gradient(rows, d_rows, num_threads)
+    found[f"{name}_bias"] = bias_gradient(d_rows, num_threads)
     of_rows = np.empty(rows.shape, dx.dtype)
-    dx_rows[some] += project_back(d_rows, call.parameters[f"{name}_weight"], of_rows)
+    dx_rows[some] += project_back(d_rows, weight, of_rows, num_threads)
 
 
 def _rows(x: Array, axes: int) -> Array:

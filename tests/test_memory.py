@@ -5,11 +5,12 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
 
 import numattn as na
 import numpy as np
 import pytest
-from numattn import _runtime
+from numattn import _runtime, _workspace
 
 # The peak of the process before and after; arrays are made before, and touched.
 PEAK = """
@@ -265,6 +266,46 @@ for name, call in calls.items():
     all_refused += refused
 print("fine", all_refused)
 """
+
+
+def test_memory_of_a_layer_is_for_its_next_call_alone(any_backend):
+    """What a thread keeps is bounded, given back, and never part of a result."""
+    layer = na.MultiHeadAttention(32, 4, kv_heads=2, rotary=True, rng=0)
+    x = np.random.default_rng(0).standard_normal((4, 2000, 32), dtype=np.float32)
+    expected = layer(x, window=(3, 3)).copy()
+    kept = []
+
+    def use():
+        results = []
+        for _ in range(3):
+            results.append(layer(x, window=(3, 3)))
+            kept.append(_workspace._kept.memory.size)
+        layer(-x, window=(3, 3))
+        for result in results:
+            np.testing.assert_array_equal(result, expected)
+        layer(x[:, :5])
+        kept.append(_workspace._kept.memory.size)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    q_k_v_and_result = (4 + 2 + 2 + 4) * 8 * 4 * 2000 * 4
+    assert kept[0] == 0  # when the first call was over
+    assert q_k_v_and_result <= kept[1] == kept[2] <= q_k_v_and_result + 1000
+    assert kept[3] == 0
+
+
+def test_large_arrays_of_a_layer_are_not_kept():
+    with _workspace.Workspace() as workspace:
+        large = workspace.empty((_workspace._MOST_BYTES,), np.dtype(np.uint8))
+        small = workspace.empty((2**20,), np.dtype(np.uint8))
+        with _workspace.Workspace() as other:  # as in a signal handler
+            assert not np.shares_memory(other.empty((2**20,), np.dtype(np.uint8)), small)
+        assert not np.shares_memory(large, small)
+    with _workspace.Workspace():
+        assert _workspace._kept.memory.size == _workspace._MOST_BYTES
+    with _workspace.Workspace():
+        assert _workspace._kept.memory.size == 0
 
 
 @needs_linux

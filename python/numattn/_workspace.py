@@ -23,6 +23,7 @@ _ALIGNMENT = 64
 class _Kept(threading.local):
     def __init__(self) -> None:
         self.memory: NDArray[Any] = np.empty(0, np.uint8)
+        self.bytes = 0  # that the next call should find there
         self.is_in_use = False
 
 
@@ -39,9 +40,11 @@ class Workspace:
     def __enter__(self) -> Workspace:
         # A signal handler that computes during a computation gets fresh arrays.
         self._is_owner = not _kept.is_in_use
-        _kept.is_in_use = True
+        if self._is_owner and _kept.memory.size != _kept.bytes:
+            _kept.memory = np.empty(_kept.bytes, np.uint8)
         self._memory = _kept.memory if self._is_owner else np.empty(0, np.uint8)
         self._wanted = 0
+        _kept.is_in_use = True
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -49,8 +52,10 @@ class Workspace:
             return
         _kept.is_in_use = False
         wanted = min(self._wanted, _MOST_BYTES)
-        if wanted > self._memory.size or wanted <= self._memory.size // 4:
-            _kept.memory = np.empty(wanted, np.uint8)
+        if wanted > self._memory.size:
+            _kept.bytes = wanted
+        elif wanted <= self._memory.size // 4:
+            _kept.memory, _kept.bytes = np.empty(0, np.uint8), 0
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Return an array whose elements are not set."""

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._activations import ACTIVATIONS
+from . import _runtime
 from ._projection import bias_gradient, project, project_back, weight_gradient
-from ._row_chunks import chunk_length, chunks, precision_of, put_back, widened
+from ._row_chunks import precision_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
@@ -29,6 +29,11 @@ class Inner(NamedTuple):
         """What the activation is applied to."""
         return self.up if self.gate is None else self.gate
 
+    @property
+    def times(self) -> Array | None:
+        """What its values are multiplied by."""
+        return None if self.gate is None else self.up
+
 
 class FeedForward(NamedTuple):
     """``down(f(up(x)))``, or, gated, ``down(f(gate(x)) * up(x))``."""
@@ -36,6 +41,7 @@ class FeedForward(NamedTuple):
     activation: str
     is_gated: bool
     parameters: Mapping[str, Array]
+    num_threads: int | None = None
 
     def __call__(self, rows: Array) -> Array:
         inner = self.inner(rows)
@@ -55,22 +61,12 @@ class FeedForward(NamedTuple):
         d_up = project_back(d, self.parameters["down_weight"])
         d_gate = None if inner.gate is None else np.empty_like(d_up)
         hidden = np.empty_like(d_up)
-        function = ACTIVATIONS[self.activation].function
         # The activation is computed again rather than kept.
-        for part, slope, *work in self._parts(inner.up, 1):
-            values, d_values = widened(hidden[part]), widened(d_up[part])
-            function(widened(inner.activated[part]), values, slope, work)
-            if d_gate is not None:
-                up, d_activated = widened(inner.up[part]), widened(d_gate[part])
-                np.multiply(d_values, up, out=d_activated)
-                d_activated *= slope
-                put_back(d_activated, d_gate[part])
-                d_values *= values
-                values *= up
-            else:
-                d_values *= slope
-            put_back(values, hidden[part])
-            put_back(d_values, d_up[part])
+        _runtime.computations.activate_back(
+            self.activation, d_up, inner.activated, inner.times, hidden,
+            d_up if d_gate is None else d_gate, None if d_gate is None else d_up,
+            self.num_threads,
+        )  # fmt: skip
         self._find("down", hidden, d, found)
         self._find("up", rows, d_up, found)
         if d_gate is None:
@@ -85,13 +81,9 @@ class FeedForward(NamedTuple):
 
     def _hidden(self, inner: Inner, out: Array) -> Array:
         """Write what goes into the last matrix to `out`, which may be what is activated."""
-        function = ACTIVATIONS[self.activation].function
-        for part, *work in self._parts(out, 0):
-            values = widened(out[part])
-            function(widened(inner.activated[part]), values, None, work)
-            if self.is_gated:
-                values *= widened(inner.up[part])
-            put_back(values, out[part])
+        _runtime.computations.activate(
+            self.activation, inner.activated, inner.times, out, self.num_threads
+        )
         return out
 
     def _project(self, name: str, rows: Array) -> Array:
@@ -102,10 +94,3 @@ class FeedForward(NamedTuple):
         found[f"{name}_weight"] = weight_gradient(rows, d)
         if f"{name}_bias" in self.parameters:
             found[f"{name}_bias"] = bias_gradient(d)
-
-    def _parts(self, rows: Array, more: int) -> Iterator[tuple[Any, ...]]:
-        """Give chunks of rows, each with arrays to work with: the activation's, and more."""
-        arrays = ACTIVATIONS[self.activation].work_arrays + more
-        work = np.empty((arrays, chunk_length(rows), rows.shape[-1]), precision_of(rows.dtype))
-        for part in chunks(rows):
-            yield (part, *work[:, : part.stop - part.start])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._numpy_activations import activate, activate_back
 from ._numpy_blocks import (
     aggregate,
     blocks,
@@ -21,6 +22,7 @@ from ._numpy_blocks import (
     quiet,
 )
 from ._numpy_gradients import attention_backward
+from ._numpy_norms import normalize, normalize_back
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,7 +31,10 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["attention", "attention_backward", "rotate", "softmax", "stage"]
+__all__ = [
+    "activate", "activate_back", "attention", "attention_backward", "normalize", "normalize_back",
+    "rotate", "softmax", "stage",
+]  # fmt: skip
 
 
 def attention(arguments: Arguments) -> None:

@@ -57,7 +57,28 @@ def projections(
 
 
 def normal_cdf(x):
-    return np.vectorize(lambda a: 0.5 * math.erfc(-a / math.sqrt(2)))(x)
+    z = -x / math.sqrt(2)
+    # What the division rounds shows far out.
+    rest = (-x / np.sqrt(np.longdouble(2)) - z).astype(np.float64)
+    slope = -2 / math.sqrt(math.pi) * np.exp(-z * z)
+    return 0.5 * (np.vectorize(math.erfc)(z) + slope * rest)
+
+
+def norm_by_hand(x, weight, bias, epsilon, is_centred):
+    """Return the result in float64, and what gives the gradients of x, weight and bias."""
+    if is_centred:
+        x = x - x.mean(-1, keepdims=True)
+    root = np.sqrt(np.square(x).mean(-1, keepdims=True) + epsilon)
+    unit = x / root
+
+    def back(d):
+        of_unit = d * weight
+        of_x = (of_unit - unit * (of_unit * unit).mean(-1, keepdims=True)) / root
+        if is_centred:
+            of_x -= of_x.mean(-1, keepdims=True)
+        return of_x, *(y.reshape(-1, y.shape[-1]).sum(0) for y in (d * unit, d))
+
+    return unit * weight + bias, back
 
 
 FUNCTIONS = {

@@ -2,7 +2,6 @@
 
 import importlib.util
 import itertools
-import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,10 +9,10 @@ import numattn as na
 import numpy as np
 import pytest
 from checks import numbers
-from layers import FUNCTIONS, block_by_hand, normal_cdf
-from numattn import _activations, _norms
+from layers import block_by_hand
+from numattn import _numpy_activations
 
-ACTIVATIONS = list(_activations.ACTIVATIONS)
+ACTIVATIONS = list(_numpy_activations.ACTIVATIONS)
 KINDS = list(itertools.product(["layer", "rms"], [True, False], ACTIVATIONS, [False, True]))
 LLAMA = {
     "norm": "rms", "activation": "silu", "gated": True, "bias": False, "rotary": True,
@@ -144,49 +143,7 @@ def test_dropout_is_of_attention(rng):
     assert np.vdot(vjp(dout).x, direction) == pytest.approx(expected, rel=1e-6)
 
 
-# ---- activations and norms ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
-def test_activations_keep_digits(dtype, name):
-    """Also of small results; what an exponential rounds grows with its exponent."""
-    far = {"gelu": 12, "gelu_tanh": 5, "silu": 80}[name]
-    a = np.concatenate([np.linspace(-far, far, 4001), np.geomspace(1e-20, 1, 500)])
-    a = np.concatenate([a, -a]).astype(dtype)
-    values, slopes = a.copy(), np.empty_like(a)
-    function, work_arrays = _activations.ACTIVATIONS[name]
-    function(values, values, slopes, np.full((work_arrays, len(a)), np.nan, dtype))
-    wide = a.astype(np.float64)
-    if name == "gelu":
-        expected = FUNCTIONS[name](wide)
-        slope = normal_cdf(wide) + wide * np.exp(-wide * wide / 2) / math.sqrt(2 * math.pi)
-    else:
-        y = wide
-        inner = np.ones_like(wide)
-        if name == "gelu_tanh":
-            y = 2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
-            inner = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * wide**2)
-        sigmoid = 1 / (1 + np.exp(-y))
-        expected = wide * sigmoid
-        slope = sigmoid + wide * sigmoid / (1 + np.exp(y)) * inner
-    eps = np.finfo(dtype).eps
-    allowed = (4 + wide**2) * eps * np.abs(expected)
-    normal = np.abs(expected) > np.finfo(dtype).tiny
-    assert np.all(np.abs(values - expected)[normal] <= allowed[normal])
-    np.testing.assert_allclose(slopes, slope, rtol=0, atol=(4 if name == "gelu" else 32) * eps)
-    np.testing.assert_array_equal(values[a == 0], 0)
-
-
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_far_out(name):
-    a = np.array([-1e30, -100, 100, np.nan], np.float32)
-    values, slopes = a.copy(), np.empty_like(a)
-    function, work_arrays = _activations.ACTIVATIONS[name]
-    with np.errstate(all="ignore"):
-        function(values, values, slopes, np.empty((work_arrays, 4), np.float32))
-    np.testing.assert_array_equal(values, [0, 0, 10000 if name == "relu_squared" else 100, np.nan])
-    np.testing.assert_array_equal(slopes[:3], [0, 0, 200 if name == "relu_squared" else 1])
+# ---- norms -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
@@ -212,25 +169,27 @@ def test_norms_take_numbers_of_any_size(rng, norm):
     np.testing.assert_allclose(np.square(expected).mean(-1), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("is_centred", [True, False])
-def test_a_norm_does_not_depend_on_its_neighbours(rng, is_centred):
-    """One of them is so large that its squares overflow."""
-    norm = _norms.Norm(is_centred, 1e-5, np.ones(16, np.float32), None)
-    rows, d = numbers(rng, 2, 40, 16)
-    rows *= np.float32(1000)
-    rows[:, 3] = 1e-38
-    found = []
-    for last in (1.0, 1e30):
-        rows[-1] = np.arange(16) * np.float32(last)
-        of_rows = d.copy()
-        norm.take_back(of_rows, rows)
-        found.append((norm.apply(rows, np.empty_like(rows))[:-1], of_rows[:-1]))
-    for one, other in zip(*found, strict=True):
-        assert np.isfinite(one).all()
-        assert one.tobytes() == other.tobytes()
-
-
 # ---- calls -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_threads_change_no_bits(rng, model):
+    """Neither of results nor of gradients, whose sums go over all rows."""
+    block = make(rng, 24, 4, **MODELS[model], dtype="float32")
+    x = numbers(rng, 30, 50, 24)  # several work items
+    found = []
+    for num_threads in (1, 3):
+        out, vjp = block.vjp(x, num_threads=num_threads)
+        assert block(x, num_threads=num_threads).tobytes() == out.tobytes()
+        gradients = vjp(x)
+        found.append([out, gradients.x, *gradients.parameters.values()])
+    for one, other in zip(*found, strict=True):
+        assert one.tobytes() == other.tobytes()
+    for call in (block, block.vjp):
+        with pytest.raises(ValueError, match="num_threads: got 0, expected"):
+            call(x, num_threads=0)
+        with pytest.raises(TypeError, match="num_threads: got"):
+            call(x, num_threads="2")
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from checks import assert_within, numbers
 from conftest import named_dtype
-from layers import FUNCTIONS, block_by_hand, by_hand, fill
-from numattn import _feed_forward, _norms, _projection, _qk_norm, _rotary
+from layers import FUNCTIONS, block_by_hand, by_hand, fill, norm_by_hand
+from numattn import _feed_forward, _projection, _qk_norm, _rotary
 
 LLAMA = {
     "norm": "rms", "activation": "silu", "gated": True, "rotary": True, "kv_heads": 2,
@@ -157,52 +157,12 @@ def test_products(rng, narrow):
     np.testing.assert_allclose(wide, wide_d @ wide_weight.T, rtol=1e-5, atol=1e-5)
 
 
-def normed(rows, is_centred, weight, bias, epsilon=1e-5):
-    """Compute a norm in float64, and its gradients for `d`."""
-    centred = rows - rows.mean(-1, keepdims=True) if is_centred else rows
-    root = np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)
-    unit = centred / root
-
-    def back(d):
-        of_unit = d * weight
-        of_rows = (of_unit - unit * (of_unit * unit).mean(-1, keepdims=True)) / root
-        if is_centred:
-            of_rows -= of_rows.mean(-1, keepdims=True)
-        return of_rows, (d * unit).reshape(-1, d.shape[-1]).sum(0)
-
-    return unit * weight + bias, back
-
-
-@pytest.mark.parametrize("is_centred", [True, False])
-def test_norms(rng, narrow, is_centred):
-    rows, d = random(rng, 2, 1500, 24, dtype=narrow)
-    weight, bias = random(rng, 2, 24, dtype=narrow)
-    wide_rows, wide_d, wide_weight, wide_bias = (
-        x.astype(np.float64) for x in (rows, d, weight, bias)
-    )
-    bias_of_norm = bias if is_centred else None
-    norm = _norms.Norm(is_centred, 1e-5, weight, bias_of_norm)
-    exact, back = normed(wide_rows, is_centred, wide_weight, wide_bias if is_centred else 0)
-    out = norm.apply(rows, np.empty_like(rows))
-    assert_rounded_once(out, exact, size=4)
-    in_place = rows.copy()
-    assert norm.apply(in_place, in_place) is in_place
-    assert in_place.tobytes() == out.tobytes()
-    of_rows, of_weight = back(wide_d)
-    found = d.copy()
-    of_weight_, of_bias = norm.take_back(found, rows)
-    assert_rounded_once(found, of_rows, size=4)
-    assert_rounded_once(of_weight_, of_weight, size=100)
-    if is_centred:
-        assert_rounded_once(of_bias, wide_d.sum(0), size=100)
-
-
 def test_norms_of_queries_and_keys(rng, narrow):
     vectors, d = random(rng, 2, 9, 70, 4, 24, dtype=narrow)
     weight = random(rng, 24, dtype=narrow)
     wide, wide_d, wide_weight = (x.astype(np.float64) for x in (vectors, d, weight))
-    exact, back = normed(wide, False, wide_weight, 0)
-    of_vectors, of_weight = back(wide_d)
+    exact, back = norm_by_hand(wide, wide_weight, 0, 1e-5, is_centred=False)
+    of_vectors, of_weight, _ = back(wide_d)
     found = vectors.copy()
     _qk_norm.normalize(found, weight, 1e-5)
     assert_rounded_once(found, exact, size=4)

@@ -1,11 +1,13 @@
 // Turns what a level computes with into the table that it exports.
 #pragma once
 
+#include "kernels/activations.h"
 #include "kernels/backward.h"
 #include "kernels/block_sizes.h"
 #include "kernels/decode.h"
 #include "kernels/decode_tiles.h"
 #include "kernels/memory/stored_types.h"
+#include "kernels/norms.h"
 #include "kernels/prefill.h"
 #include "kernels/projection.h"
 #include "kernels/rows.h"
@@ -66,6 +68,10 @@ constexpr DtypeKernels kernels_for() {
       .project = OfProjections::run,
       .softmax_rows = Rows<Vectors, Element>::softmax,
       .rotate_rows = Rows<Vectors, Element>::rotate,
+      .activate = Activations<Vectors, Element>::activate,
+      .activate_back = Activations<Vectors, Element>::activate_back,
+      .normalize_rows = Norms<Vectors, Element>::normalize,
+      .normalize_rows_back = Norms<Vectors, Element>::normalize_back,
   };
 }
 

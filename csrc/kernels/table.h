@@ -7,6 +7,7 @@
 
 #include "kernels/task.h"
 #include "problem.h"
+#include "row_operations.h"
 
 namespace numattn {
 
@@ -72,6 +73,12 @@ struct DtypeKernels {
   void (*softmax_rows)(const void* scores, const uint8_t* mask, void* out, int64_t rows,
                        int64_t columns);
   void (*rotate_rows)(const RowRotation& rows);
+
+  // Some elements, or some rows, of a problem of row_operations.h.
+  void (*activate)(const Activation& elements);
+  void (*activate_back)(const ActivationGradient& elements);
+  void (*normalize_rows)(const Normalization& rows);
+  void (*normalize_rows_back)(const NormalizationGradient& rows);
 };
 
 struct KernelTable {

@@ -17,7 +17,7 @@ from ._block_arguments import (
     refuse_context,
 )
 from ._block_gradients import BlockGradients, Call, Valid, differentiate
-from ._checks import flag, refuse_unknown
+from ._checks import flag, refuse_unknown, thread_count
 from ._feed_forward import FeedForward
 from ._layer import MultiHeadAttention
 from ._layer_arguments import initial_parameter, random_generator
@@ -490,7 +490,8 @@ class TransformerBlock:
         **options
             Of `MultiHeadAttention`, as they are: is_causal, mask, tail_mask, bias, positions,
             window, scale, softcap, alibi_slopes, sinks, num_threads, and cache, a `KVCache` of the
-            block's own, which ``block.attention.new_cache(batch)`` makes.
+            block's own, which ``block.attention.new_cache(batch)`` makes. num_threads counts for
+            all of the block.
 
         Returns
         -------
@@ -522,22 +523,20 @@ class TransformerBlock:
         """
         refuse_context("TransformerBlock", options)
         x, lengths, valid = self._checked(x, lengths)
-        norm1, norm2 = self._norms()
+        num_threads = _threads_of(options)
+        (norm1, norm2), feed_forward = self._norms(num_threads), self._feed_forward(num_threads)
         options |= {"lengths": lengths, "return_weights": return_weights}
         with np.errstate(all="ignore"):
             into = self._normed(norm1, x) if self._options.norm_first else x
             attended = self.attention(into, **options)
             attended, *weights = attended if return_weights else (attended,)
             h = valid.of(attended)
-            h += valid.of(x)
             if self._options.norm_first:
-                out = self._feed_forward()(norm2.apply(h, np.empty_like(h)))
+                out = feed_forward(norm2.apply(h, np.empty_like(h), add=valid.of(x)))
                 out += h
             else:
-                norm1.apply(h, h)
-                out = self._feed_forward()(h)
-                out += h
-                norm2.apply(out, out)
+                out = feed_forward(norm1.apply(h, h, add=valid.of(x)))
+                norm2.apply(out, out, add=h)
         return (valid.spread(out), *weights) if weights else valid.spread(out)
 
     def vjp(
@@ -614,22 +613,25 @@ class TransformerBlock:
         refuse_context("TransformerBlock.vjp", options)
         x, lengths, valid = self._checked(x, lengths)
         norm_first = self._options.norm_first
-        (norm1, norm2), feed_forward = self._norms(), self._feed_forward()
+        num_threads = _threads_of(options)
+        (norm1, norm2), feed_forward = self._norms(num_threads), self._feed_forward(num_threads)
         with np.errstate(all="ignore"):
             into = self._normed(norm1, x) if norm_first else x
             attended, take_attention_back = self.attention.vjp(into, lengths=lengths, **options)
             h = valid.of(attended)
-            h += valid.of(x)
-            into_norm1 = valid.of(x) if norm_first else h
-            if not norm_first:
-                h = norm1.apply(h, np.empty_like(h))
-            into_feed_forward = norm2.apply(h, np.empty_like(h)) if norm_first else h
+            if norm_first:
+                into_norm1, into_norm2 = valid.of(x), h
+                into_feed_forward = norm2.apply(h, np.empty_like(h), add=into_norm1)
+            else:
+                into_norm1 = h
+                h = into_feed_forward = norm1.apply(h, np.empty_like(h), add=valid.of(x))
             inner = feed_forward.inner(into_feed_forward)
             out = feed_forward.of_inner(inner)
-            out += h
-            into_norm2 = h if norm_first else out
-            if not norm_first:
-                out = norm2.apply(out, np.empty_like(out))
+            if norm_first:
+                out += h
+            else:
+                into_norm2 = out
+                out = norm2.apply(out, np.empty_like(out), add=h)
         call = Call(
             tuple(self.parameters()), norm_first, (norm1, norm2), feed_forward, valid,
             (into_norm1, into_norm2), into_feed_forward, inner, take_attention_back,
@@ -652,14 +654,20 @@ class TransformerBlock:
         rows = x.reshape(-1, x.shape[-1])
         return norm.apply(rows, np.empty(rows.shape, rows.dtype)).reshape(x.shape)
 
-    def _norms(self) -> tuple[Norm, Norm]:
+    def _norms(self, num_threads: int | None) -> tuple[Norm, Norm]:
         own, options = self._parameters, self._options
 
         def norm(name: str) -> Norm:
             weight, bias = own[f"{name}_weight"], own.get(f"{name}_bias")
-            return Norm(options.norm == "layer", options.norm_epsilon, weight, bias)
+            return Norm(options.norm == "layer", options.norm_epsilon, weight, bias, num_threads)
 
         return norm("norm1"), norm("norm2")
 
-    def _feed_forward(self) -> FeedForward:
-        return FeedForward(self._options.activation, self._options.gated, self._parameters)
+    def _feed_forward(self, num_threads: int | None) -> FeedForward:
+        options = self._options
+        return FeedForward(options.activation, options.gated, self._parameters, num_threads)
+
+
+def _threads_of(options: Mapping[str, Any]) -> int | None:
+    num_threads = options.get("num_threads")
+    return None if num_threads is None else thread_count("num_threads", num_threads)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._activations import ACTIVATIONS
 from ._checks import at_least, flag, meant, real, refuse, refuse_kind
 from ._layer_arguments import OPTIONS_ELSEWHERE as LAYER_OPTIONS_ELSEWHERE
 from ._layer_weights import check_names, checked_sizes
+from ._numpy_activations import ACTIVATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

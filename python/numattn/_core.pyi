@@ -39,7 +39,44 @@ def softmax(scores: NDArray[Any], mask: NDArray[Any] | None, out: NDArray[Any]) 
 def rotate(
     x: NDArray[Any], cos: NDArray[Any], sin: NDArray[Any], out: NDArray[Any], interleaved: bool
 ) -> None: ...
-def multiply(products: list[Product], num_threads: int) -> None: ...
+def multiply(products: list[Product], num_threads: int | None = None) -> None: ...
+def activate(
+    name: str,
+    a: NDArray[Any],
+    times: NDArray[Any] | None,
+    out: NDArray[Any],
+    num_threads: int | None = None,
+) -> None: ...
+def activate_back(
+    name: str,
+    d: NDArray[Any],
+    a: NDArray[Any],
+    times: NDArray[Any] | None,
+    out: NDArray[Any],
+    d_a: NDArray[Any],
+    d_times: NDArray[Any] | None,
+    num_threads: int | None = None,
+) -> None: ...
+def normalize(
+    x: NDArray[Any],
+    add: NDArray[Any] | None,
+    weight: NDArray[Any],
+    bias: NDArray[Any] | None,
+    epsilon: float,
+    is_centred: bool,
+    out: NDArray[Any],
+    num_threads: int | None = None,
+) -> None: ...
+def normalize_back(
+    d: NDArray[Any],
+    x: NDArray[Any],
+    weight: NDArray[Any],
+    epsilon: float,
+    is_centred: bool,
+    of_weight: NDArray[Any],
+    of_bias: NDArray[Any] | None,
+    num_threads: int | None = None,
+) -> None: ...
 def set_default_num_threads(num_threads: int) -> None: ...
 def get_default_num_threads() -> int: ...
 def cpu_name() -> str: ...

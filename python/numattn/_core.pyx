@@ -135,6 +135,58 @@ cdef extern from "row_operations.h" namespace "numattn" nogil:
         cbool interleaved
         Array x, out, cos, sin
 
+    cdef enum class ActivationFunction:
+        gelu
+        gelu_tanh
+        silu
+        relu
+        relu_squared
+
+    cdef cppclass Activation:
+        Activation()
+        Dtype dtype
+        ActivationFunction function
+        const char* a
+        const char* times
+        char* out
+        int64_t elements
+
+    cdef cppclass ActivationGradient(Activation):
+        ActivationGradient()
+        const char* d
+        char* d_a
+        char* d_times
+
+    cdef cppclass Norm:
+        Dtype dtype
+        int64_t rows, columns
+        double epsilon
+        cbool is_centred
+        const char* weight
+
+    cdef cppclass Normalization(Norm):
+        Normalization()
+        char* x
+        const char* add
+        const char* bias
+        char* out
+
+    cdef cppclass NormalizationGradient(Norm):
+        NormalizationGradient()
+        const char* x
+        char* d
+        char* weight_parts
+        char* bias_parts
+
+    int64_t norm_gradient_parts(int64_t rows, int64_t columns)
+    Status cpp_activate "numattn::activate"(const Activation&, const Execution&) noexcept
+    Status cpp_activate_back "numattn::activate_back"(
+        const ActivationGradient&, const Execution&
+    ) noexcept
+    Status cpp_normalize "numattn::normalize"(const Normalization&, const Execution&) noexcept
+    Status cpp_normalize_back "numattn::normalize_back"(
+        const NormalizationGradient&, const Execution&
+    ) noexcept
     Status cpp_softmax "numattn::softmax"(const RowSoftmax&, const Execution&) noexcept
     Status cpp_rotate "numattn::rotate"(const Rotation&, const Execution&) noexcept
 
@@ -547,17 +599,138 @@ cdef Product _product_of(product, Dtype* dtype) except *:
     return made
 
 
-def multiply(list products not None, int num_threads):
+def multiply(list products not None, object num_threads=None):
     """Compute the products, `_projection.Product`, of arrays of one dtype; each x has columns."""
     cdef vector[Product] of_all
     cdef Dtype dtype
-    cdef Execution execution = _execution(num_threads)
+    cdef Execution execution = _execution(_threads(num_threads))
     cdef Status status
     for product in products:
         of_all.push_back(_product_of(product, &dtype))
     with nogil:
         status = cpp_multiply(dtype, of_all.data(), <int64_t>of_all.size(), execution)
     _raise_for(status)
+
+
+cdef dict activation_functions = {
+    "gelu": ActivationFunction.gelu,
+    "gelu_tanh": ActivationFunction.gelu_tanh,
+    "silu": ActivationFunction.silu,
+    "relu": ActivationFunction.relu,
+    "relu_squared": ActivationFunction.relu_squared,
+}
+
+
+cdef inline char* _data_or_null(object x) noexcept:
+    if x is None:
+        return NULL
+    return <char*>cnp.PyArray_DATA(<cnp.ndarray>x)
+
+
+cdef int _describe_activation(
+    Activation* problem, str name, cnp.ndarray a, object times, cnp.ndarray out
+) except -1:
+    if not _find_dtype(a, &problem.dtype):
+        raise TypeError(f"dtype {a.dtype.name} is not one that the kernels take")
+    problem.function = <ActivationFunction><int>activation_functions[name]
+    problem.a = <const char*>cnp.PyArray_DATA(a)
+    problem.times = _data_or_null(times)
+    problem.out = <char*>cnp.PyArray_DATA(out)
+    problem.elements = cnp.PyArray_SIZE(a)
+    return 0
+
+
+def activate(
+    str name, cnp.ndarray a not None, object times, cnp.ndarray out not None,
+    object num_threads=None,
+):
+    """Fill `out` with f(a), times `times` unless that is None. All arrays are in C order and of one
+    dtype; `out` may be `a`."""
+    cdef Activation problem
+    cdef Execution execution = _execution(_threads(num_threads))
+    cdef Status status
+    _describe_activation(&problem, name, a, times, out)
+    with nogil:
+        status = cpp_activate(problem, execution)
+    _raise_for(status)
+
+
+def activate_back(
+    str name, cnp.ndarray d not None, cnp.ndarray a not None, object times,
+    cnp.ndarray out not None, cnp.ndarray d_a not None, object d_times, object num_threads=None,
+):
+    """Fill `out` as `activate`, and `d_a` and `d_times` with what the gradient `d` with respect to
+    `out` gives; either may be `d`. `d_times` is None where `times` is."""
+    cdef ActivationGradient problem
+    cdef Execution execution = _execution(_threads(num_threads))
+    cdef Status status
+    _describe_activation(&problem, name, a, times, out)
+    problem.d = <const char*>cnp.PyArray_DATA(d)
+    problem.d_a = <char*>cnp.PyArray_DATA(d_a)
+    problem.d_times = _data_or_null(d_times)
+    with nogil:
+        status = cpp_activate_back(problem, execution)
+    _raise_for(status)
+
+
+cdef int _describe_norm(
+    Norm* problem, cnp.ndarray x, cnp.ndarray weight, double epsilon, bint is_centred
+) except -1:
+    if not _find_dtype(x, &problem.dtype):
+        raise TypeError(f"dtype {x.dtype.name} is not one that the kernels take")
+    problem.columns = cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1)
+    problem.rows = cnp.PyArray_SIZE(x) // max(problem.columns, 1)
+    problem.epsilon = epsilon
+    problem.is_centred = is_centred
+    problem.weight = <const char*>cnp.PyArray_DATA(weight)
+    return 0
+
+
+def normalize(
+    cnp.ndarray x not None, object add, cnp.ndarray weight not None, object bias, double epsilon,
+    bint is_centred, cnp.ndarray out not None, object num_threads=None,
+):
+    """Add `add` to `x` unless it is None, and fill `out` with the rows of the last axis of `x`,
+    normalized. All arrays are in C order and of one dtype; `out` may be `x`."""
+    cdef Normalization problem
+    cdef Execution execution = _execution(_threads(num_threads))
+    cdef Status status
+    _describe_norm(&problem, x, weight, epsilon, is_centred)
+    problem.x = <char*>cnp.PyArray_DATA(x)
+    problem.add = _data_or_null(add)
+    problem.bias = _data_or_null(bias)
+    problem.out = <char*>cnp.PyArray_DATA(out)
+    with nogil:
+        status = cpp_normalize(problem, execution)
+    _raise_for(status)
+
+
+def normalize_back(
+    cnp.ndarray d not None, cnp.ndarray x not None, cnp.ndarray weight not None, double epsilon,
+    bint is_centred, cnp.ndarray of_weight not None, object of_bias, object num_threads=None,
+):
+    """Turn the gradient `d` with respect to the rows of `normalize` into the one of `x`, in place,
+    and fill `of_weight` and, unless it is None, `of_bias`. Of arrays in C order."""
+    cdef NormalizationGradient problem
+    cdef Execution execution = _execution(_threads(num_threads))
+    cdef Status status
+    _describe_norm(&problem, x, weight, epsilon, is_centred)
+    problem.x = <const char*>cnp.PyArray_DATA(x)
+    problem.d = <char*>cnp.PyArray_DATA(d)
+    parts = np.zeros(
+        (2, norm_gradient_parts(problem.rows, problem.columns), problem.columns),
+        np.float64 if problem.dtype == Dtype.float64 else np.float32,
+    )
+    of_weight_parts, of_bias_parts = parts
+    problem.weight_parts = _data_or_null(of_weight_parts)
+    if of_bias is not None:
+        problem.bias_parts = _data_or_null(of_bias_parts)
+    with nogil:
+        status = cpp_normalize_back(problem, execution)
+    _raise_for(status)
+    of_weight[...] = of_weight_parts.sum(axis=0, dtype=np.float64)
+    if of_bias is not None:
+        of_bias[...] = of_bias_parts.sum(axis=0, dtype=np.float64)
 
 
 def set_default_num_threads(int num_threads):

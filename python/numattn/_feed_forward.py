@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._activations import ACTIVATIONS
-from ._projection import bias_gradient, project, project_back, weight_gradient
-from ._row_chunks import chunk_length, chunks, precision_of, put_back, widened
+from . import _runtime
+from ._projection import Product, bias_gradient, compute, project_back, weight_gradient
+from ._row_chunks import precision_of
+from ._workspace import Workspace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
@@ -29,6 +30,11 @@ class Inner(NamedTuple):
         """What the activation is applied to."""
         return self.up if self.gate is None else self.gate
 
+    @property
+    def times(self) -> Array | None:
+        """What its values are multiplied by."""
+        return None if self.gate is None else self.up
+
 
 class FeedForward(NamedTuple):
     """``down(f(up(x)))``, or, gated, ``down(f(gate(x)) * up(x))``."""
@@ -36,76 +42,71 @@ class FeedForward(NamedTuple):
     activation: str
     is_gated: bool
     parameters: Mapping[str, Array]
+    num_threads: int | None = None
 
     def __call__(self, rows: Array) -> Array:
-        inner = self.inner(rows)
-        return self._project("down", self._hidden(inner, inner.activated))
+        with Workspace() as workspace:
+            inner = self.inner(rows, workspace.empty)
+            return self._down(self._hidden(inner, inner.activated))
 
-    def inner(self, rows: Array) -> Inner:
-        return Inner(
-            self._project("up", rows), self._project("gate", rows) if self.is_gated else None
-        )
+    def inner(
+        self, rows: Array, empty: Callable[[tuple[int, ...], np.dtype[Any]], Array] = np.empty
+    ) -> Inner:
+        """Return what the first matrices give, in arrays that `empty` makes."""
+        shape = (len(rows), self.parameters["up_weight"].shape[1])
+        names = ("up", "gate") if self.is_gated else ("up",)
+        made = {name: empty(shape, rows.dtype) for name in names}
+        compute([self._product(name, rows, out) for name, out in made.items()], self.num_threads)
+        return Inner(made["up"], made.get("gate"))
 
     def of_inner(self, inner: Inner) -> Array:
         """Return the result, and leave `inner` as it is."""
-        return self._project("down", self._hidden(inner, np.empty_like(inner.up)))
+        return self._down(self._hidden(inner, np.empty_like(inner.up)))
 
     def take_back(self, d: Array, rows: Array, inner: Inner, found: dict[str, Array]) -> Array:
         """Return the gradient with respect to the rows; add the parameters' to `found`."""
-        d_up = project_back(d, self.parameters["down_weight"])
+        d_up = self._back("down", d)
         d_gate = None if inner.gate is None else np.empty_like(d_up)
         hidden = np.empty_like(d_up)
-        function = ACTIVATIONS[self.activation].function
         # The activation is computed again rather than kept.
-        for part, slope, *work in self._parts(inner.up, 1):
-            values, d_values = widened(hidden[part]), widened(d_up[part])
-            function(widened(inner.activated[part]), values, slope, work)
-            if d_gate is not None:
-                up, d_activated = widened(inner.up[part]), widened(d_gate[part])
-                np.multiply(d_values, up, out=d_activated)
-                d_activated *= slope
-                put_back(d_activated, d_gate[part])
-                d_values *= values
-                values *= up
-            else:
-                d_values *= slope
-            put_back(values, hidden[part])
-            put_back(d_values, d_up[part])
+        _runtime.computations.activate_back(
+            self.activation, d_up, inner.activated, inner.times, hidden,
+            d_up if d_gate is None else d_gate, None if d_gate is None else d_up,
+            self.num_threads,
+        )  # fmt: skip
         self._find("down", hidden, d, found)
         self._find("up", rows, d_up, found)
         if d_gate is None:
-            return project_back(d_up, self.parameters["up_weight"])
+            return self._back("up", d_up)
         self._find("gate", rows, d_gate, found)
         # One sum, rounded once.
         of_up, of_gate = np.empty((2, *rows.shape), precision_of(rows.dtype))
-        project_back(d_up, self.parameters["up_weight"], of_up)
-        of_up += project_back(d_gate, self.parameters["gate_weight"], of_gate)
+        self._back("up", d_up, of_up)
+        of_up += self._back("gate", d_gate, of_gate)
         d_rows: Array = of_up.astype(rows.dtype, copy=False)
         return d_rows
 
     def _hidden(self, inner: Inner, out: Array) -> Array:
         """Write what goes into the last matrix to `out`, which may be what is activated."""
-        function = ACTIVATIONS[self.activation].function
-        for part, *work in self._parts(out, 0):
-            values = widened(out[part])
-            function(widened(inner.activated[part]), values, None, work)
-            if self.is_gated:
-                values *= widened(inner.up[part])
-            put_back(values, out[part])
+        _runtime.computations.activate(
+            self.activation, inner.activated, inner.times, out, self.num_threads
+        )
         return out
 
-    def _project(self, name: str, rows: Array) -> Array:
+    def _down(self, hidden: Array) -> Array:
+        weight = self.parameters["down_weight"]
+        out = np.empty((len(hidden), weight.shape[1]), hidden.dtype)
+        compute([self._product("down", hidden, out)], self.num_threads)
+        return out
+
+    def _product(self, name: str, rows: Array, out: Array) -> Product:
         bias = self.parameters.get(f"{name}_bias")
-        return project(rows, self.parameters[f"{name}_weight"], bias)
+        return Product(rows, self.parameters[f"{name}_weight"], bias, out)
+
+    def _back(self, name: str, d: Array, out: Array | None = None) -> Array:
+        return project_back(d, self.parameters[f"{name}_weight"], out, self.num_threads)
 
     def _find(self, name: str, rows: Array, d: Array, found: dict[str, Array]) -> None:
-        found[f"{name}_weight"] = weight_gradient(rows, d)
+        found[f"{name}_weight"] = weight_gradient(rows, d, self.num_threads)
         if f"{name}_bias" in self.parameters:
-            found[f"{name}_bias"] = bias_gradient(d)
-
-    def _parts(self, rows: Array, more: int) -> Iterator[tuple[Any, ...]]:
-        """Give chunks of rows, each with arrays to work with: the activation's, and more."""
-        arrays = ACTIVATIONS[self.activation].work_arrays + more
-        work = np.empty((arrays, chunk_length(rows), rows.shape[-1]), precision_of(rows.dtype))
-        for part in chunks(rows):
-            yield (part, *work[:, : part.stop - part.start])
+            found[f"{name}_bias"] = bias_gradient(d, self.num_threads)

@@ -650,7 +650,8 @@ alibi_slopes, sinks, num_threads
         # NaN and infinity in the input are the user's business, as in `attention`.
         with np.errstate(all="ignore"):
             for name in normed:
-                normalize(made[name], self._parameters[f"{name}_norm"], self._norm_epsilon)
+                weight = self._parameters[f"{name}_norm"]
+                normalize(made[name], weight, self._norm_epsilon, num_threads)
                 if rotation is not None:
                     vectors = made[name].swapaxes(-3, -2)  # heads first
                     rotation.apply(vectors, vectors)

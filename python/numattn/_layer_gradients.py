@@ -142,7 +142,7 @@ def _take_product_back(call: Call, name: str, d: Array, dx: Array, found: dict[s
         vectors = project(rows, weight, bias, num_threads=num_threads)
         vectors = vectors.reshape(-1, *d.shape[-2:])
         d_vectors = d_rows.reshape(vectors.shape)
-        found[f"{name}_norm"] = take_back(d_vectors, vectors, norm, call.norm_epsilon)
+        found[f"{name}_norm"] = take_back(d_vectors, vectors, norm, call.norm_epsilon, num_threads)
     found[f"{name}_weight"] = weight_gradient(rows, d_rows, num_threads)
     found[f"{name}_bias"] = bias_gradient(d_rows, num_threads)
     of_rows = np.empty(rows.shape, dx.dtype)

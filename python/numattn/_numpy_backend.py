@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._numpy_activations import activate, activate_back
 from ._numpy_blocks import (
     aggregate,
     blocks,
@@ -21,6 +22,7 @@ from ._numpy_blocks import (
     quiet,
 )
 from ._numpy_gradients import attention_backward
+from ._numpy_norms import normalize, normalize_back
 from ._row_chunks import widened
 
 if TYPE_CHECKING:
@@ -31,7 +33,10 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["attention", "attention_backward", "multiply", "rotate", "softmax", "stage"]
+__all__ = [
+    "activate", "activate_back", "attention", "attention_backward", "multiply", "normalize",
+    "normalize_back", "rotate", "softmax", "stage",
+]  # fmt: skip
 
 
 def attention(arguments: Arguments) -> None:
@@ -83,7 +88,7 @@ def rotate(x: Array, cos: Array, sin: Array, out: Array, interleaved: bool) -> N
         out[..., 2 * pairs :] = x[..., 2 * pairs :]
 
 
-def multiply(products: list[Product], num_threads: int) -> None:
+def multiply(products: list[Product], num_threads: int | None = None) -> None:
     """Compute products with matrices; `num_threads` is left to NumPy's BLAS."""
     del num_threads
     with quiet():

@@ -115,7 +115,7 @@ def _initial_num_threads() -> tuple[int, str]:
 native, backend_reason = _load_native()
 backend = "numpy" if native is None else "native"
 attention_common = None if native is None else native.attention_common
-# `attention`, `attention_backward`, `stage`, `softmax`, `rotate` and `multiply`, with the same
+# `attention`, `attention_backward`, `stage`, `multiply`, and operations on rows, with the same
 # signatures
 computations = _numpy_backend if native is None else native
 isa_reason = _choose_isa()

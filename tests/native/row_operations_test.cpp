@@ -1,5 +1,6 @@
-// Softmax of rows, rotary embedding and products with matrices through their public headers: random
-// problems on every ISA level, between protected pages, against the formula in double.
+// Softmax of rows, rotary embedding, activations, norms and products with matrices through their
+// public headers: random problems on every ISA level, between protected pages, against the formula
+// in double.
 //
 //   row_operations_test PROBLEMS
 #include "row_operations.h"
@@ -10,6 +11,7 @@
 #include <cstdlib>
 #include <limits>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "guarded_memory.h"
@@ -173,6 +175,192 @@ double rotation_error(uint64_t seed) {
   return largest;
 }
 
+// Of values, and of the gradients.
+double activation_error(uint64_t seed) {
+  Random random(seed);
+  const Kind kind = random.kind();
+  const int64_t elements = random.sometimes(0.1) ? 70'000 : random.below(140);
+  const auto bytes = static_cast<size_t>(elements) * size_of(kind);
+  const bool at_end = random.sometimes(0.5), gated = random.sometimes(0.5);
+  const GuardedMemory a(bytes, at_end), times(bytes, at_end), out(bytes, at_end);
+  const GuardedMemory d(bytes, at_end), d_a(bytes, at_end), hidden(bytes, at_end);
+  const std::vector<double> of_a = random.fill(a, kind, elements);
+  const std::vector<double> of_times = random.fill(times, kind, elements);
+  const std::vector<double> of_d = random.fill(d, kind, elements);
+
+  using numattn::ActivationFunction;
+  constexpr ActivationFunction functions[] = {
+      ActivationFunction::gelu, ActivationFunction::gelu_tanh, ActivationFunction::silu,
+      ActivationFunction::relu, ActivationFunction::relu_squared};
+  numattn::ActivationGradient problem;
+  problem.dtype = dtype_of(kind);
+  problem.function = functions[random.below(5)];
+  problem.a = a.data();
+  problem.times = gated ? times.data() : nullptr;
+  problem.out = out.data();
+  problem.elements = elements;
+  problem.d = d.data();
+  problem.d_a = gated ? d_a.data() : d.data();
+  problem.d_times = gated ? d.data() : nullptr;
+  const int threads = 1 + static_cast<int>(random.below(3));
+  if (numattn::activate(problem, {threads, nullptr}) != numattn::Status::done) return kInfinity;
+  problem.out = hidden.data();
+  if (numattn::activate_back(problem, {threads, nullptr}) != numattn::Status::done) {
+    return kInfinity;
+  }
+
+  const auto curve = [&](double x) -> std::pair<double, double> {  // value and slope
+    const double pi = std::acos(-1.0), positive = std::max(x, 0.0);
+    const auto of_sigmoid = [&](double y, double rise) {
+      const double s = 1 / (1 + std::exp(-y));
+      return std::pair{x * s, s + x * s * (1 - s) * rise};
+    };
+    switch (problem.function) {
+      case ActivationFunction::gelu: {
+        const double share = std::erfc(-x / std::sqrt(2.0)) / 2;
+        return {x * share, share + x * std::exp(-x * x / 2) / std::sqrt(2 * pi)};
+      }
+      case ActivationFunction::gelu_tanh: {
+        const double factor = 2 * std::sqrt(2 / pi);
+        return of_sigmoid(factor * (x + 0.044715 * x * x * x), factor * (1 + 0.134145 * x * x));
+      }
+      case ActivationFunction::silu:
+        return of_sigmoid(x, 1);
+      case ActivationFunction::relu:
+        return {positive, x > 0};
+      case ActivationFunction::relu_squared:
+        return {positive * positive, 2 * positive};
+    }
+    return {};
+  };
+  double largest = 0;
+  const double room = kind == Kind::float16 ? 0x1p-24 / rounding(kind) : 0;  // it has no less
+  for (size_t i = 0; i < static_cast<size_t>(elements); ++i) {
+    const double x = of_a[i], factor = gated ? of_times[i] : 1;
+    const auto compare = [&](const GuardedMemory& memory, double expected, double size) {
+      const double actual = load(kind, memory.data() + i * size_of(kind));
+      largest = std::max(largest, share_of_allowed(kind, actual, expected, size + room));
+    };
+    const double size = std::abs(factor) * (1 + x * x);
+    const double d_size = std::abs(of_d[i]) * (1 + std::abs(factor)) * (1 + x * x);
+    const auto [value, slope] = curve(x);
+    compare(out, value * factor, size);
+    compare(hidden, value * factor, size);
+    compare(gated ? d_a : d, of_d[i] * factor * slope, 2 * d_size);
+    if (gated) compare(d, of_d[i] * value, d_size);
+  }
+  return largest;
+}
+
+double norm_error(uint64_t seed) {
+  Random random(seed);
+  const Kind kind = random.kind();
+  const Kind precision = kind == Kind::float64 ? Kind::float64 : Kind::float32;
+  const int64_t columns = 1 + (random.sometimes(0.1) ? random.below(5000) : random.below(140));
+  const int64_t rows = random.sometimes(0.1) ? 100'000 / columns : random.below(40);
+  const auto bytes = static_cast<size_t>(rows * columns) * size_of(kind);
+  const auto row_bytes = static_cast<size_t>(columns) * size_of(kind);
+  const int64_t parts = numattn::norm_gradient_parts(rows, columns);
+  const size_t part_bytes = static_cast<size_t>(parts * columns) * size_of(precision);
+  const bool at_end = random.sometimes(0.5), has_bias = random.sometimes(0.5);
+  const bool has_add = random.sometimes(0.5), is_centred = random.sometimes(0.5);
+  const GuardedMemory x(bytes, at_end), add(bytes, at_end), out(bytes, at_end), d(bytes, at_end);
+  const GuardedMemory weight(row_bytes, at_end), bias(row_bytes, at_end);
+  const GuardedMemory weight_parts(part_bytes, at_end), bias_parts(part_bytes, at_end);
+  std::vector<double> of_x = random.fill(x, kind, rows * columns);
+  random.fill(add, kind, rows * columns);
+  const std::vector<double> of_d = random.fill(d, kind, rows * columns);
+  const std::vector<double> of_weight = random.fill(weight, kind, columns);
+  const std::vector<double> of_bias = random.fill(bias, kind, columns);
+  for (int64_t i = 0; i < parts * columns; ++i) {
+    store(precision, weight_parts.data() + static_cast<size_t>(i) * size_of(precision), 0);
+    store(precision, bias_parts.data() + static_cast<size_t>(i) * size_of(precision), 0);
+  }
+
+  const auto describe = [&](numattn::Norm& norm) {
+    norm.dtype = dtype_of(kind);
+    norm.rows = rows;
+    norm.columns = columns;
+    norm.epsilon = 0.1;
+    norm.is_centred = is_centred;
+    norm.weight = weight.data();
+  };
+  numattn::Normalization problem;
+  describe(problem);
+  problem.x = x.data();
+  problem.add = has_add ? add.data() : nullptr;
+  problem.bias = has_bias ? bias.data() : nullptr;
+  problem.out = out.data();
+  const int threads = 1 + static_cast<int>(random.below(3));
+  if (numattn::normalize(problem, {threads, nullptr}) != numattn::Status::done) return kInfinity;
+  numattn::NormalizationGradient gradient;
+  describe(gradient);
+  gradient.x = x.data();
+  gradient.d = d.data();
+  gradient.weight_parts = weight_parts.data();
+  gradient.bias_parts = has_bias ? bias_parts.data() : nullptr;
+  if (numattn::normalize_back(gradient, {threads, nullptr}) != numattn::Status::done) {
+    return kInfinity;
+  }
+
+  double largest = 0;
+  const auto compare = [&](Kind of, const char* at, double expected, double size) {
+    largest = std::max(largest, share_of_allowed(of, load(of, at), expected, size));
+  };
+  const auto width = static_cast<size_t>(columns);
+  std::vector<double> weight_sums(width), bias_sums(width), sizes(width);
+  for (size_t row = 0; row < static_cast<size_t>(rows); ++row) {
+    const auto n = static_cast<double>(columns);
+    std::vector<double> unit(width);
+    double sum = 0, squares = 0, of_shift = 0, of_length = 0;
+    for (size_t j = 0; j < width; ++j) {
+      const size_t i = row * width + j;
+      const double stored = load(kind, x.data() + i * size_of(kind));
+      if (has_add) {
+        const double added = load(kind, add.data() + i * size_of(kind));
+        compare(kind, x.data() + i * size_of(kind), of_x[i] + added,
+                std::abs(of_x[i]) + std::abs(added));
+      }
+      unit[j] = stored;
+      sum += stored;
+    }
+    for (double& u : unit) {
+      if (is_centred) u -= sum / n;
+      squares += u * u;
+    }
+    const double root = std::sqrt(squares / n + 0.1);
+    for (size_t j = 0; j < width; ++j) {
+      unit[j] /= root;
+      of_shift += of_d[row * width + j] * of_weight[j] / n;
+      of_length += of_d[row * width + j] * of_weight[j] * unit[j] / n;
+    }
+    for (size_t j = 0; j < width; ++j) {
+      const size_t i = row * width + j;
+      const double term = unit[j] * of_weight[j], added = has_bias ? of_bias[j] : 0;
+      const double of_unit = of_d[i] * of_weight[j];
+      compare(kind, out.data() + i * size_of(kind), term + added,
+              2 * (std::abs(of_weight[j]) * (1 + std::abs(unit[j])) + std::abs(added)));
+      compare(kind, d.data() + i * size_of(kind),
+              (of_unit - (is_centred ? of_shift : 0) - unit[j] * of_length) / root,
+              (4 + 2 * std::abs(of_unit) + 2 * std::abs(unit[j] * of_length)) / root);
+      weight_sums[j] += of_d[i] * unit[j];
+      bias_sums[j] += has_bias ? of_d[i] : 0;
+      sizes[j] += std::abs(of_d[i]) * (1 + std::abs(unit[j]));
+    }
+  }
+  for (size_t j = 0; j < width; ++j) {
+    double of_weights = 0, of_biases = 0;
+    for (size_t part = 0; part < static_cast<size_t>(parts); ++part) {
+      const size_t at = (part * width + j) * size_of(precision);
+      of_weights += load(precision, weight_parts.data() + at);
+      of_biases += load(precision, bias_parts.data() + at);
+    }
+    largest = std::max(largest, share_of_allowed(precision, of_weights, weight_sums[j], sizes[j]));
+    largest = std::max(largest, share_of_allowed(precision, of_biases, bias_sums[j], sizes[j]));
+  }
+  return largest;
+}
+
 // A matrix (rows, columns) in memory of its own, row after row or column after column.
 struct Matrix {
   GuardedMemory memory;
@@ -236,8 +424,11 @@ double product_error(uint64_t seed) {
 constexpr struct {
   const char* name;
   double (*error_of)(uint64_t seed);
-} kOperations[] = {
-    {"softmax", softmax_error}, {"rotation", rotation_error}, {"product", product_error}};
+} kOperations[] = {{"softmax", softmax_error},
+                   {"rotation", rotation_error},
+                   {"activation", activation_error},
+                   {"norm", norm_error},
+                   {"product", product_error}};
 
 }  // namespace
 

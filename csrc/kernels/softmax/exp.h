@@ -1,4 +1,4 @@
-// exp2 and tanh, lane by lane, in float32 and float64.
+// exp2, exp and tanh, lane by lane, in float32 and float64.
 #pragma once
 
 namespace numattn {
@@ -82,6 +82,41 @@ typename Vectors::Vec exp2(typename Vectors::Vec x) {
   typename Vectors::Vec all[1] = {x};
   exp2<Vectors>(all);
   return all[0];
+}
+
+// For exp: ln 2 in two parts, of which the first has so few digits that its product with every
+// exponent is exact, and where e^x is 0 or infinite.
+template <class Scalar>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  static constexpr float kLog2E = 0x1.715476p+0f, kHighLn2 = 0x1.62e4p-1f,
+                         kLowLn2 = 0x1.7f7d1cp-20f, kLowest = -105, kHighest = 89;
+};
+template <>
+struct ExpConstants<double> {
+  static constexpr double kLog2E = 0x1.71547652b82fep+0, kHighLn2 = 0x1.62e42feep-1,
+                          kLowLn2 = 0x1.a39ef35793c76p-33, kLowest = -747, kHighest = 710;
+};
+
+// e^x within 3 units in the last place over all of its range; exp(0) is 1, exp(-inf) is 0, exp(NaN)
+// is NaN. It is 2^whole * 2^fraction, too, but the fraction comes from what `whole` leaves of x: a
+// product with log2(e) rounds to its own digits, which are the fewer ones of the fraction.
+template <class Vectors>
+[[gnu::always_inline]] inline typename Vectors::Vec exp(typename Vectors::Vec x) {
+  using Scalar = typename Vectors::Scalar;
+  using Constants = ExpConstants<Scalar>;
+  using Series = Exp2Series<Scalar, Vectors::kFusedMultiplyAdd>;
+  const auto log2e = Vectors::set(Constants::kLog2E);
+  const auto highest = Vectors::set(Constants::kHighest);
+  x = Vectors::max(Vectors::set(Constants::kLowest), x);
+  x = Vectors::select_less(highest, x, highest, x);
+  typename Vectors::Vec whole, unused, fraction[1], power[1];
+  Vectors::split(Vectors::mul(x, log2e), whole, unused);
+  const auto rest = Vectors::fma(whole, Vectors::set(-Constants::kHighLn2), x);
+  fraction[0] = Vectors::mul(Vectors::fma(whole, Vectors::set(-Constants::kLowLn2), rest), log2e);
+  sum_series<Vectors>(Series::kTerms, fraction, power);
+  return Vectors::scale_by_power_of_two(power[0], whole);
 }
 
 // tanh(x) within a few units in the last place. From 5/8 on it is 1 - 2 / (e^2|x| + 1); below,

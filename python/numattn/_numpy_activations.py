@@ -1,7 +1,7 @@
-"""The functions between the two matrices of a feed-forward network, and their slopes.
+"""The functions between the two matrices of a feed-forward network, and their slopes, in NumPy.
 
-Each writes its values of `a` to `out`, which may be `a`, and its slopes where these are wanted.
-`work` are arrays of the same shape, to be overwritten.
+Each of `ACTIVATIONS` writes its values of `a` to `out`, which may be `a`, and its slopes where
+these are wanted. `work` are arrays of the same shape, to be overwritten.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ._numpy_blocks import quiet
+from ._row_chunks import chunk_length, chunks, precision_of, widened
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -157,3 +160,49 @@ ACTIVATIONS = {
     "relu": Activation(relu, 0),
     "relu_squared": Activation(relu_squared, 0),
 }
+
+
+def activate(
+    name: str, a: Array, times: Array | None, out: Array, num_threads: int | None = None
+) -> None:
+    """Fill `out`, which may be `a`, with f(a), times `times` unless that is None."""
+    del num_threads
+    flat_a, flat_out = a.reshape(-1), out.reshape(-1)
+    with quiet():
+        for part, values, *work in _parts(name, flat_a, 1):
+            ACTIVATIONS[name].function(widened(flat_a[part]), values, None, work)
+            if times is not None:
+                values *= widened(times.reshape(-1)[part])
+            flat_out[part] = values
+
+
+def activate_back(
+    name: str, d: Array, a: Array, times: Array | None, out: Array, d_a: Array,
+    d_times: Array | None, num_threads: int | None = None,
+) -> None:  # fmt: skip
+    """Fill `out` as `activate`, and `d_a` and `d_times` with what the gradient `d` with respect to
+    `out` gives; either may be `d`. `d_times` is None where `times` is."""
+    del num_threads
+    flat_a, flat_out, flat_d, flat_d_a = (x.reshape(-1) for x in (a, out, d, d_a))
+    with quiet():
+        for part, values, slope, *work in _parts(name, flat_a, 2):
+            ACTIVATIONS[name].function(widened(flat_a[part]), values, slope, work)
+            d_part = widened(flat_d[part])
+            if times is None or d_times is None:
+                slope *= d_part
+                flat_out[part] = values
+            else:
+                times_part = widened(times.reshape(-1)[part])
+                slope *= d_part * times_part
+                flat_out[part] = values * times_part
+                values *= d_part
+                d_times.reshape(-1)[part] = values
+            flat_d_a[part] = slope
+
+
+def _parts(name: str, elements: Array, more: int) -> Iterator[tuple[Any, ...]]:
+    """Give parts of elements, each with `more` arrays to work with and then the activation's."""
+    arrays = more + ACTIVATIONS[name].work_arrays
+    work = np.empty((arrays, chunk_length(elements)), precision_of(elements.dtype))
+    for part in chunks(elements):
+        yield (part, *work[:, : part.stop - part.start])

@@ -48,15 +48,18 @@ int64_t part(int64_t length, int64_t parts, int64_t unit) {
   return quotient_up(quotient_up(length, parts), unit) * unit;
 }
 
-// As large as the kernel takes them, or smaller where the threads would share too few.
-Blocks cut(const Product& product, const DtypeKernels& kernels, int threads) {
+// As large as the kernel takes them, or smaller where the threads would share too few of them and
+// of the other products'.
+Blocks cut(const Product& product, int64_t products, const DtypeKernels& kernels, int threads) {
   const bool is_few = product.rows <= kernels.few_projection_rows;
   int64_t row_parts = quotient_up(product.rows, kernels.max_projection_rows);
   int64_t column_parts = quotient_up(product.columns, kernels.max_projection_columns(product.rows));
   if (threads > 1) {
     const int64_t most_row_parts = is_few ? 1 : quotient_up(product.rows, kFewestRows);
     const int64_t most_column_parts = quotient_up(product.columns, kFewestColumns);
-    while (row_parts * column_parts < threads * kItemsPerThread) {
+    // Few rows read the rows of the weight in pieces, which are slow to read if they are short.
+    const int64_t wanted = is_few ? quotient_up(threads, products) : threads * kItemsPerThread;
+    while (row_parts * column_parts < wanted) {
       const bool are_tall = product.rows / row_parts > product.columns / column_parts;
       if (row_parts < most_row_parts && (are_tall || column_parts >= most_column_parts)) {
         row_parts *= 2;
@@ -125,7 +128,7 @@ Status multiply(Dtype dtype, const Product* products, int64_t count,
   for (int64_t i = 0; i < count; ++i) {
     Blocks blocks{};
     if (products[i].rows > 0 && products[i].columns > 0)
-      blocks = cut(products[i], kernels, threads);
+      blocks = cut(products[i], count, kernels, threads);
     blocks.items_before = items;
     if (blocks.rows > 0)
       items += quotient_up(products[i].rows, blocks.rows) * blocks.columns_of_items;

@@ -13,6 +13,7 @@
 #include "gradient_problems.h"
 #include "levels.h"
 #include "problems.h"
+#include "projection.h"
 #include "row_operations.h"
 
 namespace {
@@ -101,6 +102,18 @@ int main() {
   expect(out[0] == 1.0f / 1024 && out.back() == out[0], "wrong numbers", " softmax");
 
   int refused = 0;
+  numattn::Product product;
+  product.rows = product.depth = product.columns = 1 << 10;
+  const auto row_bytes = static_cast<int64_t>(product.columns * sizeof(float));
+  product.x =
+      product.weight = {reinterpret_cast<char*>(numbers.data()), 0, row_bytes, sizeof(float)};
+  product.out = product.x;
+  product.out.data = reinterpret_cast<char*>(out.data());
+  refused += with_failing_allocations(
+      [&] { return numattn::multiply(numattn::Dtype::float32, &product, 1, {3, nullptr}); },
+      " product");
+  expect(out[0] == 1024 && out.back() == out[0], "wrong numbers", " product");
+
   const bool all_ran = on_every_level([&](const char*) {
     for (uint64_t seed = 1; seed <= 60; ++seed) {
       RandomProblem problem(seed);

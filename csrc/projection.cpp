@@ -37,10 +37,14 @@ struct Computation {
   std::atomic<bool> out_of_memory{false};
 };
 
+bool is_few(const Product& product, const DtypeKernels& kernels) {
+  return kernels.are_few_projection_rows(product.rows, product.weight.column_stride);
+}
+
 double cost(const Product& product, const DtypeKernels& kernels) {
-  const bool is_few = product.rows <= kernels.few_projection_rows;
   return static_cast<double>(product.depth) * static_cast<double>(product.columns) *
-         (is_few ? kFlopsPerElementOfFewRows : 2.0 * static_cast<double>(product.rows));
+         (is_few(product, kernels) ? kFlopsPerElementOfFewRows
+                                   : 2.0 * static_cast<double>(product.rows));
 }
 
 // A length in so many parts of about the same size, multiples of `unit`.
@@ -51,15 +55,21 @@ int64_t part(int64_t length, int64_t parts, int64_t unit) {
 // As large as the kernel takes them, or smaller where the threads would share too few of them and
 // of the other products'.
 Blocks cut(const Product& product, int64_t products, const DtypeKernels& kernels, int threads) {
-  const bool is_few = product.rows <= kernels.few_projection_rows;
-  int64_t row_parts = quotient_up(product.rows, kernels.max_projection_rows);
-  int64_t column_parts = quotient_up(product.columns, kernels.max_projection_columns(product.rows));
-  if (threads > 1) {
-    const int64_t most_row_parts = is_few ? 1 : quotient_up(product.rows, kFewestRows);
-    const int64_t most_column_parts = quotient_up(product.columns, kFewestColumns);
-    // Few rows read the rows of the weight in pieces, which are slow to read if they are short.
-    const int64_t wanted = is_few ? quotient_up(threads, products) : threads * kItemsPerThread;
-    while (row_parts * column_parts < wanted) {
+  const int64_t weight_stride = product.weight.column_stride;
+  const int64_t most_columns = kernels.max_projection_columns(product.rows, weight_stride);
+  const int64_t most_rows = kernels.max_projection_rows(product.rows, weight_stride);
+  const int64_t most_column_parts = quotient_up(product.columns, kFewestColumns);
+  int64_t row_parts = quotient_up(product.rows, most_rows);
+  int64_t column_parts = quotient_up(product.columns, most_columns);
+  int64_t rows_together = 1;
+  if (is_few(product, kernels)) {
+    // As many for each thread, and no more than that: the rows of the weight are read in pieces,
+    // which are slow to read if they are short.
+    const int64_t unit = quotient_up(threads, products);
+    column_parts = std::min(quotient_up(column_parts, unit) * unit, most_column_parts);
+  } else {
+    const int64_t most_row_parts = quotient_up(product.rows, kFewestRows);
+    while (threads > 1 && row_parts * column_parts < threads * kItemsPerThread) {
       const bool are_tall = product.rows / row_parts > product.columns / column_parts;
       if (row_parts < most_row_parts && (are_tall || column_parts >= most_column_parts)) {
         row_parts *= 2;
@@ -70,9 +80,9 @@ Blocks cut(const Product& product, int64_t products, const DtypeKernels& kernels
       }
     }
     if (row_parts >= threads) row_parts = quotient_up(row_parts, threads) * threads;
+    rows_together = 24;  // register tiles have 4, 6, 8 or 12 rows, and 64 columns at most
   }
-  // Register tiles have 4, 6, 8 or 12 rows, and 64 columns at most.
-  const int64_t rows = is_few ? product.rows : part(product.rows, row_parts, 24);
+  const int64_t rows = part(product.rows, row_parts, rows_together);
   int64_t columns = part(product.columns, column_parts, kFewestColumns);
   if (product.rotation.cos) columns = part(columns, 1, product.rotation.head_dim);
   return {rows, columns, quotient_up(product.columns, columns), 0};

@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pydoc_data.topics import topics
 
-# Two threads of Python take half of the characters each, and all that NumPy does with them; so its
-# products with matrices need no threads of their own. It reads this when it is imported.
+# Two threads of Python take half of the characters each, and all that NumPy does with them; so the
+# product with the output matrix needs no threads of its own. NumPy reads this when it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numattn as na

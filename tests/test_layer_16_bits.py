@@ -349,7 +349,7 @@ def test_padding_changes_no_bit(rng, narrow, bad):
 def test_large_numbers(rng, narrow):
     """Squares of what 16 bits hold are no infinity in the norms."""
     largest = float(np.finfo(np.float16).max) if narrow == np.float16 else 3e38
-    block = na.TransformerBlock(16, 2, norm_first=False, norm_epsilon=0, dtype=narrow)
+    block = na.TransformerBlock(16, 2, norm_first=False, norm_epsilon=2e-38, dtype=narrow)
     for name, parameter in block.parameters().items():
         if not name.startswith("norm"):
             parameter[...] = 0

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from checks import numbers
 from layers import by_hand, fill, weights_by_hand
+from numattn import _runtime
 
 # What the layer knows by itself, gives in another way, or has for training alone.
 NOT_OF_LAYERS = {
@@ -201,3 +202,37 @@ def test_biases_of_positions_as_t5_learns_them(rng):
         module.compute_bias(LENGTH, LENGTH), learned, torch.tensor(vjp(dout).bias)
     )
     np.testing.assert_allclose(of_table, learned.grad, rtol=0, atol=1e-4)
+
+
+class _Spy:
+    """What computes, with a list of what was called and for how many threads."""
+
+    def __init__(self, computations):
+        self._computations, self.calls = computations, []
+
+    def __getattr__(self, name):
+        function = getattr(self._computations, name)
+
+        def call(*arguments):
+            last = arguments[0] if name in ("attention", "attention_backward") else None
+            threads = arguments[-1] if last is None else getattr(last, "num_threads", None)
+            self.calls.append((name, threads))
+            return function(*arguments)
+
+        return call
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"gated": True}], ids=str)
+def test_num_threads_counts_for_every_step(rng, monkeypatch, options):
+    block = na.TransformerBlock(16, 2, rotary=True, rng=0, **options)
+    x = numbers(rng, 2, 40, 16)
+    spy = _Spy(_runtime.computations)
+    monkeypatch.setattr(_runtime, "computations", spy)
+    block(x, num_threads=5)
+    out, vjp = block.vjp(x, num_threads=5)
+    vjp(out)
+    of_rows = {name: threads for name, threads in spy.calls if "attention" not in name}
+    assert {"multiply", "normalize", "normalize_back", "activate", "activate_back"} <= set(of_rows)
+    assert "rotate" in of_rows  # of gradients
+    wrong = [call for call in spy.calls if "attention" not in call[0] and call[1] != 5]
+    assert not wrong

@@ -5,9 +5,9 @@ import pytest
 from checks import assert_within, error_factor, numbers
 from numattn import _numpy_backend, _runtime
 from numattn import _reference as reference
+from numattn._checks import precision_of
 from numattn._projection import Product, bias_gradient, compute, project, weight_gradient
 from numattn._rotary import make_rotation
-from numattn._row_chunks import precision_of
 
 # Few and many rows, sums of one piece and of several, columns that fill register tiles or do not.
 SIZES = [

@@ -229,23 +229,26 @@ def test_full_mask_is_no_mask(qkv):
 
 
 LAYERS = {
-    "plain": {},
-    "rotary": {"rotary": True, "kv_heads": 2},
-    "norms": {"rotary": {"rotary_dim": 6}, "qk_norm": True, "bias": False},
+    "plain": (na.MultiHeadAttention, {}),
+    "rotary": (na.MultiHeadAttention, {"rotary": True, "kv_heads": 2}),
+    "norms": (na.MultiHeadAttention, {"rotary": {"rotary_dim": 6}, "qk_norm": True, "bias": False}),
+    "block": (na.TransformerBlock, {"norm_first": False}),
+    "gated": (na.TransformerBlock, {"rotary": True, "gated": True, "norm": "rms"}),
 }
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_layer_in_a_batch_with_padding(native_dtype, kind, causal):
+def test_layers_in_a_batch_with_padding(native_dtype, kind, causal):
     """A sequence has the same bits alone, padded, and beside others; so do threads."""
     rng = np.random.default_rng(0)
-    layer = na.MultiHeadAttention(40, 4, dtype=native_dtype, rng=0, **LAYERS[kind])
-    x = rng.standard_normal((5, 130, 40)).astype(native_dtype)
-    lengths = np.array([130, 64, 33, 19, 130])
+    make, options = LAYERS[kind]
+    layer = make(40, 4, dtype=native_dtype, rng=0, **options)
+    x = rng.standard_normal((6, 130, 40)).astype(native_dtype)
+    lengths = np.array([130, 64, 33, 19, 7, 1])
     padded = layer(x, lengths=lengths, is_causal=causal)
-    np.testing.assert_array_equal(
-        layer(x, lengths=lengths, is_causal=causal, num_threads=3), padded
-    )
+    for threads in (1, 3, 64):
+        again = layer(x, lengths=lengths, is_causal=causal, num_threads=threads)
+        np.testing.assert_array_equal(again, padded)
     for own, out, n in zip(x, padded, lengths, strict=True):
         np.testing.assert_array_equal(layer(own[:n], is_causal=causal), out[:n])

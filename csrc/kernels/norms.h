@@ -80,12 +80,12 @@ struct Norms {
   }
 
   // A row divided by its root, without its mean: (x * scale - mean) * inverse_root.
-  struct Unit {
+  struct Normalized {
     const Element* x;
     int64_t columns;
     Scalar scale, mean, inverse_root;
 
-    Unit(const Norm& norm, const Element* row) : x(row), columns(norm.columns), mean(0) {
+    Normalized(const Norm& norm, const Element* row) : x(row), columns(norm.columns), mean(0) {
       scale = scale_of(x, columns);
       const double wide_scale = static_cast<double>(scale);
       if (norm.is_centred) {
@@ -123,9 +123,9 @@ struct Norms {
         });
         add += norm.columns;
       }
-      const Unit unit(norm, x);
+      const Normalized normalized(norm, x);
       each(norm.columns, [&](int64_t at, int64_t left) {
-        Vec y = Vectors::mul(unit(at, left), load(weight, at, left));
+        Vec y = Vectors::mul(normalized(at, left), load(weight, at, left));
         if (bias) y = Vectors::add(y, load(bias, at, left));
         store_up_to<Vectors>(out + at, y, left);
       });
@@ -145,27 +145,28 @@ struct Norms {
     auto* const weight_part = reinterpret_cast<Scalar*>(norm.weight_parts);
     auto* const bias_part = reinterpret_cast<Scalar*>(norm.bias_parts);
     for (int64_t row = 0; row < norm.rows; ++row) {
-      const Unit unit(norm, x);
+      const Normalized normalized(norm, x);
       each(norm.columns, [&](int64_t at, int64_t left) {
         const Vec d_here = load(d, at, left);
-        add_to(weight_part, at, left, Vectors::mul(d_here, unit(at, left)));
+        add_to(weight_part, at, left, Vectors::mul(d_here, normalized(at, left)));
         if (bias_part) add_to(bias_part, at, left, d_here);
       });
-      const auto of_unit = [&](int64_t at, int64_t left) {
+      const auto of_normalized = [&](int64_t at, int64_t left) {
         return Vectors::mul(load(d, at, left), load(weight, at, left));
       };
       // Without what changes the length of the row, and without what moves it.
       const Vec length =
           Vectors::set(static_cast<Scalar>(mean(norm.columns, [&](int64_t at, int64_t left) {
-            return Vectors::mul(of_unit(at, left), unit(at, left));
+            return Vectors::mul(of_normalized(at, left), normalized(at, left));
           })));
       const Vec shift = norm.is_centred
-                            ? Vectors::set(static_cast<Scalar>(mean(norm.columns, of_unit)))
+                            ? Vectors::set(static_cast<Scalar>(mean(norm.columns, of_normalized)))
                             : Vectors::zero();
-      const Vec inverse_root = Vectors::set(unit.inverse_root), scale = Vectors::set(unit.scale);
+      const Vec inverse_root = Vectors::set(normalized.inverse_root),
+                scale = Vectors::set(normalized.scale);
       each(norm.columns, [&](int64_t at, int64_t left) {
-        const Vec kept = Vectors::sub(Vectors::sub(of_unit(at, left), shift),
-                                      Vectors::mul(unit(at, left), length));
+        const Vec kept = Vectors::sub(Vectors::sub(of_normalized(at, left), shift),
+                                      Vectors::mul(normalized(at, left), length));
         store_up_to<Vectors>(d + at, Vectors::mul(Vectors::mul(kept, inverse_root), scale), left);
       });
       x += norm.columns;

@@ -45,13 +45,21 @@ struct Projection {
   // A block of rows stays in the second cache.
   static constexpr int64_t kRowsPerBlock = 192;
 
-  // So few that packing would cost more than it saves.
-  static constexpr int64_t kFewRows = 8;
+  // So few that packing would cost more than it saves: of the whole product, and of a work item,
+  // which reads the weight where it is.
+  static constexpr int64_t kFewRows = 12, kStreamedRows = 8;
 
+  static bool are_few(int64_t rows, int64_t weight_column_stride) {
+    return rows <= kFewRows && weight_column_stride == kSize;
+  }
+  static int64_t max_rows(int64_t rows, int64_t weight_column_stride) {
+    return are_few(rows, weight_column_stride) ? kStreamedRows : kMaxRows;
+  }
   // One row reads long pieces of the weight's rows. The sums of several have to stay in the first
   // cache.
-  static int64_t max_columns(int64_t rows) {
-    return rows == 1 ? 4096 : rows <= kFewRows ? 2048 / rows : kMaxColumns;
+  static int64_t max_columns(int64_t rows, int64_t weight_column_stride) {
+    if (!are_few(rows, weight_column_stride)) return kMaxColumns;
+    return rows == 1 ? 4096 : rows < kStreamedRows ? 2048 / rows : 2048 / kStreamedRows;
   }
 
   struct Scratch {
@@ -68,9 +76,9 @@ struct Projection {
     const int64_t sums = task.rows * padded(task.columns);
     const int64_t strips = (task.columns + kStrip - 1) / kStrip;
     arena.take(scratch.x, (task.rows < kRowsPerBlock ? task.rows : kRowsPerBlock) * kDepth);
-    arena.take(scratch.weight, is_few(task) ? 0 : strips * strip_stride(kDepth));
+    arena.take(scratch.weight, is_streamed(task) ? 0 : strips * strip_stride(kDepth));
     arena.take(scratch.sums, sums);
-    arena.take(scratch.piece, is_few(task) ? sums : 0);
+    arena.take(scratch.piece, is_streamed(task) ? sums : 0);
     scratch.bytes = arena.used;
     return scratch;
   }
@@ -85,8 +93,8 @@ struct Projection {
     constexpr int kTogether = kLanes * kPerUnit;
     return (columns + kTogether - 1) / kTogether * kTogether;
   }
-  static bool is_few(const ProjectionTask& task) {
-    return task.rows <= kFewRows && task.weight.column_stride == kSize;
+  static bool is_streamed(const ProjectionTask& task) {
+    return task.rows <= kStreamedRows && task.weight.column_stride == kSize;
   }
   // Units from strip to strip: strips do not begin in the same set of the first cache.
   static int64_t strip_stride(int64_t units) {
@@ -96,7 +104,8 @@ struct Projection {
   // False if it was stopped.
   static bool run(const ProjectionTask& task) {
     const Scratch scratch = lay_out(task);
-    return is_few(task) ? stream_rows<kFewRows>(task, scratch) : multiply(task, scratch);
+    return is_streamed(task) ? stream_rows<kStreamedRows>(task, scratch)
+                             : pack_and_multiply(task, scratch);
   }
 
   // ---- x and the weight as a product reads them -----------------------------------------------
@@ -136,7 +145,7 @@ struct Projection {
 
   // weight [strip of columns][unit][column] from unit `first` on; what is missing is 0.
   static void pack(const ProjectionTask& task, int64_t first, int64_t units, Unit* packed) {
-    constexpr int kRowsAhead = 6;
+    constexpr int kUnitsAhead = 6;
     const View& weight = task.weight;
     const char* const from = weight.data + first * kPerUnit * weight.row_stride;
     const int64_t depth = elements_of(task, first, units);
@@ -151,7 +160,9 @@ struct Projection {
     }
     for (int64_t unit = 0; unit < units; ++unit) {
       const char* const rows = from + unit * kPerUnit * weight.row_stride;
-      fetch_row(rows + kRowsAhead * weight.row_stride, task.columns * kSize);
+      for (int i = 0; i < kPerUnit; ++i) {
+        fetch_row(rows + (kUnitsAhead * kPerUnit + i) * weight.row_stride, task.columns * kSize);
+      }
       for (int64_t column = 0; column < task.columns; column += kLanes) {
         Vec elements[kPerUnit];
         for (int i = 0; i < kPerUnit; ++i) {
@@ -170,7 +181,7 @@ struct Projection {
 
   // ---- many rows ------------------------------------------------------------------------------
 
-  static bool multiply(const ProjectionTask& task, const Scratch& scratch) {
+  static bool pack_and_multiply(const ProjectionTask& task, const Scratch& scratch) {
     const int64_t units = units_of<Units>(task.depth);
     const int64_t stride = padded(task.columns);
     for (int64_t first = 0; first < units; first += kDepth) {
@@ -182,11 +193,12 @@ struct Projection {
         const int64_t count = left < kRowsPerBlock ? left : kRowsPerBlock;
         const KeyBlock<Unit> x = copy_rows(task, row, count, first, some, scratch.x);
         for (int64_t strip = 0; strip < task.columns; strip += kStrip) {
+          const int64_t columns = (task.columns - strip + kLanes - 1) / kLanes * kLanes;
           fetch_rows(task, row + count, strip, task.columns, first, some);
           matmul<Scalars::by_row, Units>(
               {x.data, x.stride, scratch.weight + strip / kStrip * strip_stride(some), kStrip, some,
                scratch.sums + row * stride + strip, stride, first > 0},
-              count, stride - strip < kStrip ? stride - strip : kStrip);
+              count, columns < kStrip ? columns : kStrip);
         }
         if (first + some == units) finish(task, scratch, row, count);
       }

@@ -64,8 +64,9 @@ struct DtypeKernels {
 
   // Products with a matrix: how many rows and columns a work item is to have at most. The weight of
   // few rows is read, not packed.
-  int64_t max_projection_rows, few_projection_rows;
-  int64_t (*max_projection_columns)(int64_t rows);
+  int64_t (*max_projection_rows)(int64_t rows, int64_t weight_column_stride);
+  int64_t (*max_projection_columns)(int64_t rows, int64_t weight_column_stride);
+  bool (*are_few_projection_rows)(int64_t rows, int64_t weight_column_stride);
   int64_t (*projection_scratch_bytes)(const ProjectionTask& task);
   bool (*project)(const ProjectionTask& task);  // false if it was stopped
 

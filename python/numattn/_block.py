@@ -101,10 +101,12 @@ class TransformerBlock:
     Transformer Architecture", ICML 2020; gates as in Shazeer, "GLU Variants Improve Transformer",
     2020; "relu_squared" from So et al., "Primer", NeurIPS 2021.
 
-    Activations keep the digits of small results: "gelu" is within a few units in the last place
-    (of larger results; (4 + a**2) of them for tails). Norms take vectors of any finite size. NaN
+    "gelu" keeps the digits of small results: it is within a few units in the last place (of larger
+    results; (4 + a**2) of them for tails). Norms take vectors of any finite size. NaN
     and infinity go where arithmetic takes them, whatever ``np.seterr`` says. There is no dropout,
     except of attention's weights in `vjp`.
+
+    Kernels compute all of it. Bits, and memory that a thread keeps, are as of `MultiHeadAttention`.
 
     With 16-bit floats all sums are in float32. What a step gives is rounded once: a norm with its
     weight and bias, the product with a matrix and its bias, the activation with its gate, a sum of
@@ -161,7 +163,7 @@ class TransformerBlock:
         )  # fmt: skip
         self._options = checked_options(
             4 * self.attention.embed_dim if hidden_dim is None else hidden_dim,
-            norm, norm_first, activation, gated, norm_epsilon, bias, bias,
+            norm, norm_first, activation, gated, norm_epsilon, bias, bias, self.attention.dtype,
         )  # fmt: skip
         shapes = self._options.shapes(self.attention.embed_dim)
         self._parameters = {
@@ -422,7 +424,7 @@ class TransformerBlock:
         options = checked_options(
             hidden_dim, norm, norm_first, activation, gate_weight is not None, norm_epsilon,
             any(x is not None for x in norm_biases.values()),
-            any(x is not None for x in biases.values()),
+            any(x is not None for x in biases.values()), attention.dtype,
         )  # fmt: skip
         shapes = options.shapes(attention.embed_dim)
         for name, x in (biases | norm_biases).items():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._checks import at_least, flag, meant, real, refuse, refuse_kind
+import numpy as np
+
+from ._checks import at_least, flag, meant, refuse, refuse_kind
 from ._layer_arguments import OPTIONS_ELSEWHERE as LAYER_OPTIONS_ELSEWHERE
+from ._layer_arguments import norm_epsilon as checked_epsilon
 from ._layer_weights import check_names, checked_sizes
 from ._numpy_activations import ACTIVATIONS
 
@@ -81,17 +84,14 @@ class BlockOptions(NamedTuple):
 
 def checked_options(
     hidden_dim: Any, norm: Any, norm_first: Any, activation: Any, gated: Any, norm_epsilon: Any,
-    norm_bias: Any, hidden_bias: Any,
+    norm_bias: Any, hidden_bias: Any, dtype: np.dtype[Any],
 ) -> BlockOptions:  # fmt: skip
     norm = _one_of("norm", norm, _NORMS, NORMS_ELSEWHERE)
     activation = _one_of("activation", activation, tuple(ACTIVATIONS), ACTIVATIONS_ELSEWHERE)
-    epsilon = real("norm_epsilon", norm_epsilon)
-    if epsilon < 0:
-        refuse("norm_epsilon", repr(norm_epsilon), "a number of at least 0")
     return BlockOptions(
         at_least("hidden_dim", hidden_dim, 1), norm, flag("norm_first", norm_first), activation,
-        flag("gated", gated), epsilon, flag("bias", norm_bias) and norm == "layer",
-        flag("bias", hidden_bias),
+        flag("gated", gated), checked_epsilon(norm_epsilon, dtype),
+        flag("bias", norm_bias) and norm == "layer", flag("bias", hidden_bias),
     )  # fmt: skip
 
 
@@ -111,8 +111,11 @@ def checked_description(description: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(of_attention, dict):
         refuse_kind("attention", type(of_attention).__name__, "a mapping")
     of_attention = checked_sizes(of_attention)
-    own = checked_options(**{name: description[name] for name in BlockOptions._fields})
-    return {"attention": of_attention, "options": own, "dtype": of_attention["dtype"]}
+    dtype = of_attention["dtype"]
+    precision = np.dtype(np.float64 if dtype == "float64" else np.float32)
+    own = {name: description[name] for name in BlockOptions._fields}
+    options = checked_options(**own, dtype=precision)
+    return {"attention": of_attention, "options": options, "dtype": dtype}
 
 
 def refuse_context(function: str, options: Mapping[str, Any]) -> None:

@@ -171,6 +171,11 @@ def is_accepted(dtype: np.dtype[Any]) -> bool:
     return dtype.name in ACCEPTED_DTYPES and dtype.isnative
 
 
+def precision_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return what numbers of a dtype are computed in."""
+    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
+
+
 def is_real(dtype: np.dtype[Any]) -> bool:
     """Whether its elements are real numbers; NumPy does not know it of bfloat16."""
     return dtype.kind in "iuf" or dtype.name == "bfloat16"

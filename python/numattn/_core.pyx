@@ -542,11 +542,11 @@ def softmax(cnp.ndarray scores not None, object mask, cnp.ndarray out not None):
 
 def rotate(
     cnp.ndarray x not None, cnp.ndarray cos not None, cnp.ndarray sin not None,
-    cnp.ndarray out not None, bint interleaved,
+    cnp.ndarray out not None, bint interleaved, object num_threads=None,
 ):
     """Rotate pairs of x (batch..., heads, length, dim) by angles (batch..., heads, length, pairs)."""
     cdef Rotation problem
-    cdef Execution execution = _execution(default_num_threads)
+    cdef Execution execution = _execution(_threads(num_threads))
     cdef Status status
     cdef int axis
     if not _find_dtype(x, &problem.dtype):
@@ -717,14 +717,12 @@ def normalize_back(
     _describe_norm(&problem, x, weight, epsilon, is_centred)
     problem.x = <const char*>cnp.PyArray_DATA(x)
     problem.d = <char*>cnp.PyArray_DATA(d)
-    parts = np.zeros(
-        (2, norm_gradient_parts(problem.rows, problem.columns), problem.columns),
-        np.float64 if problem.dtype == Dtype.float64 else np.float32,
-    )
-    of_weight_parts, of_bias_parts = parts
+    shape = (norm_gradient_parts(problem.rows, problem.columns), problem.columns)
+    precision = np.float64 if problem.dtype == Dtype.float64 else np.float32
+    of_weight_parts = np.zeros(shape, precision)
+    of_bias_parts = None if of_bias is None else np.zeros(shape, precision)
     problem.weight_parts = _data_or_null(of_weight_parts)
-    if of_bias is not None:
-        problem.bias_parts = _data_or_null(of_bias_parts)
+    problem.bias_parts = _data_or_null(of_bias_parts)
     with nogil:
         status = cpp_normalize_back(problem, execution)
     _raise_for(status)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import _runtime
+from ._checks import precision_of
 from ._projection import Product, bias_gradient, compute, project_back, weight_gradient
-from ._row_chunks import precision_of
 from ._workspace import Workspace
 
 if TYPE_CHECKING:

@@ -103,13 +103,14 @@ class MultiHeadAttention(LayerParameters):
     -----
     The layer of Vaswani et al., "Attention Is All You Need", NeurIPS 2017. Kernels compute the
     products with the matrices, which are read where they are: what is written into a parameter
-    counts from the next call on. A token's result has the same bits alone and in any batch, and
-    for any number of threads. `qk_norm` is the norm of Zhang and Sennrich, "Root Mean Square Layer
-    Normalization", NeurIPS 2019. NaN and infinity go where arithmetic takes them, whatever
-    ``np.seterr`` says.
+    counts from the next call on. With the compiled kernels a sequence has the same bits alone and
+    in any batch, padded or not, and for any number of threads. `qk_norm` is the norm of Zhang and
+    Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019. NaN and infinity go where
+    arithmetic takes them, whatever ``np.seterr`` says.
 
-    A thread keeps up to 64 MiB of memory for the next call's q, k and v and attention's result,
-    until a call needs a quarter of it or less.
+    A thread keeps up to 64 MiB of memory for the next call's q, k and v and attention's result (in
+    a `TransformerBlock` also for the feed-forward network's), until 16 uses in a row need a quarter
+    of it or less.
 
     With 16-bit floats all sums are in float32. What a step gives is rounded once: the product with
     a matrix with its bias and rotation, `qk_norm` with its weight (and a rotation after it),
@@ -654,7 +655,7 @@ alibi_slopes, sinks, num_threads
                 normalize(made[name], weight, self._norm_epsilon, num_threads)
                 if rotation is not None:
                     vectors = made[name].swapaxes(-3, -2)  # heads first
-                    rotation.apply(vectors, vectors)
+                    rotation.apply(vectors, vectors, num_threads)
         return list(made.values())
 
     def _merged(self, of_heads: Array, num_threads: int | None) -> Array:

@@ -7,10 +7,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._checks import as_array, at_least, flag, integer, meant, real, refuse, refuse_kind
+from ._checks import (
+    as_array,
+    at_least,
+    flag,
+    integer,
+    meant,
+    precision_of,
+    real,
+    refuse,
+    refuse_kind,
+)
 from ._rotary import ELSEWHERE as ROTARY_ELSEWHERE
 from ._rotary import make_rotation
-from ._row_chunks import precision_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._checks import as_array, dtype_name, refuse, refuse_kind
+from ._checks import as_array, dtype_name, precision_of, refuse, refuse_kind
 from ._projection import bias_gradient, project, project_back, weight_gradient
 from ._qk_norm import take_back
-from ._row_chunks import precision_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -82,13 +81,13 @@ def differentiate(call: Call, dout: ArrayLike) -> LayerGradients:
         # Queries that attend to nothing have a result of 0: no `dout` of theirs changes the matrix.
         some = _some(rows)
         found["o_weight"] = weight_gradient(rows[some], d_rows[some], call.num_threads)
-        found["o_bias"] = bias_gradient(d_rows, call.num_threads)
+        _find_bias(call, "o", d_rows, found)
     gradients = call.take_attention_back(d_heads.reshape(call.of_heads.shape))
     if call.inputs.rotation is not None:
         back = call.inputs.rotation.transposed()
         for d in (gradients.q, gradients.k):
             vectors = d.swapaxes(-3, -2)  # heads first
-            back.apply(vectors, vectors)
+            back.apply(vectors, vectors, call.num_threads)
     # Of an array that is used several times there is one sum.
     # In 16 bits it is rounded once, at the end.
     dx = _zeros(of["q"])
@@ -144,9 +143,14 @@ def _take_product_back(call: Call, name: str, d: Array, dx: Array, found: dict[s
         d_vectors = d_rows.reshape(vectors.shape)
         found[f"{name}_norm"] = take_back(d_vectors, vectors, norm, call.norm_epsilon, num_threads)
     found[f"{name}_weight"] = weight_gradient(rows, d_rows, num_threads)
-    found[f"{name}_bias"] = bias_gradient(d_rows, num_threads)
+    _find_bias(call, name, d_rows, found)
     of_rows = np.empty(rows.shape, dx.dtype)
     dx_rows[some] += project_back(d_rows, weight, of_rows, num_threads)
+
+
+def _find_bias(call: Call, name: str, d_rows: Array, found: dict[str, Array]) -> None:
+    if f"{name}_bias" in call.parameters:
+        found[f"{name}_bias"] = bias_gradient(d_rows, call.num_threads)
 
 
 def _rows(x: Array, axes: int) -> Array:

@@ -28,6 +28,7 @@ class Norm(NamedTuple):
 
         `add` is added to the rows first, which keep the sum.
         """
+        assert add is None or rows.flags.c_contiguous
         _runtime.computations.normalize(
             rows if add is not None else np.ascontiguousarray(rows),
             None if add is None else np.ascontiguousarray(add),

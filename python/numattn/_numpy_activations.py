@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ._checks import precision_of
 from ._numpy_blocks import quiet
-from ._row_chunks import chunk_length, chunks, precision_of, widened
+from ._numpy_row_chunks import chunk_length, chunks, widened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -1,5 +1,6 @@
-"""Attention in NumPy, for where the compiled kernels are not: the same meaning, bit for bit the
-same refusals, memory linear in the sequence lengths.
+"""What the compiled kernels compute, in NumPy, for where they are not.
+
+It has the same meaning and the same refusals, with memory linear in the sequence lengths.
 
 Queries are taken a block of rows at a time, such that a block's logits stay below a fixed
 number; a row sees all of its keys at once.
@@ -23,7 +24,7 @@ from ._numpy_blocks import (
 )
 from ._numpy_gradients import attention_backward
 from ._numpy_norms import normalize, normalize_back
-from ._row_chunks import widened
+from ._numpy_row_chunks import widened
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -76,8 +77,11 @@ def softmax(scores: Array, mask: Array | None, out: Array) -> None:
         out[...] = x / np.where(total == 0, precision(1), total)
 
 
-def rotate(x: Array, cos: Array, sin: Array, out: Array, interleaved: bool) -> None:
+def rotate(
+    x: Array, cos: Array, sin: Array, out: Array, interleaved: bool, num_threads: int | None = None
+) -> None:
     """Rotate pairs of the last axis by angles; `cos` and `sin` have half as many columns."""
+    del num_threads
     pairs = cos.shape[-1]
     halves = (slice(0, pairs), slice(pairs, 2 * pairs))
     first, second = (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)) if interleaved else halves

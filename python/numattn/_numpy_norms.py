@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._checks import precision_of
 from ._numpy_blocks import quiet
-from ._row_chunks import chunks, precision_of, put_back, widened
+from ._numpy_row_chunks import chunks, put_back, widened
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -45,7 +45,8 @@ def compute(products: Iterable[Product], num_threads: int | None = None) -> None
             product.out[...] = 0 if product.bias is None else product.bias
         elif product.out.size > 0:
             with_steps.append(product)
-    _runtime.computations.multiply(with_steps, num_threads)
+    if with_steps:
+        _runtime.computations.multiply(with_steps, num_threads)
 
 
 def project(

@@ -176,13 +176,13 @@ class Rotation:
     sin: Array
     interleaved: bool
 
-    def apply(self, x: Array, out: Array) -> None:
+    def apply(self, x: Array, out: Array, num_threads: int | None = None) -> None:
         """Rotate vectors (batch..., heads, L, D) into `out`, which may be `x`."""
         angles = [
             np.broadcast_to(a[..., np.newaxis, :, :], (*x.shape[:-1], a.shape[-1]))
             for a in (self.cos, self.sin)
         ]
-        _runtime.computations.rotate(x, *angles, out, self.interleaved)
+        _runtime.computations.rotate(x, *angles, out, self.interleaved, num_threads)
 
     def of_rows(self, shape: tuple[int, ...]) -> Rotation:
         """Return the rotation for tokens (batch..., L) in C order.

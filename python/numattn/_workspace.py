@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,14 +18,16 @@ if TYPE_CHECKING:
 
 _MOST_BYTES = 64 * 1024 * 1024  # that a thread keeps
 _FEW_BYTES = 128 * 1024  # which malloc has without fresh pages
+_SMALL_USES = 16
 _ALIGNMENT = 64
 
 
 class _Kept(threading.local):
     def __init__(self) -> None:
         self.memory: NDArray[Any] = np.empty(0, np.uint8)
-        self.bytes = 0  # that the next call should find there
-        self.is_in_use = False
+        self.bytes = 0  # that whoever takes it next should find there
+        self.small_uses = 0  # in a row that needed little of it
+        self.owner: weakref.ref[Workspace] | None = None
 
 
 _kept = _Kept()
@@ -33,37 +36,56 @@ _kept = _Kept()
 class Workspace:
     """Makes arrays, until the end of a ``with`` statement: nothing may keep them longer.
 
-    A thread keeps as much memory as its last call needed, up to a limit. It gives memory back when
-    a call needs a quarter of it or less.
+    A thread keeps as much memory as one of its calls needed, up to a limit, until several uses in a
+    row need a quarter of it or less. (A model's steps alternate: attention, feed-forward network; a
+    prompt, a token.)
     """
 
     def __enter__(self) -> Workspace:
-        # A signal handler that computes during a computation gets fresh arrays.
-        self._is_owner = not _kept.is_in_use
-        if self._is_owner and _kept.memory.size != _kept.bytes:
-            _kept.memory = np.empty(_kept.bytes, np.uint8)
-        self._memory = _kept.memory if self._is_owner else np.empty(0, np.uint8)
+        self._memory: NDArray[Any] | None = None
         self._wanted = 0
-        _kept.is_in_use = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._is_owner:
+        if self._owns():
+            _kept.owner = None
+        elif _owner() is not None:  # another one's is in use
             return
-        _kept.is_in_use = False
-        wanted = min(self._wanted, _MOST_BYTES)
-        if wanted > self._memory.size:
-            _kept.bytes = wanted
-        elif wanted <= self._memory.size // 4:
-            _kept.memory, _kept.bytes = np.empty(0, np.uint8), 0
+        _kept.bytes = max(_kept.bytes, min(self._wanted, _MOST_BYTES))
+        is_small = self._wanted <= _kept.bytes // 4
+        _kept.small_uses = _kept.small_uses + 1 if is_small else 0
+        if _kept.small_uses == _SMALL_USES:
+            _kept.memory, _kept.bytes, _kept.small_uses = np.empty(0, np.uint8), 0, 0
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Return an array whose elements are not set."""
         size = math.prod(shape) * dtype.itemsize
         if size <= _FEW_BYTES:
             return np.empty(shape, dtype)
+        if self._memory is None:
+            self._memory = self._take()
         begin = self._wanted + -(self._memory.ctypes.data + self._wanted) % _ALIGNMENT
         self._wanted += size + _ALIGNMENT
         if begin + size > self._memory.size:
             return np.empty(shape, dtype)
         return self._memory[begin : begin + size].view(dtype).reshape(shape)
+
+    def _take(self) -> NDArray[Any]:
+        # Somebody else has it where a signal handler computes during a computation. An owner that
+        # an exception ended before its time is gone.
+        if _owner() is not None:
+            return np.empty(0, np.uint8)
+        _kept.owner = weakref.ref(self)
+        if _kept.memory.size != _kept.bytes:
+            try:
+                _kept.memory = np.empty(_kept.bytes, np.uint8)
+            except MemoryError:
+                _kept.memory, _kept.bytes = np.empty(0, np.uint8), 0
+        return _kept.memory
+
+    def _owns(self) -> bool:
+        return _owner() is self
+
+
+def _owner() -> Workspace | None:
+    return None if _kept.owner is None else _kept.owner()

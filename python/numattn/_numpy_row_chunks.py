@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from ._checks import precision_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,11 +30,6 @@ def chunks(rows: Array) -> Iterator[slice]:
     length = chunk_length(rows)
     for begin in range(0, len(rows), length):
         yield slice(begin, min(begin + length, len(rows)))
-
-
-def precision_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return what numbers of a dtype are computed in."""
-    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
 
 
 def widened(x: Array) -> Array:

@@ -52,9 +52,9 @@ int64_t part(int64_t length, int64_t parts, int64_t unit) {
   return quotient_up(quotient_up(length, parts), unit) * unit;
 }
 
-// As large as the kernel takes them, or smaller where the threads would share too few of them and
-// of the other products'.
-Blocks cut(const Product& product, int64_t products, const DtypeKernels& kernels, int threads) {
+// As large as the kernel takes them, or smaller where the threads would share too few. Of a product
+// of few rows, all threads take a part if it `is_shared`.
+Blocks cut(const Product& product, bool is_shared, const DtypeKernels& kernels, int threads) {
   const int64_t weight_stride = product.weight.column_stride;
   const int64_t most_columns = kernels.max_projection_columns(product.rows, weight_stride);
   const int64_t most_rows = kernels.max_projection_rows(product.rows, weight_stride);
@@ -63,9 +63,8 @@ Blocks cut(const Product& product, int64_t products, const DtypeKernels& kernels
   int64_t column_parts = quotient_up(product.columns, most_columns);
   int64_t rows_together = 1;
   if (is_few(product, kernels)) {
-    // As many for each thread, and no more than that: the rows of the weight are read in pieces,
-    // which are slow to read if they are short.
-    const int64_t unit = quotient_up(threads, products);
+    // No more than that: the rows of the weight are read in pieces, slowly if they are short.
+    const int64_t unit = is_shared ? threads : 1;
     column_parts = std::min(quotient_up(column_parts, unit) * unit, most_column_parts);
   } else {
     const int64_t most_row_parts = quotient_up(product.rows, kFewestRows);
@@ -135,16 +134,16 @@ Status multiply(Dtype dtype, const Product* products, int64_t count,
       std::clamp(work / kFlopsPerThread, 1.0, static_cast<double>(execution.num_threads)));
   Computation computation{dtype, kernels, products, {}};
   int64_t items = 0;
+  // A thread takes whole products; those that are left over, as one of Q, K and V for two threads,
+  // are for all.
+  const int64_t first_shared = count - count % threads;
   for (int64_t i = 0; i < count; ++i) {
-    Blocks blocks{};
-    if (products[i].rows > 0 && products[i].columns > 0)
-      blocks = cut(products[i], count, kernels, threads);
+    Blocks blocks = cut(products[i], i >= first_shared, kernels, threads);
     blocks.items_before = items;
-    if (blocks.rows > 0)
-      items += quotient_up(products[i].rows, blocks.rows) * blocks.columns_of_items;
+    items += quotient_up(products[i].rows, blocks.rows) * blocks.columns_of_items;
     computation.blocks.push_back(blocks);
   }
-  if (items == 0 || run({compute, &computation, items, threads, execution.interrupted})) {
+  if (run({compute, &computation, items, threads, execution.interrupted})) {
     return Status::done;
   }
   return computation.out_of_memory ? Status::out_of_memory : Status::interrupted;

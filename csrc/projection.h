@@ -11,7 +11,7 @@ namespace numattn {
 
 // x (rows, depth), weight (depth, columns), bias (columns,) without gaps, or null, of one dtype;
 // out (rows, columns) of that dtype or, beside 16 bits, of float32. Any strides in bytes, out's
-// neither 0 nor such that elements overlap. depth is at least 1. 16-bit floats are multiplied in
+// neither 0 nor such that elements overlap. No size is 0. 16-bit floats are multiplied in
 // float32, or by pairs where a CPU has that for bfloat16, and rounded once at the end. out overlaps
 // no other array of the call.
 //

@@ -86,6 +86,8 @@ def test_readme_lists_every_option():
 def test_page(page):
     """What a page shows runs from top to bottom, pictures included."""
     text = page.read_text()
+    for package in re.findall(r"^>>> (?:from|import) (\w+)", text, re.MULTILINE):
+        pytest.importorskip(package)
     pictures = ".. plot::" in text
     if pictures:
         matplotlib = pytest.importorskip("matplotlib")

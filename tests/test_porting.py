@@ -6,6 +6,7 @@ Libraries that are not installed are skipped. flash-attn needs a GPU, and is not
 import numattn as na
 import numpy as np
 import pytest
+from onnx_graphs import one_node
 
 LQ, LK = 5, 9
 LENGTHS = np.array([9, 6])
@@ -135,35 +136,16 @@ ONNX = {
     "scale": ({}, {"scale": 0.3}, {"scale": 0.3}),
     "softcap": ({"attn_mask": BIAS}, {"softcap": 1.5}, {"bias": BIAS, "softcap": 1.5}),
 }  # fmt: skip
-INPUTS = ("Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen")
+INPUTS = ("attn_mask", "past_key", "past_value", "nonpad_kv_seqlen")  # after Q, K and V
 
 
-def onnx_attention(qkv, outputs=("Y",), *, attributes=None, **inputs):
-    onnx = pytest.importorskip("onnx", "1.23")
+def onnx_attention(qkv, outputs=1, *, attributes=None, **inputs):
+    pytest.importorskip("onnx", "1.23")
     from onnx.reference import ReferenceEvaluator
 
-    arrays = dict(zip("QKV", qkv, strict=True)) | inputs
-    node = onnx.helper.make_node(
-        "Attention", [name if name in arrays else "" for name in INPUTS], outputs,
-        **(attributes or {}),
-    )  # fmt: skip
-    while node.input and not node.input[-1]:
-        node.input.pop()
-    graph = onnx.helper.make_graph(
-        [node], "attention",
-        [
-            onnx.helper.make_tensor_value_info(
-                name, onnx.helper.np_dtype_to_tensor_dtype(x.dtype), x.shape
-            )
-            for name, x in arrays.items()
-        ],
-        [
-            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-            for name in outputs if name
-        ],
-    )  # fmt: skip
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 25)])
-    return ReferenceEvaluator(model).run(None, arrays)
+    arrays = [*qkv, *(inputs.get(name) for name in INPUTS)]
+    model, feeds = one_node("Attention", arrays, outputs, attributes=attributes)
+    return ReferenceEvaluator(model).run(None, feeds)
 
 
 @pytest.mark.parametrize("name", ONNX)
@@ -176,7 +158,7 @@ def test_onnx(qkv, name):
 def test_onnx_past_keys(qkv):
     q, k, v = qkv
     theirs = onnx_attention(
-        (q, k[:, :, 3:], v[:, :, 3:]), ("Y", "present_key", "present_value"),
+        (q, k[:, :, 3:], v[:, :, 3:]), 3,
         past_key=k[:, :, :3], past_value=v[:, :, :3], attributes={"is_causal": 1},
     )  # fmt: skip
     assert_same(na.attention(q, k, v, is_causal=True, q_offset=3), theirs[0])
@@ -194,7 +176,7 @@ def test_onnx_three_axes(qkv):
 @pytest.mark.parametrize("mode", [2, 3])
 def test_onnx_scores_and_weights(qkv, mode):
     attributes = {"qk_matmul_output_mode": mode, "softcap": 1.5}
-    outputs = ("Y", "", "", "scores")
+    outputs = (True, False, False, True)
     _, theirs = onnx_attention(qkv, outputs, attributes=attributes, attn_mask=BIAS)
     function = {2: na.qk_scores, 3: na.attention_weights}[mode]
     assert_same(function(*qkv[:2], bias=BIAS, softcap=1.5), theirs)

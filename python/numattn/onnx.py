@@ -1,0 +1,160 @@
+"""Operators of ONNX graphs, for ONNX's reference evaluator.
+
+``ReferenceEvaluator(model, new_ops=numattn.onnx.OPS)`` computes with numattn: Attention (opsets 23
+to 25) and RotaryEmbedding of the standard; MultiHeadAttention, GroupQueryAttention and
+RotaryEmbedding of ONNX Runtime (domain ``com.microsoft``). All other operators of a graph stay the
+evaluator's own. The package ``onnx`` is needed (``pip install 'numattn[onnx]'``), which is why
+`numattn` does not import this module.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+try:
+    from onnx.reference.op_run import OpRun
+except ImportError as error:
+    raise ImportError("numattn.onnx needs onnx: pip install 'numattn[onnx]'") from error
+
+from . import _onnx_contrib
+from ._checks import refuse
+from ._onnx_inputs import (
+    after_past,
+    attend,
+    check_angles,
+    flat,
+    heads_of,
+    mask_or_bias,
+    per_item,
+    rotated,
+    rounded,
+    wanted,
+)
+from ._stages import attention_weights, qk_scores
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+__all__ = ["OPS", "Attention", "RotaryEmbedding"]
+
+# The numbers that ONNX gives to float32, float16, float64 and bfloat16.
+_PRECISIONS = (1, 10, 11, 16)
+
+
+class Attention(OpRun):
+    """Attention of the standard, opsets 23 to 25.
+
+    Inputs, outputs and attributes are ONNX's. ``qk_matmul_output``, which is of the size of all
+    queries times all keys, is computed only where a graph asks for it.
+    """
+
+    def _run(
+        self,
+        Q: Array,
+        K: Array,
+        V: Array,
+        attn_mask: Array | None = None,
+        past_key: Array | None = None,
+        past_value: Array | None = None,
+        nonpad_kv_seqlen: Array | None = None,
+        *,
+        is_causal: int = 0,
+        kv_num_heads: int | None = None,
+        left_window_size: int = -1,
+        q_num_heads: int | None = None,
+        qk_matmul_output_mode: int = 0,
+        right_window_size: int = -1,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        softmax_precision: int | None = None,
+    ) -> tuple[Array, ...]:
+        if softmax_precision is not None and softmax_precision not in _PRECISIONS:
+            refuse("softmax_precision", str(softmax_precision), f"one of {_PRECISIONS}")
+        if past_key is not None and nonpad_kv_seqlen is not None:
+            refuse("nonpad_kv_seqlen", "lengths beside past_key", "one of both")
+        q = heads_of("Q", Q, q_num_heads)
+        past = 0 if past_key is None else past_key.shape[-2]
+        k = after_past("K", past_key, heads_of("K", K, kv_num_heads), past_value)
+        v = after_past("V", past_value, heads_of("V", V, kv_num_heads), past_key)
+        total = k.shape[2]
+        # Keys beyond a short mask are masked: they are not looked at.
+        seen = total if attn_mask is None else min(total, attn_mask.shape[-1])
+        logits: dict[str, Any] = {
+            "scale": None if scale is None else float(scale),
+            "softcap": float(softcap) or None,
+        }
+        options = {
+            **logits,
+            **mask_or_bias("attn_mask", attn_mask, q, total),
+            "is_causal": bool(is_causal),
+            "window": (
+                _side("left_window_size", left_window_size),
+                _side("right_window_size", right_window_size),
+            ),
+            "q_offset": past,
+        }
+        if nonpad_kv_seqlen is not None:
+            lengths = per_item("nonpad_kv_seqlen", nonpad_kv_seqlen, len(q), 0, total)
+            options["q_offset"] = lengths - q.shape[2]
+            options["kv_lengths"] = np.minimum(lengths, seen)
+        y = attend(q, k[:, :, :seen], v[:, :, :seen], Q.ndim == 3, options)
+        if not wanted(self, 3):
+            return y, k, v
+        return y, k, v, _scores(qk_matmul_output_mode, q, k, seen, logits, options)
+
+
+def _scores(
+    mode: int, q: Array, k: Array, seen: int, logits: dict[str, Any], options: dict[str, Any]
+) -> Array:
+    """Return what ``qk_matmul_output`` is: (B, H, Lq, all keys) in the dtype of q."""
+    if mode == 0:
+        parts, beyond = qk_scores(q, k, scale=logits["scale"]), None
+    elif mode == 1:
+        parts, beyond = qk_scores(q, k, **logits), None
+    elif mode == 2:
+        parts, beyond = qk_scores(q, k[:, :, :seen], **options), -np.inf
+    elif mode == 3:
+        parts, beyond = attention_weights(q, k[:, :, :seen], **options), 0.0
+    else:
+        refuse("qk_matmul_output_mode", str(mode), "0, 1, 2 or 3")
+    if beyond is None or seen == k.shape[2]:
+        return rounded(parts, q.dtype)
+    out = np.full((*q.shape[:3], k.shape[2]), beyond, q.dtype)
+    out[..., :seen] = rounded(parts, q.dtype)
+    return out
+
+
+class RotaryEmbedding(OpRun):
+    """RotaryEmbedding of the standard, opset 23 on; inputs and attributes are ONNX's."""
+
+    def _run(
+        self,
+        X: Array,
+        cos_cache: Array,
+        sin_cache: Array,
+        position_ids: Array | None = None,
+        *,
+        interleaved: int = 0,
+        num_heads: int | None = None,
+        rotary_embedding_dim: int = 0,
+    ) -> tuple[Array]:
+        x = heads_of("X", X, num_heads)
+        check_angles(cos_cache, sin_cache, rotary_embedding_dim or x.shape[-1], x.shape[-1])
+        if position_ids is None and cos_cache.shape[:-1] != (len(x), x.shape[2]):
+            expected = f"({len(x)}, {x.shape[2]}, ...) where there are no position_ids"
+            refuse("cos_cache", f"shape {cos_cache.shape}", expected)
+        out = rotated(x, cos_cache, sin_cache, position_ids, bool(interleaved))
+        return (out if X.ndim == 4 else flat(out),)
+
+
+def _side(name: str, size: int) -> int | None:
+    if size < -1:
+        refuse(name, str(size), "a number of keys, or -1 for no limit")
+    return None if size == -1 else size
+
+
+OPS: list[type[OpRun]] = [Attention, RotaryEmbedding, *_onnx_contrib.OPS]

@@ -96,7 +96,8 @@ wheels = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/wheels.py
 # Against PyTorch, transformers and ONNX Runtime, which weigh some hundred megabytes.
 test-models: $(BUILT) $(VENV)/group-test $(VENV)/group-models $(VENV)/demo
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest $(addprefix tests/test_,\
-	  block.py layer.py layer_16_bits.py layer_gradients.py layer_options.py onnx.py porting.py rotary.py)
+	  block.py layer.py layer_16_bits.py layer_gradients.py layer_options.py onnx.py porting.py \
+	  rotary.py)
 
 test-slow: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest -m slow

@@ -127,7 +127,8 @@ def _with_bias(
     if bias.shape != (sum(sizes),):
         refuse("bias", f"shape {bias.shape}", f"({sum(sizes)},), for queries, keys and values")
     of_q, of_k, of_v = (part.reshape(heads, 1, -1) for part in np.split(bias, np.cumsum(sizes)[:2]))
-    return (q + of_q, k + of_k, v + of_v) if also_keys else (q + of_q, k, v)
+    with np.errstate(all="ignore"):
+        return (q + of_q, k + of_k, v + of_v) if also_keys else (q + of_q, k, v)
 
 
 def _padding(mask: Array, q: Array, keys: int) -> dict[str, Any]:

@@ -227,6 +227,19 @@ def test_masks_are_aligned_at_the_end(rng):
     np.testing.assert_array_equal(y, na.attention(q, q, q, mask=mask[None, None]))
 
 
+def test_one_mask_for_all_queries_of_a_causal_call():
+    """Each query has a frontier of its own, whatever axes the mask has."""
+    padding = KEPT.astype(np.bool_)[:, None, None]
+    every_row = np.broadcast_to(padding, (B, 1, LQ, LK))
+    ours, theirs = (
+        attention(
+            np.random.default_rng(0), 3, ops=ops, attributes={"is_causal": 1}, attn_mask=mask
+        )
+        for ops, mask in ((OPS, padding), ([], every_row))
+    )  # fmt: skip
+    assert_same(ours, theirs)
+
+
 def test_in_a_function(rng):
     """The evaluator gives its operators to functions once they are inlined."""
     from onnx import helper, inliner

@@ -126,11 +126,9 @@ def test_mixtures(name, axes, mode):
     inputs, attributes = MIXTURES[name]
     attributes = {**attributes, "qk_matmul_output_mode": mode}
     ours, theirs = (
-        attention(
-            np.random.default_rng(0), 4, ops=ops, axes=axes, attributes=attributes, **inputs
-        )
+        attention(np.random.default_rng(0), 4, ops=ops, axes=axes, attributes=attributes, **inputs)
         for ops in (OPS, [])
-    )  # fmt: skip
+    )
     assert_same(ours, theirs)
 
 
@@ -232,11 +230,9 @@ def test_one_mask_for_all_queries_of_a_causal_call():
     padding = KEPT.astype(np.bool_)[:, None, None]
     every_row = np.broadcast_to(padding, (B, 1, LQ, LK))
     ours, theirs = (
-        attention(
-            np.random.default_rng(0), 3, ops=ops, attributes={"is_causal": 1}, attn_mask=mask
-        )
+        attention(np.random.default_rng(0), 3, ops=ops, attributes={"is_causal": 1}, attn_mask=mask)
         for ops, mask in ((OPS, padding), ([], every_row))
-    )  # fmt: skip
+    )
     assert_same(ours, theirs)
 
 

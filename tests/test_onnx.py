@@ -169,9 +169,10 @@ def test_dtypes(name):
 @pytest.mark.parametrize("names", [("float16", "float32"), ("float32", "float64")])
 def test_values_of_another_dtype(rng, names):
     q, k, v = (normal(rng, B, HQ, LQ, D, dtype=name) for name in (names[0], *names))
-    (y,) = evaluate("Attention", [q, k, v])
+    bias = normal(rng, LQ, LQ, dtype=names[0])
+    (y,) = evaluate("Attention", [q, k, v, bias])
     assert y.dtype == q.dtype
-    exact = na.attention(*(x.astype(np.float64) for x in (q, k, v)))
+    exact = na.attention(*(x.astype(np.float64) for x in (q, k, v)), bias=bias.astype(np.float64))
     np.testing.assert_allclose(y, exact, atol=2 * np.finfo(q.dtype).eps)
 
 
@@ -262,6 +263,8 @@ BAD = {
     "heads that do not divide": (
         [X[0]] * 3, {"q_num_heads": 3, "kv_num_heads": 3}, "Q: got .* with 3 heads",
     ),
+    "no axes": ([X] * 3 + [np.array(True)], {}, r"attn_mask: got shape \(\)"),
+    "past of one axis": ([X] * 3 + [None, X[0, 0, 0], X], {}, "K: got float32 .* beside a past"),
     "one past": ([X] * 3 + [None, X], {}, "past_key, past_value: got one of both"),
     "another past": ([X] * 3 + [None, X[:1], X[:1]], {}, "K: got float32 .* beside a past"),
     "past and lengths": (
@@ -569,6 +572,10 @@ BAD_CONTRIB = {
     ),
     "bias": (
         "MultiHeadAttention", [FLAT] * 3 + [FLAT[0, 0]], {"num_heads": 4}, "bias: got shape",
+    ),
+    "past of one axis": (
+        "GroupQueryAttention", [FLAT] * 3 + [FLAT[0, 0], CACHE, SEQLENS, TOTAL], GROUP,
+        "key: got float32 .* beside a past",
     ),
     "8 bits": (
         "GroupQueryAttention", [FLAT] * 3 + [None, None, SEQLENS, TOTAL],

@@ -80,12 +80,11 @@ class MultiHeadAttention(_ContribOp):
             # ONNX Runtime's last query sees all keys then.
             seen = f"1 with {q.shape[2]} queries and {new_k.shape[2]} new keys"
             refuse("unidirectional", seen, "0, or as many new keys as queries")
-        past = 0 if past_key is None else past_key.shape[-2]
         k = after_past("key", past_key, new_k, past_value)
         v = after_past("value", past_value, new_v, past_key)
         options: dict[str, Any] = {
             "is_causal": bool(unidirectional),
-            "q_offset": past,
+            "q_offset": k.shape[2] - new_k.shape[2],
             "scale": float(scale) or None,
             **mask_or_bias("attention_bias", attention_bias, q, k.shape[2]),
         }
@@ -208,6 +207,8 @@ class GroupQueryAttention(_ContribOp):
             new_k, new_v = (
                 heads_of(name, x, kv_num_heads) for name, x in (("key", key), ("value", value))
             )
+        check_past("key", past_key, new_k, past_value)
+        check_past("value", past_value, new_v, past_key)
         total = int(total_sequence_length.reshape(()))
         tokens = _Tokens(q, new_k, past_key, seqlens_k, total, query_seqlens)
         if do_rotary:
@@ -218,8 +219,7 @@ class GroupQueryAttention(_ContribOp):
             angles = cos_cache, sin_cache, positions, bool(rotary_interleaved)
             q = rotated(q, *angles)
             new_k = rotated(new_k, *angles) if new_k.size else new_k
-        k = tokens.after_past("key", past_key, new_k, past_value)
-        v = tokens.after_past("value", past_value, new_v, past_key)
+        k, v = tokens.after_past(past_key, new_k), tokens.after_past(past_value, new_v)
         sinks = np.zeros(num_heads) if head_sink is None and smooth_softmax else head_sink
         logits: dict[str, Any] = {
             "is_causal": bool(causal),
@@ -293,9 +293,8 @@ class _Tokens:
         # ONNX Runtime takes the first of all positions alone where a text begins.
         return np.maximum(given.reshape(-1)[0] + places, 0) if self.is_first else given
 
-    def after_past(self, name: str, past: Array | None, new: Array, other: Array | None) -> Array:
+    def after_past(self, past: Array | None, new: Array) -> Array:
         """Return the cache with the new tokens in their places; what is beyond them is 0."""
-        check_past(name, past, new, other)
         if past is None and self.capacity == self.length:
             return new
         if past is not None and not self.appends:

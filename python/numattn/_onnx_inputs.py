@@ -92,6 +92,8 @@ def attend(q: Array, k: Array, v: Array, is_flat: bool, options: dict[str, Any])
     if v.dtype != dtype:
         common = np.result_type(q, v)
         q, k, v = (x.astype(common, copy=False) for x in (q, k, v))
+        if "bias" in options:
+            options = {**options, "bias": options["bias"].astype(common, copy=False)}
     batch, heads, length, _ = q.shape
     if is_flat:
         out = np.empty((batch, length, heads, v.shape[3]), q.dtype).swapaxes(1, 2)

@@ -77,25 +77,26 @@ class Attention(OpRun):
         if past_key is not None and nonpad_kv_seqlen is not None:
             refuse("nonpad_kv_seqlen", "lengths beside past_key", "one of both")
         q = heads_of("Q", Q, q_num_heads)
-        past = 0 if past_key is None else past_key.shape[-2]
-        k = after_past("K", past_key, heads_of("K", K, kv_num_heads), past_value)
-        v = after_past("V", past_value, heads_of("V", V, kv_num_heads), past_key)
+        new_k, new_v = heads_of("K", K, kv_num_heads), heads_of("V", V, kv_num_heads)
+        k = after_past("K", past_key, new_k, past_value)
+        v = after_past("V", past_value, new_v, past_key)
         total = k.shape[2]
+        mask = mask_or_bias("attn_mask", attn_mask, q, total)
         # Keys beyond a short mask are masked: they are not looked at.
-        seen = total if attn_mask is None else min(total, attn_mask.shape[-1])
+        seen = total if attn_mask is None else attn_mask.shape[-1]
         logits: dict[str, Any] = {
             "scale": None if scale is None else float(scale),
             "softcap": float(softcap) or None,
         }
         options = {
             **logits,
-            **mask_or_bias("attn_mask", attn_mask, q, total),
+            **mask,
             "is_causal": bool(is_causal),
             "window": (
                 _side("left_window_size", left_window_size),
                 _side("right_window_size", right_window_size),
             ),
-            "q_offset": past,
+            "q_offset": total - new_k.shape[2],
         }
         if nonpad_kv_seqlen is not None:
             lengths = per_item("nonpad_kv_seqlen", nonpad_kv_seqlen, len(q), 0, total)

@@ -102,37 +102,6 @@ def test_scaling(backend, rng):
     np.testing.assert_allclose(out, expected, atol=2e-6, rtol=0)
 
 
-def test_onnx_cases(any_backend):
-    onnx = pytest.importorskip("onnx")
-    node = pytest.importorskip("onnx.backend.test.case.node")
-    with warnings.catch_warnings():  # it makes the cases of all operators
-        warnings.simplefilter("ignore")
-        cases = [c for c in node.collect_testcases("RotaryEmbedding") if "expanded" not in c.name]
-    assert len(cases) >= 5
-    for case in cases:
-        attributes = {
-            a.name: onnx.helper.get_attribute_value(a) for a in case.model.graph.node[0].attribute
-        }
-        for inputs, outputs in case.data_sets:
-            x, cos, sin, *ids = inputs
-            heads = attributes.get("num_heads", 0)
-            shape = x.shape
-            if x.ndim == 3:  # (batch, length, hidden)
-                x = x.reshape(shape[0], shape[1], heads, -1).swapaxes(1, 2)
-            if ids:
-                cos, sin = cos[ids[0]], sin[ids[0]]
-            # Its angles are arrays of any numbers, ours those of positions: what lies below.
-            out = np.empty_like(x)
-            angles = (
-                np.broadcast_to(a[:, np.newaxis], (*x.shape[:-1], a.shape[-1])) for a in (cos, sin)
-            )
-            interleaved = bool(attributes.get("interleaved", 0))
-            na._runtime.computations.rotate(x, *angles, out, interleaved)
-            if len(shape) == 3:
-                out = out.swapaxes(1, 2).reshape(shape)
-            np.testing.assert_allclose(out, outputs[0], rtol=1e-5, atol=1e-6, err_msg=case.name)
-
-
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [

@@ -1,7 +1,6 @@
 """Promise: rotary embedding is that of ONNX and of the models that use it."""
 
 import math
-import warnings
 
 import numattn as na
 import numpy as np

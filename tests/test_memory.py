@@ -218,7 +218,7 @@ calls = {
     "varlen": lambda: na.attention_varlen(*ragged, starts, starts, num_threads=3),
     "paged": lambda: na.attention_paged(q[:1], *pages, [list(range(7))], [700], num_threads=3),
     "weights": lambda: na.attention_weights(q, k),
-    "received": lambda: na.attention_received(q, k),
+    "received": lambda: na.attention_received(np.broadcast_to(one, (100, 2, 4, 1, 64)), k),
     "scores": lambda: na.qk_scores(q, k),
     "softmax": lambda: na.masked_softmax(q),
     "rotary": lambda: na.rotary_embedding(q),

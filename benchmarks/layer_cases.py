@@ -17,7 +17,7 @@ class Case:
 
     The kinds: project, a product with a matrix (embed_dim, outputs); row, the products of a single
     row with MATRICES of them; layer, attention with its four matrices; backward, its gradients;
-    forward_and_backward, both; step, a layer for one token at a time, after those of a cache;
+    forward_and_backward, both; step, a layer for one token at a time, after the tokens of a cache;
     block, a layer and a feed-forward network of `outputs` elements, with norms; weights of
     attention, for `heads` of 64 elements; softmax of `heads` squares of logits; rotary, for `heads`
     of 128 elements; sentences and passages, a whole model (`examples/sentences.py`).

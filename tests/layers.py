@@ -20,7 +20,7 @@ def by_hand(
     p, x, context, values, heads, kv_heads, rotary=None, norm_epsilon=1e-6, keep=exactly,
     dtype=np.float64, **options,
 ):  # fmt: skip
-    """Compute the layer of parameters `p`; options are those of `attention`."""
+    """Compute the layer of parameters `p`; it takes the options of `attention`."""
     p = {name: a.astype(dtype) for name, a in p.items()}
     q, k, v = projections(p, x, context, values, heads, kv_heads, rotary, norm_epsilon, keep, dtype)
     out = keep(reference.attention(q, k, v, **options, dtype=dtype)[0])
@@ -96,7 +96,7 @@ def block_by_hand(
     block, x, heads=2, kv_heads=None, norm="layer", norm_first=True, activation="gelu",
     gated=False, norm_epsilon=1e-5, rotary=None, keep=exactly, dtype=np.float64, **options,
 ):  # fmt: skip
-    """Compute a block; options are those of `attention`."""
+    """Compute a block; it takes the options of `attention`."""
     p = {name: a.astype(dtype) for name, a in block.parameters().items()}
     of_attention = {
         name.removeprefix("attention."): a for name, a in p.items() if name.startswith("attention.")

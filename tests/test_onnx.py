@@ -504,7 +504,7 @@ def test_group_query_attention_of_padded_prompts(rng):
 
 
 def test_group_query_attention_with_shared_keys(rng):
-    """No keys of its own: the cache has those of an earlier layer."""
+    """No keys of its own: the cache has the keys of an earlier layer."""
     arrays = group_query(rng, 2, 6, past=6, rotary=True)
     arrays[1:3] = [x[:, :0] for x in arrays[1:3]]
     heads = {"num_heads": 4, "kv_num_heads": 2}

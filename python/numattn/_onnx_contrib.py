@@ -286,7 +286,7 @@ class _Tokens:
         self.capacity = max(there, total)
 
     def positions(self, given: Array | None) -> Array:
-        """Return (B, L) positions, those of padding being a valid token's."""
+        """Return (B, L) positions; padding has the position of a valid token."""
         places = np.minimum(np.arange(self.length), self.valid[:, np.newaxis] - 1)
         if given is None:
             return np.maximum(self.past[:, np.newaxis] + places, 0)

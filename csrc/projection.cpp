@@ -37,14 +37,14 @@ struct Computation {
   std::atomic<bool> out_of_memory{false};
 };
 
-bool is_few(const Product& product, const DtypeKernels& kernels) {
-  return kernels.are_few_projection_rows(product.rows, product.weight.column_stride);
+ProjectionLimits limits_of(const Product& product, const DtypeKernels& kernels) {
+  return kernels.projection_limits(product.rows, product.weight.column_stride);
 }
 
 double cost(const Product& product, const DtypeKernels& kernels) {
   return static_cast<double>(product.depth) * static_cast<double>(product.columns) *
-         (is_few(product, kernels) ? kFlopsPerElementOfFewRows
-                                   : 2.0 * static_cast<double>(product.rows));
+         (limits_of(product, kernels).are_few_rows ? kFlopsPerElementOfFewRows
+                                                   : 2.0 * static_cast<double>(product.rows));
 }
 
 // A length in so many parts of about the same size, multiples of `unit`.
@@ -55,14 +55,12 @@ int64_t part(int64_t length, int64_t parts, int64_t unit) {
 // As large as the kernel takes them, or smaller where the threads would share too few. Of a product
 // of few rows, all threads take a part if it `is_shared`.
 Blocks cut(const Product& product, bool is_shared, const DtypeKernels& kernels, int threads) {
-  const int64_t weight_stride = product.weight.column_stride;
-  const int64_t most_columns = kernels.max_projection_columns(product.rows, weight_stride);
-  const int64_t most_rows = kernels.max_projection_rows(product.rows, weight_stride);
+  const ProjectionLimits limits = limits_of(product, kernels);
   const int64_t most_column_parts = quotient_up(product.columns, kFewestColumns);
-  int64_t row_parts = quotient_up(product.rows, most_rows);
-  int64_t column_parts = quotient_up(product.columns, most_columns);
+  int64_t row_parts = quotient_up(product.rows, limits.rows);
+  int64_t column_parts = quotient_up(product.columns, limits.columns);
   int64_t rows_together = 1;
-  if (is_few(product, kernels)) {
+  if (limits.are_few_rows) {
     // No more than that: the rows of the weight are read in pieces, slowly if they are short.
     const int64_t unit = is_shared ? threads : 1;
     column_parts = std::min(quotient_up(column_parts, unit) * unit, most_column_parts);

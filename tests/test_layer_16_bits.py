@@ -10,7 +10,7 @@ import pytest
 from checks import assert_within, numbers
 from conftest import named_dtype
 from layers import FUNCTIONS, block_by_hand, by_hand, fill, norm_by_hand
-from numattn import _feed_forward, _projection, _qk_norm, _rotary
+from numattn import _feed_forward, _norms, _projection, _rotary
 
 LLAMA = {
     "norm": "rms", "activation": "silu", "gated": True, "rotary": True, "kv_heads": 2,
@@ -164,10 +164,11 @@ def test_norms_of_queries_and_keys(rng, narrow):
     exact, back = norm_by_hand(wide, wide_weight, 0, 1e-5, is_centred=False)
     of_vectors, of_weight, _ = back(wide_d)
     found = vectors.copy()
-    _qk_norm.normalize(found, weight, 1e-5)
+    norm = _norms.Norm(False, 1e-5, weight)
+    norm.apply(found, found)
     assert_rounded_once(found, exact, size=4)
     rows, d = vectors.reshape(-1, 4, 24), d.reshape(-1, 4, 24)
-    assert_rounded_once(_qk_norm.take_back(d, rows, weight, 1e-5), of_weight, size=100)
+    assert_rounded_once(norm.take_back(d, rows)[0], of_weight, size=100)
     assert_rounded_once(d, of_vectors.reshape(d.shape), size=4)
 
 

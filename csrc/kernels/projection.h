@@ -49,17 +49,12 @@ struct Projection {
   // which reads the weight where it is.
   static constexpr int64_t kFewRows = 12, kStreamedRows = 8;
 
-  static bool are_few(int64_t rows, int64_t weight_column_stride) {
-    return rows <= kFewRows && weight_column_stride == kSize;
-  }
-  static int64_t max_rows(int64_t rows, int64_t weight_column_stride) {
-    return are_few(rows, weight_column_stride) ? kStreamedRows : kMaxRows;
-  }
-  // One row reads long pieces of the weight's rows. The sums of several have to stay in the first
-  // cache.
-  static int64_t max_columns(int64_t rows, int64_t weight_column_stride) {
-    if (!are_few(rows, weight_column_stride)) return kMaxColumns;
-    return rows == 1 ? 4096 : rows < kStreamedRows ? 2048 / rows : 2048 / kStreamedRows;
+  static ProjectionLimits limits(int64_t rows, int64_t weight_column_stride) {
+    if (rows > kFewRows || weight_column_stride != kSize) return {kMaxRows, kMaxColumns, false};
+    // One row reads long pieces of the weight's rows. The sums of several have to stay in the first
+    // cache.
+    const int64_t together = rows < kStreamedRows ? rows : kStreamedRows;
+    return {kStreamedRows, rows == 1 ? 4096 : 2048 / together, true};
   }
 
   struct Scratch {

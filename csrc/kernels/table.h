@@ -62,11 +62,8 @@ struct DtypeKernels {
   int64_t (*stage_scratch_bytes)(int64_t head_dim);
   bool (*run_stage)(const Task& task);  // false if it was stopped
 
-  // Products with a matrix: how many rows and columns a work item is to have at most. The weight of
-  // few rows is read, not packed.
-  int64_t (*max_projection_rows)(int64_t rows, int64_t weight_column_stride);
-  int64_t (*max_projection_columns)(int64_t rows, int64_t weight_column_stride);
-  bool (*are_few_projection_rows)(int64_t rows, int64_t weight_column_stride);
+  // Products with a matrix, a work item at a time.
+  ProjectionLimits (*projection_limits)(int64_t rows, int64_t weight_column_stride);
   int64_t (*projection_scratch_bytes)(const ProjectionTask& task);
   bool (*project)(const ProjectionTask& task);  // false if it was stopped
 

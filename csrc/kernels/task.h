@@ -138,6 +138,12 @@ struct HeadRotation {
   bool interleaved;
 };
 
+// What a work item of a product is to have at most. The weight of few rows is read where it is.
+struct ProjectionLimits {
+  int64_t rows, columns;
+  bool are_few_rows;
+};
+
 // out [row][column] = x [row][step] * weight [step][column] + bias [column], of elements of any
 // strides but the bias, which has no gaps; bias null: none. With a rotation, columns are whole
 // heads.

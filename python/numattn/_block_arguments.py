@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
-from ._checks import at_least, flag, meant, refuse, refuse_kind
+from ._checks import accepted_dtype, at_least, flag, meant, refuse, refuse_kind
 from ._layer_arguments import OPTIONS_ELSEWHERE as LAYER_OPTIONS_ELSEWHERE
 from ._layer_arguments import norm_epsilon as checked_epsilon
 from ._layer_weights import check_names, checked_sizes
@@ -14,6 +12,8 @@ from ._numpy_activations import ACTIVATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    import numpy as np
 
 
 KIND = "numattn.TransformerBlock"
@@ -112,9 +112,8 @@ def checked_description(description: dict[str, Any]) -> dict[str, Any]:
         refuse_kind("attention", type(of_attention).__name__, "a mapping")
     of_attention = checked_sizes(of_attention)
     dtype = of_attention["dtype"]
-    precision = np.dtype(np.float64 if dtype == "float64" else np.float32)
     own = {name: description[name] for name in BlockOptions._fields}
-    options = checked_options(**own, dtype=precision)
+    options = checked_options(**own, dtype=accepted_dtype(dtype))
     return {"attention": of_attention, "options": options, "dtype": dtype}
 
 

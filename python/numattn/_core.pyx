@@ -331,6 +331,13 @@ cdef bint _find_dtype(cnp.ndarray x, Dtype* dtype):
     return True
 
 
+cdef Dtype _dtype_of(cnp.ndarray x) except *:
+    cdef Dtype dtype
+    if not _find_dtype(x, &dtype):
+        raise TypeError(f"dtype {x.dtype.name} is not one that the kernels take")
+    return dtype
+
+
 cdef inline bint _is_plain(object x, int number) noexcept:
     return (
         cnp.PyArray_CheckExact(x)
@@ -381,8 +388,7 @@ cdef int _describe(Problem* problem, object arguments) except -1:
     problem.query_length = cnp.PyArray_DIM(q, ndim - 2)
     problem.key_length = cnp.PyArray_DIM(k, cnp.PyArray_NDIM(k) - 2)
     problem.head_dim = cnp.PyArray_DIM(q, ndim - 1)
-    if not _find_dtype(q, &problem.dtype):
-        raise TypeError(f"dtype {q.dtype.name} is not one that the kernels take")
+    problem.dtype = _dtype_of(q)
     problem.k_is_int8 = k_scale is not None
     problem.v_is_int8 = v_scale is not None
     _fill(&problem.q, q, array_axes, True)
@@ -527,8 +533,7 @@ def softmax(cnp.ndarray scores not None, object mask, cnp.ndarray out not None):
     cdef Execution execution = _execution(default_num_threads)
     cdef Status status
     cdef int ndim = cnp.PyArray_NDIM(scores)
-    if not _find_dtype(scores, &problem.dtype):
-        raise TypeError(f"dtype {scores.dtype.name} is not one that the kernels take")
+    problem.dtype = _dtype_of(scores)
     problem.scores = <const char*>cnp.PyArray_DATA(scores)
     problem.out = <char*>cnp.PyArray_DATA(out)
     if mask is not None:
@@ -549,8 +554,7 @@ def rotate(
     cdef Execution execution = _execution(_threads(num_threads))
     cdef Status status
     cdef int axis
-    if not _find_dtype(x, &problem.dtype):
-        raise TypeError(f"dtype {x.dtype.name} is not one that the kernels take")
+    problem.dtype = _dtype_of(x)
     problem.batch_axes = cnp.PyArray_NDIM(x) - 3
     for axis in range(problem.batch_axes):
         problem.batch_shape[axis] = cnp.PyArray_DIM(x, axis)
@@ -577,8 +581,7 @@ cdef void _fill_matrix(View* view, cnp.ndarray x):
 cdef Product _product_of(product, Dtype* dtype) except *:
     cdef Product made
     cdef cnp.ndarray x = product.x, weight = product.weight, out = product.out, cos, sin
-    if not _find_dtype(x, dtype):
-        raise TypeError(f"dtype {x.dtype.name} is not one that the kernels take")
+    dtype[0] = _dtype_of(x)
     _fill_matrix(&made.x, x)
     _fill_matrix(&made.weight, weight)
     _fill_matrix(&made.out, out)
@@ -630,8 +633,7 @@ cdef inline char* _data_or_null(object x) noexcept:
 cdef int _describe_activation(
     Activation* problem, str name, cnp.ndarray a, object times, cnp.ndarray out
 ) except -1:
-    if not _find_dtype(a, &problem.dtype):
-        raise TypeError(f"dtype {a.dtype.name} is not one that the kernels take")
+    problem.dtype = _dtype_of(a)
     problem.function = <ActivationFunction><int>activation_functions[name]
     problem.a = <const char*>cnp.PyArray_DATA(a)
     problem.times = _data_or_null(times)
@@ -676,8 +678,7 @@ def activate_back(
 cdef int _describe_norm(
     Norm* problem, cnp.ndarray x, cnp.ndarray weight, double epsilon, bint is_centred
 ) except -1:
-    if not _find_dtype(x, &problem.dtype):
-        raise TypeError(f"dtype {x.dtype.name} is not one that the kernels take")
+    problem.dtype = _dtype_of(x)
     problem.columns = cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1)
     problem.rows = cnp.PyArray_SIZE(x) // max(problem.columns, 1)
     problem.epsilon = epsilon

@@ -8,7 +8,14 @@ import numpy as np
 
 from . import _runtime
 from ._checks import precision_of
-from ._projection import Product, bias_gradient, compute, project_back, weight_gradient
+from ._projection import (
+    Product,
+    bias_gradient,
+    compute,
+    project,
+    project_back,
+    weight_gradient,
+)
 from ._workspace import Workspace
 
 if TYPE_CHECKING:
@@ -56,7 +63,8 @@ class FeedForward(NamedTuple):
         shape = (len(rows), self.parameters["up_weight"].shape[1])
         names = ("up", "gate") if self.is_gated else ("up",)
         made = {name: empty(shape, rows.dtype) for name in names}
-        compute([self._product(name, rows, out) for name, out in made.items()], self.num_threads)
+        products = [Product(rows, *self._matrix(name), out) for name, out in made.items()]
+        compute(products, self.num_threads)
         return Inner(made["up"], made.get("gate"))
 
     def of_inner(self, inner: Inner) -> Array:
@@ -94,14 +102,11 @@ class FeedForward(NamedTuple):
         return out
 
     def _down(self, hidden: Array) -> Array:
-        weight = self.parameters["down_weight"]
-        out = np.empty((len(hidden), weight.shape[1]), hidden.dtype)
-        compute([self._product("down", hidden, out)], self.num_threads)
-        return out
+        return project(hidden, *self._matrix("down"), num_threads=self.num_threads)
 
-    def _product(self, name: str, rows: Array, out: Array) -> Product:
-        bias = self.parameters.get(f"{name}_bias")
-        return Product(rows, self.parameters[f"{name}_weight"], bias, out)
+    def _matrix(self, name: str) -> tuple[Array, Array | None]:
+        """Return a matrix and its bias."""
+        return self.parameters[f"{name}_weight"], self.parameters.get(f"{name}_bias")
 
     def _back(self, name: str, d: Array, out: Array | None = None) -> Array:
         return project_back(d, self.parameters[f"{name}_weight"], out, self.num_threads)

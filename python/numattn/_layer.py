@@ -15,8 +15,8 @@ from ._kv_cache import KVCache
 from ._layer_arguments import ELSEWHERE, NOT_DIFFERENTIATED, VJP_ELSEWHERE, Inputs, batch_shape
 from ._layer_gradients import Call, LayerGradients, differentiate
 from ._layer_parameters import LayerParameters
-from ._projection import Product, compute
-from ._qk_norm import normalize
+from ._norms import Norm
+from ._projection import Product, compute, project
 from ._rotary import make_rotation
 from ._stages import attention_weights
 from ._workspace import Workspace
@@ -639,20 +639,21 @@ alibi_slopes, sinks, num_threads
             "v": (self._kv_heads, self._value_dim),
         }
         made = {name: empty((*x.shape[:-1], *sizes[name]), self._dtype) for name, x in of.items()}
-        products = [self._product(name, x, made[name]) for name, x in of.items()]
         normed = [name for name in made if f"{name}_norm" in self._parameters]
+        in_product = None
         if rotation is not None and not normed:
-            of_rows = rotation.of_rows(of["q"].shape[:-1])
-            products[:2] = [
-                product._replace(rotation=of_rows, head_dim=self._head_dim)
-                for product in products[:2]
-            ]
+            in_product = rotation.of_rows(of["q"].shape[:-1])
+        products = [
+            self._product(name, x, made[name], None if name == "v" else in_product)
+            for name, x in of.items()
+        ]
         compute(products, num_threads)
         # NaN and infinity in the input are the user's business, as in `attention`.
         with np.errstate(all="ignore"):
             for name in normed:
                 weight = self._parameters[f"{name}_norm"]
-                normalize(made[name], weight, self._norm_epsilon, num_threads)
+                norm = Norm(False, self._norm_epsilon, weight, num_threads=num_threads)
+                norm.apply(made[name], made[name])
                 if rotation is not None:
                     vectors = made[name].swapaxes(-3, -2)  # heads first
                     rotation.apply(vectors, vectors, num_threads)
@@ -660,12 +661,13 @@ alibi_slopes, sinks, num_threads
 
     def _merged(self, of_heads: Array, num_threads: int | None) -> Array:
         """Return (..., length, heads, dim) times the output matrix."""
-        out = np.empty((*of_heads.shape[:-2], self._embed_dim), self._dtype)
-        compute([self._product("o", of_heads, out)], num_threads)
-        return out
+        weight, bias = self._parameters["o_weight"], self._parameters.get("o_bias")
+        rows = of_heads.reshape(-1, len(weight))
+        out = project(rows, weight, bias, num_threads=num_threads)
+        return out.reshape(*of_heads.shape[:-2], self._embed_dim)
 
-    def _product(self, name: str, x: Array, out: Array) -> Product:
-        """Return the product with a matrix of x, whose last axes are one to it."""
+    def _product(self, name: str, x: Array, out: Array, rotation: Rotation | None) -> Product:
+        """Return the product of x (..., length, elements) that fills (..., length, heads, dim)."""
         weight = self._parameters[f"{name}_weight"]
         elements, columns = weight.shape
         return Product(
@@ -673,6 +675,8 @@ alibi_slopes, sinks, num_threads
             weight,
             self._parameters.get(f"{name}_bias"),
             out.reshape(-1, columns),
+            rotation,
+            self._head_dim,
         )
 
     def _checked(self, name: str, x: ArrayLike, dim: int) -> Array:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ._checks import as_array, dtype_name, precision_of, refuse, refuse_kind
+from ._norms import Norm
 from ._projection import bias_gradient, project, project_back, weight_gradient
-from ._qk_norm import take_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -141,7 +141,8 @@ def _take_product_back(call: Call, name: str, d: Array, dx: Array, found: dict[s
         vectors = project(rows, weight, bias, num_threads=num_threads)
         vectors = vectors.reshape(-1, *d.shape[-2:])
         d_vectors = d_rows.reshape(vectors.shape)
-        found[f"{name}_norm"] = take_back(d_vectors, vectors, norm, call.norm_epsilon, num_threads)
+        as_applied = Norm(False, call.norm_epsilon, norm, num_threads=num_threads)
+        found[f"{name}_norm"], _ = as_applied.take_back(d_vectors, vectors)
     found[f"{name}_weight"] = weight_gradient(rows, d_rows, num_threads)
     _find_bias(call, name, d_rows, found)
     of_rows = np.empty(rows.shape, dx.dtype)

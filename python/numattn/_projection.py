@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 class Product(NamedTuple):
     """``out = x @ weight + bias``, with the heads of each row rotated after that.
 
-    A row's angles are those of its number modulo the rotation's rows: `cos` and `sin` have two
-    axes.
+    `cos` and `sin` have two axes. Their rows repeat where the product has more.
     """
 
     x: Array

@@ -1,6 +1,6 @@
 """Arrays that live for one call and share their memory with the next one's.
 
-Fresh arrays of this size are fresh pages: making and clearing those of q, k, v and attention's
+Fresh arrays of this size are fresh pages. To make and clear the pages of q, k, v and attention's
 result takes a twentieth of a layer's time.
 """
 
@@ -47,10 +47,10 @@ class Workspace:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._owns():
-            _kept.owner = None
-        elif _owner() is not None:  # another one's is in use
+        owner = _owner()
+        if owner is not None and owner is not self:  # which has not ended
             return
+        _kept.owner = None
         _kept.bytes = max(_kept.bytes, min(self._wanted, _MOST_BYTES))
         is_small = self._wanted <= _kept.bytes // 4
         _kept.small_uses = _kept.small_uses + 1 if is_small else 0
@@ -82,9 +82,6 @@ class Workspace:
             except MemoryError:
                 _kept.memory, _kept.bytes = np.empty(0, np.uint8), 0
         return _kept.memory
-
-    def _owns(self) -> bool:
-        return _owner() is self
 
 
 def _owner() -> Workspace | None:

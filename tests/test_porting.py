@@ -21,7 +21,8 @@ def qkv(arrays):
 
 
 def assert_same(ours, theirs):
-    np.testing.assert_allclose(ours, np.asarray(theirs), atol=2e-6)
+    theirs = np.asarray(theirs)
+    np.testing.assert_allclose(ours, theirs, atol=2e-6 * max(1.0, np.abs(theirs).max()))
 
 
 # ---- PyTorch -----------------------------------------------------------------------------------

@@ -1,0 +1,147 @@
+"""`torch.func.vmap` of the operators: the axis that is mapped becomes the first batch axis.
+
+Numbers of heads, such as sinks, have no batch axes: where they are mapped, one item is computed
+after the other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+Tensors = tuple[torch.Tensor, ...]
+Mapped = tuple[Tensors, tuple[int | None, ...]]
+
+
+class _Call(NamedTuple):
+    """The arguments of an operator by name, and which of their axes is mapped."""
+
+    items: int
+    arguments: dict[str, Any]
+    axes: dict[str, int | None]
+
+
+def _call(operator: Any, info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> _Call:
+    names = [argument.name for argument in operator._schema.arguments]
+    return _Call(
+        info.batch_size,
+        dict(zip(names, args, strict=True)),
+        dict(zip(names, in_dims, strict=True)),
+    )
+
+
+def _one_by_one(operator: Callable[..., Tensors], call: _Call) -> Mapped:
+    def item(name: str, i: int) -> Any:
+        x, axis = call.arguments[name], call.axes[name]
+        return x if axis is None else x.select(axis, i)
+
+    results = [operator(*(item(name, i) for name in call.arguments)) for i in range(call.items)]
+    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+class _Batches:
+    """Arguments of a call with the axis that is mapped in front."""
+
+    def __init__(self, call: _Call) -> None:
+        self.call = call
+        given = call.arguments
+        ndims = [self.ndim(name) for name in ("q", "k", "v")]
+        # One head without an axis gets one, which the first axis would be taken for otherwise.
+        self.one_head = max(ndims) == 2
+        self.head_axis = -2 if given["layout"] == "blhd" else -3
+        self.batch_axes = max(*ndims, 3) - 3
+
+    def ndim(self, name: str) -> int:
+        return self.call.arguments[name].ndim - (self.call.axes[name] is not None)
+
+    def in_front(self, name: str, ndim: int, *, expands: bool) -> torch.Tensor | None:
+        """Return an argument with at least `ndim` axes after the first one.
+
+        Along that one, what is not mapped is repeated if `expands`, and broadcasts otherwise.
+        """
+        x, axis = self.call.arguments[name], self.call.axes[name]
+        if x is None:
+            return None
+        if axis is None:
+            x = x.expand(self.call.items if expands else 1, *x.shape)
+        else:
+            x = x.movedim(axis, 0)
+        return x.reshape(x.shape[0], *(1,) * (ndim - x.ndim + 1), *x.shape[1:])
+
+    def heads(self, name: str, columns: int = 1) -> torch.Tensor | None:
+        """Return q, k, v, results (or, without columns, lse) and their gradients."""
+        x = self.in_front(name, 0, expands=True)
+        if x is None:
+            return None
+        # Arrays without an axis of heads have one head.
+        if x.ndim == 2 + columns:
+            x = x.unsqueeze(self.head_axis + 1 - columns)
+        missing = self.batch_axes + 3 + columns - x.ndim
+        return x.reshape(x.shape[0], *(1,) * missing, *x.shape[1:])
+
+    def options(self, *, expands_bias: bool = False) -> dict[str, Any]:
+        pairs = self.batch_axes + 3
+        items = self.batch_axes
+        front = {name: self.in_front(name, pairs, expands=False) for name in ("mask", "tail_mask")}
+        front["bias"] = self.in_front("bias", pairs, expands=expands_bias)
+        for name in ("q_offset", "kv_lengths", "q_lengths"):
+            front[name] = self.in_front(name, items, expands=False)
+        return front
+
+    def without_head(self, x: torch.Tensor, columns: int = 1) -> torch.Tensor:
+        return x.squeeze(self.head_axis + 1 - columns) if self.one_head else x
+
+
+def _has_mapped_numbers(call: _Call) -> bool:
+    return any(call.axes[name] is not None for name in ("sinks", "alibi_slopes", "seed"))
+
+
+def attention_in_batches(info: Any, in_dims: Sequence[int | None], *args: Any) -> Mapped:
+    operator = torch.ops.numattn.attention.default
+    call = _call(operator, info, in_dims, args)
+    if _has_mapped_numbers(call):
+        return _one_by_one(operator, call)
+    batches = _Batches(call)
+    arguments = {
+        **call.arguments,
+        **{name: batches.heads(name) for name in ("q", "k", "v")},
+        **batches.options(),
+    }
+    out, kept, lse = operator(*arguments.values())
+    if kept.ndim > 1:
+        kept = batches.without_head(kept)
+        kept_axis = 0
+    else:  # nothing is kept
+        kept_axis = None
+    return (batches.without_head(out), kept, batches.without_head(lse, 0)), (0, kept_axis, 0)
+
+
+def backward_in_batches(info: Any, in_dims: Sequence[int | None], *args: Any) -> Mapped:
+    operator = torch.ops.numattn.attention_backward.default
+    call = _call(operator, info, in_dims, args)
+    given = call.arguments
+    # The gradient of sinks is a sum over all batch items.
+    if _has_mapped_numbers(call) or given["sinks"] is not None:
+        return _one_by_one(operator, call)
+    batches = _Batches(call)
+    arrays = {name: batches.heads(name) for name in ("dout", "q", "k", "v", "kept")}
+    rows = {name: batches.heads(name, 0) for name in ("dlse", "lse")}
+    options = batches.options(expands_bias=given["bias_gradient"])
+    dq, dk, dv, dbias, none = operator(*{**given, **arrays, **rows, **options}.values())
+
+    def as_given(name: str, x: torch.Tensor) -> torch.Tensor:
+        shape, axis = list(given[name].shape), call.axes[name]
+        if axis is not None:
+            del shape[axis]
+        return x.reshape(call.items, *shape)
+
+    if given["bias_gradient"]:
+        gradients = (*map(as_given, ("q", "k", "v", "bias"), (dq, dk, dv, dbias)), none)
+        return gradients, (0, 0, 0, 0, None)
+    gradients = (*map(as_given, ("q", "k", "v"), (dq, dk, dv)), dbias, none)
+    return gradients, (0, 0, 0, None, None)

@@ -1,0 +1,559 @@
+"""Attention on PyTorch's tensors.
+
+`scaled_dot_product_attention` has the signature and the meaning of PyTorch's own function,
+`attention` has numattn's options. Tensors are read where they are. The packages ``torch`` and
+``ml_dtypes`` are needed (``pip install 'numattn[torch]'``), which is why `numattn` does not import
+this module.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+
+try:
+    import ml_dtypes  # noqa: F401
+    import torch
+except ImportError as error:
+    message = f"numattn.torch needs torch and ml_dtypes ({error}): pip install 'numattn[torch]'"
+    raise ImportError(message) from error
+
+from . import _runtime, _torch_operator, _torch_passes
+from ._checks import ACCEPTED_DTYPES, check_layout, flag, refuse_kind, refuse_unknown
+from ._torch_passes import attend_rows_first, swapped
+from ._torch_tensors import (
+    BFLOAT16,
+    DTYPES,
+    EAGER_TYPES,
+    after_autocast,
+    array_of,
+    has_tangent,
+    is_recorded,
+    needs_gradient,
+    tensor_of,
+    unfit,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    # What numbers and masks may be: tensors, arrays and lists.
+    TensorLike = torch.Tensor | ArrayLike
+
+__all__ = ["attention", "scaled_dot_product_attention", "why_not"]
+
+# Before anybody puts ours in its place.
+_of_pytorch = torch._C._nn.scaled_dot_product_attention
+
+DTYPE_NAMES = "one of " + ", ".join(ACCEPTED_DTYPES)
+
+# What may be an array in `numattn.attention`.
+_TENSOR_LIKE = (
+    "mask", "tail_mask", "bias", "q_offset", "alibi_slopes", "sinks", "kv_lengths", "q_lengths",
+)  # fmt: skip
+
+# Beyond it PyTorch's function computes, and may overflow as it likes.
+_LARGEST_SCALE = 1e30
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    strict: bool = False,
+) -> torch.Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, computed by numattn on the CPU.
+
+    Parameters
+    ----------
+    query : torch.Tensor, shape (..., Hq, Lq, D)
+        Queries: float16, bfloat16, float32 or float64, of any strides. Two axes are one head.
+    key : torch.Tensor, shape (..., Hkv, Lk, D)
+        Keys. Leading axes broadcast.
+    value : torch.Tensor, shape (..., Hkv, Lk, Dv)
+        Values.
+    attn_mask : torch.Tensor, optional
+        Of bool, True where a query attends to a key; or of float32 or the dtype of `query`, added to
+        the logits. Broadcasts to (..., Hq, Lq, Lk).
+    dropout_p : float, default 0.0
+        The share of the weights that is dropped, whether a model trains or not. The seed is drawn
+        from PyTorch's default generator.
+    is_causal : bool, default False
+        Query ``i`` attends to the keys ``j <= i``: both begin at the first one.
+    scale : float, optional
+        Factor of the dot products. Default: ``1 / sqrt(D)``.
+    enable_gqa : bool, default False
+        Whether several query heads may share a head of `key` and `value`. Without it the numbers of
+        heads have to be the same, or 1.
+    strict : bool, default False
+        Whether to raise an error where PyTorch's function would compute instead.
+
+    Returns
+    -------
+    torch.Tensor, shape (..., Hq, Lq, Dv)
+        In the dtype of `query`. It lies in memory as (..., Lq, Hq, Dv), so that
+        ``out.transpose(1, 2).reshape(B, L, H * D)`` copies nothing. A query that attends to nothing
+        gets zeros.
+
+    Raises
+    ------
+    NotImplementedError
+        With ``strict=True``, if numattn does not compute the call; the error says why.
+    RuntimeError, TypeError, ValueError
+        PyTorch's own, for arguments that it refuses; or if gradients of gradients are asked for.
+
+    See Also
+    --------
+    why_not : says what is left to PyTorch's function.
+    attention : numattn's own options.
+
+    Notes
+    -----
+    Gradients, `torch.compile`, `torch.export`, `torch.func` and autocast work as with PyTorch's
+    function. `numattn.set_num_threads` sets the number of threads; PyTorch's does not count.
+
+    What numattn does not compute, such as tensors on another device, goes to PyTorch's own function.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from numattn.torch import scaled_dot_product_attention
+    >>> q, k, v = torch.randn(3, 1, 8, 100, 64)
+    >>> out = scaled_dot_product_attention(q, k, v, is_causal=True)
+    >>> own = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    >>> torch.allclose(out, own, atol=1e-5)
+    True
+    """
+    if (
+        type(query) is type(key) is type(value) is torch.Tensor
+        and dropout_p == 0.0
+        and not (attn_mask is not None and type(attn_mask) not in EAGER_TYPES)
+        and not is_recorded()
+        and not torch.is_autocast_enabled("cpu")
+        and not needs_gradient(query, key, value, attn_mask)
+        and not has_tangent(query, key, value, attn_mask)
+    ):
+        out = _usual_call(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        if out is not None:
+            return out
+    reason = why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if reason is not None:
+        if strict:
+            raise NotImplementedError(
+                f"numattn.torch.scaled_dot_product_attention: {reason}; without strict=True it "
+                "goes to PyTorch's own function"
+            )
+        return _of_pytorch(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    query, key, value = _broadcast(*map(_after_autocast, (query, key, value)), enable_gqa)
+    mask = bias = None
+    if attn_mask is not None:
+        # All axes are there, so that none is taken for another.
+        axes = max(query.ndim, key.ndim, value.ndim)
+        full = _after_autocast(attn_mask)[(None,) * (axes - attn_mask.ndim)]
+        mask, bias = (full, None) if full.dtype == torch.bool else (None, full)
+    options = {
+        "mask": mask, "bias": bias, "is_causal": is_causal, "scale": scale, "dropout": dropout_p,
+        "q_offset": 0 if is_causal else None,
+    }  # fmt: skip
+    out, _ = _attend(query, key, value, _DEFAULTS | options)
+    return out
+
+
+def _usual_call(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None,
+    is_causal: bool, scale: float | None, enable_gqa: bool,
+) -> torch.Tensor | None:  # fmt: skip
+    """Compute a call without gradients, dropout and broadcasting at little cost, or return None."""
+    if _runtime.attention_common is None:
+        return None
+    mask = bias = None
+    try:
+        if query.dtype is torch.bfloat16:
+            q = query.view(torch.int16).numpy().view(BFLOAT16)
+            k = key.view(torch.int16).numpy().view(BFLOAT16)
+            v = value.view(torch.int16).numpy().view(BFLOAT16)
+        else:
+            q, k, v = query.numpy(), key.numpy(), value.numpy()
+        if attn_mask is not None:
+            pairs = array_of(attn_mask)
+            if not 2 <= pairs.ndim <= q.ndim:
+                return None
+            pairs = pairs[(None,) * (q.ndim - pairs.ndim)]
+            mask, bias = (pairs, None) if attn_mask.dtype is torch.bool else (None, pairs)
+    except (RuntimeError, TypeError):  # it is for `why_not` to say what is the matter
+        return None
+    layout = "bhld"
+    if q.ndim > 2 and k.ndim > 2:
+        heads, key_heads = q.shape[-3], k.shape[-3]
+        if key_heads not in (heads, 1) and not enable_gqa:
+            return None
+        if heads > 1 and q.shape[-2] > 1:
+            q, k, v = swapped(q), swapped(k), swapped(v)
+            layout = "blhd"
+    elif enable_gqa:
+        return None
+    out = _runtime.attention_common(
+        q, k, v, mask, None, bias, is_causal, 0 if is_causal else None, None, scale, None, None,
+        None, None, None, layout, False, None, None, None, None, 0.0, None,
+    )  # fmt: skip
+    if out is None:
+        return None
+    return tensor_of(out if layout == "bhld" else out.swapaxes(-3, -2))
+
+
+def why_not(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> str | None:
+    """Say why `scaled_dot_product_attention` leaves a call to PyTorch's own function.
+
+    Parameters
+    ----------
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        As `scaled_dot_product_attention` takes them.
+
+    Returns
+    -------
+    str or None
+        The argument, what came and what numattn takes; None if numattn computes the call.
+
+    See Also
+    --------
+    scaled_dot_product_attention : raises an error with this text if it is called with
+        ``strict=True``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from numattn.torch import why_not
+    >>> q = torch.ones(1, 8, 100, 64)
+    >>> why_not(q, q, q) is None
+    True
+    >>> why_not(q.to("meta"), q, q)
+    'query: got a tensor on meta, numattn takes plain tensors on the CPU'
+    """
+    tensors = {"query": query, "key": key, "value": value}
+    with_mask = tensors if attn_mask is None else {**tensors, "attn_mask": attn_mask}
+    for name, x in with_mask.items():
+        seen = unfit(x)
+        if seen is not None:
+            return _reason(name, seen, "plain tensors on the CPU")
+    if has_tangent(*with_mask.values()):
+        return _reason("query, key, value", "derivatives in forward mode", "those in reverse mode")
+    dtypes = {name: after_autocast(x.dtype) for name, x in tensors.items()}
+    if query.dtype not in DTYPES:
+        return _reason("query", f"dtype {query.dtype}", DTYPE_NAMES)
+    if not dtypes["query"] == dtypes["key"] == dtypes["value"]:
+        seen = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        return _reason("query, key, value", seen, "one dtype for all three")
+    return (
+        _why_not_shapes(query, key, value, enable_gqa)
+        or _why_not_mask(query, key, value, attn_mask, enable_gqa)
+        or _why_not_numbers(dropout_p, is_causal, scale)
+    )
+
+
+def _reason(name: str, seen: str, taken: str) -> str:
+    return f"{name}: got {seen}, numattn takes {taken}"
+
+
+def _shapes(*tensors: torch.Tensor) -> str:
+    return ", ".join(str(tuple(x.shape)) for x in tensors)
+
+
+def _why_not_shapes(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
+) -> str | None:
+    tensors = (query, key, value)
+    names, shapes = "query, key, value", f"shapes {_shapes(*tensors)}"
+    least = 3 if enable_gqa else 2
+    if any(x.ndim < least for x in tensors):
+        return _reason(names, shapes, f"at least {least} axes{' with enable_gqa' * enable_gqa}")
+    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
+        return _reason(names, shapes, "(..., Lq, D), (..., Lk, D) and (..., Lk, Dv)")
+    if query.shape[-1] == 0 or value.shape[-1] == 0:
+        return _reason(names, shapes, "at least one element in the last axis")
+    if not _broadcasts(*(x.shape[: -3 if enable_gqa else -2] for x in tensors)):
+        return _reason(names, shapes, "leading axes that broadcast (heads too without enable_gqa)")
+    if enable_gqa:
+        heads, key_heads, value_heads = (x.shape[-3] for x in tensors)
+        if key_heads == 0 or value_heads == 0 or heads % key_heads or heads % value_heads:
+            return _reason(names, shapes, "numbers of heads that divide the query's")
+        if key_heads != value_heads and 1 not in (key_heads, value_heads):
+            return _reason(names, shapes, "as many heads of key as of value, or 1")
+    elif max(x.ndim for x in tensors) > 2 and 0 in _heads(*tensors):
+        return _reason(names, shapes, "at least one head")
+    return None
+
+
+def _heads(*tensors: torch.Tensor) -> list[int]:
+    return [x.shape[-3] if x.ndim > 2 else 1 for x in tensors]
+
+
+def _broadcasts(*shapes: tuple[int, ...]) -> bool:
+    try:
+        torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _leading(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
+) -> tuple[int, ...]:
+    """Return the leading axes of the result, heads included."""
+    if not enable_gqa:
+        return tuple(torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value))))
+    batch = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
+    return (*batch, query.shape[-3])
+
+
+def _why_not_mask(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+    enable_gqa: bool,
+) -> str | None:  # fmt: skip
+    if mask is None:
+        return None
+    dtype, wanted = after_autocast(mask.dtype), after_autocast(query.dtype)
+    if dtype not in (torch.bool, torch.float32, wanted):
+        return _reason("attn_mask", f"dtype {dtype}", f"bool, float32 or the query's {wanted}")
+    pairs = (*_leading(query, key, value, enable_gqa), query.shape[-2], key.shape[-2])
+    fits = 2 <= mask.ndim <= len(pairs) and all(
+        n in (1, of_pairs)
+        for n, of_pairs in zip(mask.shape, pairs[len(pairs) - mask.ndim :], strict=True)
+    )
+    if not fits:
+        taken = f"what broadcasts to {tuple(pairs)}, of two axes at least"
+        return _reason("attn_mask", f"shape {tuple(mask.shape)}", taken)
+    return None
+
+
+def _why_not_numbers(dropout_p: object, is_causal: object, scale: Any) -> str | None:
+    if not isinstance(dropout_p, (float, int)) or not 0 <= dropout_p < 1:
+        return _reason("dropout_p", repr(dropout_p), "0 to 1, without 1")
+    if not isinstance(is_causal, bool):
+        return _reason("is_causal", repr(is_causal), "True or False")
+    is_number = scale is None or isinstance(scale, (float, int, torch.SymFloat, torch.SymInt))
+    if not is_number or not (scale is None or abs(scale) < _LARGEST_SCALE):
+        return _reason("scale", repr(scale), f"None or a number below {_LARGEST_SCALE:.0e} in size")
+    return None
+
+
+def _broadcast(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what numattn reads as PyTorch does: the same leading axes, heads that fit."""
+    if query.ndim == key.ndim == value.ndim == 2:
+        return query, key, value
+    *batch, heads = _leading(query, key, value, enable_gqa)
+    key_heads = max(_heads(key, value))
+    if not enable_gqa and key_heads != 1:
+        key_heads = heads
+
+    def expanded(x: torch.Tensor, heads: int) -> torch.Tensor:
+        shape = (*batch, heads, *x.shape[-2:])
+        return x if x.shape == shape else x.expand(shape)
+
+    return expanded(query, heads), expanded(key, key_heads), expanded(value, key_heads)
+
+
+def _after_autocast(x: torch.Tensor) -> torch.Tensor:
+    return x.to(after_autocast(x.dtype))
+
+
+_Options = dict[str, Any]
+_DEFAULTS: _Options = {
+    "mask": None, "tail_mask": None, "bias": None, "is_causal": False, "q_offset": None,
+    "window": None, "scale": None, "softcap": None, "alibi_slopes": None, "sinks": None,
+    "kv_lengths": None, "q_lengths": None, "dropout": 0.0, "rng": None, "layout": "bhld",
+    "num_threads": None,
+}  # fmt: skip
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Any,
+) -> torch.Tensor: ...
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[True], **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool, **options: Any
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: TensorLike | None = None,
+    tail_mask: TensorLike | None = None,
+    bias: TensorLike | None = None,
+    is_causal: bool = False,
+    q_offset: int | TensorLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: TensorLike | None = None,
+    sinks: TensorLike | None = None,
+    kv_lengths: int | TensorLike | None = None,
+    q_lengths: int | TensorLike | None = None,
+    dropout: float = 0.0,
+    rng: int | None = None,
+    layout: Literal["bhld", "blhd"] = "bhld",
+    return_lse: bool = False,
+    num_threads: int | None = None,
+    **unknown: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`numattn.attention` on tensors, with all its options and gradients.
+
+    Parameters
+    ----------
+    q : torch.Tensor, shape (..., Hq, Lq, D)
+        Queries: float16, bfloat16, float32 or float64, on the CPU, of any strides.
+    k : torch.Tensor, shape (..., Hkv, Lk, D)
+        Keys. Hq has to be a multiple of Hkv; leading axes broadcast.
+    v : torch.Tensor, shape (..., Hkv, Lk, Dv)
+        Values.
+    mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, \
+kv_lengths, q_lengths, layout, num_threads
+        As in `numattn.attention`: causal queries end with the last key unless `q_offset` says
+        otherwise. What is an array there may be a tensor, an array or a list.
+    dropout : float in [0, 1), default 0
+        The share of the weights that is dropped.
+    rng : int, optional
+        The seed of dropout, 0 to ``2**64 - 1``. Default: one from PyTorch's default generator, so
+        that `torch.manual_seed` and checkpoints of activations repeat it.
+    return_lse : bool, default False
+        Also return the log-sum-exp of each query's logits.
+
+    Returns
+    -------
+    out : torch.Tensor, shape (..., Hq, Lq, Dv)
+        In the layout and dtype of `q`. It lies in memory as (..., Lq, Hq, Dv) in both layouts.
+    lse : torch.Tensor, shape ``out.shape[:-1]``
+        Only with ``return_lse=True``: float32 (float64 for float64).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `numattn.attention`; also for tensors that are not on the CPU. Nothing is left to
+        PyTorch.
+    RuntimeError
+        If gradients of gradients are asked for.
+
+    See Also
+    --------
+    scaled_dot_product_attention : PyTorch's signature and meaning.
+
+    Notes
+    -----
+    There are gradients with respect to `q`, `k`, `v`, `bias` and `sinks`, and of `lse` too. Under
+    autocast `q`, `k`, `v` and a `bias` are cast as PyTorch casts those of its own function.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from numattn.torch import attention
+    >>> q, k, v = torch.randn(3, 2, 8, 100, 64, requires_grad=True)
+    >>> sinks = torch.zeros(8, requires_grad=True)
+    >>> out = attention(q, k, v, is_causal=True, window=(15, 0), sinks=sinks)
+    >>> out.sum().backward()
+    >>> sinks.grad.shape
+    torch.Size([8])
+    """
+    if unknown:
+        refuse_unknown("numattn.torch.attention", unknown)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_fits(name, x)
+        if x.dtype not in DTYPES:
+            refuse_kind(name, f"dtype {x.dtype}", DTYPE_NAMES)
+    if has_tangent(q, k, v):
+        refuse_kind("q, k, v", "derivatives in forward mode", "those in reverse mode (backward)")
+    check_layout(layout)
+    returns_lse = flag("return_lse", return_lse)
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v = map(_after_autocast, (q, k, v))
+        if isinstance(bias, torch.Tensor):
+            bias = _after_autocast(bias)
+    out, lse = _attend(
+        q,
+        k,
+        v,
+        {
+            "mask": mask, "tail_mask": tail_mask, "bias": bias, "is_causal": is_causal,
+            "q_offset": q_offset, "window": window, "scale": scale, "softcap": softcap,
+            "alibi_slopes": alibi_slopes, "sinks": sinks, "kv_lengths": kv_lengths,
+            "q_lengths": q_lengths, "dropout": dropout, "rng": rng, "layout": layout,
+            "num_threads": num_threads,
+        },
+        returns_lse,
+    )  # fmt: skip
+    return (out, lse) if returns_lse else out
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: _Options, returns_lse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the result, and the log-sum-exp if it is wanted."""
+    records = is_recorded() or type(q) not in EAGER_TYPES
+    if options["dropout"] > 0 and options["rng"] is None:
+        seed = torch.randint(2**63 - 1, (), device="cpu")
+        options = {**options, "rng": seed if records else int(seed)}
+    if records:
+        return _torch_operator.attend(q, k, v, options)
+    for name in _TENSOR_LIKE:
+        if isinstance(options[name], torch.Tensor):
+            _check_fits(name, options[name])
+    bias, sinks = options["bias"], options["sinks"]
+    if needs_gradient(q, k, v, bias, sinks):
+        names = ("bias", "sinks", "mask", "tail_mask")
+        tensors = (_as_tensor(options[name]) for name in names)
+        others = {name: _as_array(options[name]) for name in _torch_passes.OPTIONS}
+        return _torch_passes.Attention.apply(q, k, v, *tensors, others)  # type: ignore[no-any-return]
+    result = attend_rows_first(
+        array_of(q), array_of(k), array_of(v), **{n: _as_array(x) for n, x in options.items()},
+        return_lse=returns_lse,
+    )  # fmt: skip
+    if returns_lse:
+        return tensor_of(result[0]), tensor_of(result[1])
+    return tensor_of(result), None
+
+
+def _check_fits(name: str, x: object) -> None:
+    seen = unfit(x)
+    if seen is not None:
+        refuse_kind(name, seen, "a plain tensor of PyTorch on the CPU")
+
+
+def _as_tensor(x: Any) -> torch.Tensor | None:
+    if x is None or isinstance(x, torch.Tensor):
+        return x
+    array = np.asarray(x)
+    return tensor_of(array if array.flags.writeable else array.copy())
+
+
+def _as_array(x: Any) -> Any:
+    """Return an array for a tensor, all else as it is."""
+    return array_of(x) if isinstance(x, torch.Tensor) else x

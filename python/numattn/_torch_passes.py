@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
 
 from ._attention import attend, attention
 from ._gradients import attention_backward
@@ -22,15 +21,32 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-OPTIONS = (
-    "is_causal", "q_offset", "window", "scale", "softcap", "alibi_slopes", "kv_lengths",
-    "q_lengths", "dropout", "rng", "layout", "num_threads",
-)  # fmt: skip
+Tensors = tuple[torch.Tensor, ...]
+
+# What both passes take after q, k, v and their own arguments, as operators declare it. Numbers that
+# differ by head or batch item are tensors; `seed` is dropout's, as a number with a sign.
+DECLARED = (
+    "Tensor? mask, Tensor? tail_mask, Tensor? bias, Tensor? sinks, Tensor? alibi_slopes, "
+    "Tensor? q_offset, Tensor? kv_lengths, Tensor? q_lengths, Tensor? seed, bool is_causal, "
+    "SymInt? window_left, SymInt? window_right, float? scale, float? softcap, float dropout, "
+    "str layout, int? num_threads"
+)
+GIVEN = tuple(part.split()[1] for part in DECLARED.split(", "))
+
+# Of these the options of `attention` are made; others have their names there.
+_PAIRS = ("mask", "tail_mask", "bias", "sinks")
+_NUMBERS = ("alibi_slopes", "q_offset", "kv_lengths", "q_lengths")
+_SAME = ("is_causal", "scale", "softcap", "dropout", "num_threads")
 
 
 def swapped(x: Any) -> Any:
-    """View an array or a tensor with heads and rows exchanged, if it has both."""
-    return x if x.ndim == 2 else x.swapaxes(-3, -2)
+    """View an array or a tensor with heads and rows exchanged."""
+    return x.swapaxes(-3, -2)
+
+
+def puts_rows_first(layout: str, *inputs: Any) -> bool:
+    """Whether results are computed with heads and rows exchanged, and viewed in the layout."""
+    return layout == "bhld" and all(x.ndim > 2 for x in inputs)
 
 
 def result_shape(q: Any, k: Any, v: Any, layout: str) -> tuple[int, ...]:
@@ -38,15 +54,10 @@ def result_shape(q: Any, k: Any, v: Any, layout: str) -> tuple[int, ...]:
     if q.ndim == k.ndim == v.ndim == 2:
         return (q.shape[0], v.shape[1])
     batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    rows = (1, q.shape[0]) if q.ndim == 2 else q.shape[-3:-1]
-    if q.ndim == 2 and layout == "blhd":
-        rows = rows[::-1]
+    rows = q.shape[-3:-1]
+    if q.ndim == 2:
+        rows = (1, q.shape[0]) if layout == "bhld" else (q.shape[0], 1)
     return (*batch, *rows, v.shape[-1])
-
-
-def puts_rows_first(layout: str, *inputs: Any) -> bool:
-    """Whether results are computed with heads and rows exchanged, and viewed in the layout."""
-    return layout == "bhld" and all(x.ndim > 2 for x in inputs)
 
 
 def attend_rows_first(
@@ -57,7 +68,7 @@ def attend_rows_first(
 ) -> Any:  # fmt: skip
     """Do what `attention` does; where a result has heads and rows, rows come first in memory."""
     if puts_rows_first(layout, q, k, v) and q.shape[-2] != 1 and q.shape[-3] != 1:
-        # An error is about the caller's axes: it comes from the call below.
+        # An error has to speak of the caller's axes: it comes from the call below.
         with suppress(TypeError, ValueError):
             result = attend(
                 swapped(q), swapped(k), swapped(v), mask, tail_mask, bias, is_causal, q_offset,
@@ -65,8 +76,8 @@ def attend_rows_first(
                 return_lse, None, num_threads, None, None, dropout, rng,
             )  # fmt: skip
             if return_lse:
-                return result[0].swapaxes(-3, -2), result[1].swapaxes(-2, -1)
-            return result.swapaxes(-3, -2)
+                return swapped(result[0]), result[1].swapaxes(-2, -1)
+            return swapped(result)
     return attend(
         q, k, v, mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes,
         sinks, kv_lengths, q_lengths, layout, return_lse, None, num_threads, None, None, dropout,
@@ -74,108 +85,67 @@ def attend_rows_first(
     )  # fmt: skip
 
 
-def _rows_first(layout: str, *arrays: Array) -> tuple[str, tuple[Array, ...]]:
-    """Return the layout and the arrays that numattn is called with."""
-    if puts_rows_first(layout, *arrays):
-        return "blhd", tuple(map(swapped, arrays))
-    return layout, arrays
-
-
-def _arrays(*tensors: torch.Tensor | None) -> list[Array | None]:
-    return [None if x is None else array_of(x) for x in tensors]
-
-
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
-    tail_mask: torch.Tensor | None, bias: torch.Tensor | None, sinks: torch.Tensor | None,
-    options: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return the result, the same as the backward pass wants it, and the log-sum-exp.
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *given: Any, keeps: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the result, what the backward pass reads in its place, and the log-sum-exp.
 
-    Of 16-bit tensors that is the result in float32, before it is rounded; else it is the result.
+    Of 16-bit tensors the backward pass reads the result in float32, before it is rounded, if
+    `keeps`. Of others it reads the result itself, and the second tensor is empty.
     """
-    arrays = [array_of(x) for x in (q, k, v)]
-    mask_, tail_mask_, bias_, sinks_ = _arrays(mask, tail_mask, bias, sinks)
-    if q.element_size() > 2:
-        out_, lse_ = attend_rows_first(
-            *arrays, mask_, tail_mask_, bias_, *(options[name] for name in OPTIONS[:6]), sinks_,
-            options["kv_lengths"], options["q_lengths"], options["layout"], True,
-            options["num_threads"], options["dropout"], options["rng"],
-        )  # fmt: skip
-        out = tensor_of(out_)
-        return out, out, tensor_of(lse_)
-    given = {"mask": mask_, "tail_mask": tail_mask_, "bias": bias_, "sinks": sinks_}
-    layout, rows_first = _rows_first(options["layout"], *arrays)
-    kept = np.empty(result_shape(*rows_first, layout), np.float32)
-    _, lse_ = attention(
-        *rows_first, **given, **(options | {"layout": layout}), return_lse=True, out=kept
-    )
-    if layout != options["layout"]:
-        kept, lse_ = swapped(kept), lse_.swapaxes(-2, -1)
-    of_float32 = tensor_of(kept)
-    return of_float32.to(q.dtype), of_float32, tensor_of(lse_)
+    arrays = tuple(map(array_of, (q, k, v)))
+    options = _options(given)
+    layout = given[GIVEN.index("layout")]
+    if keeps and q.element_size() == 2:
+        is_swapped = puts_rows_first(layout, *arrays)
+        if is_swapped:
+            arrays, layout = tuple(map(swapped, arrays)), "blhd"
+        kept = np.empty(result_shape(*arrays, layout), np.float32)
+        _, lse = attention(*arrays, **options, layout=layout, return_lse=True, out=kept)
+        if is_swapped:
+            kept, lse = swapped(kept), lse.swapaxes(-2, -1)
+        of_float32 = tensor_of(kept)
+        return of_float32.to(q.dtype), of_float32, tensor_of(lse)
+    out, lse = attend_rows_first(*arrays, **options, layout=layout, return_lse=True)
+    lse = tensor_of(lse)
+    return tensor_of(out), lse.new_empty(0), lse
 
 
 def backward(
     dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor,
-    v: torch.Tensor, kept: torch.Tensor, lse: torch.Tensor, mask: torch.Tensor | None,
-    tail_mask: torch.Tensor | None, bias: torch.Tensor | None, sinks: torch.Tensor | None,
-    bias_gradient: bool, options: dict[str, Any],
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None
-]:  # fmt: skip
-    """Return the gradients of q, k, v, the bias and the sinks."""
-    layout, (dout_, q_, k_, v_, kept_) = _rows_first(
-        options["layout"], *(array_of(x) for x in (dout, q, k, v, kept))
-    )
-    lse_, dlse_ = array_of(lse), None if dlse is None else array_of(dlse)
-    is_swapped = layout != options["layout"]
+    v: torch.Tensor, kept: torch.Tensor, lse: torch.Tensor, *given: Any, bias_gradient: bool,
+) -> Tensors:  # fmt: skip
+    """Return the gradients of q, k, v, the bias and the sinks; empty ones where there is none."""
+    options = _options(given)
+    layout = given[GIVEN.index("layout")]
+    arrays = tuple(map(array_of, (dout, q, k, v, kept)))
+    rows = [None if x is None else array_of(x) for x in (lse, dlse)]
+    is_swapped = puts_rows_first(layout, *arrays)
     if is_swapped:
-        lse_ = lse_.swapaxes(-2, -1)
-        dlse_ = None if dlse_ is None else dlse_.swapaxes(-2, -1)
-    mask_, tail_mask_, bias_, sinks_ = _arrays(mask, tail_mask, bias, sinks)
+        arrays, layout = tuple(map(swapped, arrays)), "blhd"
+        rows = [None if x is None else x.swapaxes(-2, -1) for x in rows]
     gradients = attention_backward(
-        dout_, q_, k_, v_, kept_, lse_, dlse=dlse_, bias_gradient=bias_gradient, mask=mask_,
-        tail_mask=tail_mask_, bias=bias_, sinks=sinks_, **(options | {"layout": layout}),
-    )  # fmt: skip
-
-    def tensor(x: Array | None, is_rows_first: bool = False) -> torch.Tensor | None:
-        if x is None:
-            return None
-        x = np.ascontiguousarray(x)
-        return tensor_of(swapped(x) if is_rows_first else x)
-
-    return (
-        *(tensor(x, is_swapped) for x in gradients[:3]),
-        tensor(gradients.bias),
-        tensor(gradients.sinks),
+        *arrays, rows[0], dlse=rows[1], bias_gradient=bias_gradient, **options, layout=layout
     )
 
+    def tensor(x: Array | None, rows_first: bool = False) -> torch.Tensor:
+        if x is None:
+            return q.new_empty(0)
+        x = np.ascontiguousarray(x)
+        return tensor_of(swapped(x) if rows_first else x)
 
-class Attention(torch.autograd.Function):  # type: ignore[misc]
-    """Attention with gradients, where operators run one by one."""
+    of_inputs = (tensor(x, is_swapped) for x in gradients[:3])
+    return *of_inputs, tensor(gradients.bias), tensor(gradients.sinks)
 
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None,
-        sinks: torch.Tensor | None, mask: torch.Tensor | None, tail_mask: torch.Tensor | None,
-        options: dict[str, Any],
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        out, kept, lse = forward(q, k, v, mask, tail_mask, bias, sinks, options)
-        ctx.save_for_backward(q, k, v, kept, lse, mask, tail_mask, bias, sinks)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        return out, lse
 
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, kept, lse, *others = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(kept)
-        dq, dk, dv, dbias, dsinks = backward(
-            dout, dlse, q, k, v, kept, lse, *others, ctx.needs_input_grad[3], ctx.options
-        )
-        return dq, dk, dv, dbias, dsinks, None, None, None
+def _options(values: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the options of `attention`, but for the layout."""
+    given = dict(zip(GIVEN, values, strict=True))
+    seed = given["seed"]
+    tensors = {name: given[name] for name in (*_PAIRS, *_NUMBERS)}
+    return {
+        **{name: None if x is None else array_of(x) for name, x in tensors.items()},
+        **{name: given[name] for name in _SAME},
+        "window": (given["window_left"], given["window_right"]),
+        "rng": None if seed is None else int(seed) % 2**64,
+    }

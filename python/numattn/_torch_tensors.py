@@ -65,14 +65,35 @@ def has_tangent(*tensors: torch.Tensor | None) -> bool:
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def is_transformed() -> bool:
+    """Whether operators that are not being compiled are transformed by `torch.func`."""
+    return not torch.compiler.is_compiling() and _transforms_are_active()
+
+
 def is_recorded() -> bool:
     """Whether operators are recorded or transformed, rather than run one by one."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
+        or _transforms_are_active()
+        or _dispatch_modes() > 0
+        or _tracing_state() is not None
     )
+
+
+def runs_alone() -> bool:
+    """Whether nothing but gradients concerns an operator outside of `torch.compile`."""
+    return not (
+        _transforms_are_active()
+        or _dispatch_modes()
+        or forward_ad._current_level >= 0
+        or _tracing_state() is not None
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+_transforms_are_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
 
 
 def needs_gradient(*tensors: object) -> bool:

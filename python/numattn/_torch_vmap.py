@@ -1,4 +1,4 @@
-"""`torch.func.vmap` of the operators: the axis that is mapped becomes the first batch axis.
+"""`torch.func.vmap` of both passes: the axis that is mapped becomes the first batch axis.
 
 Numbers of heads, such as sinks, have no batch axes: where they are mapped, one item is computed
 after the other.
@@ -10,36 +10,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ._torch_passes import GIVEN, Tensors
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-Tensors = tuple[torch.Tensor, ...]
 Mapped = tuple[Tensors, tuple[int | None, ...]]
 
 
 class _Call(NamedTuple):
-    """The arguments of an operator by name, and which of their axes is mapped."""
+    """The arguments of one of the two passes by name, and which of their axes is mapped."""
 
     items: int
     arguments: dict[str, Any]
     axes: dict[str, int | None]
 
 
-def _call(operator: Any, info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> _Call:
-    names = [argument.name for argument in operator._schema.arguments]
-    return _Call(
-        info.batch_size,
-        dict(zip(names, args, strict=True)),
-        dict(zip(names, in_dims, strict=True)),
-    )
-
-
-def _one_by_one(operator: Callable[..., Tensors], call: _Call) -> Mapped:
+def _one_by_one(run: Callable[..., Tensors], call: _Call) -> Mapped:
     def item(name: str, i: int) -> Any:
         x, axis = call.arguments[name], call.axes[name]
         return x if axis is None else x.select(axis, i)
 
-    results = [operator(*(item(name, i) for name in call.arguments)) for i in range(call.items)]
+    results = [run(*(item(name, i) for name in call.arguments)) for i in range(call.items)]
     stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)
 
@@ -101,38 +93,39 @@ def _has_mapped_numbers(call: _Call) -> bool:
     return any(call.axes[name] is not None for name in ("sinks", "alibi_slopes", "seed"))
 
 
-def attention_in_batches(info: Any, in_dims: Sequence[int | None], *args: Any) -> Mapped:
-    operator = torch.ops.numattn.attention.default
-    call = _call(operator, info, in_dims, args)
+def attention_in_batches(
+    run: Callable[..., Tensors], info: Any, in_dims: Sequence[int | None], *args: Any
+) -> Mapped:
+    """Call `run`, which takes what `_torch_passes.forward` does, for all items at once."""
+    names = ("q", "k", "v", *GIVEN, "keeps")
+    call = _call(names, info, in_dims, args)
     if _has_mapped_numbers(call):
-        return _one_by_one(operator, call)
+        return _one_by_one(run, call)
     batches = _Batches(call)
-    arguments = {
-        **call.arguments,
-        **{name: batches.heads(name) for name in ("q", "k", "v")},
-        **batches.options(),
-    }
-    out, kept, lse = operator(*arguments.values())
-    if kept.ndim > 1:
+    arrays = {name: batches.heads(name) for name in ("q", "k", "v")}
+    out, kept, lse = run(*{**call.arguments, **arrays, **batches.options()}.values())
+    is_kept = kept.ndim > 1
+    if is_kept:
         kept = batches.without_head(kept)
-        kept_axis = 0
-    else:  # nothing is kept
-        kept_axis = None
-    return (batches.without_head(out), kept, batches.without_head(lse, 0)), (0, kept_axis, 0)
+    results = (batches.without_head(out), kept, batches.without_head(lse, 0))
+    return results, (0, 0 if is_kept else None, 0)
 
 
-def backward_in_batches(info: Any, in_dims: Sequence[int | None], *args: Any) -> Mapped:
-    operator = torch.ops.numattn.attention_backward.default
-    call = _call(operator, info, in_dims, args)
+def backward_in_batches(
+    run: Callable[..., Tensors], info: Any, in_dims: Sequence[int | None], *args: Any
+) -> Mapped:
+    """Call `run`, which takes what `_torch_passes.backward` does, for all items at once."""
+    names = ("dout", "dlse", "q", "k", "v", "kept", "lse", *GIVEN, "bias_gradient")
+    call = _call(names, info, in_dims, args)
     given = call.arguments
     # The gradient of sinks is a sum over all batch items.
     if _has_mapped_numbers(call) or given["sinks"] is not None:
-        return _one_by_one(operator, call)
+        return _one_by_one(run, call)
     batches = _Batches(call)
     arrays = {name: batches.heads(name) for name in ("dout", "q", "k", "v", "kept")}
     rows = {name: batches.heads(name, 0) for name in ("dlse", "lse")}
     options = batches.options(expands_bias=given["bias_gradient"])
-    dq, dk, dv, dbias, none = operator(*{**given, **arrays, **rows, **options}.values())
+    *gradients, no_sinks = run(*{**given, **arrays, **rows, **options}.values())
 
     def as_given(name: str, x: torch.Tensor) -> torch.Tensor:
         shape, axis = list(given[name].shape), call.axes[name]
@@ -140,8 +133,14 @@ def backward_in_batches(info: Any, in_dims: Sequence[int | None], *args: Any) ->
             del shape[axis]
         return x.reshape(call.items, *shape)
 
-    if given["bias_gradient"]:
-        gradients = (*map(as_given, ("q", "k", "v", "bias"), (dq, dk, dv, dbias)), none)
-        return gradients, (0, 0, 0, 0, None)
-    gradients = (*map(as_given, ("q", "k", "v"), (dq, dk, dv)), dbias, none)
-    return gradients, (0, 0, 0, None, None)
+    of = ("q", "k", "v", "bias")[: 4 if given["bias_gradient"] else 3]
+    mapped = [as_given(name, x) for name, x in zip(of, gradients, strict=False)]
+    others = (*gradients[len(of) :], no_sinks)
+    return (*mapped, *others), (*(0 for _ in mapped), *(None for _ in others))
+
+
+def _call(
+    names: Sequence[str], info: Any, in_dims: Sequence[int | None], args: Sequence[Any]
+) -> _Call:
+    arguments, axes = (dict(zip(names, x, strict=True)) for x in (args, in_dims))
+    return _Call(info.batch_size, arguments, axes)

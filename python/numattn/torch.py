@@ -19,9 +19,10 @@ except ImportError as error:
     message = f"numattn.torch needs torch and ml_dtypes ({error}): pip install 'numattn[torch]'"
     raise ImportError(message) from error
 
-from . import _runtime, _torch_operator, _torch_passes
-from ._checks import ACCEPTED_DTYPES, check_layout, flag, refuse_kind, refuse_unknown
-from ._torch_passes import attend_rows_first, swapped
+from . import _runtime, _torch_operator
+from ._checks import ACCEPTED_DTYPES, check_layout, flag, refuse, refuse_kind, refuse_unknown
+from ._torch_function import Attention
+from ._torch_passes import GIVEN, attend_rows_first, swapped
 from ._torch_tensors import (
     BFLOAT16,
     DTYPES,
@@ -30,7 +31,9 @@ from ._torch_tensors import (
     array_of,
     has_tangent,
     is_recorded,
+    is_transformed,
     needs_gradient,
+    runs_alone,
     tensor_of,
     unfit,
 )
@@ -45,6 +48,8 @@ __all__ = ["attention", "scaled_dot_product_attention", "why_not"]
 
 # Before anybody puts ours in its place.
 _of_pytorch = torch._C._nn.scaled_dot_product_attention
+
+is_compiling, is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 
 DTYPE_NAMES = "one of " + ", ".join(ACCEPTED_DTYPES)
 
@@ -132,13 +137,13 @@ def scaled_dot_product_attention(
     True
     """
     if (
-        type(query) is type(key) is type(value) is torch.Tensor
+        not is_compiling()  # first: what follows cannot be recorded
+        and type(query) is type(key) is type(value) is torch.Tensor
         and dropout_p == 0.0
-        and not (attn_mask is not None and type(attn_mask) not in EAGER_TYPES)
-        and not is_recorded()
-        and not torch.is_autocast_enabled("cpu")
-        and not needs_gradient(query, key, value, attn_mask)
-        and not has_tangent(query, key, value, attn_mask)
+        and runs_alone()
+        and not (
+            is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        )
     ):
         out = _usual_call(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         if out is not None:
@@ -176,6 +181,8 @@ def _usual_call(
     if _runtime.attention_common is None:
         return None
     mask = bias = None
+    if attn_mask is not None and (type(attn_mask) is not torch.Tensor or attn_mask.requires_grad):
+        return None
     try:
         if query.dtype is torch.bfloat16:
             q = query.view(torch.int16).numpy().view(BFLOAT16)
@@ -517,25 +524,22 @@ def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: _Options, returns_lse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the result, and the log-sum-exp if it is wanted."""
-    records = is_recorded() or type(q) not in EAGER_TYPES
-    if options["dropout"] > 0 and options["rng"] is None:
+    is_eager = type(q) in EAGER_TYPES and not is_recorded()
+    dropout = options["dropout"]
+    if isinstance(dropout, (int, float)) and dropout > 0 and options["rng"] is None:
         seed = torch.randint(2**63 - 1, (), device="cpu")
-        options = {**options, "rng": seed if records else int(seed)}
-    if records:
-        return _torch_operator.attend(q, k, v, options)
+        options = {**options, "rng": int(seed) if is_eager else seed}
     for name in _TENSOR_LIKE:
         if isinstance(options[name], torch.Tensor):
             _check_fits(name, options[name])
-    bias, sinks = options["bias"], options["sinks"]
-    if needs_gradient(q, k, v, bias, sinks):
-        names = ("bias", "sinks", "mask", "tail_mask")
-        tensors = (_as_tensor(options[name]) for name in names)
-        others = {name: _as_array(options[name]) for name in _torch_passes.OPTIONS}
-        return _torch_passes.Attention.apply(q, k, v, *tensors, others)  # type: ignore[no-any-return]
+    if not is_eager or needs_gradient(q, k, v, options["bias"], options["sinks"]):
+        run = Attention.apply if is_eager or is_transformed() else _torch_operator.attention
+        out, _, lse = run(q, k, v, *_as_given(options), torch.is_grad_enabled())
+        return out, lse
+    arrays = {name: _as_array(x) for name, x in options.items()}
     result = attend_rows_first(
-        array_of(q), array_of(k), array_of(v), **{n: _as_array(x) for n, x in options.items()},
-        return_lse=returns_lse,
-    )  # fmt: skip
+        array_of(q), array_of(k), array_of(v), **arrays, return_lse=returns_lse
+    )
     if returns_lse:
         return tensor_of(result[0]), tensor_of(result[1])
     return tensor_of(result), None
@@ -547,13 +551,41 @@ def _check_fits(name: str, x: object) -> None:
         refuse_kind(name, seen, "a plain tensor of PyTorch on the CPU")
 
 
+def _as_array(x: Any) -> Any:
+    """Return an array for a tensor, all else as it is."""
+    return array_of(x) if isinstance(x, torch.Tensor) else x
+
+
+def _as_given(options: _Options) -> list[Any]:
+    """Return the options in the order of `GIVEN`, in the kinds that operators take."""
+    window = (None, None) if options["window"] is None else options["window"]
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        refuse("window", repr(window), "two sides, (left, right)")
+    given = {
+        **options,
+        **{name: _as_tensor(options[name]) for name in _TENSOR_LIKE},
+        "seed": _seed(options["rng"]),
+        "window_left": window[0],
+        "window_right": window[1],
+    }
+    return [given[name] for name in GIVEN]
+
+
 def _as_tensor(x: Any) -> torch.Tensor | None:
     if x is None or isinstance(x, torch.Tensor):
         return x
+    if isinstance(x, (int, torch.SymInt)):
+        return torch.scalar_tensor(x, dtype=torch.int64)
+    if isinstance(x, (list, tuple)) and torch.compiler.is_compiling():
+        # Numbers of Python are float64 in numattn.
+        is_float = any(isinstance(number, float) for number in x)
+        return torch.tensor(x, dtype=torch.float64 if is_float else None)
     array = np.asarray(x)
     return tensor_of(array if array.flags.writeable else array.copy())
 
 
-def _as_array(x: Any) -> Any:
-    """Return an array for a tensor, all else as it is."""
-    return array_of(x) if isinstance(x, torch.Tensor) else x
+def _seed(rng: Any) -> torch.Tensor | None:
+    """Return a seed as a tensor, whose ints have a sign."""
+    if rng is None or isinstance(rng, torch.Tensor):
+        return rng
+    return torch.scalar_tensor(rng - 2**64 if rng >= 2**63 else rng, dtype=torch.int64)

@@ -49,7 +49,8 @@ __all__ = ["attention", "scaled_dot_product_attention", "why_not"]
 # Before anybody puts ours in its place.
 _of_pytorch = torch._C._nn.scaled_dot_product_attention
 
-is_compiling, is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+is_compiling = torch.compiler.is_compiling
+_INT16 = np.dtype(np.int16)
 
 DTYPE_NAMES = "one of " + ", ".join(ACCEPTED_DTYPES)
 
@@ -141,13 +142,22 @@ def scaled_dot_product_attention(
         and type(query) is type(key) is type(value) is torch.Tensor
         and dropout_p == 0.0
         and runs_alone()
-        and not (
-            is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        )
     ):
-        out = _usual_call(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-        if out is not None:
-            return out
+        mask = bias = None
+        is_usual = not (enable_gqa and query.ndim < 3)
+        if attn_mask is not None:
+            is_usual = is_usual and isinstance(attn_mask, torch.Tensor) and attn_mask.ndim > 1
+        if is_usual and attn_mask is not None:
+            # All axes are there, so that none is taken for another.
+            full = _with_axes(attn_mask, query.ndim)
+            mask, bias = (full, None) if attn_mask.dtype is torch.bool else (None, full)
+        if is_usual:
+            out = _usual_call(
+                query, key, value, mask, None, bias, is_causal, 0 if is_causal else None, None,
+                scale, None, None, None, None, None, "bhld", False, None, enable_gqa,
+            )  # fmt: skip
+            if out is not None:
+                return out  # type: ignore[no-any-return]
     reason = why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
         if strict:
@@ -161,9 +171,7 @@ def scaled_dot_product_attention(
     query, key, value = _broadcast(*map(_after_autocast, (query, key, value)), enable_gqa)
     mask = bias = None
     if attn_mask is not None:
-        # All axes are there, so that none is taken for another.
-        axes = max(query.ndim, key.ndim, value.ndim)
-        full = _after_autocast(attn_mask)[(None,) * (axes - attn_mask.ndim)]
+        full = _with_axes(_after_autocast(attn_mask), max(query.ndim, key.ndim, value.ndim))
         mask, bias = (full, None) if full.dtype == torch.bool else (None, full)
     options = {
         "mask": mask, "bias": bias, "is_causal": is_causal, "scale": scale, "dropout": dropout_p,
@@ -171,50 +179,6 @@ def scaled_dot_product_attention(
     }  # fmt: skip
     out, _ = _attend(query, key, value, _DEFAULTS | options)
     return out
-
-
-def _usual_call(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None,
-    is_causal: bool, scale: float | None, enable_gqa: bool,
-) -> torch.Tensor | None:  # fmt: skip
-    """Compute a call without gradients, dropout and broadcasting at little cost, or return None."""
-    if _runtime.attention_common is None:
-        return None
-    mask = bias = None
-    if attn_mask is not None and (type(attn_mask) is not torch.Tensor or attn_mask.requires_grad):
-        return None
-    try:
-        if query.dtype is torch.bfloat16:
-            q = query.view(torch.int16).numpy().view(BFLOAT16)
-            k = key.view(torch.int16).numpy().view(BFLOAT16)
-            v = value.view(torch.int16).numpy().view(BFLOAT16)
-        else:
-            q, k, v = query.numpy(), key.numpy(), value.numpy()
-        if attn_mask is not None:
-            pairs = array_of(attn_mask)
-            if not 2 <= pairs.ndim <= q.ndim:
-                return None
-            pairs = pairs[(None,) * (q.ndim - pairs.ndim)]
-            mask, bias = (pairs, None) if attn_mask.dtype is torch.bool else (None, pairs)
-    except (RuntimeError, TypeError):  # it is for `why_not` to say what is the matter
-        return None
-    layout = "bhld"
-    if q.ndim > 2 and k.ndim > 2:
-        heads, key_heads = q.shape[-3], k.shape[-3]
-        if key_heads not in (heads, 1) and not enable_gqa:
-            return None
-        if heads > 1 and q.shape[-2] > 1:
-            q, k, v = swapped(q), swapped(k), swapped(v)
-            layout = "blhd"
-    elif enable_gqa:
-        return None
-    out = _runtime.attention_common(
-        q, k, v, mask, None, bias, is_causal, 0 if is_causal else None, None, scale, None, None,
-        None, None, None, layout, False, None, None, None, None, 0.0, None,
-    )  # fmt: skip
-    if out is None:
-        return None
-    return tensor_of(out if layout == "bhld" else out.swapaxes(-3, -2))
 
 
 def why_not(
@@ -492,6 +456,19 @@ kv_lengths, q_lengths, layout, num_threads
     """
     if unknown:
         refuse_unknown("numattn.torch.attention", unknown)
+    if (
+        not is_compiling()
+        and type(q) is type(k) is type(v) is torch.Tensor
+        and rng is None
+        and dropout == 0.0
+        and runs_alone()
+    ):
+        result = _usual_call(
+            q, k, v, mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap,
+            alibi_slopes, sinks, kv_lengths, q_lengths, layout, return_lse, num_threads, True,
+        )  # fmt: skip
+        if result is not None:
+            return result  # type: ignore[no-any-return]
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_fits(name, x)
         if x.dtype not in DTYPES:
@@ -518,6 +495,100 @@ kv_lengths, q_lengths, layout, num_threads
         returns_lse,
     )  # fmt: skip
     return (out, lse) if returns_lse else out
+
+
+def _with_axes(mask: torch.Tensor, ndim: int) -> torch.Tensor:
+    return mask if mask.ndim >= ndim else mask[(None,) * (ndim - mask.ndim)]
+
+
+def _usual_call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, tail_mask: Any, bias: Any,
+    is_causal: Any, q_offset: Any, window: Any, scale: Any, softcap: Any, alibi_slopes: Any,
+    sinks: Any, kv_lengths: Any, q_lengths: Any, layout: str, return_lse: Any, num_threads: Any,
+    shares_heads: bool,
+) -> Any:  # fmt: skip
+    """Compute a call that `attention_common` takes, at little cost; return None for others.
+
+    `shares_heads`: whether several query heads may share one of several heads of k and v.
+    """
+    common = _runtime.attention_common
+    if common is None:
+        return None
+    q_: Any
+    is_bfloat16 = q.dtype is torch.bfloat16
+    try:
+        if is_bfloat16:
+            # Views of ints forget gradients, where `numpy` itself would refuse.
+            if q.requires_grad or k.requires_grad or v.requires_grad:
+                return None
+            int16 = torch.int16
+            q_ = q.view(int16).numpy().view(BFLOAT16)
+            k_ = k.view(int16).numpy().view(BFLOAT16)
+            v_ = v.view(int16).numpy().view(BFLOAT16)
+        else:
+            q_, k_, v_ = q.numpy(), k.numpy(), v.numpy()
+        if mask is not None:
+            mask = _usual(mask)
+        if tail_mask is not None:
+            tail_mask = _usual(tail_mask)
+        if bias is not None:
+            bias = _usual(bias)
+        if sinks is not None:
+            sinks = _usual_numbers(sinks)
+        if alibi_slopes is not None:
+            alibi_slopes = _usual_numbers(alibi_slopes)
+        if q_offset is not None:
+            q_offset = _usual(q_offset)
+        if kv_lengths is not None:
+            kv_lengths = _usual(kv_lengths)
+        if q_lengths is not None:
+            q_lengths = _usual(q_lengths)
+    except (RuntimeError, TypeError):  # which others explain
+        return None
+    rows_first = False
+    q_shape, k_shape = q_.shape, k_.shape
+    if layout == "bhld" and len(q_shape) > 2 and len(k_shape) > 2:
+        heads = q_shape[-3]
+        if not shares_heads and k_shape[-3] not in (heads, 1):
+            return None
+        rows_first = heads > 1 and q_shape[-2] > 1 and v_.ndim > 2
+        if rows_first:
+            layout = "blhd"
+            q_, k_, v_ = q_.swapaxes(-3, -2), k_.swapaxes(-3, -2), v_.swapaxes(-3, -2)
+    result = common(
+        q_, k_, v_, mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap,
+        alibi_slopes, sinks, kv_lengths, q_lengths, layout, return_lse, None, num_threads, None,
+        None, 0.0, None,
+    )  # fmt: skip
+    if result is None:
+        return None
+    out = result[0] if return_lse else result
+    if rows_first:
+        out = out.swapaxes(-3, -2)
+    if is_bfloat16:
+        out = torch.from_numpy(out.view(_INT16)).view(torch.bfloat16)
+    else:
+        out = torch.from_numpy(out)
+    if not return_lse:
+        return out
+    return out, torch.from_numpy(result[1].swapaxes(-2, -1) if rows_first else result[1])
+
+
+def _usual(x: Any) -> Any:
+    """Return an array for a tensor without a gradient, all else as it is."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    if type(x) is not torch.Tensor or x.requires_grad:
+        raise TypeError
+    if x.dtype is torch.bfloat16:
+        return x.view(torch.int16).numpy().view(BFLOAT16)
+    return x.numpy()
+
+
+def _usual_numbers(x: Any) -> Any:
+    """Return what `attention_common` takes of numbers of heads: nothing of 16 bits."""
+    is_wide = not isinstance(x, torch.Tensor) or x.element_size() > 2 or x.requires_grad
+    return _usual(x if is_wide else x.float())
 
 
 def _attend(

@@ -1,6 +1,7 @@
 """Promise: `numattn.torch` computes on tensors what PyTorch's function means, and `attention`.
 
-Gradients and what records or transforms programs are in `test_torch_transforms.py`.
+Gradients are in `test_torch_gradients.py`, and programs that are recorded or transformed in
+`test_torch_programs.py`.
 """
 
 import doctest
@@ -223,9 +224,13 @@ def left_to_pytorch():
         "two axes in groups": ((q[0, 0],) * 3, {"enable_gqa": True}, "3 axes with enable_gqa"),
         "3 of 4 heads": ((q, k[:, :3], v[:, :3]), {"enable_gqa": True}, "divide the query's"),
         "4 and 2 heads": ((q, k, v[:, :2]), {"enable_gqa": True}, "as many heads of key as"),
-        "a mask of one axis": ((q, k, v, mask[0]), {}, r"attn_mask: got shape \(9,\), .*two axes"),
-        "a mask too wide": ((q, k, v, torch.randn(3, 2, 4, 5, 9)), {}, "attn_mask: got shape"),
-        "a mask too long": ((q, k, v, torch.randn(5, 8)), {}, r"broadcasts to \(2, 4, 5, 9\)"),
+        "a mask of one axis": ((q, k, v, mask[0]), {}, r"shapes \(9,\), .*two axes"),
+        "a mask too wide": ((q, k, v, torch.randn(3, 2, 4, 5, 9)), {}, "attn_mask, query"),
+        "a mask too long": (
+            (q, k, v, torch.randn(5, 8)),
+            {},
+            r"\(5, 8\), \(2, 4, 5, 8\).*to \(\.\.\., Lq, Lk\)",
+        ),
         "a mask of ints": ((q, k, v, mask.int()), {}, "attn_mask: got dtype torch.int32, .* bool"),
         "a mask in float64": ((q, k, v, mask.double()), {}, "attn_mask: got dtype torch.float64"),
         "a mask elsewhere": ((q, k, v, mask.to("meta")), {}, "attn_mask: got a tensor on meta"),
@@ -358,8 +363,8 @@ def test_the_same_bits_as_numattn(name, torch_dtype):
         assert_same_bits(out, wanted)
         assert_same_bits(lse, wanted_lse)
         assert_same_bits(attention(*given, **options, layout=layout), wanted)
-        # With gradients all that differs by head or item becomes a tensor, and what is of 16 bits is
-        # computed as for a result of float32.
+        # With gradients all that differs by head or item becomes a tensor, and what is of 16 bits
+        # is computed as for a result of float32.
         if q.element_size() == 2:
             of_float32 = np.empty(wanted.shape, np.float32)
             _, wanted_lse = na.attention(
@@ -403,30 +408,39 @@ def test_signature_is_pytorch_s():
     assert list(inspect.signature(why_not).parameters) == list(ours)[:-1]
 
 
-def test_errors_say_what_came_and_what_to_pass():
-    q, k, v = tensors(2, 4, 5, 8, lk=9)
-    grad = q.clone().requires_grad_()
-    for first in (q, grad):
-        for error, match, arguments, options in [
-            (TypeError, "k: got ndarray, expected a plain tensor", (first, k.numpy(), v), {}),
-            (TypeError, "q: got a tensor on meta, expected", (first.to("meta"), k, v), {}),
-            (TypeError, "v: got a Subclass, a sub", (first, k, v.as_subclass(Subclass)), {}),
-            (TypeError, "q: got dtype torch.int64, expected one of float16", (q.long(), k, v), {}),
-            (TypeError, "q float32, k float64, v float32", (first, k.double(), v), {}),
-            (ValueError, r"head_dim 4, expected 8 .*k \(2, 4, 9, 4\)", (first, k[..., :4], v), {}),
-            (TypeError, "mask: got dtype float32, ex", (first, k, v), {"mask": torch.ones(5, 9)}),
-            (TypeError, "mask: got a tensor on", (first, k, v), {"mask": torch.ones(5, 9).to("meta")}),
-            (ValueError, r"bias: got shape \(5, 8\)", (first, k, v), {"bias": torch.ones(5, 8)}),
-            (ValueError, "window: got ", (first, k, v), {"window": (1, 2, 3)}),
-            (ValueError, "layout: got 'lbhd'", (first, k, v), {"layout": "lbhd"}),
-            (ValueError, "kv_lengths: got 10 at", (first, k, v), {"kv_lengths": torch.tensor([10, 1])}),
-            (ValueError, "dropout: got 1.5", (first, k, v), {"dropout": 1.5}),
-            (TypeError, "dropout: got 'a'", (first, k, v), {"dropout": "a"}),
-            (TypeError, r"attention\(\) got .*attn_mask.*`mask=`", (first, k, v), {"attn_mask": None}),
-            (TypeError, "return_lse: got 1", (first, k, v), {"return_lse": 1}),
-        ]:  # fmt: skip
-            with pytest.raises(error, match=match):
-                attention(*arguments, **options)
+ELSEWHERE = torch.ones(5, 9, device="meta")
+BAD = [
+    ({"k": np.ones((2, 4, 9, 8))}, TypeError, "k: got ndarray, expected a plain tensor"),
+    ({"q": torch.ones(2, 4, 5, 8).to("meta")}, TypeError, "q: got a tensor on meta, expected"),
+    ({"v": torch.ones(2, 4, 9, 8).as_subclass(Subclass)}, TypeError, "v: got a Subclass, a sub"),
+    ({"q": torch.ones(2, 4, 5, 8).long()}, TypeError, "q: got dtype torch.int64, .* float16"),
+    ({"k": torch.ones(2, 4, 9, 8).double()}, TypeError, "q float32, k float64, v float32"),
+    ({"k": torch.ones(2, 4, 9, 4)}, ValueError, r"head_dim 4, expected 8 .*k \(2, 4, 9, 4\)"),
+    ({"mask": torch.ones(5, 9)}, TypeError, "mask: got dtype float32, expected bool"),
+    ({"mask": ELSEWHERE}, TypeError, "mask: got a tensor on meta, expected a plain tensor"),
+    ({"bias": torch.ones(5, 8)}, ValueError, r"bias: got shape \(5, 8\)"),
+    ({"bias": torch.ones(5, 9).double()}, TypeError, "bias: got dtype float64"),
+    ({"window": (1, 2, 3)}, ValueError, "window: got "),
+    ({"window": 3}, TypeError, "window: got 3"),
+    ({"layout": "lbhd"}, ValueError, "layout: got 'lbhd'"),
+    ({"kv_lengths": torch.tensor([10, 1])}, ValueError, r"kv_lengths: got 10 at \(0,\)"),
+    ({"dropout": 1.5}, ValueError, "dropout: got 1.5"),
+    ({"dropout": "a"}, TypeError, "dropout: got 'a'"),
+    ({"dropout": 0.5, "rng": -1}, ValueError, "rng: got -1"),
+    ({"is_causal": 1}, TypeError, "is_causal: got 1"),
+    ({"scale": "a"}, TypeError, "scale: got 'a'"),
+    ({"num_threads": 0}, ValueError, "num_threads: got 0"),
+    ({"return_lse": 1}, TypeError, "return_lse: got 1"),
+    ({"attn_mask": None}, TypeError, r"attention\(\) got .*'attn_mask'; .*`mask=`"),
+]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(("changed", "error", "message"), BAD, ids=[str([*b[0]]) for b in BAD])
+def test_errors_say_what_came_and_what_to_pass(changed, error, message, requires_grad):
+    q, k, v = (x.requires_grad_(requires_grad) for x in tensors(2, 4, 5, 8, lk=9))
+    with pytest.raises(error, match=message):
+        attention(**{"q": q, "k": k, "v": v, **changed})
 
 
 # ---- memory --------------------------------------------------------------------------------------

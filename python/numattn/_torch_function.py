@@ -34,8 +34,8 @@ def differentiate(
     """Return a gradient for each argument of `_torch_passes.forward`, in its order."""
     if not ctx.keeps:
         raise RuntimeError(
-            "numattn::attention: got a gradient of a call with keeps=False, as it is recorded under "
-            "torch.no_grad(); expected keeps=True, as it is recorded outside of it"
+            "numattn::attention: got a gradient of a call with keeps=False, which is recorded "
+            "under torch.no_grad(); expected keeps=True, which is recorded outside of it"
         )
     q, k, v, kept, lse, *tensors = ctx.saved_tensors
     given = {**ctx.others, **dict(zip(ctx.tensors, tensors, strict=True))}

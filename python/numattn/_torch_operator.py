@@ -1,5 +1,7 @@
-"""Attention and its backward pass as operators of PyTorch's library, for programs that are recorded:
-`torch.compile` and `torch.export`."""
+"""Attention and its backward pass as operators of PyTorch's library.
+
+Programs that are recorded, by `torch.compile` and `torch.export`, have these in them.
+"""
 
 from __future__ import annotations
 

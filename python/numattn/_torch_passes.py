@@ -93,22 +93,22 @@ def forward(
     Of 16-bit tensors the backward pass reads the result in float32, before it is rounded, if
     `keeps`. Of others it reads the result itself, and the second tensor is empty.
     """
-    arrays = tuple(map(array_of, (q, k, v)))
+    q_, k_, v_ = array_of(q), array_of(k), array_of(v)
     options = _options(given)
     layout = given[GIVEN.index("layout")]
     if keeps and q.element_size() == 2:
-        is_swapped = puts_rows_first(layout, *arrays)
+        is_swapped = puts_rows_first(layout, q_, k_, v_)
         if is_swapped:
-            arrays, layout = tuple(map(swapped, arrays)), "blhd"
-        kept = np.empty(result_shape(*arrays, layout), np.float32)
-        _, lse = attention(*arrays, **options, layout=layout, return_lse=True, out=kept)
+            q_, k_, v_, layout = swapped(q_), swapped(k_), swapped(v_), "blhd"
+        kept = np.empty(result_shape(q_, k_, v_, layout), np.float32)
+        _, lse = attention(q_, k_, v_, **options, layout=layout, return_lse=True, out=kept)
         if is_swapped:
             kept, lse = swapped(kept), lse.swapaxes(-2, -1)
         of_float32 = tensor_of(kept)
         return of_float32.to(q.dtype), of_float32, tensor_of(lse)
-    out, lse = attend_rows_first(*arrays, **options, layout=layout, return_lse=True)
-    lse = tensor_of(lse)
-    return tensor_of(out), lse.new_empty(0), lse
+    out, lse = attend_rows_first(q_, k_, v_, layout=layout, return_lse=True, **options)
+    nothing = tensor_of(np.empty(0, lse.dtype))
+    return tensor_of(out), nothing, tensor_of(lse)
 
 
 def backward(
@@ -118,15 +118,18 @@ def backward(
     """Return the gradients of q, k, v, the bias and the sinks; empty ones where there is none."""
     options = _options(given)
     layout = given[GIVEN.index("layout")]
-    arrays = tuple(map(array_of, (dout, q, k, v, kept)))
-    rows = [None if x is None else array_of(x) for x in (lse, dlse)]
+    arrays = [array_of(x) for x in (dout, q, k, v, kept)]
+    lse_, dlse_ = array_of(lse), None if dlse is None else array_of(dlse)
     is_swapped = puts_rows_first(layout, *arrays)
     if is_swapped:
-        arrays, layout = tuple(map(swapped, arrays)), "blhd"
-        rows = [None if x is None else x.swapaxes(-2, -1) for x in rows]
+        arrays, layout = [swapped(x) for x in arrays], "blhd"
+        lse_ = lse_.swapaxes(-2, -1)
+        dlse_ = None if dlse_ is None else dlse_.swapaxes(-2, -1)
+    dout_, q_, k_, v_, kept_ = arrays
     gradients = attention_backward(
-        *arrays, rows[0], dlse=rows[1], bias_gradient=bias_gradient, **options, layout=layout
-    )
+        dout_, q_, k_, v_, kept_, lse_, dlse=dlse_, bias_gradient=bias_gradient, layout=layout,
+        **options,
+    )  # fmt: skip
 
     def tensor(x: Array | None, rows_first: bool = False) -> torch.Tensor:
         if x is None:

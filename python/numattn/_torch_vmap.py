@@ -49,7 +49,8 @@ class _Batches:
         self.batch_axes = max(*ndims, 3) - 3
 
     def ndim(self, name: str) -> int:
-        return self.call.arguments[name].ndim - (self.call.axes[name] is not None)
+        ndim: int = self.call.arguments[name].ndim
+        return ndim - (self.call.axes[name] is not None)
 
     def in_front(self, name: str, ndim: int, *, expands: bool) -> torch.Tensor | None:
         """Return an argument with at least `ndim` axes after the first one.

@@ -97,7 +97,7 @@ wheels = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/wheels.py
 test-models: $(BUILT) $(VENV)/group-test $(VENV)/group-models $(VENV)/demo
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest $(addprefix tests/test_,\
 	  block.py layer.py layer_16_bits.py layer_gradients.py layer_options.py onnx.py porting.py \
-	  rotary.py)
+	  rotary.py torch.py torch_gradients.py torch_programs.py)
 
 test-slow: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest -m slow

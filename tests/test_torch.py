@@ -22,6 +22,7 @@ import torch.nn.functional as F  # noqa: E402
 from numattn import torch as adapter  # noqa: E402
 from numattn.torch import attention, scaled_dot_product_attention, why_not  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.nn.attention.bias import causal_lower_right  # noqa: E402
 from torch_calls import array, assert_close, math_attention, tensors  # noqa: E402
 
 PAGE = Path(__file__).parent.parent / "docs/torch.rst"
@@ -233,6 +234,11 @@ def left_to_pytorch():
         ),
         "a mask of ints": ((q, k, v, mask.int()), {}, "attn_mask: got dtype torch.int32, .* bool"),
         "a mask in float64": ((q, k, v, mask.double()), {}, "attn_mask: got dtype torch.float64"),
+        "a mask that is an object": (
+            (q, k, v, causal_lower_right(5, 9)),
+            {},
+            "attn_mask: got a CausalBias, a subclass",
+        ),
         "a mask elsewhere": ((q, k, v, mask.to("meta")), {}, "attn_mask: got a tensor on meta"),
         "all dropped": ((q, k, v), {"dropout_p": 1.0}, "dropout_p: got 1.0, .*0 to 1, without 1"),
         "negative share": ((q, k, v), {"dropout_p": -0.5}, "dropout_p: got -0.5"),
@@ -308,6 +314,15 @@ def test_in_the_place_of_pytorch_s_function(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", ours)
     assert_close(layer(x), expected, torch.float32)
     assert used == [None]
+    with torch.no_grad():  # where PyTorch's layer has a fast path of its own
+        assert_close(layer.eval()(x), expected, torch.float32)
+        assert used == [None]
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            assert_close(layer(x), expected, torch.float32)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        assert used == [None, None]
     with pytest.raises(RuntimeError, match="at least 2 dimensional"):  # of PyTorch, once
         F.scaled_dot_product_attention(x[0, 0], x[0, 0], x[0, 0])
 
@@ -498,6 +513,12 @@ def test_parameters_and_inference_mode(calls):
     with torch.no_grad():
         assert torch.equal(scaled_dot_product_attention(q, k, v), expected)
         assert torch.equal(attention(q, k, v), expected)
+    sinks = torch.nn.Parameter(torch.randn(4).bfloat16())
+    bias = torch.nn.Parameter(torch.randn(5, 5))
+    before = len(calls)
+    with torch.no_grad():  # as models have them
+        attention(q.data, k.data, v.data, bias=bias, sinks=sinks)
+    assert len(calls) == before + 1
     with torch.inference_mode():
         assert torch.equal(scaled_dot_product_attention(q.data, k.data, v.data), expected)
         assert torch.equal(scaled_dot_product_attention(q, k, v), expected)
@@ -515,6 +536,16 @@ def test_merging_heads_copies_nothing(shape, requires_grad, torch_dtype):
             merged = rows_first.reshape(*rows_first.shape[:-2], -1)
             assert merged.data_ptr() == out.data_ptr()
             assert merged.is_contiguous()
+
+
+def test_the_default_device_changes_nothing():
+    q, k, v = tensors(2, 4, 5, 8)
+    options = {"is_causal": True, "dropout": 0.5, "rng": 7, "kv_lengths": [5, 3], "q_offset": 0}
+    expected = attention(q, k, v, **options)
+    with torch.device("meta"):
+        out = attention(q.requires_grad_(), k, v, **options)
+        scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.5).sum().backward()
+    assert torch.equal(out, expected)
 
 
 def test_results_may_be_written_to_and_outlive_their_inputs():

@@ -408,6 +408,16 @@ def test_second_derivatives_of_functions_are_refused():
         grad(first)(q)
 
 
+def test_gradients_of_functions_inside_compiled_programs_are_refused():
+    q, k, v = tensors(2, 4, 5, 8)
+
+    def call(q):
+        return grad(lambda x: scaled_dot_product_attention(x, k, v).sum())(q)
+
+    with pytest.raises(Exception, match="setup_context"):
+        compiled(call)(q)
+
+
 def test_mapped_dropout():
     q, k, v = (torch.stack([x] * 3) for x in tensors(2, 4, 5, 8))
 

@@ -113,11 +113,10 @@ def usual_call(
 
 
 def _usual(x: Any) -> Any:
-    """Return an array for a tensor without a gradient, all else as it is."""
+    """Return an array for a plain tensor that needs no gradient, all else as it is."""
     if not isinstance(x, torch.Tensor):
         return x
-    if type(x) is not torch.Tensor or x.requires_grad:
-        raise TypeError
+    x = _without_gradient(x)
     if x.dtype is torch.bfloat16:
         return x.view(torch.int16).numpy().view(BFLOAT16)
     return x.numpy()
@@ -125,8 +124,16 @@ def _usual(x: Any) -> Any:
 
 def _usual_numbers(x: Any) -> Any:
     """Return what `attention_common` takes of numbers of heads: nothing of 16 bits."""
-    is_wide = not isinstance(x, torch.Tensor) or x.element_size() > 2 or x.requires_grad
-    return _usual(x if is_wide else x.float())
+    if not isinstance(x, torch.Tensor):
+        return x
+    x = _without_gradient(x)
+    return (x.float() if x.element_size() == 2 else x).numpy()
+
+
+def _without_gradient(x: torch.Tensor) -> torch.Tensor:
+    if type(x) not in EAGER_TYPES or (x.requires_grad and torch.is_grad_enabled()):
+        raise TypeError
+    return x.detach() if x.requires_grad else x
 
 
 def call(
@@ -193,7 +200,7 @@ def _as_tensor(x: Any, q: torch.Tensor) -> torch.Tensor | None:
     if isinstance(x, (list, tuple)) and torch.compiler.is_compiling():
         # Numbers of Python are float64 in numattn.
         is_float = any(isinstance(number, float) for number in x)
-        return torch.tensor(x, dtype=torch.float64 if is_float else None)
+        return torch.tensor(x, dtype=torch.float64 if is_float else None, device="cpu")
     array = np.asarray(x)
     return tensor_of(array if array.flags.writeable else array.copy())
 
@@ -212,4 +219,4 @@ def _int_tensor(x: Any, q: torch.Tensor) -> torch.Tensor:
     """Return an int as a tensor; a fake one beside fake ones, also where their mode is over."""
     if isinstance(q, FakeTensor):
         return q.new_full((), x, dtype=torch.int64)
-    return torch.scalar_tensor(x, dtype=torch.int64)
+    return torch.scalar_tensor(x, dtype=torch.int64, device="cpu")

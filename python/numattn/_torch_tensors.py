@@ -31,9 +31,10 @@ def array_of(x: torch.Tensor) -> Array:
         x = x.detach()
     if x.is_neg():  # a view whose sign has yet to be changed
         x = x.resolve_neg()
-    if x.dtype is torch.bfloat16:  # which `Tensor.numpy` does not know
-        return x.view(torch.int16).numpy().view(BFLOAT16)
-    return x.numpy()  # type: ignore[no-any-return]
+    # `Tensor.numpy` does not know bfloat16.
+    is_bfloat16 = x.dtype is torch.bfloat16
+    array: Array = x.view(torch.int16).numpy() if is_bfloat16 else x.numpy()
+    return array.view(BFLOAT16) if is_bfloat16 else array
 
 
 def tensor_of(x: Array) -> torch.Tensor:

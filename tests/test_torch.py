@@ -297,8 +297,13 @@ def test_forward_mode_is_left_to_pytorch():
         assert "derivatives in forward mode" in why_not(dual, k, v)
         out = scaled_dot_product_attention(dual, k, v)
         assert torch.autograd.forward_ad.unpack_dual(out).tangent is not None
-        with pytest.raises(TypeError, match="q, k, v: got derivatives in forward mode"):
+        with pytest.raises(
+            TypeError, match="q, k, v, bias, sinks: got derivatives in forward mode"
+        ):
             attention(dual, k, v)
+        bias = torch.autograd.forward_ad.make_dual(torch.ones(5, 5), torch.ones(5, 5))
+        with pytest.raises(TypeError, match="got derivatives in forward mode"):
+            attention(q, k, v, bias=bias)
 
 
 def test_in_the_place_of_pytorch_s_function(monkeypatch):
@@ -588,7 +593,7 @@ def test_dropout_drops_its_share():
     assert_close(kept, torch.full_like(kept, 1 / 200 / 0.7), torch.float32)
 
 
-def test_threads(calls, monkeypatch):
+def test_threads(calls):
     q, k, v = tensors(1, 2, 5, 8)
     attention(q, k, v, num_threads=3)
     attention(q, k, v)

@@ -112,7 +112,7 @@ def test_of_inputs_of_any_strides(is_expanded):
 @pytest.mark.parametrize("layout", ["bhld", "blhd"])
 @pytest.mark.parametrize("name", NUMATTN_OPTIONS)
 def test_of_every_option(name, layout):
-    """By differences of the results, those of lse, the bias and the sinks among them."""
+    """By differences of the results, lse, the bias and the sinks among the rest."""
     options = {**NUMATTN_OPTIONS[name], "layout": layout, "return_lse": True}
     q, k, v = tensors(2, 4, 5, 3, lk=9, kv_heads=2, **FLOAT64)
     if layout == "blhd":
@@ -151,6 +151,19 @@ def test_of_a_mask_that_both_dtypes_fit():
         mask = torch.randn(5, 9).to(dtype).requires_grad_()
         scaled_dot_product_attention(q, k, v, mask, strict=True).sum().backward()
         assert mask.grad.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("alibi_slopes", torch.ones(4)), ("scale", torch.tensor(0.5))]
+)
+def test_options_that_have_none_are_refused(name, value):
+    q, k, v = tensors(2, 4, 5, 8)
+    value = value.requires_grad_()
+    with pytest.raises(TypeError, match=rf"{name}: got a tensor that requires.*`{name}.detach"):
+        attention(q, k, v, **{name: value})
+    with torch.no_grad():
+        out = attention(q, k, v, **{name: value})
+    assert torch.equal(out, attention(q, k, v, **{name: value.detach()}))
 
 
 def test_of_lse_alone():

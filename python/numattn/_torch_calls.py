@@ -145,9 +145,12 @@ def call(
     if isinstance(dropout, (int, float)) and dropout > 0 and options["rng"] is None:
         seed = torch.randint(2**63 - 1, (), device="cpu")
         options = {**options, "rng": int(seed) if is_eager else seed}
-    for name in _TENSOR_LIKE:
-        if isinstance(options[name], torch.Tensor):
-            check_fits(name, options[name])
+    for name, x in options.items():
+        if isinstance(x, torch.Tensor):
+            check_fits(name, x)
+            if name not in ("bias", "sinks") and needs_gradient(x):
+                seen = "a tensor that requires a gradient"
+                refuse_kind(name, seen, f"`{name}.detach()`: there is no gradient of it")
     if not is_eager or needs_gradient(q, k, v, options["bias"], options["sinks"]):
         run = Attention.apply if is_eager or is_transformed() else _torch_operator.attention
         out, _, lse = run(q, k, v, *_as_given(options, q), torch.is_grad_enabled())

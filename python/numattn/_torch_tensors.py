@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 EAGER_TYPES = (torch.Tensor, torch.nn.Parameter)
-# What stands in for tensors while a program is recorded.
+# The latter two take the place of tensors while a program is recorded.
 _TYPES = (*EAGER_TYPES, FakeTensor, FunctionalTensor)
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -39,7 +39,7 @@ def array_of(x: torch.Tensor) -> Array:
 
 def tensor_of(x: Array) -> torch.Tensor:
     """Return a tensor over the memory of an array."""
-    if x.dtype is BFLOAT16:
+    if x.dtype == BFLOAT16:
         return torch.from_numpy(x.view(_INT16)).view(torch.bfloat16)
     return torch.from_numpy(x)
 
@@ -59,11 +59,12 @@ def unfit(x: object) -> str | None:
     return None
 
 
-def has_tangent(*tensors: torch.Tensor | None) -> bool:
-    """Whether forward-mode derivatives go through one of the tensors."""
+def has_tangent(*tensors: object) -> bool:
+    """Whether forward-mode derivatives go through one of these that are tensors."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
-    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    given = [x for x in tensors if isinstance(x, torch.Tensor)]
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in given)
 
 
 def is_transformed() -> bool:

@@ -35,7 +35,7 @@ __all__ = ["attention", "scaled_dot_product_attention", "why_not"]
 # Before anybody puts ours in its place.
 _of_pytorch = torch._C._nn.scaled_dot_product_attention
 
-is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_compiling
 
 
 def scaled_dot_product_attention(
@@ -114,7 +114,7 @@ def scaled_dot_product_attention(
     True
     """
     if (
-        not is_compiling()  # first: what follows cannot be recorded
+        not _is_compiling()  # first: what follows cannot be recorded
         and type(query) is type(key) is type(value) is torch.Tensor
         and dropout_p == 0.0
         and runs_alone()
@@ -283,8 +283,9 @@ kv_lengths, q_lengths, layout, num_threads
 
     Notes
     -----
-    There are gradients with respect to `q`, `k`, `v`, `bias` and `sinks`, and of `lse` too. Under
-    autocast `q`, `k`, `v` and a `bias` are cast as PyTorch casts those of its own function.
+    There are gradients with respect to `q`, `k`, `v`, `bias` and `sinks`, and of `lse` too. Other
+    options that require a gradient are refused. Under
+    autocast `q`, `k`, `v` and a `bias` are cast as PyTorch casts the inputs of its own function.
 
     Examples
     --------
@@ -300,7 +301,7 @@ kv_lengths, q_lengths, layout, num_threads
     if unknown:
         refuse_unknown("numattn.torch.attention", unknown)
     if (
-        not is_compiling()
+        not _is_compiling()
         and type(q) is type(k) is type(v) is torch.Tensor
         and rng is None
         and dropout == 0.0
@@ -316,8 +317,9 @@ kv_lengths, q_lengths, layout, num_threads
         check_fits(name, x)
         if x.dtype not in DTYPES:
             refuse_kind(name, f"dtype {x.dtype}", DTYPE_NAMES)
-    if has_tangent(q, k, v):
-        refuse_kind("q, k, v", "derivatives in forward mode", "those in reverse mode (backward)")
+    if has_tangent(q, k, v, bias, sinks):
+        names = "q, k, v, bias, sinks"
+        refuse_kind(names, "derivatives in forward mode", "derivatives in reverse mode (backward)")
     check_layout(layout)
     returns_lse = flag("return_lse", return_lse)
     if torch.is_autocast_enabled("cpu"):

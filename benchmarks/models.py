@@ -1,0 +1,57 @@
+"""Models of transformers with numattn against PyTorch's attention: `make bench-models`.
+
+Each attention function runs in a process of its own, and they take turns in rounds: see rounds.py.
+The logits of all are compared first. Models are in model_peers.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from model_peers import BARS, CASES, PEERS, TOLERANCES
+from numattn._blas import restart_at_full_speed
+from rounds import describe_machine, measure, show
+
+BARS_THREADS = 2
+
+
+def main() -> None:
+    peers = list(PEERS)[1:]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[BARS_THREADS])
+    parser.add_argument("--isa", help="pin numattn to this level")
+    parser.add_argument("--cases", "--only", default="", help="a regular expression of their names")
+    parser.add_argument("--peers", nargs="*", choices=peers, default=peers)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("bench-results"))
+    arguments = parser.parse_args()
+    restart_at_full_speed()
+    cases = [case for case in CASES if re.search(arguments.cases, case.name)]
+    if not cases:
+        parser.error(f"no case matches {arguments.cases!r}")
+
+    machine = describe_machine(["torch", "transformers"])
+    print(machine)
+    print("model, threads, times as fast as with another attention function [the middle half of")
+    print("the rounds] (bars)")
+    rows = []
+    for threads in arguments.threads:
+        for case in cases:
+            row = measure(
+                case, arguments.peers, threads, arguments.isa, arguments.rounds, "model_peers",
+                TOLERANCES[case.dtype],
+            )  # fmt: skip
+            rows.append(row)
+            has_bars = threads == BARS_THREADS and not arguments.isa
+            show(row, BARS.get(case.name, {}) if has_bars else {}, width=34)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / "models.json"
+    path.write_text(json.dumps({"machine": machine, "cases": rows}, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

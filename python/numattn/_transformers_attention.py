@@ -1,0 +1,94 @@
+"""How attention of transformers is computed: chunks, dense masks, weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import torch as numattn_torch
+from ._stages import attention_weights
+from ._torch_tensors import array_of, tensor_of
+from ._transformers_masks import StructuredMask, is_traced
+
+if TYPE_CHECKING:
+    from ._transformers_structures import Chunks, Structure
+
+    Tensor = torch.Tensor
+
+
+def structure_of(mask: Tensor | None, q_length: int, kv_length: int) -> Structure | None:
+    """Return the structure of a mask if it is known, and one of as many queries and keys."""
+    if isinstance(mask, StructuredMask) and mask.shape[2:] == (q_length, kv_length):
+        return mask.structure()
+    return None
+
+
+def dense_mask_options(mask: Tensor, position_bias: Tensor | None) -> dict[str, Tensor | None]:
+    """Return a dense mask and a bias as options of `numattn.attention`."""
+    if isinstance(mask, StructuredMask):
+        mask = mask.dense()
+    if mask.dtype == torch.bool:
+        return {"mask": mask, "bias": position_bias}
+    return {"bias": mask if position_bias is None else position_bias + mask}
+
+
+def attend_in_chunks(
+    q: Tensor, k: Tensor, v: Tensor, structure: Structure, chunks: Chunks, options: dict[str, Any]
+) -> Tensor:
+    """Compute attention whose queries see the keys of their own chunk alone.
+
+    `q`, `k`, `v` and the result are (batch, length, heads, head_dim). Chunks of padded batch items
+    may begin elsewhere: then each item is computed by itself.
+    """
+    begins = set(chunks.begins.tolist())
+    together = len(begins) == 1
+    by_item = []
+    for number in range(1 if together else len(q)):
+        item = slice(None) if together else slice(number, number + 1)
+        of_item = []
+        pieces = chunks.pieces(number, structure.q_offset, q.shape[1], k.shape[1])
+        for rows, keys, q_offset in pieces:
+            padding = None if structure.padding is None else structure.padding[item, keys]
+            piece = structure._replace(q_offset=q_offset, padding=padding)
+            arrays = q[item, rows], k[item, keys], v[item, keys]
+            of_item.append(
+                numattn_torch.attention(*arrays, layout="blhd", **options, **piece.options())
+            )
+        by_item.append(torch.cat(of_item, dim=1))
+    return torch.cat(by_item)
+
+
+def only_seen_keys(k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the keys and values between the first and the last one that a mask leaves to anybody,
+    and cut the options: a static cache is not read beyond its tokens."""
+    mask, bias = options["mask"], options["bias"]
+    if is_traced(mask):
+        return k, v
+    seen = mask.numpy().reshape(-1, mask.shape[-1]).any(axis=0).nonzero()[0]
+    keys = slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0)
+    options["mask"] = None if mask[..., keys].all() else mask[..., keys]
+    if bias is not None and bias.shape[-1] != 1:
+        options["bias"] = bias[..., keys]
+    return k[:, keys], v[:, keys]
+
+
+class Weights(torch.autograd.Function):
+    """The weights of attention, which nothing can be differentiated through."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, options: dict[str, Any]) -> Tensor:
+        arrays = {
+            name: array_of(x) if isinstance(x, torch.Tensor) else x
+            for name, x in options.items()
+            if name != "dropout"
+        }
+        weights = attention_weights(array_of(q), array_of(k), layout="blhd", **arrays)
+        return tensor_of(weights).to(q.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            "attention weights of numattn have no gradient: use attn_implementation='eager' where "
+            "a loss depends on `attentions`"
+        )

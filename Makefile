@@ -11,7 +11,7 @@ export SKBUILD_CMAKE_DEFINE := CMAKE_COMPILE_WARNING_AS_ERROR=$(WERROR)
 SOURCES := $(shell find csrc python CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 
 .PHONY: all demo docs test test-parallel test-native sanitize emulate fuzz wheel test-wheels \
-  test-models test-slow lint format bench bench-sequences bench-layers bench-grid clean
+  test-models test-slow lint format bench bench-sequences bench-layers bench-models bench-grid clean
 all: $(BUILT)
 
 $(VENV)/created:
@@ -93,11 +93,12 @@ test-wheels: $(VENV)/group-wheel
 
 wheels = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/wheels.py
 
-# Against PyTorch, transformers and ONNX Runtime, which weigh some hundred megabytes.
+# Against PyTorch, transformers, ONNX Runtime, JAX and Keras, which weigh some hundred megabytes.
 test-models: $(BUILT) $(VENV)/group-test $(VENV)/group-models $(VENV)/demo
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest $(addprefix tests/test_,\
-	  block.py layer.py layer_16_bits.py layer_gradients.py layer_options.py onnx.py porting.py \
-	  rotary.py torch.py torch_gradients.py torch_programs.py)
+	  block.py documentation.py jax.py keras.py layer.py layer_16_bits.py layer_gradients.py \
+	  layer_options.py onnx.py porting.py rotary.py torch.py torch_gradients.py torch_programs.py \
+	  transformers.py)
 
 test-slow: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest -m slow
@@ -123,6 +124,9 @@ bench-sequences: $(BUILT) $(VENV)/bench
 
 bench-layers: $(BUILT) $(VENV)/bench $(VENV)/demo
 	$(BIN)/python benchmarks/layers.py $(ARGS)
+
+bench-models: $(BUILT) $(VENV)/bench
+	$(BIN)/python benchmarks/models.py $(ARGS)
 
 bench-grid: $(BUILT) $(VENV)/group-test
 	$(BIN)/python benchmarks/grid.py $(ARGS)

@@ -20,7 +20,7 @@ rst_prolog = ".. currentmodule:: numattn\n"
 autodoc_preserve_defaults = True  # np.float32, not its repr
 autodoc_typehints = "none"  # docstrings say it shorter
 autodoc_member_order = "bysource"
-autodoc_mock_imports = ["torch"]  # which the site is built without
+autodoc_mock_imports = ["torch", "transformers"]  # which the site is built without
 add_module_names = False
 numpydoc_show_class_members = False  # reference.rst lists them
 

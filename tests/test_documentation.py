@@ -83,9 +83,11 @@ def test_readme_lists_every_option():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
-def test_page(page):
+def test_page(page, monkeypatch, tmp_path):
     """What a page shows runs from top to bottom, pictures included."""
     text = page.read_text()
+    monkeypatch.setenv("KERAS_BACKEND", "numpy")  # before it is imported
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     for package in re.findall(r"^>>> (?:from|import) (\w+)", text, re.MULTILINE):
         pytest.importorskip(package)
     pictures = ".. plot::" in text

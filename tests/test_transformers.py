@@ -4,6 +4,11 @@
 Tiny models with random weights; without torch and transformers, all of it is skipped.
 """
 
+import re
+import runpy
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -605,3 +610,41 @@ def test_another_name():
     )
     assert model.config._attn_implementation == "other"
     assert model(**tiny_models.tokens("left")).logits.isfinite().all()
+
+
+# ---- the example ---------------------------------------------------------------------------------
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "transformers_generate.py"
+
+
+def run_example(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--new-tokens", "4", *arguments])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_example(monkeypatch, capsys):
+    printed = run_example(monkeypatch, capsys, "--length", "20")
+    for family in ("Llama", "Gemma 2", "gpt-oss"):
+        assert re.search(rf"^{family}.*: 20 tokens read, 4 written$", printed, re.MULTILINE)
+    assert printed.count("the same tokens: True") == 3
+    assert re.search(r"^  sdpa .* tokens/s$", printed, re.MULTILINE)
+
+
+def test_example_with_the_files_of_a_model(monkeypatch, capsys, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {f"word{i}": i for i in range(99)}
+    model = tokenizers.models.WordLevel({**words, "unknown": 99}, unk_token="unknown")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="unknown", pad_token="word0"
+    )
+    fast.save_pretrained(tmp_path)
+    tiny_models.decoder("Llama").save_pretrained(tmp_path)
+    printed = run_example(
+        monkeypatch, capsys, "--model", str(tmp_path), "--prompt", "word5 word7 word9"
+    )
+    assert "3 tokens read, 4 written" in printed
+    assert "the same tokens: True" in printed
+    assert "word5 word7 word9 word" in printed

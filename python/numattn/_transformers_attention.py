@@ -12,9 +12,9 @@ from ._torch_tensors import array_of, tensor_of
 from ._transformers_masks import StructuredMask, is_traced
 
 if TYPE_CHECKING:
-    from ._transformers_structures import Chunks, Structure
+    from torch import Tensor
 
-    Tensor = torch.Tensor
+    from ._transformers_structures import Chunks, Structure
 
 
 def structure_of(mask: Tensor | None, q_length: int, kv_length: int) -> Structure | None:
@@ -51,9 +51,9 @@ def attend_in_chunks(
         for rows, keys, q_offset in pieces:
             padding = None if structure.padding is None else structure.padding[item, keys]
             piece = structure._replace(q_offset=q_offset, padding=padding)
-            arrays = q[item, rows], k[item, keys], v[item, keys]
+            all_options = {"layout": "blhd", **options, **piece.options()}
             of_item.append(
-                numattn_torch.attention(*arrays, layout="blhd", **options, **piece.options())
+                numattn_torch.attention(q[item, rows], k[item, keys], v[item, keys], **all_options)
             )
         by_item.append(torch.cat(of_item, dim=1))
     return torch.cat(by_item)
@@ -73,12 +73,12 @@ def only_seen_keys(k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tenso
     return k[:, keys], v[:, keys]
 
 
-class Weights(torch.autograd.Function):
+class Weights(torch.autograd.Function):  # type: ignore[misc]
     """The weights of attention, which nothing can be differentiated through."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, options: dict[str, Any]) -> Tensor:
-        arrays = {
+        arrays: dict[str, Any] = {
             name: array_of(x) if isinstance(x, torch.Tensor) else x
             for name, x in options.items()
             if name != "dropout"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ._transformers_structures import MaskFunction
 
 
-class StructuredMask(torch.Tensor):
+class StructuredMask(torch.Tensor):  # type: ignore[misc]
     """A mask (batch, 1, queries, keys) of bool whose elements are made when they are first needed.
 
     Every operation of PyTorch gets the dense mask and gives plain tensors, so whatever a model does
@@ -36,7 +36,7 @@ class StructuredMask(torch.Tensor):
     def __new__(
         cls: type[StructuredMask], shape: tuple[int, ...], device: torch.device | str, *_: Any
     ) -> StructuredMask:
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[no-any-return]
             cls, shape, dtype=torch.bool, device=device
         )
 
@@ -83,7 +83,7 @@ class StructuredMask(torch.Tensor):
         return func(*args, **kwargs)
 
     # Without this, results would be made into this class again.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
 
 def make_mask(

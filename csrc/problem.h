@@ -56,6 +56,17 @@ struct Array : View {
   int64_t batch_strides[kMaxBatchAxes];  // the first Problem::batch_axes are set
 };
 
+// A mask by blocks of queries and keys: what a block says of its pairs. All blocks are as large but
+// the last ones of each axis, whose size is what is left.
+struct MaskBlocks {
+  // Numbers of the blocks, int32: one of the two below, or the block of `bits` that it is.
+  static constexpr int32_t kEmpty = -2, kFull = -1;
+
+  int64_t queries = 0, keys = 0;  // of a block; 0: the mask is no mask by blocks
+  int64_t row_stride = 0;         // bytes from a row of blocks to the next; columns have no gaps
+  const uint8_t* bits = nullptr;  // [block][query][key / 8], bit key % 8; 0 is masked
+};
+
 // From products of q and k to logits, in the order in which it happens. The last three decide who
 // attends to whom, and what else is in the denominator.
 struct Options {
@@ -68,7 +79,10 @@ struct Options {
   // side of 0.
   int64_t window_left = kUnbounded;
   int64_t window_right = kUnbounded;
-  View mask;  // bytes, 0 is masked; data null: none
+  // Bytes, 0 is masked; data null: none. With `mask_blocks`, numbers of blocks: then row_stride and
+  // column_stride are 0.
+  View mask;
+  MaskBlocks mask_blocks;
   // The mask's columns are the last so many valid keys, and all keys before them are visible; -1:
   // its columns are all keys.
   int64_t tail_mask_keys = -1;

@@ -528,6 +528,7 @@ struct Backward {
       for (int t = 0; t < scratch.tile_count; ++t) {
         const KeyRange range = keys_in_block(task.tile_keys[t], first, block_end);
         if (range.empty()) continue;
+        if (block_kind(task, t, first / kKeysPerBlock, range.end) == BlockKind::empty) continue;
         all.begin = range.begin < all.begin ? range.begin : all.begin;
         all.end = range.end > all.end ? range.end : all.end;
       }

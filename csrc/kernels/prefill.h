@@ -163,16 +163,25 @@ struct Prefill {
     return attended;
   }
 
+  // Blocks of a mask by blocks may be full, and end within a block of keys.
+  static bool all_attend(const uint64_t* attended, int64_t keys, int64_t rows) {
+    const uint64_t all = lowest_bits(rows);
+    uint64_t missing = 0;
+    for (int64_t key = 0; key < keys; ++key) missing |= attended[key] ^ all;
+    return missing == 0;
+  }
+
   template <int kVectors>
   static void attend(const Task& task, const Tile& tile, const Scratch& scratch, Keys keys) {
     using Map = TileMap<Vectors, kVectors>;
     uint64_t bits[kKeysPerBlock];
     uint64_t* attended = bits;  // [key]
-    const bool masked = !keys.within_limits || !keys.mask_is_full;
+    bool masked = !keys.within_limits || !keys.mask_is_full;
     if (masked) {
       find_attended<kKeysPerBlock>(task, tile.rows, keys, attended);
       attended = trim(keys, attended);
       if (keys.count == 0) return;
+      masked = !all_attend(attended, keys.count, tile.rows.count());
     }
 
     const int64_t limit_of_first_query =

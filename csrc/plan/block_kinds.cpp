@@ -37,6 +37,11 @@ void look_at(const char* bytes, int64_t stride, int64_t count, Contents& content
   }
 }
 
+BlockKind kind_of(const Contents& contents) {
+  if (!contents.some_set) return BlockKind::empty;
+  return contents.some_clear ? BlockKind::mixed : BlockKind::full;
+}
+
 }  // namespace
 
 BlockKinds::BlockKinds(const Problem& problem, int64_t queries_per_tile, int64_t keys_per_block)
@@ -44,8 +49,10 @@ BlockKinds::BlockKinds(const Problem& problem, int64_t queries_per_tile, int64_t
   const View& mask = problem.options.mask;
   const int64_t* const strides = problem.mask_batch_strides;
   blocks_ = quotient_up(problem.key_length, keys_per_block_);
-  tiles_per_slice_ =
-      mask.row_stride == 0 ? 1 : quotient_up(problem.query_length, queries_per_tile_);
+  const bool is_by_blocks = problem.options.mask_blocks.queries > 0;
+  tiles_per_slice_ = mask.row_stride == 0 && !is_by_blocks
+                         ? 1
+                         : quotient_up(problem.query_length, queries_per_tile_);
   head_slices_ = mask.head_stride == 0 ? 1 : problem.query_heads;
   slices_ = head_slices_;
   for (int axis = problem.batch_axes - 1; axis >= 0; --axis) {
@@ -75,7 +82,7 @@ BlockKinds::BlockKinds(const Problem& problem, int64_t queries_per_tile, int64_t
 bool BlockKinds::classify_all(const Execution& execution) {
   // Below that many bytes another thread is not worth its wake-up.
   constexpr int64_t kBytesPerThread = 1 << 18;
-  const int64_t bytes = tiles() * problem_.key_length;
+  const int64_t bytes = tiles() * problem_.key_length;  // of a mask by blocks, fewer
   const auto classify = [](void* context, int64_t tile, StopCheck&) {
     static_cast<BlockKinds*>(context)->classify(tile);
     return true;
@@ -86,27 +93,49 @@ bool BlockKinds::classify_all(const Execution& execution) {
        execution.interrupted});
 }
 
+BlockKind BlockKinds::of_bytes(const char* data, int64_t queries, int64_t keys) const {
+  const View& mask = problem_.options.mask;
+  Contents contents;
+  for (int64_t query = 0; query < queries; ++query) {
+    look_at(data + query * mask.row_stride, mask.column_stride, keys, contents);
+    if (contents.some_set && contents.some_clear) break;
+  }
+  return kind_of(contents);
+}
+
+BlockKind BlockKinds::of_blocks(const char* numbers, int64_t first_query, int64_t queries,
+                                int64_t first_key, int64_t keys) const {
+  const MaskBlocks& blocks = problem_.options.mask_blocks;
+  Contents contents;
+  for (int64_t row = first_query / blocks.queries;
+       row <= (first_query + queries - 1) / blocks.queries; ++row) {
+    const auto* const of_row =
+        reinterpret_cast<const int32_t*>(numbers + row * blocks.row_stride);
+    for (int64_t column = first_key / blocks.keys;
+         column <= (first_key + keys - 1) / blocks.keys; ++column) {
+      contents.some_set |= of_row[column] != MaskBlocks::kEmpty;
+      contents.some_clear |= of_row[column] != MaskBlocks::kFull;
+    }
+  }
+  return kind_of(contents);
+}
+
 void BlockKinds::classify(int64_t tile) {
   const View& mask = problem_.options.mask;
+  const bool is_by_blocks = problem_.options.mask_blocks.queries > 0;
   const int64_t first_query = tile % tiles_per_slice_ * queries_per_tile_;
-  const int64_t queries = tiles_per_slice_ == 1 && mask.row_stride == 0
+  const int64_t queries = !is_by_blocks && mask.row_stride == 0
                               ? 1
                               : std::min(queries_per_tile_, problem_.query_length - first_query);
-  const char* const data = slice_data_[static_cast<std::size_t>(tile / tiles_per_slice_)] +
-                           first_query * mask.row_stride;
+  const char* const data = slice_data_[static_cast<std::size_t>(tile / tiles_per_slice_)];
   for (int64_t block = 0; block < blocks_; ++block) {
     const int64_t first_key = block * keys_per_block_;
     const int64_t keys = std::min(keys_per_block_, problem_.key_length - first_key);
-    Contents contents;
-    for (int64_t query = 0; query < queries; ++query) {
-      look_at(data + query * mask.row_stride + first_key * mask.column_stride, mask.column_stride,
-              keys, contents);
-      if (contents.some_set && contents.some_clear) break;
-    }
-    kinds_[static_cast<std::size_t>(tile * blocks_ + block)] = !contents.some_set ? BlockKind::empty
-                                                               : contents.some_clear
-                                                                   ? BlockKind::mixed
-                                                                   : BlockKind::full;
+    kinds_[static_cast<std::size_t>(tile * blocks_ + block)] =
+        is_by_blocks ? of_blocks(data, first_query, queries, first_key, keys)
+                     : of_bytes(data + first_query * mask.row_stride +
+                                    first_key * mask.column_stride,
+                                queries, keys);
   }
 }
 

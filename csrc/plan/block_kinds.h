@@ -1,8 +1,9 @@
-// What a dense mask leaves of each query tile in each key block, found once for each distinct
-// slice of the mask: a mask that heads or batch items share is read once for all of them.
+// What a mask leaves of each query tile in each key block, found once for each distinct slice of
+// the mask: a mask that heads or batch items share is read once for all of them. Dense masks and
+// masks by blocks, whose blocks are not those of the kernels, come to the same here.
 //
-// One byte for a query tile and a key block, several hundred to some thousand times less than the
-// mask itself. The bits of a mixed block are made from the mask when the block is computed: that
+// One byte for a query tile and a key block, several hundred to some thousand times less than a
+// dense mask. The bits of a mixed block are made from the mask when the block is computed: that
 // costs a few hundred instructions where the block takes ten thousands.
 #pragma once
 
@@ -30,6 +31,9 @@ class BlockKinds {
  private:
   int64_t tiles() const { return slices_ * tiles_per_slice_; }  // of all slices
   void classify(int64_t tile);
+  BlockKind of_bytes(const char* data, int64_t queries, int64_t keys) const;
+  BlockKind of_blocks(const char* numbers, int64_t first_query, int64_t queries, int64_t first_key,
+                      int64_t keys) const;
 
   const Problem& problem_;
   int64_t queries_per_tile_, keys_per_block_;

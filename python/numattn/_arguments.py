@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ._block_mask import BlockMask
 from ._checks import (
     ACCEPTED_DTYPES,
     as_array,
@@ -32,11 +33,14 @@ from ._checks import (
     thread_count,
     warn,
 )
+from ._mask_blocks import broadcast_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import ArrayLike, NDArray
+
+    from ._mask_blocks import MaskBlocks
 
     Array = NDArray[Any]
 
@@ -69,6 +73,7 @@ class Arguments:
     # (batch..., Hq, Lq, T) bool, of the last T valid keys; ragged: (Hq, total of Lq, T). None where
     # there is a mask, which has both then.
     tail_mask: Array | None
+    mask_blocks: MaskBlocks | None  # instead of a mask
     bias: Array | None  # (batch..., Hq, Lq, Lk) float
     q_offset: NDArray[np.int64] | None  # (batch...); None: positions end with the valid keys
     kv_lengths: NDArray[np.int64] | None  # (batch...); None: all keys
@@ -134,7 +139,7 @@ def check(
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike | None,
-    mask: ArrayLike | None,
+    mask: ArrayLike | BlockMask | None,
     tail_mask: ArrayLike | None,
     bias: ArrayLike | None,
     is_causal: bool,
@@ -186,6 +191,9 @@ def check(
     key_length = k_.shape[-2]
     pairs = (*batch, query_heads, query_length, key_length)
 
+    blocks = None
+    if isinstance(mask, BlockMask):
+        blocks, mask = broadcast_blocks(mask, pairs, one_head), None
     mask_ = None if mask is None else as_array("mask", mask)
     if mask_ is not None:
         check_mask(mask_)
@@ -220,6 +228,8 @@ def check(
         of_tail = _broadcast_pairs(
             "tail_mask", tail_mask_, (*pairs[:-1], tail_mask_.shape[-1]), one_head, "T"
         )
+    if blocks is not None and of_tail is not None:
+        of_all_keys, blocks = blocks.rows(slice(0, query_length), slice(0, key_length)), None
     if of_all_keys is not None and of_tail is not None:
         expanded = expanded_tail(of_tail, kv_lengths_, key_length)
         of_all_keys, of_tail = _broadcast(_once(of_all_keys) & expanded, pairs), None
@@ -231,6 +241,7 @@ def check(
         lse=None if result_lse is None else lse_heads_first(result_lse, one_head, layout),
         mask=of_all_keys,
         tail_mask=of_tail,
+        mask_blocks=blocks,
         bias=None if bias_ is None else _broadcast_pairs("bias", bias_, pairs, one_head),
         q_offset=ints_per_batch("q_offset", q_offset, batch, -MAX_POSITION, MAX_POSITION),
         kv_lengths=kv_lengths_,

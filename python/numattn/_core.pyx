@@ -8,7 +8,7 @@ import threading
 from cpython.exc cimport PyErr_Occurred
 from cpython.float cimport PyFloat_CheckExact
 from libc.math cimport sqrt
-from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
@@ -52,6 +52,11 @@ cdef extern from "problem.h" namespace "numattn" nogil:
         int64_t page_stride
         int64_t* batch_strides
 
+    cdef cppclass MaskBlocks:
+        int64_t queries, keys
+        int64_t row_stride
+        const uint8_t* bits
+
     cdef cppclass Options:
         double scale, softcap
         View bias
@@ -59,6 +64,7 @@ cdef extern from "problem.h" namespace "numattn" nogil:
         const double* alibi_slopes
         int64_t window_left, window_right
         View mask
+        MaskBlocks mask_blocks
         int64_t tail_mask_keys
         const double* sinks
         double dropout
@@ -372,6 +378,8 @@ cdef int _describe(Problem* problem, object arguments) except -1:
     # They stay referenced until the computation is over.
     cdef object lse = arguments.lse, mask = arguments.mask, bias = arguments.bias
     cdef object tail_mask = arguments.tail_mask  # instead of a mask
+    cdef object blocks = arguments.mask_blocks  # the same
+    cdef cnp.ndarray numbers
     cdef object q_offset = arguments.q_offset, kv_lengths = arguments.kv_lengths
     cdef object q_lengths = arguments.q_lengths
     cdef object alibi_slopes = arguments.alibi_slopes, sinks = arguments.sinks
@@ -438,6 +446,14 @@ cdef int _describe(Problem* problem, object arguments) except -1:
         _fill_strides(problem.mask_batch_strides, <cnp.ndarray>mask, array_axes)
         if query_starts is not None:
             problem.mask_batch_strides[0] = 0
+    if blocks is not None:
+        numbers = blocks.numbers
+        _fill_view(&problem.options.mask, numbers, array_axes, True)
+        _fill_strides(problem.mask_batch_strides, numbers, array_axes)
+        problem.options.mask_blocks.row_stride = problem.options.mask.row_stride
+        problem.options.mask.row_stride = problem.options.mask.column_stride = 0
+        problem.options.mask_blocks.queries, problem.options.mask_blocks.keys = blocks.block_size
+        problem.options.mask_blocks.bits = <const uint8_t*>cnp.PyArray_DATA(<cnp.ndarray>blocks.bits)
     if bias is not None:
         _fill_view(&problem.options.bias, <cnp.ndarray>bias, problem.batch_axes, True)
         _fill_strides(problem.bias_batch_strides, <cnp.ndarray>bias, problem.batch_axes)

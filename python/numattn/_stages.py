@@ -402,10 +402,14 @@ def _knows_positions(a: _arguments.Arguments) -> bool:
 
 
 def _with_rows(a: _arguments.Arguments, rows: slice | NDArray[np.int64]) -> _arguments.Arguments:
+    mask = None if a.mask is None else a.mask[..., rows, :]
+    if a.mask_blocks is not None:
+        mask = a.mask_blocks.rows(rows, slice(0, a.k.shape[-2]))
     return replace(
         a,
         q=a.q[..., rows, :],
-        mask=None if a.mask is None else a.mask[..., rows, :],
+        mask=mask,
+        mask_blocks=None,
         tail_mask=None if a.tail_mask is None else a.tail_mask[..., rows, :],
         bias=None if a.bias is None else a.bias[..., rows, :],
     )

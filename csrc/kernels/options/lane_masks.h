@@ -59,13 +59,81 @@ void keep_unmasked(uint64_t* attended, int64_t keys, const char* mask, int64_t r
   }
 }
 
+// Eight bits of a row of a block of a mask, from one of its keys on, which may be any.
+inline uint64_t eight_bits(const uint8_t* row, int64_t key, int64_t bytes) {
+  const int64_t byte = key / 8;
+  const int shift = static_cast<int>(key % 8);
+  const unsigned low = static_cast<unsigned>(row[byte]) >> shift;
+  if (shift == 0 || byte + 1 == bytes) return low;
+  return (low | static_cast<unsigned>(row[byte + 1]) << (8 - shift)) & 0xff;
+}
+
+// Byte r, bit k becomes byte k, bit r.
+inline uint64_t transpose_bits(uint64_t x) {
+  uint64_t swapped = (x ^ (x >> 7)) & 0x00aa00aa00aa00aa;
+  x ^= swapped ^ (swapped << 7);
+  swapped = (x ^ (x >> 14)) & 0x0000cccc0000cccc;
+  x ^= swapped ^ (swapped << 14);
+  swapped = (x ^ (x >> 28)) & 0x00000000f0f0f0f0;
+  return x ^ swapped ^ (swapped << 28);
+}
+
+// A mixed block of a mask: bits [query][key / 8]. Bit `lane` + i of attended [j] is left if query i,
+// counted from `query` on, attends to key j, counted from `key` on.
+inline void keep_bits(uint64_t* attended, const uint8_t* bits, const MaskBlocks& blocks,
+                      int64_t query, int64_t queries, int64_t key, int64_t keys, int64_t lane) {
+  const int64_t bytes = (blocks.keys + 7) / 8;
+  for (int64_t first = 0; first < queries; first += 8) {
+    const int64_t together = queries - first < 8 ? queries - first : 8;
+    const uint8_t* const row = bits + (query + first) * bytes;
+    const int64_t to = lane + first;
+    const uint64_t others = ~(lowest_bits(together) << to);
+    for (int64_t j = 0; j < keys; j += 8) {
+      uint64_t eight = 0;
+      for (int64_t r = 0; r < together; ++r) {
+        eight |= eight_bits(row + r * bytes, key + j, bytes) << (8 * r);
+      }
+      eight = transpose_bits(eight);
+      for (int64_t i = j; i < keys && i < j + 8; ++i, eight >>= 8) {
+        attended[i] &= others | (eight & 0xff) << to;
+      }
+    }
+  }
+}
+
+// What the blocks of a mask leave of some adjacent queries, whose bits begin with bit 0.
+inline void keep_unmasked(uint64_t* attended, const MaskBlocks& blocks, const char* numbers,
+                          int64_t first_query, int64_t queries, int64_t first_key, int64_t keys) {
+  for (int64_t i = 0; i < queries;) {
+    const int64_t row = (first_query + i) / blocks.queries;
+    const int64_t query = (first_query + i) % blocks.queries;
+    const int64_t rows = blocks.queries - query < queries - i ? blocks.queries - query : queries - i;
+    for (int64_t j = 0; j < keys;) {
+      const int64_t column = (first_key + j) / blocks.keys, key = (first_key + j) % blocks.keys;
+      const int64_t columns = blocks.keys - key < keys - j ? blocks.keys - key : keys - j;
+      const int32_t number =
+          reinterpret_cast<const int32_t*>(numbers + row * blocks.row_stride)[column];
+      if (number >= 0) {
+        const int64_t block_bytes = blocks.queries * ((blocks.keys + 7) / 8);
+        keep_bits(attended + j, blocks.bits + number * block_bytes, blocks, query, rows, key,
+                  columns, i);
+      } else if (number == MaskBlocks::kEmpty) {
+        const uint64_t others = ~(lowest_bits(rows) << i);
+        for (int64_t k = j; k < j + columns; ++k) attended[k] &= others;
+      }
+      j += columns;
+    }
+    i += rows;
+  }
+}
+
 // The elements of a mask or bias for one row, from one of its columns on.
 inline const char* pairs_of(const View& pairs, const QueryRows& rows, int64_t row, int64_t column) {
   return pairs.data + rows.head(row) * pairs.head_stride + rows.query(row) * pairs.row_stride +
          column * pairs.column_stride;
 }
 
-// What limits and the dense mask leave. At most kMaxKeys keys.
+// What limits and the mask leave. At most kMaxKeys keys.
 template <int64_t kMaxKeys>
 void find_attended(const Task& task, const QueryRows& rows, const KeySpan& keys,
                    uint64_t* attended) {
@@ -83,7 +151,10 @@ void find_attended(const Task& task, const QueryRows& rows, const KeySpan& keys,
   for (int64_t row = 0; row < rows.count(); row += rows.queries) {
     uint64_t of_head[kMaxKeys];
     for (int64_t key = 0; key < keys.count; ++key) of_head[key] = of_any_head[key];
-    if (!keys.mask_is_full && before < keys.count) {
+    if (!keys.mask_is_full && options.mask_blocks.queries > 0) {
+      keep_unmasked(of_head, options.mask_blocks, pairs_of(options.mask, rows, row, 0),
+                    task.first_row + rows.query(row), rows.queries, keys.first, keys.count);
+    } else if (!keys.mask_is_full && before < keys.count) {
       keep_unmasked<kMaxKeys>(of_head + before, keys.count - before,
                               pairs_of(options.mask, rows, row, column), options.mask.row_stride,
                               options.mask.column_stride, rows.queries);

@@ -18,6 +18,7 @@ from ._alibi import alibi_slopes
 from ._attention import attention
 from ._block import TransformerBlock
 from ._block_gradients import BlockGradients
+from ._block_mask import BlockMask
 from ._context_cache import ContextCache
 from ._gradients import (
     Gradients,
@@ -39,6 +40,7 @@ from ._stages import aggregate_values, attention_received, attention_weights, qk
 
 __all__ = [
     "BlockGradients",
+    "BlockMask",
     "ContextCache",
     "Gradients",
     "KVCache",

@@ -322,7 +322,8 @@ struct Prefill {
     for (int t = 0; t < scratch.tile_count; ++t) {
       const TileKeys& keys = task.tile_keys[t];
       const int64_t first_chunk = chunk_of(keys.begin / kKeysPerBlock);
-      if (keys.begin >= keys.end || chunk < first_chunk) continue;
+      const int64_t last_chunk = chunk_of((keys.end - 1) / kKeysPerBlock);
+      if (keys.begin >= keys.end || chunk < first_chunk || chunk > last_chunk) continue;
       const Tile& tile = scratch.tiles[t];
       tile.with_vectors([&](auto vectors) {
         tile.template end_chunk<vectors.value>(task, chunk == first_chunk);

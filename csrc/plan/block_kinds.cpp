@@ -147,4 +147,14 @@ const BlockKind* BlockKinds::of_tile(int64_t batch_item, int64_t head, int64_t f
   return kinds_.data() + (slice * tiles_per_slice_ + tile) * blocks_;
 }
 
+TileKeys BlockKinds::without_empty_ends(TileKeys keys, const BlockKind* of_tile) const {
+  while (keys.begin < keys.end && of_tile[keys.begin / keys_per_block_] == BlockKind::empty) {
+    keys.begin = std::min(keys.end, (keys.begin / keys_per_block_ + 1) * keys_per_block_);
+  }
+  while (keys.begin < keys.end && of_tile[(keys.end - 1) / keys_per_block_] == BlockKind::empty) {
+    keys.end = std::max(keys.begin, (keys.end - 1) / keys_per_block_ * keys_per_block_);
+  }
+  return keys;
+}
+
 }  // namespace numattn

@@ -25,6 +25,9 @@ class BlockKinds {
 
   // [key block], for the tile that begins with query `first_query`.
   const BlockKind* of_tile(int64_t batch_item, int64_t head, int64_t first_query) const;
+  // What is left of a tile's keys without the blocks at both ends that its mask leaves empty.
+  TileKeys without_empty_ends(TileKeys keys, const BlockKind* of_tile) const;
+
   // Elements from one tile to the next: 0 where the mask is the same for all queries.
   int64_t tile_stride() const { return tiles_per_slice_ == 1 ? 0 : blocks_; }
 

@@ -92,10 +92,14 @@ void Sequences::set_tiles(Task& task, const Sequence& sequence, const BlockKinds
       block_kinds ? block_kinds->of_tile(sequence.batch_item, head, first_query) : nullptr;
   task.block_kinds_stride = block_kinds ? block_kinds->tile_stride() : 0;
   int tile = 0;
-  for (int64_t query = 0; query < task.queries; query += queries_per_tile) {
-    task.tile_keys[tile++] =
+  for (int64_t query = 0; query < task.queries; query += queries_per_tile, ++tile) {
+    TileKeys& keys = task.tile_keys[tile] =
         tile_keys(task.options, task.first_position + query,
                   std::min(queries_per_tile, task.queries - query), 0, sequence.valid_keys);
+    if (block_kinds) {
+      keys = block_kinds->without_empty_ends(keys,
+                                             task.block_kinds + tile * task.block_kinds_stride);
+    }
   }
 }
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ._block_mask import BlockMask
+from ._block_mask_store import BlockMaskStore
 from ._checks import (
     ACCEPTED_DTYPES,
     as_array,
@@ -139,7 +139,7 @@ def check(
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike | None,
-    mask: ArrayLike | BlockMask | None,
+    mask: ArrayLike | BlockMaskStore | None,
     tail_mask: ArrayLike | None,
     bias: ArrayLike | None,
     is_causal: bool,
@@ -192,7 +192,7 @@ def check(
     pairs = (*batch, query_heads, query_length, key_length)
 
     blocks = None
-    if isinstance(mask, BlockMask):
+    if isinstance(mask, BlockMaskStore):
         blocks, mask = broadcast_blocks(mask, pairs, one_head), None
     mask_ = None if mask is None else as_array("mask", mask)
     if mask_ is not None:

@@ -66,6 +66,9 @@ class BlockMaskStore:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self)._of, (self._shape, self._block_size, self._blocks, self._bits)
 
+    def __array__(self, *_: Any, **__: Any) -> Array:
+        raise TypeError("a BlockMask is no array: `to_dense()` makes one")
+
     # ---- attributes ----------------------------------------------------------------------------
 
     @property

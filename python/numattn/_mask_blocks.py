@@ -7,25 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._block_mask_bits import FULL
 from ._checks import refuse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ._block_mask import BlockMask
+    from ._block_mask_store import BlockMaskStore
 
     Array = NDArray[Any]
-
-# What a block says of its pairs, unless it has bits.
-EMPTY, FULL = -2, -1
 
 
 @dataclass(frozen=True, slots=True)
 class MaskBlocks:
     """The blocks of a mask (batch..., Hq, Lq, Lk)."""
 
-    numbers: Array  # int32 (batch..., Hq, blocks of queries, blocks of keys): EMPTY, FULL, of bits
-    bits: Array  # uint8 (blocks, queries of a block, keys of a block / 8), the first bit is the lowest
+    numbers: Array  # (batch..., Hq, blocks of queries, blocks of keys), as BlockMask._blocks
+    bits: Array  # as BlockMask._bits
     block_size: tuple[int, int]
 
     def rows(self, rows: Any, keys: slice) -> Array:
@@ -53,7 +51,7 @@ class MaskBlocks:
         return replace(self, numbers=self.numbers[index])
 
 
-def broadcast_blocks(mask: BlockMask, pairs: tuple[int, ...], one_head: bool) -> MaskBlocks:
+def broadcast_blocks(mask: BlockMaskStore, pairs: tuple[int, ...], one_head: bool) -> MaskBlocks:
     """Broadcast a mask by blocks to `pairs`, (batch..., Hq, Lq, Lk)."""
     wanted = pairs[-2:] if one_head else pairs
     blocks = mask._blocks

@@ -1,0 +1,174 @@
+"""Promise: attention with a mask by blocks is attention with the same dense mask, to the bit."""
+
+import numattn as na
+import numpy as np
+import pytest
+from checks import assert_close_to_reference
+from numattn import BlockMask
+
+SIZES = [1, 2, 3, 5, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 200, 300]
+BLOCK_SIZES = [(1, 1), (3, 5), (8, 16), (64, 64), (16, 100), (128, 96)]
+
+
+def random_mask(rng, shape, block_size):
+    """Return a dense mask some of whose blocks are empty, some full, and some neither."""
+    (lq, lk), (bq, bk) = shape[-2:], block_size
+    kinds = rng.integers(0, 3, (*shape[:-2], -(-lq // bq), -(-lk // bk)))
+    of_pairs = np.repeat(np.repeat(kinds, bq, -2), bk, -1)[..., :lq, :lk]
+    return np.where(of_pairs == 2, rng.random(shape) < 0.5, of_pairs == 1)
+
+
+def random_options(rng, hq, lq, lk, dtype):
+    """Return a mixture of all options that go with a mask."""
+    precision = np.float64 if dtype == np.float64 else np.float32
+    ours = {
+        "is_causal": True,
+        "window": (int(rng.integers(0, 50)), int(rng.integers(0, 50))),
+        "sinks": rng.standard_normal(hq),
+        "bias": rng.standard_normal((1, lq, lk)).astype(precision),
+        "softcap": 5.0,
+        "scale": 0.3,
+        "alibi_slopes": rng.random(hq),
+    }
+    chosen = {name: value for name, value in ours.items() if rng.random() < 0.25}
+    if rng.random() < 0.25:
+        chosen |= {"kv_lengths": int(rng.integers(0, lk + 1)), "q_offset": int(rng.integers(-3, 20))}
+    return chosen
+
+
+def random_call(rng, dtype):
+    lq, lk = (int(x) for x in rng.choice(SIZES, 2))
+    batch, hkv, group, d = (int(rng.choice(x)) for x in ((1, 2), (1, 2), (1, 3), (8, 20)))
+    block_size = BLOCK_SIZES[rng.integers(len(BLOCK_SIZES))]
+    hq = hkv * group
+    shapes = [(lq, lk), (1, hq, lq, lk), (batch, 1, lq, lk), (batch, hq, lq, lk), (1, lq, lk)]
+    mask = random_mask(rng, shapes[rng.integers(len(shapes))], block_size)
+    q, k, v = (
+        rng.standard_normal((batch, heads, length, d)).astype(dtype)
+        for heads, length in ((hq, lq), (hkv, lk), (hkv, lk))
+    )
+    return (q, k, v), mask, block_size, random_options(rng, hq, lq, lk, dtype)
+
+
+def assert_same(found, wanted):
+    for one, other in zip(found, wanted, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:(mask|bias). shape")
+@pytest.mark.parametrize("seed", range(40))
+def test_attention_and_gradients(dtype, rng, seed):
+    rng = np.random.default_rng(seed)
+    arrays, mask, block_size, options = random_call(rng, dtype)
+    blocks = BlockMask.from_dense(mask, block_size)
+    wanted = na.attention(*arrays, mask=mask, return_lse=True, **options)
+    assert_same(na.attention(*arrays, mask=blocks, return_lse=True, **options), wanted)
+    dout = rng.standard_normal(wanted[0].shape).astype(dtype)
+    given = (dout, *arrays, *wanted)
+    assert_same(
+        na.attention_backward(*given, mask=blocks, **options),
+        na.attention_backward(*given, mask=mask, **options),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:(mask|bias). shape")
+@pytest.mark.parametrize("seed", range(20))
+def test_stages(dtype, seed):
+    rng = np.random.default_rng(100 + seed)
+    (q, k, v), mask, block_size, options = random_call(rng, dtype)
+    blocks = BlockMask.from_dense(mask, block_size)
+    weights = na.attention_weights(q, k, mask=mask, **options)
+    assert_same([na.attention_weights(q, k, mask=blocks, **options)], [weights])
+    received = na.attention_received(q, k, mask=mask, **options)
+    assert_same([na.attention_received(q, k, mask=blocks, **options)], [received])
+    options.pop("sinks", None)
+    scores = na.qk_scores(q, k, mask=mask, **options)
+    assert_same([na.qk_scores(q, k, mask=blocks, **options)], [scores])
+    rows = rng.integers(0, q.shape[-2], 3)
+    some = na.attention_weights(q, k, rows=rows, mask=blocks, **options)
+    wanted = na.attention_weights(q, k, rows=rows, mask=mask, **options)
+    assert_same([some], [wanted])
+
+
+@pytest.mark.parametrize("lengths", [(1, 5000), (3, 4000), (20, 3000), (300, 300)])
+def test_long_ones(dtype, arrays, rng, lengths):
+    """Several chunks of keys, most of which nobody attends to."""
+    lq, lk = lengths
+    q, k, v = arrays(hq=4, hkv=2, lq=lq, lk=lk, d=16, dtype=dtype)
+    keep = rng.random((-(-lq // 64), -(-lk // 64))) < 0.1
+    mask = BlockMask.from_blocks(keep, lq, lk, (64, 64))
+    assert_close_to_reference(q, k, v, mask=mask.to_dense()) if dtype == np.float64 else None
+    assert_same(
+        na.attention(q, k, v, mask=mask, return_lse=True),
+        na.attention(q, k, v, mask=mask.to_dense(), return_lse=True),
+    )
+
+
+def test_dropout(arrays):
+    q, k, v = arrays(2, hq=4, lq=80, lk=150, d=16, dtype=np.float32)
+    mask = BlockMask.window(80, 150, 40, 10)
+    options = {"dropout": 0.3, "rng": 7}
+    assert_same(
+        [na.attention(q, k, v, mask=mask, **options)],
+        [na.attention(q, k, v, mask=mask.to_dense(), **options)],
+    )
+
+
+def test_a_tail_mask_beside_it(arrays, rng):
+    q, k, v = arrays(2, hq=4, lq=5, lk=150, d=16, dtype=np.float32)
+    mask, tail = BlockMask.window(5, 150, 40, 0), rng.random((5, 5)) < 0.5
+    assert_same(
+        [na.attention(q, k, v, mask=mask, tail_mask=tail)],
+        [na.attention(q, k, v, mask=mask.to_dense(), tail_mask=tail)],
+    )
+
+
+def test_one_head(arrays):
+    q, k, v = (x[0] for x in arrays(hq=1, lq=70, lk=90, d=16, dtype=np.float32))
+    mask = BlockMask.causal(70, 90)
+    assert_same(
+        [na.attention(q, k, v, mask=mask)], [na.attention(q, k, v, mask=mask.to_dense())]
+    )
+
+
+def test_layers_and_layouts(rng):
+    layer = na.MultiHeadAttention(32, 4, rng=0)
+    x = rng.standard_normal((2, 100, 32), dtype=np.float32)
+    mask = BlockMask.documents([30, 50, 20]) & BlockMask.causal(100, 100)
+    assert_same([layer(x, mask=mask)], [layer(x, mask=mask.to_dense())])
+    q = rng.standard_normal((2, 100, 4, 16), dtype=np.float32)
+    assert_same(
+        [na.attention(q, q, q, mask=mask, layout="blhd")],
+        [na.attention(q, q, q, mask=mask.to_dense(), layout="blhd")],
+    )
+
+
+def test_masked_values_are_not_read(rng):
+    """NaN in keys and values of empty blocks and in masked pairs of mixed ones."""
+    q, k, v = rng.standard_normal((3, 2, 200, 16), dtype=np.float32)
+    mask = BlockMask.window(200, 200, 30, 0)
+    wanted = na.attention(q, k, v, mask=mask)[:, 150:]
+    k[:, :100], v[:, :100] = np.nan, np.nan
+    found = na.attention(q, k, v, mask=mask)[:, 150:]
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "problem"),
+    [((10, 21), "shape .10, 21."), ((11, 20), "shape .11, 20."), ((3, 10, 20), "shape .3, 10, 20.")],
+)
+def test_shapes_that_do_not_fit(shape, problem):
+    q, k = np.zeros((2, 4, 10, 8), np.float32), np.zeros((2, 4, 20, 8), np.float32)
+    mask = BlockMask.from_dense(np.ones(shape, np.bool_))
+    with pytest.raises(ValueError, match=f"mask: got a BlockMask of {problem}.*Hq, Lq, Lk"):
+        na.attention(q, k, k, mask=mask)
+
+
+def test_a_cache_wants_dense_masks(rng):
+    cache = na.KVCache(1, 2, 16, 16)
+    cache.append(*rng.standard_normal((2, 1, 2, 10, 16), dtype=np.float32))
+    q = rng.standard_normal((1, 2, 1, 16), dtype=np.float32)
+    with pytest.raises(TypeError, match="mask: got BlockMask .*`to_dense"):
+        cache.attend(q, mask=BlockMask.causal(1, 10))

@@ -166,9 +166,15 @@ def test_shapes_that_do_not_fit(shape, problem):
         na.attention(q, k, k, mask=mask)
 
 
-def test_a_cache_wants_dense_masks(rng):
-    cache = na.KVCache(1, 2, 16, 16)
-    cache.append(*rng.standard_normal((2, 1, 2, 10, 16), dtype=np.float32))
-    q = rng.standard_normal((1, 2, 1, 16), dtype=np.float32)
-    with pytest.raises(TypeError, match="mask: got BlockMask .*`to_dense"):
-        cache.attend(q, mask=BlockMask.causal(1, 10))
+def test_caches(rng):
+    cache = na.KVCache(1, 2, 16)
+    k, v = rng.standard_normal((2, 1, 2, 100, 16), dtype=np.float32)
+    cache.append(k, v)
+    q = rng.standard_normal((1, 2, 3, 16), dtype=np.float32)
+    mask = BlockMask.window(3, 100, 20, 0)
+    assert_same([cache.attend(q, mask=mask)], [cache.attend(q, mask=mask.to_dense())])
+
+
+def test_it_is_no_array():
+    with pytest.raises(TypeError, match="bias: got BlockMask .*`to_dense"):
+        na.attention(*np.zeros((3, 2, 100, 8), np.float32), bias=BlockMask.causal(100, 100))

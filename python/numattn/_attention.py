@@ -10,6 +10,7 @@ from ._checks import refuse_kind, refuse_unknown
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
+    from ._block_mask import BlockMask
     from ._option_types import AttentionOptions
 
 
@@ -45,7 +46,7 @@ def attention(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     tail_mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     is_causal: bool = False,
@@ -83,8 +84,9 @@ def attention(
         Keys. Hq has to be a multiple of Hkv: query head ``h`` reads head ``h // (Hq // Hkv)``.
     v : array_like, shape (..., Hkv, Lk, Dv)
         Values.
-    mask : array_like of bool, optional
-        True where a query attends to a key. Broadcasts to (..., Hq, Lq, Lk), whatever the layout.
+    mask : array_like of bool or BlockMask, optional
+        True where a query attends to a key; see `BlockMask` for masks of long contexts. Broadcasts
+        to (..., Hq, Lq, Lk), whatever the layout.
         Axes are aligned at the end, as by NumPy: pass a batch's mask (B, Lk) as
         ``mask[:, None, None, :]``, and (B, Lq, Lk) as ``mask[:, None]``. A UserWarning says which
         reading was taken where sizes allow both: where an array that lacks axes has first axes
@@ -165,6 +167,7 @@ def attention(
     attention_varlen : sequences of different lengths without padding.
     attention_paged : keys and values in pages.
     KVCache : keys and values of the tokens so far.
+    BlockMask : a mask by blocks, of which empty ones cost nothing.
     merge_states : attention over disjoint sets of keys, merged.
     quantize_kv : keys and values in 8 bits.
     set_num_threads : with how many threads.

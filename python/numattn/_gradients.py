@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
+    from ._block_mask import BlockMask
     from ._gradient_arguments import GradientArguments, Problem
     from ._option_types import VjpOptions
 
@@ -63,7 +64,7 @@ def attention_backward(
     *,
     dlse: ArrayLike | None = None,
     bias_gradient: bool = False,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     tail_mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     is_causal: bool = False,
@@ -314,7 +315,7 @@ def attention_vjp(
     v: ArrayLike,
     *,
     bias_gradient: bool = False,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     tail_mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     is_causal: bool = False,

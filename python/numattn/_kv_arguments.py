@@ -154,7 +154,7 @@ class CacheArguments:
 
 
 def check_pairs(
-    mask: ArrayLike | None,
+    mask: ArrayLike | BlockMaskStore | None,
     tail_mask: ArrayLike | None,
     bias: ArrayLike | None,
     q: Array,
@@ -168,6 +168,8 @@ def check_pairs(
     most = max(lengths, default=0)
     pairs = batch, heads, rows, most
     mask_ = tail_mask_ = bias_ = None
+    if isinstance(mask, BlockMaskStore):
+        mask = mask.to_dense()
     if mask is not None:
         mask_ = as_array("mask", mask)
         check_mask(mask_)

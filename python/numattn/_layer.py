@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
+    from ._block_mask import BlockMask
     from ._option_types import LayerOptions
     from ._rotary import Rotation
 
@@ -163,7 +164,7 @@ class MultiHeadAttention(LayerParameters):
         context: ArrayLike | tuple[ArrayLike, ArrayLike] | ContextCache | None = None,
         *,
         is_causal: bool | None = None,
-        mask: ArrayLike | None = None,
+        mask: ArrayLike | BlockMask | None = None,
         tail_mask: ArrayLike | None = None,
         bias: ArrayLike | None = None,
         lengths: int | ArrayLike | None = None,
@@ -388,7 +389,7 @@ class MultiHeadAttention(LayerParameters):
         context: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
         *,
         is_causal: bool = False,
-        mask: ArrayLike | None = None,
+        mask: ArrayLike | BlockMask | None = None,
         tail_mask: ArrayLike | None = None,
         bias: ArrayLike | None = None,
         lengths: int | ArrayLike | None = None,

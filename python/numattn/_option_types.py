@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
+    from ._block_mask import BlockMask
     from ._kv_cache import KVCache
 
 
@@ -26,7 +27,7 @@ class _OfAll(TypedDict, total=False):
 
 
 class _OfPairs(TypedDict, total=False):
-    mask: ArrayLike | None
+    mask: ArrayLike | BlockMask | None
     bias: ArrayLike | None
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
+    from ._block_mask import BlockMask
+
     Array = NDArray[Any]
 
 # What may be meant by options of attention that `aggregate_values` does not have.
@@ -43,7 +45,7 @@ def qk_scores(
     q: ArrayLike,
     k: ArrayLike,
     *,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     tail_mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     is_causal: bool = False,
@@ -207,7 +209,7 @@ def attention_weights(
     k: ArrayLike,
     *,
     rows: int | ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     tail_mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     is_causal: bool = False,
@@ -282,7 +284,7 @@ def attention_received(
     q: ArrayLike,
     k: ArrayLike,
     *,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     tail_mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     is_causal: bool = False,

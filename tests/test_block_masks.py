@@ -32,7 +32,10 @@ def random_options(rng, hq, lq, lk, dtype):
     }
     chosen = {name: value for name, value in ours.items() if rng.random() < 0.25}
     if rng.random() < 0.25:
-        chosen |= {"kv_lengths": int(rng.integers(0, lk + 1)), "q_offset": int(rng.integers(-3, 20))}
+        chosen |= {
+            "kv_lengths": int(rng.integers(0, lk + 1)),
+            "q_offset": int(rng.integers(-3, 20)),
+        }
     return chosen
 
 
@@ -128,9 +131,7 @@ def test_a_tail_mask_beside_it(arrays, rng):
 def test_one_head(arrays):
     q, k, v = (x[0] for x in arrays(hq=1, lq=70, lk=90, d=16, dtype=np.float32))
     mask = BlockMask.causal(70, 90)
-    assert_same(
-        [na.attention(q, k, v, mask=mask)], [na.attention(q, k, v, mask=mask.to_dense())]
-    )
+    assert_same([na.attention(q, k, v, mask=mask)], [na.attention(q, k, v, mask=mask.to_dense())])
 
 
 def test_layers_and_layouts(rng):
@@ -157,7 +158,11 @@ def test_masked_values_are_not_read(rng):
 
 @pytest.mark.parametrize(
     ("shape", "problem"),
-    [((10, 21), "shape .10, 21."), ((11, 20), "shape .11, 20."), ((3, 10, 20), "shape .3, 10, 20.")],
+    [
+        ((10, 21), "shape .10, 21."),
+        ((11, 20), "shape .11, 20."),
+        ((3, 10, 20), "shape .3, 10, 20."),
+    ],
 )
 def test_shapes_that_do_not_fit(shape, problem):
     q, k = np.zeros((2, 4, 10, 8), np.float32), np.zeros((2, 4, 20, 8), np.float32)

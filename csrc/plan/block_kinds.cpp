@@ -109,10 +109,9 @@ BlockKind BlockKinds::of_blocks(const char* numbers, int64_t first_query, int64_
   Contents contents;
   for (int64_t row = first_query / blocks.queries;
        row <= (first_query + queries - 1) / blocks.queries; ++row) {
-    const auto* const of_row =
-        reinterpret_cast<const int32_t*>(numbers + row * blocks.row_stride);
-    for (int64_t column = first_key / blocks.keys;
-         column <= (first_key + keys - 1) / blocks.keys; ++column) {
+    const auto* const of_row = reinterpret_cast<const int32_t*>(numbers + row * blocks.row_stride);
+    for (int64_t column = first_key / blocks.keys; column <= (first_key + keys - 1) / blocks.keys;
+         ++column) {
       contents.some_set |= of_row[column] != MaskBlocks::kEmpty;
       contents.some_clear |= of_row[column] != MaskBlocks::kFull;
     }
@@ -132,10 +131,10 @@ void BlockKinds::classify(int64_t tile) {
     const int64_t first_key = block * keys_per_block_;
     const int64_t keys = std::min(keys_per_block_, problem_.key_length - first_key);
     kinds_[static_cast<std::size_t>(tile * blocks_ + block)] =
-        is_by_blocks ? of_blocks(data, first_query, queries, first_key, keys)
-                     : of_bytes(data + first_query * mask.row_stride +
-                                    first_key * mask.column_stride,
-                                queries, keys);
+        is_by_blocks
+            ? of_blocks(data, first_query, queries, first_key, keys)
+            : of_bytes(data + first_query * mask.row_stride + first_key * mask.column_stride,
+                       queries, keys);
   }
 }
 

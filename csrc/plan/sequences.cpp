@@ -97,8 +97,8 @@ void Sequences::set_tiles(Task& task, const Sequence& sequence, const BlockKinds
         tile_keys(task.options, task.first_position + query,
                   std::min(queries_per_tile, task.queries - query), 0, sequence.valid_keys);
     if (block_kinds) {
-      keys = block_kinds->without_empty_ends(keys,
-                                             task.block_kinds + tile * task.block_kinds_stride);
+      keys =
+          block_kinds->without_empty_ends(keys, task.block_kinds + tile * task.block_kinds_stride);
     }
   }
 }

@@ -15,6 +15,7 @@ from ._arguments import (
     check_tail_mask,
     ints_per_batch,
 )
+from ._block_mask_store import BlockMaskStore
 from ._checks import (
     INFERENCE_ELSEWHERE,
     as_array,

@@ -13,6 +13,7 @@ from ._kv_store import KVStore
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
+    from ._block_mask import BlockMask
     from ._option_types import AppendAndAttendOptions, AttendOptions
 
 

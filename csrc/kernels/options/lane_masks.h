@@ -78,8 +78,8 @@ inline uint64_t transpose_bits(uint64_t x) {
   return x ^ swapped ^ (swapped << 28);
 }
 
-// A mixed block of a mask: bits [query][key / 8]. Bit `lane` + i of attended [j] is left if query i,
-// counted from `query` on, attends to key j, counted from `key` on.
+// A mixed block of a mask: bits [query][key / 8]. Bit `lane` + i of attended [j] is left if query
+// i, counted from `query` on, attends to key j, counted from `key` on.
 inline void keep_bits(uint64_t* attended, const uint8_t* bits, const MaskBlocks& blocks,
                       int64_t query, int64_t queries, int64_t key, int64_t keys, int64_t lane) {
   const int64_t bytes = (blocks.keys + 7) / 8;
@@ -107,7 +107,8 @@ inline void keep_unmasked(uint64_t* attended, const MaskBlocks& blocks, const ch
   for (int64_t i = 0; i < queries;) {
     const int64_t row = (first_query + i) / blocks.queries;
     const int64_t query = (first_query + i) % blocks.queries;
-    const int64_t rows = blocks.queries - query < queries - i ? blocks.queries - query : queries - i;
+    const int64_t rows =
+        blocks.queries - query < queries - i ? blocks.queries - query : queries - i;
     for (int64_t j = 0; j < keys;) {
       const int64_t column = (first_key + j) / blocks.keys, key = (first_key + j) % blocks.keys;
       const int64_t columns = blocks.keys - key < keys - j ? blocks.keys - key : keys - j;

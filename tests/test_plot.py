@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from numattn import plot
+from numattn import BlockMask, plot
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -304,7 +304,72 @@ def test_long_lines(rng, plt):
     assert [text.get_text() for text in ax.texts[:-1] if text.get_position()[0] > 1] == tokens[::3]
 
 
-@pytest.mark.parametrize("name", ["plot_pattern", "plot_heads", "plot_lines", "html_page"])
+# ---- block masks -------------------------------------------------------------------------------
+
+
+def test_block_mask(plt):
+    mask = BlockMask.causal(500, 400, block_size=(100, 50))
+    ax = plot.plot_block_mask(mask, title="causal")
+    assert_nothing_cut_off(ax.figure)
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()) == ("keys", "queries", "causal")
+    image = ax.images[0]
+    np.testing.assert_array_equal(image.get_array().filled(0), mask.shares_of_blocks())
+    assert image.get_clim() == (0, 1)
+    assert image.get_extent() == [-0.5, 399.5, 499.5, -0.5]
+    assert (ax.get_xlim(), ax.get_ylim()) == ((-0.5, 399.5), (499.5, -0.5))
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["empty block"]
+    # Empty ones are grey, full ones have the last colour, mixed ones another.
+    empty, full, mixed = pixel(ax, 50, 350), pixel(ax, 450, 100), pixel(ax, 350, 220)
+    assert np.ptp(empty) <= 2
+    np.testing.assert_allclose(full, np.multiply(plt.get_cmap()(1.0)[:3], 255), atol=1)
+    assert min(np.abs(mixed - full).max(), np.abs(mixed - empty).max()) > 30
+
+
+def test_block_mask_of_partial_blocks(plt):
+    """The last blocks are drawn as far as there are queries and keys."""
+    ax = plot.plot_block_mask(BlockMask.window(130, 90, None, None, block_size=(64, 32)))
+    assert_nothing_cut_off(ax.figure)
+    assert (ax.get_xlim(), ax.get_ylim()) == ((-0.5, 89.5), (129.5, -0.5))
+    assert ax.images[0].get_extent() == [-0.5, 95.5, 191.5, -0.5]
+    assert ax.get_legend() is None
+    assert (pixel(ax, 128, 88) == pixel(ax, 3, 3)).all()
+
+
+def test_block_mask_of_very_many_blocks(plt):
+    keep = np.zeros((2000, 2000), bool)
+    keep[1234, 77] = True
+    figure, ax = plt.subplots(layout="constrained")
+    assert plot.plot_block_mask(BlockMask.from_blocks(keep, 4000, 4000, (2, 2)), ax=ax) is ax
+    assert plt.get_fignums() == [figure.number]
+    assert_nothing_cut_off(figure)
+    cells = ax.images[0].get_array()
+    assert cells.shape[0] < 2000
+    row, column = np.argwhere(cells.filled(0)).ravel()
+    _, right, bottom, _ = ax.images[0].get_extent()
+    assert abs((column + 0.5) / cells.shape[1] * (right + 0.5) - 155) < right / cells.shape[1]
+    assert abs((row + 0.5) / cells.shape[0] * (bottom + 0.5) - 2469) < bottom / cells.shape[0]
+
+
+@pytest.mark.parametrize(("shape", "block_size"), [((1, 1), (1, 1)), ((3, 5000), (64, 64))])
+def test_block_mask_of_few_queries(plt, shape, block_size):
+    ax = plot.plot_block_mask(BlockMask.causal(*shape, block_size=block_size), title="few")
+    assert_nothing_cut_off(ax.figure)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (np.eye(3, dtype=bool), TypeError, "mask: got ndarray, expected a BlockMask"),
+        (BlockMask.causal(0, 3), ValueError, r"mask: got shape \(0, 3\), expected \(Lq, Lk\)"),
+        (BlockMask.prefix(3, 3, [1]), ValueError, r"got shape \(1, 1, 3, 3\), expected \(Lq, Lk"),
+    ],
+)
+def test_what_is_no_picture_of_a_block_mask(mask, error, message):
+    with pytest.raises(error, match=message):
+        plot.plot_block_mask(mask)
+
+
+@pytest.mark.parametrize("name", plot.__all__)
 def test_docstring(plt, name):
     tests = doctest.DocTestFinder(recurse=False).find(getattr(plot, name), name, globs={})
     assert sum(len(test.examples) for test in tests) > 2
@@ -319,6 +384,8 @@ def test_without_matplotlib(monkeypatch):
             draw(np.eye(2), ["a", "b"])
     with pytest.raises(ImportError, match=re.escape("pip install 'numattn[plot]'")):
         plot.plot_heads(np.ones((1, 2, 2)))
+    with pytest.raises(ImportError, match=re.escape("pip install 'numattn[plot]'")):
+        plot.plot_block_mask(BlockMask.causal(2, 2))
     assert plot.html_page(np.ones((1, 2, 2)), ["a", "b"])
 
 

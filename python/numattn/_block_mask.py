@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from ._arguments import check_mask
-from ._block_mask_bits import EMPTY, FULL, Tiles, places_of_tiles
+from ._block_mask_bits import EMPTY, FULL, Tiles, no_bits, pack, places_of_tiles
+from ._block_mask_function import bools_of
+from ._block_mask_operators import both, either, inverse
 from ._block_mask_patterns import BlockMaskPatterns
-from ._block_mask_store import check_block_size, grid_of, no_bits
-from ._checks import as_array, at_least, dtype_name, refuse, refuse_kind
+from ._block_mask_store import check_block_size, check_bools, grid_of, ints
+from ._checks import as_array, at_least, refuse, refuse_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,7 +119,7 @@ class BlockMask(BlockMaskPatterns):
 
         Notes
         -----
-        `mask_mod` is called with some thousand keys at a time, so that the whole mask is never in
+        `mask_mod` is called for some thousand keys at a time, so that the whole mask is never in
         memory.
 
         Examples
@@ -139,8 +140,8 @@ class BlockMask(BlockMaskPatterns):
                 [0, 1, 1, 1]]])
         """
         if not callable(mask_mod):
-            seen = f"{mask_mod!r} ({type(mask_mod).__name__})"
-            refuse_kind("mask_mod", seen, "a function mask_mod(batch, head, q, k)")
+            expected = "a function mask_mod(batch, head, q, k)"
+            refuse_kind("mask_mod", type(mask_mod).__name__, expected)
         lengths = at_least("Lq", Lq, 0), at_least("Lk", Lk, 0)
         items = (
             1 if batch is None else at_least("batch", batch, 0),
@@ -149,8 +150,7 @@ class BlockMask(BlockMaskPatterns):
         block_size = check_block_size(block_size)
         tiles = Tiles(items, lengths, block_size)
         for leading, queries, keys in places_of_tiles(items, lengths, block_size):
-            tile = _evaluate(mask_mod, (*leading, queries, keys))
-            tiles.put(leading, queries, keys, tile)
+            tiles.put(leading, queries, keys, bools_of(mask_mod, (*leading, queries, keys)))
         blocks, bits = tiles.normal_form()
         kept = 2 if batch is not None else 1 if heads is not None else 0
         leading_shape = items[2 - kept :]
@@ -193,7 +193,7 @@ class BlockMask(BlockMaskPatterns):
         True
         """
         array = as_array("mask", mask)
-        check_mask(array)
+        check_bools("mask", array)
         block_size = check_block_size(block_size)
         if array.ndim < 2:
             refuse("mask", f"shape {array.shape}", "(..., Lq, Lk)")
@@ -244,7 +244,7 @@ class BlockMask(BlockMaskPatterns):
                [1, 1, 1, 1]])
         """
         array = as_array("keep", keep)
-        check_mask(array, "a bool for each block", "keep")
+        check_bools("keep", array)
         lengths = at_least("Lq", Lq, 0), at_least("Lk", Lk, 0)
         block_size = check_block_size(block_size)
         grid = grid_of(lengths, block_size)
@@ -255,19 +255,112 @@ class BlockMask(BlockMaskPatterns):
         blocks = np.where(array, np.int32(FULL), np.int32(EMPTY))
         return cls._of((*array.shape[:-2], *lengths), block_size, blocks, no_bits(block_size))
 
+    @classmethod
+    def from_bsr(
+        cls,
+        indptr: ArrayLike,
+        indices: ArrayLike,
+        Lq: int,
+        Lk: int,
+        block_size: tuple[int, int] = (64, 64),
+        data: ArrayLike | None = None,
+    ) -> Self:
+        """Make a mask of the blocks that each row of blocks has, in the format BSR.
 
-def _evaluate(mask_mod: Callable[[Array, Array, Array, Array], Any], place: Any) -> Array:
-    """Return what a function says of a tile, (batch items, heads, queries, keys)."""
-    indices = np.ix_(*(np.arange(part.start, part.stop) for part in place))
-    shape = tuple(part.stop - part.start for part in place)
-    said = mask_mod(*indices)
-    if not isinstance(said, (np.ndarray, np.bool_, bool)):
-        refuse_kind("mask_mod", f"{type(said).__name__} from it", "an array of bools")
-    attends = np.asarray(said)
-    if attends.dtype != np.bool_:
-        refuse_kind("mask_mod", f"{dtype_name(attends)} from it", "bool, True = attend")
-    try:
-        return np.broadcast_to(attends, shape)
-    except ValueError:
-        expected = f"one that broadcasts to {shape}, as the arrays of indices do"
-        refuse("mask_mod", f"shape {attends.shape} from it", expected)
+        Parameters
+        ----------
+        indptr : array_like of int, shape (ceil(Lq / queries) + 1,)
+            Where the blocks of each row begin among `indices`, and last where they end.
+        indices : array_like of int, shape (n,)
+            For each block which block of keys it has, ascending in each row.
+        Lq, Lk : int
+            Number of queries and of keys.
+        block_size : tuple of int, default (64, 64)
+            Queries and keys of a block.
+        data : array_like of bool, shape (n, queries, keys), optional
+            Which pairs of each block attend; what is beyond Lq and Lk does not count. By default
+            all do.
+
+        Returns
+        -------
+        BlockMask
+            Of shape (Lq, Lk).
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `indptr` or `indices` are not ints, of another shape, not ascending or out of range;
+            if `data` is not bool or of another shape; or if a size is not an int, or negative.
+
+        See Also
+        --------
+        from_blocks : a bool for each block.
+
+        Notes
+        -----
+        This is the format of ``scipy.sparse.bsr_array``: a matrix ``m`` of bools becomes
+        ``from_bsr(m.indptr, m.indices, *m.shape, m.blocksize, m.data)``, after
+        ``m.sum_duplicates()`` where its indices are not sorted. FlashInfer has `indptr`, `indices`
+        and, for `data`, ``mask``.
+
+        Examples
+        --------
+        >>> import numattn as na
+        >>> mask = na.BlockMask.from_bsr([0, 1, 3], [0, 0, 1], 3, 4, block_size=(2, 2))
+        >>> mask.to_dense().astype(int)
+        array([[1, 1, 0, 0],
+               [1, 1, 0, 0],
+               [1, 1, 1, 1]])
+        """
+        lengths = at_least("Lq", Lq, 0), at_least("Lk", Lk, 0)
+        block_size = check_block_size(block_size)
+        rows, columns = grid_of(lengths, block_size)
+        begins, places = ints("indptr", indptr), ints("indices", indices)
+        if begins.shape != (rows + 1,):
+            expected = f"({rows + 1},), a row more than the blocks of {lengths[0]} queries"
+            refuse("indptr", f"shape {begins.shape}", f"{expected} in blocks of {block_size}")
+        if places.ndim != 1:
+            refuse("indices", f"shape {places.shape}", "(n,), an index for each block")
+        if begins[0] != 0 or begins[-1] != len(places):
+            expected = f"0 to {len(places)}, the number of indices"
+            refuse("indptr", f"{begins[0]} to {begins[-1]}", expected)
+        counts = np.diff(begins)
+        if (counts < 0).any():
+            row = int(np.argmax(counts < 0))
+            refuse("indptr", f"{begins[row + 1]} after {begins[row]} at {row}", "ascending numbers")
+        outside = (places < 0) | (places >= columns)
+        if outside.any():
+            place = int(np.argmax(outside))
+            expected = f"0 to {columns - 1}, the blocks of {lengths[1]} keys"
+            refuse("indices", f"{places[place]} at {place}", expected)
+        row_of = np.repeat(np.arange(rows), counts)
+        wrong = (np.diff(places) <= 0) & (np.diff(row_of) == 0)
+        if wrong.any():
+            place = int(np.argmax(wrong))
+            seen = f"{places[place + 1]} after {places[place]} at {place + 1}"
+            refuse("indices", seen, "ascending ones in each row (scipy: `sum_duplicates()`)")
+        blocks = np.full((rows, columns), EMPTY, np.int32)
+        if data is None:
+            blocks[row_of, places] = FULL
+            return cls._of(lengths, block_size, blocks, no_bits(block_size))
+        attends = as_array("data", data)
+        check_bools("data", attends)
+        if attends.shape != (len(places), *block_size):
+            refuse("data", f"shape {attends.shape}", f"{(len(places), *block_size)}")
+        blocks[row_of, places] = np.arange(len(places))
+        return cls._normal((), lengths, block_size, blocks, pack(attends))
+
+    def __and__(self, other: Self) -> Self:
+        """Return the mask of the pairs that attend in both masks; other axes broadcast."""
+        return both(self, other)
+
+    def __or__(self, other: Self) -> Self:
+        """Return the mask of the pairs that attend in one of the masks; other axes broadcast."""
+        return either(self, other)
+
+    def __invert__(self) -> Self:
+        """Return the mask of the pairs that do not attend."""
+        return inverse(self)
+
+    # Arrays of bools, which come here from NumPy's operators, are refused with a hint.
+    __rand__, __ror__ = __and__, __or__

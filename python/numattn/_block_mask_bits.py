@@ -32,6 +32,10 @@ def bytes_of(block_keys: int) -> int:
     return blocks_of(block_keys, 8)
 
 
+def no_bits(block_size: Size) -> Array:
+    return np.zeros((0, block_size[0], bytes_of(block_size[1])), np.uint8)
+
+
 def pack(attends: Array) -> Array:
     """Return bools as bits, the first key in the lowest one."""
     return np.packbits(attends, axis=-1, bitorder="little")
@@ -103,14 +107,18 @@ def classify(tile: Array, block_size: Size) -> tuple[Array, Array]:
     *leading, query_count, key_count = tile.shape
     block_queries, block_keys = min(block_size[0], query_count), block_size[1]
     rows = tile.reshape(*leading, query_count // block_queries, block_queries, key_count)
+    if not tile.any():
+        grid = (*rows.shape[:-2], blocks_of(key_count, block_keys))
+        return np.full(grid, EMPTY, np.int32), no_bits(block_size)
     first_keys = np.arange(0, key_count, block_keys)
     some = np.logical_or.reduceat(np.logical_or.reduce(rows, axis=-2), first_keys, axis=-1)
     each = np.logical_and.reduceat(np.logical_and.reduce(rows, axis=-2), first_keys, axis=-1)
     blocks = np.where(each, np.int32(FULL), np.int32(EMPTY))
     is_mixed = some & ~each
-    bits = np.zeros((np.count_nonzero(is_mixed), block_size[0], bytes_of(block_keys)), np.uint8)
-    if len(bits) == 0:
-        return blocks, bits
+    count = np.count_nonzero(is_mixed)
+    if count == 0:
+        return blocks, no_bits(block_size)
+    bits = np.zeros((count, block_size[0], bytes_of(block_keys)), np.uint8)
     # The blocks of whole keys, then those of the last, partial keys.
     whole = key_count // block_keys
     edge = whole * block_keys
@@ -140,7 +148,7 @@ class Tiles:
         self._lengths, self._block_size = lengths, block_size
         grid = (blocks_of(n, block) for n, block in zip(lengths, block_size, strict=True))
         self._blocks = np.empty((*leading, *grid), np.int32)
-        self._bits = [np.zeros((0, block_size[0], bytes_of(block_size[1])), np.uint8)]
+        self._bits = [no_bits(block_size)]
         self._count = 0
 
     def put(self, leading: tuple[slice, ...], queries: slice, keys: slice, tile: Array) -> None:
@@ -162,8 +170,8 @@ class Tiles:
 
 # What NumPy evaluates at a time: rows that are long enough to be fast, of bools that stay in the
 # second cache.
-_KEYS_AT_A_TIME = 4096
-_PAIRS_AT_A_TIME = 64 * 4096
+_KEYS_AT_A_TIME = 8192
+_PAIRS_AT_A_TIME = 128 * 8192
 
 
 def places_of_tiles(
@@ -192,6 +200,20 @@ def places_of_tiles(
 
 def _parts(begin: int, end: int, size: int) -> Iterator[slice]:
     return (slice(first, min(first + size, end)) for first in range(begin, end, size))
+
+
+def pairs_of_blocks(
+    blocks: Array, bits: Array, lengths: Size, block_size: Size
+) -> tuple[Array, Array]:
+    """Return how many pairs of each block attend, and how many there are, without leading axes."""
+    of_mixed = np.bitwise_count(bits).sum(axis=(1, 2), dtype=np.int64)
+    attending = np.append(of_mixed, [0, 0])[blocks]  # EMPTY and FULL are the last two
+    all_pairs = np.outer(*map(sizes_of_blocks, lengths, block_size))
+    return np.where(blocks == FULL, all_pairs, attending), all_pairs
+
+
+def sizes_of_blocks(length: int, block: int) -> Array:
+    return np.minimum(length - block * np.arange(blocks_of(length, block)), block)
 
 
 def dense(blocks: Array, bits: Array, block_size: Size) -> Array:

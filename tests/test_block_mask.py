@@ -88,10 +88,20 @@ def test_mask_mod_may_say_the_same_of_all():
     check(mask, np.broadcast_to(by_key, (100, 70)), (64, 64))
 
 
+def shifted(q):
+    q = np.asarray(q)
+    return q * 1_000_003
+
+
 @pytest.mark.parametrize(
     "mask_mod",
     [
         lambda batch, head, q, k: (q - k) ** 2 < 10_000,
+        lambda batch, head, q, k: shifted(q) < shifted(k),
+        lambda batch, head, q, k: np.where(k > 5, k, q) * 1_000_003 > 2**32,
+        lambda batch, head, q, k: np.multiply.outer(q.ravel(), k.ravel())[None, None] > 2**32,
+        lambda batch, head, q, k: (k.copy() ** 2 > 2**32) | (q.reshape(-1, 1) ** 40 > k[0, 0]),
+        lambda batch, head, q, k: (k[..., ::-1][..., ::-1] > q) & (k >= 2**40 * q) & (k != 7.5),
         lambda batch, head, q, k: q * k > 2**32,
         lambda batch, head, q, k: q + 2**40 > k + 2**40,
     ],
@@ -99,8 +109,18 @@ def test_mask_mod_may_say_the_same_of_all():
 def test_mask_mods_of_large_numbers(mask_mod):
     """Products of indices do not overflow."""
     mask = BlockMask.from_mask_mod(mask_mod, 3, 70_000, block_size=(3, 1000))
-    q, k = positions(3, 70_000, 0)
-    check(mask, mask_mod(0, 0, q, k), (3, 1000))
+    check(mask, mask_mod(*np.indices((1, 1, 3, 70_000), sparse=True))[0, 0], (3, 1000))
+
+
+def test_indices_cannot_be_written():
+    """What compares them in 32 bits would not know."""
+
+    def mask_mod(batch, head, q, k):
+        q += 1
+        return q > k
+
+    with pytest.raises(ValueError, match="read-only"):
+        BlockMask.from_mask_mod(mask_mod, 4, 4)
 
 
 @each_size

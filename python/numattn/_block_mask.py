@@ -89,8 +89,8 @@ class BlockMask(BlockMaskPatterns):
         Parameters
         ----------
         mask_mod : callable
-            ``mask_mod(batch, head, q, k)`` takes four arrays of ints that broadcast to (batch
-            items, heads, queries, keys), and returns bools that do too: True = attend.
+            ``mask_mod(batch, head, q, k)`` takes four read-only arrays of ints that broadcast to
+            (batch items, heads, queries, keys), and returns bools that do too: True = attend.
         Lq, Lk : int
             Number of queries and of keys.
         batch : int, optional

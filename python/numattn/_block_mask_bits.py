@@ -168,10 +168,10 @@ class Tiles:
         return normal_form(self._blocks, bits, self._lengths, self._block_size)
 
 
-# What NumPy evaluates at a time: rows that are long enough to be fast, of bools that stay in the
-# second cache.
-_KEYS_AT_A_TIME = 8192
-_PAIRS_AT_A_TIME = 128 * 8192
+# What NumPy evaluates at a time. Rows of fewer than some 2700 keys are compared three times as
+# slowly, and arrays of much more than 256 KiB are given back to the system again and again.
+_KEYS_AT_A_TIME = 4096
+_PAIRS_AT_A_TIME = 64 * 4096
 
 
 def places_of_tiles(

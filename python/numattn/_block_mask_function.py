@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 def bools_of(mask_mod: MaskMod, place: tuple[slice, ...]) -> Array:
     """Return what a ``mask_mod(batch, head, q, k)`` says of batch items, heads, queries, keys."""
     indices = [
-        np.arange(part.start, part.stop).reshape((1,) * axis + (-1,) + (1,) * (3 - axis))
-        for axis, part in enumerate(place)
+        _indices(part, (1,) * axis + (-1,) + (1,) * (3 - axis)) for axis, part in enumerate(place)
     ]
     said = mask_mod(*indices)
     if not isinstance(said, (np.ndarray, np.bool_, bool)):
@@ -37,3 +36,40 @@ def bools_of(mask_mod: MaskMod, place: tuple[slice, ...]) -> Array:
     except ValueError:
         expected = f"one that broadcasts to {shape}, as the indices do"
         refuse("mask_mod", f"shape {attends.shape} from it", expected)
+
+
+class _Indices(np.ndarray):
+    """Indices of 64 bits, which are compared with one another in 32: three times as fast.
+
+    Whatever else is computed with them is what 64 bits give, and a plain array.
+    """
+
+    _narrow: Array | None
+
+    def __array_finalize__(self, other: object) -> None:
+        self._narrow = None
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        if ufunc in _COMPARISONS and method == "__call__" and not options:
+            one, other = (getattr(x, "_narrow", None) for x in inputs)
+            if one is not None and other is not None:
+                return ufunc(one, other)
+        if "out" in options:
+            options["out"] = tuple(map(_plain, options["out"]))
+        return getattr(ufunc, method)(*map(_plain, inputs), **options)
+
+
+def _plain(x: Any) -> Any:
+    return x.view(np.ndarray) if isinstance(x, _Indices) else x
+
+
+_COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
+
+
+def _indices(part: slice, shape: tuple[int, ...]) -> _Indices:
+    wide = np.arange(part.start, part.stop).reshape(shape)
+    indices = wide.view(_Indices)
+    if part.stop < 2**31:
+        indices._narrow = wide.astype(np.int32)
+    indices.setflags(write=False)  # as both have to remain the same
+    return indices

@@ -184,7 +184,7 @@ def test_operators_broadcast(rng, one, other):
 
 
 def test_not_of_partial_blocks_that_share_bits():
-    """Bits of a partial block are those of a whole one, while what is not in them differs."""
+    """A partial block may have the bits of a whole one, whose other bits are within the mask."""
     dense = np.zeros((11, 13), bool)
     dense[::8, ::8] = True
     mask = BlockMask.from_dense(dense, (8, 8))

@@ -32,7 +32,7 @@ class BlockMask(BlockMaskPatterns):
     ----------
     shape : tuple of int, (..., Lq, Lk)
         What a dense mask of the same content has. The axes before the last two are of the batch
-        and, last, of the query heads; they broadcast as those of a dense mask do.
+        and, last, of the query heads; they broadcast as a dense mask does.
     block_size : tuple of int, (queries, keys)
         The last blocks may be partial.
     density : float

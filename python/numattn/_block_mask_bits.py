@@ -48,7 +48,7 @@ def unpack(bits: Array, block_keys: int) -> Array:
 def bits_of_blocks(lengths: Size, block_size: Size) -> Array:
     """Return which pairs of a block are within (Lq, Lk), as bits, for the four kinds of blocks.
 
-    The kind is 2 for the blocks of the last, partial queries, plus 1 for those of the last, partial
+    The kind is 2 for blocks of the last, partial queries, plus 1 for blocks of the last, partial
     keys.
     """
     queries, keys = (
@@ -119,7 +119,7 @@ def classify(tile: Array, block_size: Size) -> tuple[Array, Array]:
     if count == 0:
         return blocks, no_bits(block_size)
     bits = np.zeros((count, block_size[0], bytes_of(block_keys)), np.uint8)
-    # The blocks of whole keys, then those of the last, partial keys.
+    # The blocks of whole keys, then blocks of the last, partial keys.
     whole = key_count // block_keys
     edge = whole * block_keys
     pieces = rows[..., :edge].reshape(*rows.shape[:-1], whole, block_keys).swapaxes(-3, -2)

@@ -331,7 +331,7 @@ class BlockMaskPatterns(BlockMaskDocuments):
         Notes
         -----
         The pattern of Beltagy et al., "Longformer: The Long-Document Transformer", 2020. With
-        ``& BlockMask.causal(Lq, Lk)`` it is that of a window with attention sinks.
+        ``& BlockMask.causal(Lq, Lk)`` it is a window with attention sinks.
 
         Examples
         --------

@@ -380,11 +380,11 @@ def plot_block_mask(mask: BlockMask, *, title: str | None = None, ax: Axes | Non
     Parameters
     ----------
     mask : BlockMask, shape (Lq, Lk)
-        Of a mask with more axes, ``mask[0, 3]`` is that of batch item 0 and head 3.
+        Of a mask with more axes pass one item: ``mask[0, 3]`` has batch item 0 and head 3.
     title : str, optional
         What is written above it.
     ax : matplotlib.axes.Axes, optional
-        Where to draw. The colour scale stands beside it, which a figure with
+        Where to draw. The colour scale gets its place beside it, which a figure with
         ``layout="constrained"`` makes room for. A new figure by default.
 
     Returns

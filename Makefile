@@ -11,7 +11,8 @@ export SKBUILD_CMAKE_DEFINE := CMAKE_COMPILE_WARNING_AS_ERROR=$(WERROR)
 SOURCES := $(shell find csrc python CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 
 .PHONY: all demo docs test test-parallel test-native sanitize emulate fuzz wheel test-wheels \
-  test-models test-slow lint format bench bench-sequences bench-layers bench-models bench-grid clean
+  test-models test-slow lint format bench bench-sequences bench-layers bench-models \
+  bench-block-masks bench-grid clean
 all: $(BUILT)
 
 $(VENV)/created:
@@ -127,6 +128,9 @@ bench-layers: $(BUILT) $(VENV)/bench $(VENV)/demo
 
 bench-models: $(BUILT) $(VENV)/bench
 	$(BIN)/python benchmarks/models.py $(ARGS)
+
+bench-block-masks: $(BUILT) $(VENV)/bench
+	$(BIN)/python benchmarks/block_masks.py $(ARGS)
 
 bench-grid: $(BUILT) $(VENV)/group-test
 	$(BIN)/python benchmarks/grid.py $(ARGS)

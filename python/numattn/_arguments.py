@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ._block_mask_broadcast import broadcast_blocks
 from ._block_mask_store import BlockMaskStore
 from ._checks import (
     ACCEPTED_DTYPES,
@@ -33,7 +34,6 @@ from ._checks import (
     thread_count,
     warn,
 )
-from ._block_mask_broadcast import broadcast_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -194,6 +194,62 @@ void RandomProblem::broadcast(Tensor& tensor) {
   tensor.read_values();
 }
 
+void RandomProblem::draw_mask_blocks() {
+  numattn::MaskBlocks& blocks = problem.options.mask_blocks;
+  blocks.queries = one_of<int64_t>({1, 3, 8, 16, 64, 100});
+  blocks.keys = one_of<int64_t>({1, 5, 8, 32, 64, 96, 128});
+  const int64_t lq = problem.query_length, lk = problem.key_length;
+  const int64_t rows = (lq + blocks.queries - 1) / blocks.queries;
+  const int64_t columns = (lk + blocks.keys - 1) / blocks.keys;
+  const int64_t bytes_per_row = (blocks.keys + 7) / 8;
+  std::vector<int32_t> numbers;
+  std::vector<uint8_t> bits;
+  for (int64_t b = 0; b < batch_; ++b) {
+    for (int64_t h = 0; h < problem.query_heads; ++h) {
+      for (int64_t block = 0; block < rows * columns; ++block) {
+        const int64_t first_query = block / columns * blocks.queries;
+        const int64_t first_key = block % columns * blocks.keys;
+        const int64_t queries = std::min(blocks.queries, lq - first_query);
+        const int64_t keys = std::min(blocks.keys, lk - first_key);
+        const int64_t kind = below(4);
+        std::vector<uint8_t> of_block(static_cast<size_t>(blocks.queries * bytes_per_row));
+        int64_t set = 0;
+        for (int64_t pair = 0; pair < queries * keys; ++pair) {
+          const int64_t i = pair / keys, j = pair % keys;
+          char* const at = mask_.address(b, h, first_query + i, first_key + j);
+          if (kind < 2) *at = static_cast<char>(kind);
+          if (*at) of_block[static_cast<size_t>(i * bytes_per_row + j / 8)] |= 1 << j % 8;
+          set += *at != 0;
+        }
+        const bool is_mixed = set > 0 && set < queries * keys;
+        numbers.push_back(is_mixed  ? static_cast<int32_t>(bits.size() / of_block.size())
+                          : set > 0 ? numattn::MaskBlocks::kFull
+                                    : numattn::MaskBlocks::kEmpty);
+        if (is_mixed) bits.insert(bits.end(), of_block.begin(), of_block.end());
+      }
+      // Broadcast, it is the same mask that the next ones would write to.
+      if (mask_.array.head_stride == 0) break;
+    }
+    if (mask_.array.batch_strides[0] == 0) break;
+  }
+  mask_.read_values();
+  const auto keep = [&](const void* from, size_t size) {
+    memory_.push_back(std::make_unique<GuardedMemory>(size, true));
+    if (size > 0) std::memcpy(memory_.back()->data(), from, size);
+    return memory_.back()->data();
+  };
+  numattn::View& mask = problem.options.mask;
+  mask = {};
+  mask.data = keep(numbers.data(), numbers.size() * sizeof(int32_t));
+  const auto bytes = static_cast<int64_t>(sizeof(int32_t));
+  mask.head_stride = mask_.array.head_stride == 0 ? 0 : rows * columns * bytes;
+  const int64_t heads = mask_.array.head_stride == 0 ? 1 : problem.query_heads;
+  problem.mask_batch_strides[0] =
+      mask_.array.batch_strides[0] == 0 ? 0 : heads * rows * columns * bytes;
+  blocks.row_stride = columns * bytes;
+  blocks.bits = reinterpret_cast<const uint8_t*>(keep(bits.data(), bits.size()));
+}
+
 void RandomProblem::draw_sizes() {
   const auto length = [&] {
     return one_of<int64_t>({1, 2, 3, 5, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 130});
@@ -309,6 +365,7 @@ void RandomProblem::draw_arrays() {
     broadcast(mask_);
     problem.options.mask = mask_.array;
     problem.mask_batch_strides[0] = mask_.array.batch_strides[0];
+    if (sometimes(0.5)) draw_mask_blocks();
   } else if (sometimes(0.2)) {
     problem.options.tail_mask_keys = 1 + below(lk < 150 ? lk + 1 : 150);
     mask_ = make_rows(Kind::byte, problem.query_starts, problem.query_heads, lq,
@@ -406,6 +463,7 @@ void RandomProblem::describe() {
                                        {"ragged", problem.query_starts != nullptr},
                                        {"q_offset", problem.q_offset != nullptr},
                                        {"mask", problem.options.mask.data != nullptr},
+                                       {"blocks", problem.options.mask_blocks.queries > 0},
                                        {"tail", problem.options.tail_mask_keys >= 0},
                                        {"bias", problem.options.bias.data != nullptr},
                                        {"int8_k", problem.k_is_int8},

@@ -75,6 +75,8 @@ class RandomProblem {
   // Makes batch items or heads one and the same, as broadcasting does.
   void broadcast(Tensor& tensor);
   void draw_pages(Layout layout);
+  // Makes a mask by blocks of a dense one, some of whose blocks become empty or full.
+  void draw_mask_blocks();
   void describe();
   int64_t queries(int64_t b) const;  // of a batch item
   int64_t keys(int64_t b) const;     // those that are valid

@@ -82,7 +82,7 @@ def check(
         k_,
         v_,
         bias=as_array("bias", bias) if wants_bias and bias is not None else None,
-        sinks=_dtype_of_sinks(sinks),
+        sinks=dtype_of_sinks(sinks),
         layout=layout,
         one_head=q_.ndim == k_.ndim == v_.ndim == 2,
     )
@@ -98,7 +98,7 @@ def check_varlen(
         q_, k_, v_, cu_seqlens_q, cu_seqlens_k, sinks=sinks, **options, k_scale=None, v_scale=None,
         return_lse=True, out=None, makes_results=False,
     )  # fmt: skip
-    return Problem(forward, q_, k_, v_, None, _dtype_of_sinks(sinks), "blhd", one_head=False)
+    return Problem(forward, q_, k_, v_, None, dtype_of_sinks(sinks), "blhd", one_head=False)
 
 
 def _floats(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[Array, Array, Array]:
@@ -115,7 +115,7 @@ def _floats(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[Array, Array, Arr
     return floats("q", q), floats("k", k), floats("v", v)
 
 
-def _dtype_of_sinks(sinks: ArrayLike | None) -> np.dtype[Any] | None:
+def dtype_of_sinks(sinks: ArrayLike | None) -> np.dtype[Any] | None:
     """Return the dtype of the gradient of sinks that have been checked."""
     if sinks is None:
         return None
@@ -125,16 +125,16 @@ def _dtype_of_sinks(sinks: ArrayLike | None) -> np.dtype[Any] | None:
 
 def set_results(problem: Problem, out: ArrayLike, lse: ArrayLike) -> None:
     """Check what `attention` gave."""
-    problem.forward.out = _like_out(problem, "out", out)
-    problem.forward.lse = _like_lse(problem, "lse", lse)
+    problem.forward.out = like_out(problem, "out", out)
+    problem.forward.lse = like_lse(problem, "lse", lse)
 
 
 def with_gradients(
     problem: Problem, dout: ArrayLike, dlse: ArrayLike | None = None
 ) -> GradientArguments:
     """Check the gradients with respect to the results, and make the inputs'."""
-    dout_ = _like_out(problem, "dout", dout)
-    dlse_ = None if dlse is None else _like_lse(problem, "dlse", dlse)
+    dout_ = like_out(problem, "dout", dout)
+    dlse_ = None if dlse is None else like_lse(problem, "dlse", dlse)
     a = problem.forward
     assert a.v is not None
 
@@ -168,7 +168,7 @@ def _zeros_of_pairs(problem: Problem, bias_shape: tuple[int, ...]) -> Array:
     return as_strided(zeros, pairs, strides)
 
 
-def _like_out(problem: Problem, name: str, x: ArrayLike) -> Array:
+def like_out(problem: Problem, name: str, x: ArrayLike) -> Array:
     array = as_array(name, x)
     accepted = dict.fromkeys((problem.q.dtype.name, np.dtype(problem.precision).name))
     if array.dtype.name not in accepted or not array.dtype.isnative:
@@ -178,7 +178,7 @@ def _like_out(problem: Problem, name: str, x: ArrayLike) -> Array:
     return heads_first(array, problem.layout)
 
 
-def _like_lse(problem: Problem, name: str, x: ArrayLike) -> Array:
+def like_lse(problem: Problem, name: str, x: ArrayLike) -> Array:
     array = as_array(name, x)
     if array.dtype != problem.precision:
         wanted = f"{np.dtype(problem.precision).name} with q of {problem.q.dtype.name}"
@@ -192,28 +192,41 @@ def _check_shape(name: str, x: Array, wanted: tuple[int, ...], of: str) -> None:
         refuse(name, f"shape {x.shape}", f"{wanted}, the shape of {of} with these q, k and v")
 
 
-def as_inputs(problem: Problem, g: GradientArguments) -> tuple[Array, Array, Array, Array | None]:
-    """Return the gradients of q, k, v and the bias in the shapes and dtypes of the inputs."""
-    with np.errstate(all="ignore"):
-        return (
-            _as_input(problem, g.dq, problem.q),
-            _as_input(problem, g.dk, problem.k),
-            _as_input(problem, g.dv, problem.v),
-            None if g.dbias is None or problem.bias is None else _as_bias(g.dbias, problem.bias),
-        )
+def as_inputs(
+    problem: Problem, g: GradientArguments, rounds: bool = True
+) -> tuple[Array, Array, Array, Array | None]:
+    """Return the gradients of q, k, v and the bias in the shapes of the inputs, and in their dtypes
+    unless somebody else goes on adding to them."""
+    gradients = [
+        _as_input(problem, g.dq, problem.q),
+        _as_input(problem, g.dk, problem.k),
+        _as_input(problem, g.dv, problem.v),
+        None if g.dbias is None or problem.bias is None else _as_bias(g.dbias, problem.bias),
+    ]
+    if rounds:
+        inputs = (problem.q, problem.k, problem.v, problem.bias)
+        with np.errstate(all="ignore"):
+            gradients = [
+                None if x is None or of is None else x.astype(of.dtype, copy=False)
+                for x, of in zip(gradients, inputs, strict=True)
+            ]
+    dq, dk, dv, dbias = gradients
+    assert dq is not None
+    assert dk is not None
+    assert dv is not None
+    return dq, dk, dv, dbias
 
 
 def _as_bias(dbias: Array, bias: Array) -> Array:
     shape = (1,) * (dbias.ndim - bias.ndim) + bias.shape
     shared = (n == 1 and stride == 0 for n, stride in zip(shape, dbias.strides, strict=True))
     once = dbias[tuple(slice(0, 1 if is_shared else None) for is_shared in shared)]
-    return _summed(once, bias.shape).astype(bias.dtype, copy=False)
+    return _summed(once, bias.shape)
 
 
 def _as_input(problem: Problem, sums: Array, given: Array) -> Array:
     x = _summed(sums, heads_first(given, problem.layout).shape)
-    x = x[0] if given.ndim == 2 else heads_first(x, problem.layout)
-    return x.astype(given.dtype, copy=False)
+    return x[0] if given.ndim == 2 else heads_first(x, problem.layout)
 
 
 def _summed(sums: Array, shape: tuple[int, ...]) -> Array:
@@ -221,5 +234,6 @@ def _summed(sums: Array, shape: tuple[int, ...]) -> Array:
     aligned = (1,) * (sums.ndim - len(shape)) + shape
     axes = tuple(axis for axis, n in enumerate(aligned) if n != sums.shape[axis])
     if axes:
-        sums = sums.sum(axis=axes, dtype=np.float64).astype(sums.dtype)
+        with np.errstate(all="ignore"):
+            sums = sums.sum(axis=axes, dtype=np.float64).astype(sums.dtype)
     return sums.reshape(shape)

@@ -424,11 +424,11 @@ def _differentiate(problem: Problem, dout: ArrayLike, dlse: ArrayLike | None) ->
     sinks = None
     if problem.sinks is not None:
         with np.errstate(all="ignore"):
-            sinks = _gradient_of_sinks(arguments).astype(problem.sinks, copy=False)
+            sinks = gradient_of_sinks(arguments).astype(problem.sinks, copy=False)
     return Gradients(*_gradient_arguments.as_inputs(problem, arguments), sinks)
 
 
-def _gradient_of_sinks(g: GradientArguments) -> NDArray[np.float64]:
+def gradient_of_sinks(g: GradientArguments) -> NDArray[np.float64]:
     """Return for each query head the sum over its rows of what the sink takes from the others."""
     a = g.forward
     assert a.sinks is not None

@@ -115,10 +115,13 @@ def test_an_option_is_everywhere(option):
         (na.KVCache.attend, "AttendOptions", "return_lse"),
         (na.KVCache.append_and_attend, "AppendAndAttendOptions", "return_lse"),
         (na.MultiHeadAttention.__call__, "LayerOptions", "return_weights"),
+        ("numattn.dask", "DaskOptions", "return_lse"),
     ],
 )
 def test_type_checkers_know_every_option(function, options, switch):
     """Overloads have the switch and these options; the function itself has all of them."""
+    if isinstance(function, str):
+        function = pytest.importorskip(function, exc_type=ImportError).attention
     typed = {
         name: x.__forward_arg__
         for name, x in getattr(_option_types, options).__annotations__.items()

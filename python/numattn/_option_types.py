@@ -59,6 +59,18 @@ class VjpOptions(_OfAll, _OfPairs, _OfLayouts, _OfLengths, total=False):
     rng: int | np.random.Generator | None
 
 
+class DaskOptions(_OfLayouts, _OfLengths, total=False):
+    mask: Any
+    bias: Any
+    window: tuple[int | None, int | None] | None
+    scale: float | None
+    softcap: float | None
+    alibi_slopes: ArrayLike | None
+    sinks: ArrayLike | None
+    num_threads: int | None
+    split_every: int | None
+
+
 class VarlenOptions(_OfAll, _OfScales, total=False):
     is_causal: bool
     q_offset: int | ArrayLike | None

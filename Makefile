@@ -12,7 +12,7 @@ SOURCES := $(shell find csrc python CMakeLists.txt pyproject.toml -type f -not -
 
 .PHONY: all demo docs test test-parallel test-native sanitize emulate fuzz wheel test-wheels \
   test-models test-slow lint format bench bench-sequences bench-layers bench-models \
-  bench-block-masks bench-grid clean
+  bench-block-masks bench-dask bench-grid clean
 all: $(BUILT)
 
 $(VENV)/created:
@@ -131,6 +131,9 @@ bench-models: $(BUILT) $(VENV)/bench
 
 bench-block-masks: $(BUILT) $(VENV)/bench
 	$(BIN)/python benchmarks/block_masks.py $(ARGS)
+
+bench-dask: $(BUILT) $(VENV)/group-test
+	$(BIN)/python benchmarks/dask_cluster.py $(ARGS)
 
 bench-grid: $(BUILT) $(VENV)/group-test
 	$(BIN)/python benchmarks/grid.py $(ARGS)

@@ -162,11 +162,11 @@ def _merge_into(rows: Rows, merged: State, states: Sequence[State]) -> None:
     at_once = max(1, _MERGED_AT_ONCE * rows.length // elements)
     for first in range(0, rows.length, at_once):
         of_out, of_lse = rows.indices(slice(first, first + at_once))
-        out, lse = merge_states(
-            np.stack([out[of_out] for out, _ in states]),
-            np.stack([lse[of_lse] for _, lse in states]),
-            axis=0,
-        )
+        parts = [(out[of_out], lse[of_lse]) for out, lse in states]
+        if len(parts) == 2:
+            out, lse = merge_states(*parts[0], *parts[1])
+        else:
+            out, lse = merge_states(*(np.stack(x) for x in zip(*parts, strict=True)), axis=0)
         with np.errstate(all="ignore"):
             merged[0][of_out], merged[1][of_lse] = out, lse
 

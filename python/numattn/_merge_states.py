@@ -116,21 +116,25 @@ def merge_states(
         total = weights.sum(axis=0)
         lse = (maximum + np.log(total)).astype(precision)
         weights /= np.where(total == 0, precision(1), total)
-        # What attended to nothing is no part of the result, be it NaN.
         merged = np.zeros(parts[0][0].shape, precision)
-        finite = np.ones(merged.shape, np.bool_)
         for (result, _), weight in zip(parts, weights, strict=True):
             share = weight[..., np.newaxis]
-            merged += np.where(share == 0, precision(0), share * result.astype(precision))
-            finite &= np.isfinite(result) | (share == 0)
-        # Rounding alone carries a mean of finite numbers beyond the largest of them.
-        largest = np.finfo(precision).max
-        np.clip(merged, -largest, largest, out=merged, where=finite)
+            part = share * result.astype(precision, copy=False)
+            if not weight.all():  # what attended to nothing is no part of the result, be it NaN
+                np.copyto(part, 0, where=share == 0)
+            merged += part
+        if not np.isfinite(merged).all():
+            # Rounding alone carries a mean of finite numbers beyond the largest of them.
+            finite = np.ones(merged.shape, np.bool_)
+            for (result, _), weight in zip(parts, weights, strict=True):
+                finite &= np.isfinite(result) | (weight[..., np.newaxis] == 0)
+            largest = np.finfo(precision).max
+            np.clip(merged, -largest, largest, out=merged, where=finite)
         if out is None:
-            return merged.astype(results.dtype), lse
+            return merged.astype(results.dtype, copy=False), lse
         check_out(out, merged.shape, results.dtype)
         check_overlap(out, {})
-        out[...] = merged.astype(results.dtype)
+        out[...] = merged
     return out, lse
 
 

@@ -514,7 +514,7 @@ def test_memory_of_a_fold(dtype, gives, rng):
 
 @pytest.mark.thread_unsafe
 def test_two_processes():
-    """All dtypes cross the borders of processes; memory is that of each worker."""
+    """All dtypes cross the borders of processes."""
     with (
         dask.config.set({"distributed.worker.profile.enabled": False}),
         distributed.LocalCluster(

@@ -42,6 +42,8 @@ OPTIONS = {
     "none": {},
     "mask": {"mask": MASK},
     "mask of keys": {"mask": RNG.random(LK) < 0.5},
+    "mask by blocks": {"mask": na.BlockMask.from_dense(MASK, (4, 3))},
+    "mask by blocks of all": {"mask": na.BlockMask.from_dense(MASK[0, 0], (2, 8))},
     "mask of nothing": {"mask": np.zeros((LQ, LK), np.bool_)},
     "bias": {"bias": BIAS},
     "bias that masks": {"bias": np.where(MASK[0], BIAS, -np.inf).astype(np.float32)},
@@ -426,6 +428,8 @@ def test_chunks_that_are_excluded_make_no_tasks():
     assert pairs_of(x, x, x, mask=mask, is_causal=True) == 0
     assert pairs_of(x, x, x, mask=mask.any(axis=0)) == 8
     assert pairs_of(x, x, x, mask=da.from_array(mask, chunks=10)) == 64  # nobody has looked
+    assert pairs_of(x, x, x, mask=na.BlockMask.from_dense(mask)) == 1
+    assert pairs_of(x, x, x, mask=na.BlockMask.documents([20, 60])) == 4 + 36
 
 
 def test_batch_items_exclude_chunks_of_their_own():
@@ -569,6 +573,9 @@ def bad_calls():
         "no v": ((q, k, None), {}, TypeError, "v: got"),
         "float mask": ((q, k, v), {"mask": q}, TypeError, "mask: got dtype float32"),
         "mask": ((q, k, v), {"mask": MASK[..., 1:]}, ValueError, r"mask: got shape \(2, 1, 11, 16"),
+        "mask by blocks": (
+            (q, k, v), {"mask": na.BlockMask.causal(3, 3)}, ValueError, "mask: got a BlockMask of",
+        ),
         "bias": ((q, k, v), {"bias": BIAS[1:]}, ValueError, r"bias: got shape \(3, 11, 17\)"),
         "dask sinks": ((q, k, v), {"sinks": q[0, :, 0, 0]}, TypeError, "sinks: got an array of d"),
         "sinks": ((q, k, v), {"sinks": [1.0]}, ValueError, r"sinks: got shape \(1,\)"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import dask.array as da
+from dask.base import tokenize
 from dask.task_spec import TaskRef
 
-from ._dask_inputs import chunked, key_of
+from ._dask_inputs import chunked, key_of, starts
 
 if TYPE_CHECKING:
+    from ._block_mask_store import BlockMaskStore
     from ._dask_inputs import Chunks, Given
 
 
@@ -42,3 +44,40 @@ class ArrayMask:
     def part(self, index: tuple[int, ...]) -> Any:
         """Return what a task takes as the mask of these chunks."""
         return TaskRef(key_of(self.array, index))
+
+
+class MaskOfBlocks:
+    """A `BlockMask`, whose parts go into the tasks. Blocks that it leaves empty in all batch items
+    and heads make no task."""
+
+    array = None  # of dask, which would have to be computed
+
+    def __init__(self, mask: BlockMaskStore, chunks: Chunks) -> None:
+        self._mask = mask
+        sizes = chunks.pairs[len(chunks.pairs) - len(mask.shape) :]
+        self._starts = [
+            starts(own if n == sum(own) else (n,)) for n, own in zip(mask.shape, sizes, strict=True)
+        ]
+        self._known: dict[tuple[int, ...], bool] = {}
+
+    def __dask_tokenize__(self) -> str:
+        mask = self._mask
+        return str(tokenize(mask.shape, mask.block_size, mask._blocks, mask._bits))
+
+    def is_empty(self, place: tuple[slice, ...]) -> bool:
+        """Whether nobody attends to anybody there; `place` has all axes."""
+        queries, keys = place[-2:]
+        limits = queries.start, queries.stop, keys.start, keys.stop
+        if limits not in self._known:
+            self._known[limits] = self._mask.is_empty(*limits)
+        return self._known[limits]
+
+    def part(self, index: tuple[int, ...]) -> Any:
+        """Return what a task takes as the mask of these chunks."""
+        own = index[len(index) - len(self._starts) :]
+        return self._mask[
+            tuple(
+                slice(s[0], s[1]) if len(s) == 2 else slice(s[n], s[n + 1])
+                for n, s in zip(own, self._starts, strict=True)
+            )
+        ]

@@ -14,6 +14,7 @@ from dask.base import tokenize
 from dask.task_spec import TaskRef
 
 from . import _gradient_arguments
+from ._block_mask_store import BlockMaskStore
 from ._checks import at_least
 from ._dask_inputs import (
     Chunks,
@@ -26,7 +27,7 @@ from ._dask_inputs import (
     of_one_element,
     starts,
 )
-from ._dask_masks import ArrayMask
+from ._dask_masks import ArrayMask, MaskOfBlocks
 from ._dask_tasks import Positions, Rows
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Problem:
     q: da.Array
     k: da.Array
     v: da.Array
-    mask: ArrayMask | None
+    mask: ArrayMask | MaskOfBlocks | None
     bias: da.Array | None
     chunks: Chunks
     checked: _gradient_arguments.Problem  # of arrays without their elements
@@ -206,11 +207,18 @@ def check(
     q, k, v = (given(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     check_inputs({"q": q, "k": k, "v": v})
     check_small(options)
-    pairs = {n: None if options[n] is None else given(n, options[n]) for n in ("mask", "bias")}
-    mask, bias = pairs["mask"], pairs["bias"]
+    mask, bias = options["mask"], options["bias"]
+    has_blocks = isinstance(mask, BlockMaskStore)
+    if mask is not None and not has_blocks:
+        mask = given("mask", mask)
+    bias = None if bias is None else given("bias", bias)
     checked = _gradient_arguments.check(
         of_one_element(q), of_one_element(k), of_one_element(v), bias_gradient, tail_mask=None,
-        **{**options, **{n: None if x is None else of_one_element(x) for n, x in pairs.items()}},
+        **{
+            **options,
+            "mask": mask if mask is None or has_blocks else of_one_element(mask),
+            "bias": None if bias is None else of_one_element(bias),
+        },
     )  # fmt: skip
     chunks = choose_chunks(q, k, v, checked.forward, options["layout"])
     default = dask.config.get("split_every", None) or 4
@@ -218,7 +226,7 @@ def check(
         q=chunked(q, chunks.of_rows(q, chunks.heads, chunks.queries)),
         k=chunked(k, chunks.of_rows(k, chunks.kv_heads, chunks.keys)),
         v=chunked(v, chunks.of_rows(v, chunks.kv_heads, chunks.keys)),
-        mask=None if mask is None else ArrayMask(mask, chunks),
+        mask=None if mask is None else (MaskOfBlocks if has_blocks else ArrayMask)(mask, chunks),
         bias=None if bias is None else chunked(bias, chunks.of_pairs(bias)),
         chunks=chunks,
         checked=checked,

@@ -16,6 +16,7 @@ import numpy as np
 from . import _gradient_arguments, _gradients, _runtime
 from ._arguments import MAX_POSITION, lse_heads_first
 from ._attention import attention
+from ._block_mask_store import BlockMaskStore
 from ._checks import precision_of
 from ._merge_states import merge_states
 
@@ -185,6 +186,8 @@ def _of_queries(rows: Rows, x: Array, part: slice) -> Array:
 
 def _all_axes(rows: Rows, x: Array) -> Array:
     """Return a mask or bias with all of its axes: chunks may have the sizes of other axes."""
+    if isinstance(x, BlockMaskStore):  # which is not taken for anything else
+        return x
     return x.reshape((1,) * (rows.axes - x.ndim) + x.shape)
 
 

@@ -126,9 +126,9 @@ def attention(
         Keys, whose chunks along Lk say which keys a task attends to.
     v : dask.array.Array, shape (..., Hkv, Lk, Dv)
         Values, rechunked to fit `k`.
-    mask : dask.array.Array or array_like of bool, optional
-        True where a query attends to a key; broadcasts to (..., Hq, Lq, Lk). Where an array in
-        memory leaves nothing of two chunks, they make no task.
+    mask : dask.array.Array, array_like of bool or BlockMask, optional
+        True where a query attends to a key; broadcasts to (..., Hq, Lq, Lk). Where a `BlockMask` or
+        an array in memory leaves nothing of two chunks, they make no task.
     bias : dask.array.Array or array_like of float, optional
         Added to the logits; -inf masks. Broadcasts like `mask`.
     is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, kv_lengths, q_lengths, layout

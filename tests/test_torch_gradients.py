@@ -277,3 +277,19 @@ def test_no_gradient_is_kept_where_none_is_wanted():
     assert scaled_dot_product_attention(q, k.detach(), v.detach()).grad_fn is not None
     mask = torch.zeros(5, 5, requires_grad=True)
     assert scaled_dot_product_attention(q.detach(), k.detach(), v.detach(), mask).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_by_blocks(dtype):
+    mask = na.BlockMask.window(100, 100, 20, 0) & na.BlockMask.documents([30, 70])
+    q, k, v = torch.randn(3, 2, 4, 100, 16, dtype=dtype, requires_grad=True)
+    results = []
+    for given in (mask, torch.from_numpy(mask.to_dense())):
+        out = attention(q, k, v, mask=given)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
+    for found, wanted in zip(*results, strict=True):
+        assert torch.equal(found, wanted)
+    with torch.no_grad():
+        assert torch.equal(attention(q, k, v, mask=mask), results[0][0])
+    with pytest.raises(TypeError, match="mask: got a BlockMask in a recorded program"):
+        torch.func.vmap(lambda q: attention(q, k[0], v[0], mask=mask))(q)

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _runtime, _torch_operator
+from ._block_mask_store import BlockMaskStore
 from ._checks import integer, refuse, refuse_kind
 from ._torch_function import Attention
 from ._torch_passes import GIVEN, attend_rows_first
@@ -145,6 +146,8 @@ def call(
     if isinstance(dropout, (int, float)) and dropout > 0 and options["rng"] is None:
         seed = torch.randint(2**63 - 1, (), device="cpu")
         options = {**options, "rng": int(seed) if is_eager else seed}
+    if isinstance(options["mask"], BlockMaskStore) and not is_eager:
+        refuse_kind("mask", "a BlockMask in a recorded program", "a tensor: `to_dense()` of it")
     for name, x in options.items():
         if isinstance(x, torch.Tensor):
             check_fits(name, x)
@@ -195,8 +198,8 @@ def _as_given(options: Options, q: torch.Tensor) -> list[Any]:
     return [given[name] for name in GIVEN]
 
 
-def _as_tensor(x: Any, q: torch.Tensor) -> torch.Tensor | None:
-    if x is None or isinstance(x, torch.Tensor):
+def _as_tensor(x: Any, q: torch.Tensor) -> torch.Tensor | BlockMaskStore | None:
+    if x is None or isinstance(x, (torch.Tensor, BlockMaskStore)):
         return x
     if isinstance(x, (int, torch.SymInt)):
         return _int_tensor(x, q)

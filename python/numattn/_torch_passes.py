@@ -147,7 +147,7 @@ def _options(values: tuple[Any, ...]) -> dict[str, Any]:
     seed = given["seed"]
     tensors = {name: given[name] for name in (*_PAIRS, *_NUMBERS)}
     return {
-        **{name: None if x is None else array_of(x) for name, x in tensors.items()},
+        **{name: array_of(x) if isinstance(x, torch.Tensor) else x for name, x in tensors.items()},
         **{name: given[name] for name in _SAME},
         "window": (given["window_left"], given["window_right"]),
         "rng": None if seed is None else int(seed) % 2**64,

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike
 
+    from ._block_mask import BlockMask
+
     # What numbers and masks may be: tensors, arrays and lists.
     TensorLike: TypeAlias = torch.Tensor | ArrayLike
 
@@ -221,7 +223,7 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    mask: TensorLike | None = None,
+    mask: TensorLike | BlockMask | None = None,
     tail_mask: TensorLike | None = None,
     bias: TensorLike | None = None,
     is_causal: bool = False,
@@ -253,7 +255,8 @@ def attention(
     mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, \
 kv_lengths, q_lengths, layout, num_threads
         As in `numattn.attention`: causal queries end with the last key unless `q_offset` says
-        otherwise. What is an array there may be a tensor, an array or a list.
+        otherwise. What is an array there may be a tensor, an array or a list. `mask` may be a
+        `numattn.BlockMask`, but not in compiled, exported and transformed programs.
     dropout : float in [0, 1), default 0
         The share of the weights that is dropped.
     rng : int, optional

@@ -65,10 +65,9 @@ def compare(name, model, inputs, new_tokens):
     length = inputs["input_ids"].shape[1]
     print(f"{name}: {length} tokens read, {new_tokens} written")
     for implementation, (_, reading, writing) in results.items():
-        print(
-            f"  {implementation:8} reads {length / reading:6.0f} tokens/s, "
-            f"writes {1 / writing:6.1f} tokens/s"
-        )
+        # The difference of two times, which chance may make negative if it is short.
+        rate = f"{1 / writing:6.1f} tokens/s" if writing > 0 else "too fast to tell"
+        print(f"  {implementation:8} reads {length / reading:6.0f} tokens/s, writes {rate}")
     (theirs, _, _), (ours, _, _) = results[other], results["numattn"]
     print(f"  the same tokens: {torch.equal(ours, theirs)}")
     return ours
@@ -82,6 +81,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32, help="at least 2")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments = parser.parse_args()
+    if arguments.new_tokens < 2:
+        parser.error(f"--new-tokens: got {arguments.new_tokens}, expected at least 2")
     dtype = getattr(torch, arguments.dtype)
     numattn.transformers.register()
     torch.manual_seed(0)

@@ -4,6 +4,9 @@
 Tiny models with random weights; without torch and transformers, all of it is skipped.
 """
 
+import ast
+import copy
+import pickle
 import re
 import runpy
 import sys
@@ -106,7 +109,7 @@ def test_language_models(family, padding, way, spy):
 @torch.no_grad()
 def test_models_that_compute_attention_themselves(family, way, monkeypatch):
     """They get the masks of "eager", and a warning says so."""
-    monkeypatch.setattr(_transformers_masks, "_uses_interface", {})
+    monkeypatch.setattr(_transformers_masks, "_seen", set())
     batch = tiny_models.tokens("left")
     model = tiny_models.decoder(family)
     theirs = WAYS[way](model, batch)
@@ -402,11 +405,11 @@ def test_structures_mean_what_the_functions_mean(name, rng):
             2, q_length, kv_length, q_offset, kv_offset, FUNCTIONS[name], padding
         )
         assert isinstance(mask, StructuredMask)
-        dense = masking_utils.sdpa_mask(
-            2, q_length, kv_length, q_offset, kv_offset, FUNCTIONS[name], padding,
-            allow_is_causal_skip=False,
-        )  # fmt: skip
+        dense = masking_utils.eager_mask(
+            2, q_length, kv_length, q_offset, kv_offset, FUNCTIONS[name], padding
+        )
         assert torch.equal(mask.dense(), dense)
+        dense = dense == 0
         q, k, v = (
             torch.from_numpy(rng.standard_normal((2, heads, length, 8), dtype=np.float32))
             for heads, length in ((4, q_length), (2, kv_length), (2, kv_length))
@@ -417,18 +420,25 @@ def test_structures_mean_what_the_functions_mean(name, rng):
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
 
 
-def test_unknown_functions_are_dense():
+def test_unknown_functions_are_bools_of_all_pairs(rng):
     def every_second(batch, head, query, key):
         return (query - key) % 2 == 0
 
     both = masking_utils.and_masks(every_second, masking_utils.causal_mask_function)
+    q = torch.from_numpy(rng.standard_normal((2, 4, 7, 8), dtype=np.float32))
     for function in (every_second, both, masking_utils.or_masks(*FUNCTIONS.values())):
         mask = _transformers_masks.make_mask(2, 7, 7, mask_function=function)
-        assert type(mask) is torch.Tensor
-        assert mask.shape == (2, 1, 7, 7)
+        dense = masking_utils.eager_mask(2, 7, 7, mask_function=function)
+        assert torch.equal(mask.structure().pairs, dense == 0)
+        assert torch.equal(mask.dense(), dense)
+        ours, theirs = (
+            numattn.transformers.attention_forward(torch.nn.Identity(), q, q, q, x)[0]
+            for x in (mask, dense == 0)
+        )
+        assert torch.equal(ours, theirs)
 
 
-def test_functions_that_a_release_changes_are_dense(monkeypatch):
+def test_functions_that_a_release_changes_are_bools_of_all_pairs(monkeypatch):
     """What is known of a function is compared with the function."""
 
     def shorter(size):
@@ -443,7 +453,7 @@ def test_functions_that_a_release_changes_are_dense(monkeypatch):
         mask = _transformers_masks.make_mask(2, 7, 7, mask_function=shorter(4))
     finally:
         _transformers_structures._known.cache_clear()
-    assert type(mask) is torch.Tensor
+    assert mask.structure().pairs is not None
 
 
 @torch.no_grad()
@@ -457,6 +467,7 @@ def test_packed_sequences(spy):
     ours, theirs = with_both(tiny_models.decoder("Llama"), lambda model: model(**batch).logits)
     assert_close(ours, theirs)
     assert spy.calls[-1]["mask"].shape == (2, 1, 13, 13)
+    assert spy.calls[-1]["mask"].dtype == torch.bool
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
@@ -479,7 +490,7 @@ def test_masks_of_four_axes(dtype, rng):
 def structured(padding="left"):
     mask = tiny_models.tokens(padding)["attention_mask"].bool()
     made = _transformers_masks.make_mask(2, 13, 13, attention_mask=mask)
-    dense = masking_utils.sdpa_mask(2, 13, 13, attention_mask=mask, allow_is_causal_skip=False)
+    dense = masking_utils.eager_mask(2, 13, 13, attention_mask=mask)
     assert isinstance(made, StructuredMask)
     return made, dense
 
@@ -488,16 +499,21 @@ OPERATIONS = {
     "slice": lambda mask: mask[:, :, :, :13],
     "part": lambda mask: mask[:, :, 3:, 2:7],
     "copy": lambda mask: mask.clone(),
-    "float": lambda mask: mask.float(),
-    "not": lambda mask: ~mask,
-    "and": lambda mask: mask & torch.ones(13, dtype=torch.bool),
-    "additive": lambda mask: torch.where(mask, 0.0, float("-inf")),
+    "double": lambda mask: mask.double(),
+    "bool": lambda mask: mask.to(torch.bool),
+    "add": lambda mask: torch.ones(2, 4, 13, 13) + mask,
+    "compare": lambda mask: mask == 0,
+    "where": lambda mask: torch.where(mask < 0, 1.0, 0.0),
     "cat": lambda mask: torch.cat([mask, mask], dim=-1),
     "expand": lambda mask: mask.expand(2, 4, 13, 13),
     "pad": lambda mask: torch.nn.functional.pad(mask, (0, 2)),
-    "fill": lambda mask: torch.zeros(13).masked_fill(mask, 1.0),
-    "stack": lambda mask: torch.stack([mask, ~mask]),
-    "any": lambda mask: mask.any(dim=-1),
+    "stack": lambda mask: torch.stack([mask, -mask]),
+    "any": lambda mask: (mask < 0).any(dim=-1),
+    "list": lambda mask: torch.tensor(mask.tolist()),
+    "numpy": lambda mask: torch.from_numpy(mask.numpy().copy()),
+    "array": lambda mask: torch.from_numpy(np.asarray(mask).copy()),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda mask: pickle.loads(pickle.dumps(mask)),
 }
 
 
@@ -509,7 +525,7 @@ def test_operations_see_the_elements(name):
     assert torch.equal(found, OPERATIONS[name](dense))
 
 
-@pytest.mark.parametrize("name", ["copy", "float", "not", "additive", "cat", "any"])
+@pytest.mark.parametrize("name", ["copy", "double", "add", "where", "cat", "any", "pickle"])
 def test_who_only_reads_a_mask_leaves_its_structure(name):
     mask, _ = structured()
     OPERATIONS[name](mask)
@@ -520,16 +536,17 @@ def test_a_mask_looks_like_the_dense_one():
     mask, dense = structured()
     assert (mask.shape, mask.dtype, mask.device) == (dense.shape, dense.dtype, dense.device)
     assert mask.ndim == 4
-    assert "True" in repr(mask)
+    assert "-3.4028e+38" in repr(mask)
 
 
 @pytest.mark.parametrize(
     "write",
     [
-        lambda mask: mask.fill_(True),
-        lambda mask: mask[:, :, 2].logical_not_(),
-        lambda mask: mask.__setitem__((0, 0, 5, 0), True),
-        lambda mask: torch.logical_or(mask, torch.tensor(True), out=mask),
+        lambda mask: mask.fill_(0),
+        lambda mask: mask[:, :, 2].neg_(),
+        lambda mask: mask.__setitem__((0, 0, 5, 0), 0),
+        lambda mask: torch.add(mask, torch.tensor(1.0), out=mask),
+        lambda mask: mask.numpy().fill(0),
     ],
 )
 def test_who_writes_to_a_mask_is_heard(write, rng):
@@ -568,13 +585,53 @@ def test_models_that_change_their_masks(change, monkeypatch):
     assert set(seen) == {torch.Tensor}
 
 
+@torch.no_grad()
+def test_masks_are_of_the_time_when_they_are_made():
+    """A static cache moves its offset on before attention, and padding is the caller's."""
+    offset, padding = torch.tensor(4), torch.ones(1, 10, dtype=torch.bool)
+    mask = _transformers_masks.make_mask(1, 3, 10, q_offset=offset, attention_mask=padding)
+    offset.add_(3)
+    padding.zero_()
+    assert (mask.dense() == 0).sum(dim=-1).tolist() == [[[5, 6, 7]]]
+
+
+@torch.no_grad()
+def test_masks_made_dense_in_a_later_turn_of_a_static_cache():
+    forward = numattn.transformers.attention_forward
+
+    def cloning(module, query, key, value, mask, **options):
+        return forward(module, query, key, value, mask.clone(), **options)
+
+    numattn.transformers.AttentionInterface.register("cloning", cloning)
+    numattn.transformers.AttentionMaskInterface.register("cloning", _transformers_masks.make_mask)
+    ids = tiny_models.tokens()["input_ids"]
+    model = tiny_models.decoder("Llama")
+    results = []
+    for name in ("eager", "numattn", "cloning"):
+        model.set_attn_implementation(name)
+        cache = transformers.StaticCache(model.config, max_cache_len=40)
+        model(ids[:, :6], cache=cache)
+        results.append(model(ids[:, 6:], cache=cache).logits)
+    for found in results[1:]:
+        assert_close(found, results[0])
+
+
+@torch.no_grad()
+def test_models_that_add_masks_by_themselves_beside_the_interface(spy):
+    """GIT asks transformers for the attention of its pictures alone."""
+    model = tiny_models.decoder("Git")
+    batch = tiny_models.tokens("left")
+    ours, theirs = with_both(model, lambda model: WAYS["forward"](model, batch))
+    assert_close(ours, theirs)
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 
 def test_a_mask_of_other_lengths_is_refused():
     mask, _ = structured()
     q, k = torch.zeros(2, 4, 13, 8), torch.zeros(2, 4, 20, 8)
-    with pytest.raises(ValueError, match=r"mask: .*13.*20"):
+    with pytest.raises(ValueError, match=r"bias: .*13.*20"):
         numattn.transformers.attention_forward(torch.nn.Identity(), q, k, k, mask)
 
 
@@ -584,6 +641,51 @@ def test_other_devices_are_refused():
         numattn.transformers.attention_forward(torch.nn.Identity(), q, meta, q, None)
 
 
+# What models give to their attention function, and numattn reads or may ignore.
+KNOWN = {
+    "query", "key", "value", "attention_mask", "scaling", "dropout", "is_causal", "softcap",
+    "s_aux", "position_bias", "output_attentions",
+    "sliding_window",  # is in the mask
+    "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+    "deterministic",  # of other kernels
+}  # fmt: skip
+
+
+def test_all_arguments_of_all_models_are_known():
+    """A release may bring others, which may say who attends to whom."""
+    found = set()
+    for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "attention_interface":
+                found |= {keyword.arg for keyword in node.keywords} - {None}
+    assert len(found) > 10
+    assert found <= KNOWN | set(numattn.transformers.NOT_COMPUTED)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", numattn.transformers.NOT_COMPUTED)
+def test_what_is_not_computed_is_refused(name):
+    q = torch.zeros(1, 2, 5, 8)
+    with pytest.raises(NotImplementedError, match=f"{name}: got .*use attn_implementation='eager'"):
+        numattn.transformers.attention_forward(
+            torch.nn.Identity(), q, q, q, None, **{name: torch.zeros(1)}
+        )
+
+
+@torch.no_grad()
+def test_sparse_attention_is_refused():
+    model = tiny_models.decoder("DeepseekV32")
+    model.set_attn_implementation("numattn")
+    with pytest.raises(NotImplementedError, match="indices"):
+        model(**tiny_models.tokens())
+
+
+def test_names_of_transformers_are_refused():
+    for name in ("sdpa", "eager", "flex_attention"):
+        with pytest.raises(ValueError, match=f"name: got '{name}', which transformers has"):
+            numattn.transformers.register(name)
+
+
 def test_other_transformers_are_refused(monkeypatch):
     def other(batch_size, cache_position, kv_length):
         raise AssertionError
@@ -591,15 +693,6 @@ def test_other_transformers_are_refused(monkeypatch):
     monkeypatch.setattr(numattn.transformers, "sdpa_mask", other)
     with pytest.raises(ImportError, match=r"transformers .* use transformers 5\.24"):
         numattn.transformers.register()
-
-
-def test_configurations_without_a_model_get_masks_of_floats():
-    class Config:
-        pass
-
-    with pytest.warns(UserWarning, match="no module modeling_"):
-        mask = _transformers_masks.make_mask(2, 5, 5, config=Config(), dtype=torch.float32)
-    assert mask.dtype == torch.float32
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ _DEEPSEEK = {
     "v_head_dim": 12,
     "first_k_dense_replace": 1,
 }
+_INDEXER = {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 16}
 _LLAMA4 = {
     "head_dim": 16,
     "attention_chunk_size": 8,
@@ -47,7 +48,11 @@ DECODERS = {
     "Qwen2": {**_GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "Qwen3": {**_GROUPED, "head_dim": 16},
     "Gemma2": {**_GROUPED, **_WINDOW},
-    "Gemma3Text": {**_GROUPED, **_WINDOW},
+    "Gemma3Text": {
+        **_GROUPED,
+        **_WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "GptOss": {**_GROUPED, **_WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
     "GPT2": {**_OLD, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "OPT": {**_DECODER, "ffn_dim": 64, "word_embed_proj_dim": 64},
@@ -56,6 +61,11 @@ DECODERS = {
     "Llama4Text": {**_GROUPED, **_LLAMA4},
     "DeepseekV3": {**_DECODER, **_DEEPSEEK},
     "GPTJ": {**_OLD, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8},
+}
+# Not computed with numattn, or not all of it.
+OTHER_DECODERS = {
+    "Git": _DECODER,  # the attention of its texts is its own
+    "DeepseekV32": {**_DECODER, **_DEEPSEEK, **_INDEXER},  # chooses keys
 }
 # These compute attention by themselves.
 DECODERS_WITHOUT_INTERFACE = {
@@ -166,7 +176,7 @@ ENCODERS_AND_PAIRS = {
 
 def decoder(family, **options):
     """Return a language model that computes as "eager" does."""
-    kinds = {**DECODERS, **DECODERS_WITHOUT_INTERFACE}
+    kinds = {**DECODERS, **OTHER_DECODERS, **DECODERS_WITHOUT_INTERFACE}
     config = getattr(transformers, f"{family}Config")(**kinds[family], **options)
     return _filled(
         transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")

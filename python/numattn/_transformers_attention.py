@@ -10,18 +10,27 @@ from . import torch as numattn_torch
 from ._stages import attention_weights
 from ._torch_tensors import array_of, tensor_of
 from ._transformers_masks import StructuredMask, is_traced
+from ._transformers_structures import Structure
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ._transformers_structures import Chunks, Structure
+    from ._transformers_structures import Chunks
 
 
-def structure_of(mask: Tensor | None, q_length: int, kv_length: int) -> Structure | None:
-    """Return the structure of a mask if it is known, and one of as many queries and keys."""
-    if isinstance(mask, StructuredMask) and mask.shape[2:] == (q_length, kv_length):
-        return mask.structure()
-    return None
+def structure_of(
+    mask: Tensor | None, q_length: int, kv_length: int, takes_chunks: bool
+) -> Structure | None:
+    """Return the structure of a mask if it is known, and one of as many queries and keys.
+
+    Bools of all pairs take the place of chunks unless `takes_chunks`.
+    """
+    if not isinstance(mask, StructuredMask) or mask.shape[2:] != (q_length, kv_length):
+        return None
+    structure = mask.structure()
+    if structure is not None and structure.chunks is not None and not takes_chunks:
+        return Structure(pairs=mask.pairs())
+    return structure
 
 
 def dense_mask_options(mask: Tensor, position_bias: Tensor | None) -> dict[str, Tensor | None]:
@@ -30,6 +39,11 @@ def dense_mask_options(mask: Tensor, position_bias: Tensor | None) -> dict[str, 
         mask = mask.dense()
     if mask.dtype == torch.bool:
         return {"mask": mask, "bias": position_bias}
+    if mask.shape[-2] == 1 and not is_traced(mask):
+        # What "eager" has of one query: 0, and the least number where it does not attend.
+        attends = mask > torch.finfo(mask.dtype).min
+        if bool((mask[attends] == 0).all()):
+            return {"mask": attends, "bias": position_bias}
     return {"bias": mask if position_bias is None else position_bias + mask}
 
 
@@ -70,6 +84,8 @@ def only_seen_keys(k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tenso
     options["mask"] = None if mask[..., keys].all() else mask[..., keys]
     if bias is not None and bias.shape[-1] != 1:
         options["bias"] = bias[..., keys]
+    if "q_offset" in options:
+        options["q_offset"] -= keys.start
     return k[:, keys], v[:, keys]
 
 

@@ -1,9 +1,10 @@
 """Masks of transformers that keep their structure.
 
 A model of transformers asks for its mask once per forward, as a function of positions and a padding
-mask. Where the function is a known one, the mask is a `StructuredMask`: a tensor of bool for
-everybody, but without elements until somebody asks for them. `numattn.transformers` reads its
-structure instead. Everything else becomes the dense mask that "sdpa" has.
+mask. It gets a `StructuredMask`. For `numattn.transformers` this is what the function means:
+limits, chunks, padding, or else bools of all pairs. For everybody else it is the mask of "eager":
+floats that are added to the logits, made when somebody first asks for them. So models that compute
+attention by themselves, or do anything else with their masks, get what they get with "eager".
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class StructuredMask(torch.Tensor):  # type: ignore[misc]
-    """A mask (batch, 1, queries, keys) of bool whose elements are made when they are first needed.
+    """A mask (batch, 1, queries, keys) of floats whose elements are made when they are needed.
 
     Every operation of PyTorch gets the dense mask and gives plain tensors, so whatever a model does
     to the mask is right. Only attention that gets this very object, which nobody can have written
@@ -34,32 +35,42 @@ class StructuredMask(torch.Tensor):  # type: ignore[misc]
 
     @staticmethod
     def __new__(
-        cls: type[StructuredMask], shape: tuple[int, ...], device: torch.device | str, *_: Any
+        cls: type[StructuredMask],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *_: Any,
     ) -> StructuredMask:
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[no-any-return]
-            cls, shape, dtype=torch.bool, device=device
+            cls, shape, dtype=dtype, device=device
         )
 
     def __init__(
         self,
         shape: tuple[int, ...],
+        dtype: torch.dtype,
         device: torch.device | str,
         structure: Structure,
-        make_dense: Callable[[], torch.Tensor],
+        make_pairs: Callable[[], torch.Tensor],
     ) -> None:
         self._structure: Structure | None = structure
-        self._make_dense = make_dense
+        self._make_pairs = make_pairs
         self._dense: torch.Tensor | None = None
 
     def structure(self) -> Structure | None:
         """Return the structure, or None if somebody may have written to the elements."""
         return self._structure
 
+    def pairs(self) -> torch.Tensor:
+        """Return bools of all pairs, where there is a structure."""
+        return self._make_pairs()
+
     def dense(self) -> torch.Tensor:
-        """Return the elements, to be read."""
+        """Return the elements, to be read: 0 where a query attends, else the least number."""
         if self._dense is None:
-            # Made contiguous: an expanded mask cannot be written to.
-            self._dense = self._make_dense().contiguous()
+            least = torch.finfo(self.dtype).min
+            zero = torch.zeros((), dtype=self.dtype, device=self.device)
+            self._dense = torch.where(self._make_pairs(), zero, least)
         return self._dense
 
     @classmethod
@@ -85,6 +96,24 @@ class StructuredMask(torch.Tensor):  # type: ignore[misc]
     # Without this, results would be made into this class again.
     __torch_function__ = torch._C._disabled_torch_function_impl
 
+    # What does not come through the dispatcher.
+
+    def numpy(self, **options: Any) -> Any:
+        self._structure = None  # it shares the memory
+        return self.dense().numpy(**options)
+
+    def __array__(self, *options: Any) -> Any:
+        return self.dense().__array__(*options)
+
+    def tolist(self) -> Any:
+        return self.dense().tolist()
+
+    def __deepcopy__(self, _: Any) -> torch.Tensor:
+        return self.dense().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().__reduce_ex__(protocol)
+
 
 def make_mask(
     batch_size: int,
@@ -94,6 +123,7 @@ def make_mask(
     kv_offset: int = 0,
     mask_function: MaskFunction = masking_utils.causal_mask_function,
     attention_mask: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
     *,
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
@@ -113,63 +143,61 @@ def make_mask(
         "use_vmap": use_vmap,
         "device": device,
     }
-    skip = {"allow_is_bidirectional_skip": allow_is_bidirectional_skip}
-    if config is not None and not uses_interface(type(config)):
-        return masking_utils.eager_mask(**arguments, **skip, **others)
-    # The mask of one query has no more elements than the padding.
-    if q_length == 1 or use_vmap or is_traced(q_offset, attention_mask):
-        return masking_utils.sdpa_mask(**arguments, **skip, **others)
-    structure = find_structure(
-        mask_function, attention_mask, int(q_offset), kv_offset, q_length, kv_length
-    )
+    if config is not None:
+        warn_of_no_interface(type(config))
+    of_static_cache = isinstance(q_offset, torch.Tensor)
+    # A token's step may be compiled, which takes plain tensors alone.
+    if is_traced(q_offset, attention_mask) or (of_static_cache and q_length == 1):
+        return masking_utils.eager_mask(
+            **arguments, dtype=dtype, allow_is_bidirectional_skip=allow_is_bidirectional_skip
+        )
+    # The cache moves its offset on, and the padding is the caller's: both before anybody asks for
+    # the elements.
+    arguments["q_offset"] = int(q_offset)
+    if attention_mask is not None:
+        arguments["attention_mask"] = attention_mask.clone()
+
+    def make_pairs() -> torch.Tensor:
+        return masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
+
+    structure = None
+    if not use_vmap:
+        structure = find_structure(
+            mask_function, arguments["attention_mask"], int(q_offset), kv_offset, q_length,
+            kv_length,
+        )  # fmt: skip
     if structure is None:
-        others["allow_is_causal_skip"] = False  # who knows whether it is causal
-        return masking_utils.sdpa_mask(**arguments, **skip, **others)
-    if allow_is_bidirectional_skip and structure == Structure(q_offset=structure.q_offset):
+        pairs = make_pairs()
+        structure = Structure(pairs=pairs)
+        make_pairs = lambda: pairs  # noqa: E731
+    elif allow_is_bidirectional_skip and structure == Structure(q_offset=structure.q_offset):
         return None
-    return StructuredMask(
-        (batch_size, 1, q_length, kv_length),
-        device,
-        structure,
-        lambda: masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False),
-    )
+    shape = (batch_size, 1, q_length, kv_length)
+    return StructuredMask(shape, dtype, device, structure, make_pairs)
 
 
-# By class of configuration.
-_uses_interface: dict[type, bool] = {}
+# Classes of configurations that have been looked at.
+_seen: set[type] = set()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def uses_interface(config_class: type) -> bool:
-    """Whether the model of a configuration asks transformers for its attention function.
-
-    A model that computes attention by itself wants the mask that "eager" has, which is added to the
-    logits. One whose code is not found beside its configuration gets that mask too: it is right
-    for both.
-    """
-    if config_class not in _uses_interface:
-        _uses_interface[config_class] = _look_for_interface(config_class)
-    return _uses_interface[config_class]
-
-
-def _look_for_interface(config_class: type) -> bool:
+def warn_of_no_interface(config_class: type) -> None:
+    """Warn once of a model that never asks transformers for its attention function."""
+    if config_class in _seen:
+        return
+    _seen.add(config_class)
     package = config_class.__module__.rpartition(".")[0]
     models = [
         vars(module)
         for name, module in list(sys.modules.items())
         if name.startswith(f"{package}.modeling_")
     ]
-    finding = None
-    if not models:
-        finding = (
-            "no module modeling_* beside it, so numattn cannot see whether its model asks for an "
-            "attention function; it gets dense masks of floats"
+    if models and not any("ALL_ATTENTION_FUNCTIONS" in names for names in models):
+        warnings.warn(
+            f"{config_class.__name__}: its model computes attention by itself, so numattn is not "
+            "used",
+            stacklevel=3,
         )
-    elif not all("ALL_ATTENTION_FUNCTIONS" in names for names in models):
-        finding = "its model computes attention by itself, so numattn is not used"
-    if finding is not None:
-        warnings.warn(f"{config_class.__name__}: {finding}", stacklevel=4)
-    return finding is None
 
 
 def is_traced(*values: torch.Tensor | int | None) -> bool:

@@ -53,6 +53,7 @@ class Structure(NamedTuple):
     q_offset: int = 0
     padding: torch.Tensor | None = None  # bool (batch, keys)
     chunks: Chunks | None = None
+    pairs: torch.Tensor | None = None  # bool (batch, 1, queries, keys): what nothing else says
 
     def options(self) -> dict[str, Any]:
         """Return all but the chunks as options of `numattn.attention`."""
@@ -61,6 +62,8 @@ class Structure(NamedTuple):
             options["window"] = (self.left, self.right)
         if self.padding is not None:
             options["mask"] = self.padding[:, None, None]  # (batch, 1, 1, keys)
+        if self.pairs is not None:
+            options["mask"] = self.pairs
         return options
 
 

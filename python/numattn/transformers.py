@@ -38,6 +38,13 @@ if TYPE_CHECKING:
 
 __all__ = ["attention_forward", "register"]
 
+# Arguments of some models that change who attends to whom.
+NOT_COMPUTED = {
+    "indices": "the keys that each query attends to",
+    "block_indices": "the blocks of keys that each query attends to",
+    "sinks": "a sink for each query",
+}
+
 
 def register(name: str = "numattn") -> None:
     """Make numattn known to transformers as an attention function.
@@ -55,6 +62,8 @@ def register(name: str = "numattn") -> None:
     ------
     ImportError
         If the installed transformers hands over masks in another way.
+    ValueError
+        If transformers has another attention function of this name.
 
     See Also
     --------
@@ -80,6 +89,10 @@ def register(name: str = "numattn") -> None:
             "numattn.transformers knows: use transformers 5.24 or a later one"
         )
         raise ImportError(message)
+    known = AttentionInterface()
+    if name == "eager" or (name in known and known[name] is not attention_forward):
+        message = f"name: got {name!r}, which transformers has, expected a name of its own"
+        raise ValueError(message)
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, make_mask)
 
@@ -120,7 +133,8 @@ def attention_forward(
     output_attentions : bool, default False
         Also compute the weights, which are made without dropout and have no gradient.
     **others
-        Ignored: ``sliding_window``, for example, is in the mask.
+        Ignored, as ``sliding_window``, which is in the mask, but for three that say who attends to
+        whom: ``indices``, ``block_indices`` and ``sinks``.
 
     Returns
     -------
@@ -131,6 +145,8 @@ def attention_forward(
 
     Raises
     ------
+    NotImplementedError
+        If a model chooses keys by indices, or has sinks for each query.
     ValueError
         If a tensor is not on the CPU or shapes do not fit.
 
@@ -138,6 +154,12 @@ def attention_forward(
     --------
     register : so that models call it.
     """
+    for name, meaning in NOT_COMPUTED.items():
+        if others.get(name) is not None:
+            raise NotImplementedError(
+                f"{name}: got {meaning}, which numattn does not compute: use "
+                "attn_implementation='eager' with this model"
+            )
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.device.type != "cpu":
             message = (
@@ -149,11 +171,10 @@ def attention_forward(
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     if dropout:
         options["dropout"] = dropout
-    structure = structure_of(attention_mask, query.shape[2], key.shape[2])
+    takes_chunks = position_bias is None and not output_attentions
+    structure = structure_of(attention_mask, query.shape[2], key.shape[2], takes_chunks)
     if structure is not None and structure.chunks is not None:
-        if position_bias is None and not output_attentions:
-            return attend_in_chunks(q, k, v, structure, structure.chunks, options), None
-        structure = None
+        return attend_in_chunks(q, k, v, structure, structure.chunks, options), None
     if structure is not None:
         options |= structure.options() | {"bias": position_bias}
     elif attention_mask is not None:
@@ -167,6 +188,6 @@ def attention_forward(
     weights = None
     if output_attentions:
         weights = Weights.apply(q, k, options)
-    elif query.shape[2] == 1 and "mask" in options:
+    elif query.shape[2] == 1 and options.get("mask") is not None:
         k, v = only_seen_keys(k, v, options)
     return numattn_torch.attention(q, k, v, layout="blhd", **options), weights

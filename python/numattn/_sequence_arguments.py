@@ -186,23 +186,8 @@ def check_paged(
     check_shapes(q_, k_, v_, given)
     batch = q_.shape[:1]
 
-    table = snapshot("block_table", block_table)
-    if table.dtype.kind not in "iu":
-        refuse_kind("block_table", f"dtype {table.dtype}", "ints")
-    if table.ndim != 2 or table.shape[0] != batch[0]:
-        refuse("block_table", f"shape {table.shape}", f"({batch[0]}, pages of a sequence)")
-    most = table.shape[1] * page_size
-    lengths = ints_per_batch("kv_lengths", kv_lengths, batch, 0, most)
-    if lengths is None:
-        refuse_kind("kv_lengths", "None", "the number of valid keys of each batch item")
-    numbers = np.array(table, np.int64, order="C")
-    # Only pages with valid keys are read, and only they have to be there.
-    is_read = np.arange(table.shape[1]) * page_size < lengths[:, np.newaxis]
-    outside = is_read & ((table < 0) | (table >= pages))
-    if outside.any():
-        where = tuple(map(int, np.argwhere(outside)[0]))
-        refuse("block_table", f"{table[where]} at {where}", f"0 to {pages - 1}")
-
+    numbers, lengths = check_table(block_table, kv_lengths, batch, pages, page_size)
+    most = numbers.shape[1] * page_size
     tail_mask_ = None if tail_mask is None else as_array("tail_mask", tail_mask)
     if tail_mask_ is not None:
         check_tail_mask(tail_mask_, most, f"Lk = {most}, for which there are pages")
@@ -217,17 +202,8 @@ def check_paged(
     if out is not None:
         check_overlap(out, {**given, **scales, "tail_mask": tail_mask_})
 
-    def pages_read() -> Array:
-        read = np.zeros((pages, page_size, 1), np.bool_)
-        for row, length in zip(numbers, lengths.tolist(), strict=True):
-            whole, rest = divmod(length, page_size)
-            read[row[:whole]] = True
-            if rest:
-                read[row[whole], :rest] = True
-        return read
-
     for name, scale in scales.items():
-        check_scales(name, scale, pages_read)
+        check_scales(name, scale, lambda: keys_read(numbers, lengths, pages, page_size))
     return Arguments(
         q=q_,
         k=k_,
@@ -248,3 +224,43 @@ def check_paged(
         v_scale=_swapped(scales["v_scale"], 1, 2),
         block_table=numbers,
     )
+
+
+def check_table(
+    block_table: ArrayLike,
+    kv_lengths: int | ArrayLike,
+    batch: tuple[int, ...],
+    pages: int,
+    page_size: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the pages of each batch item and its valid keys, checked; `pages` are how many there
+    are."""
+    table = snapshot("block_table", block_table)
+    if table.dtype.kind not in "iu":
+        refuse_kind("block_table", f"dtype {table.dtype}", "ints")
+    if table.ndim != 2 or table.shape[0] != batch[0]:
+        refuse("block_table", f"shape {table.shape}", f"({batch[0]}, pages of a sequence)")
+    lengths = ints_per_batch("kv_lengths", kv_lengths, batch, 0, table.shape[1] * page_size)
+    if lengths is None:
+        refuse_kind("kv_lengths", "None", "the number of valid keys of each batch item")
+    numbers = np.array(table, np.int64, order="C")
+    # Only pages with valid keys are read, and only they have to be there.
+    is_read = np.arange(table.shape[1]) * page_size < lengths[:, np.newaxis]
+    outside = is_read & ((table < 0) | (table >= pages))
+    if outside.any():
+        where = tuple(map(int, np.argwhere(outside)[0]))
+        refuse("block_table", f"{table[where]} at {where}", f"0 to {pages - 1}")
+    return numbers, lengths
+
+
+def keys_read(
+    table: NDArray[np.int64], lengths: NDArray[np.int64], pages: int, page_size: int
+) -> Array:
+    """Return which keys of the pages are read, (pages, page_size, 1)."""
+    read = np.zeros((pages, page_size, 1), np.bool_)
+    for row, length in zip(table, lengths.tolist(), strict=True):
+        whole, rest = divmod(length, page_size)
+        read[row[:whole]] = True
+        if rest:
+            read[row[whole], :rest] = True
+    return read

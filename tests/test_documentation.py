@@ -45,6 +45,7 @@ def test_docstring(name):
     [
         (na.KVCache, {"attend", "append_and_attend", "truncate", "concatenate"}),
         (na.BlockMask, {"from_mask_mod", "from_bsr", "causal", "documents", "rows", "is_empty"}),
+        (na.PageBounds, {"select"}),
         (
             na.MultiHeadAttention,
             {"__call__", "vjp", "parameters", "from_weights", "from_torch"},
@@ -189,7 +190,8 @@ def test_reference_has_everything_public():
     for name in [*na.__all__, *plot.__all__]:
         if callable(getattr(na, name, None) or getattr(plot, name, None)):
             assert name in documented, name
-    for cls in (na.BlockMask, na.KVCache, na.MultiHeadAttention, na.TransformerBlock):
+    classes = na.BlockMask, na.KVCache, na.PageBounds, na.MultiHeadAttention, na.TransformerBlock
+    for cls in classes:
         for name, member in inspect.getmembers(cls):
             is_method = inspect.isfunction(member) or inspect.ismethod(member)
             if is_method and (not name.startswith("_") or name == "__call__"):

@@ -112,6 +112,7 @@ def test_an_option_is_everywhere(option):
         (na.attention_vjp, "VjpOptions", "return_lse"),
         (na.attention_varlen, "VarlenOptions", "return_lse"),
         (na.attention_paged, "PagedOptions", "return_lse"),
+        (na.PageBounds.attend, "SelectedPagesOptions", "return_lse"),
         (na.KVCache.attend, "AttendOptions", "return_lse"),
         (na.KVCache.append_and_attend, "AppendAndAttendOptions", "return_lse"),
         (na.MultiHeadAttention.__call__, "LayerOptions", "return_weights"),

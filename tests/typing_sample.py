@@ -78,6 +78,13 @@ def results(x: NDArray[np.float32], pages: NDArray[np.float32], wanted: bool) ->
     assert_type(na.attention_paged(x, pages, pages, [[0]], [2], q_lengths=1), One)
     assert_type(na.attention_paged(x, pages, pages, [[0]], [2], return_lse=True), Both)
     assert_type(na.attention_paged(x, pages, pages, [[0]], 2, return_lse=wanted), One | Both)
+    bounds = na.PageBounds(1, 2, 1, 16)
+    bounds.update(pages, [[0]], [2], new_tokens=1)
+    assert_type(bounds.select(x, [[0]], [2], 2), NDArray[np.int64])
+    assert_type(bounds.attend(x, pages, pages, [[0]], [2], 2, softcap=2), One)
+    assert_type(bounds.attend(x, pages, pages, [[0]], [2], 2, return_lse=True), Both)
+    assert_type(bounds.attend(x, pages, pages, [[0]], 2, 2, return_lse=wanted), One | Both)
+    bounds.attend(x, pages, pages, [[0]], [2], 2, window=(3, 0))  # type: ignore[call-overload]
     cache = na.KVCache(1, 2, 16)
     assert_type(cache.attend(x, q_offset=3), One)
     assert_type(cache.attend(x, return_lse=True), Both)

@@ -4,8 +4,8 @@
 another in one array or lie in pages; `merge_states` merges attention over sets of keys, and
 `quantize_kv` rounds keys and values to 8 bits. `BlockMask` is a mask by blocks of queries and keys.
 `attention_vjp`, `attention_backward` and `attention_varlen_backward` give its `Gradients`.
-`KVCache` keeps keys and values while text is generated. `set_num_threads` and `get_num_threads` say
-with how many threads, and `show_runtime` and `runtime_info` tell what this process runs on.
+`KVCache` keeps keys and values while text is generated; `PageBounds` says which pages of a long
+text matter to a query. `set_num_threads` and `get_num_threads` say with how many threads, and `show_runtime` and `runtime_info` tell what this process runs on.
 `qk_scores`, `masked_softmax` and `aggregate_values` are the stages by themselves,
 `attention_weights` and `attention_received` what they give.
 `MultiHeadAttention` is the layer of a model around attention, with `LayerGradients` and
@@ -31,6 +31,7 @@ from ._kv_cache import KVCache
 from ._layer import MultiHeadAttention
 from ._layer_gradients import LayerGradients
 from ._merge_states import merge_states
+from ._page_bounds import PageBounds
 from ._parameter_count import parameter_count
 from ._quantize import quantize_kv
 from ._rotary import rotary_embedding
@@ -47,6 +48,7 @@ __all__ = [
     "KVCache",
     "LayerGradients",
     "MultiHeadAttention",
+    "PageBounds",
     "TransformerBlock",
     "__version__",
     "aggregate_values",

@@ -85,6 +85,14 @@ class PagedOptions(_OfAll, _OfLayouts, _OfScales, total=False):
     out: NDArray[Any] | None
 
 
+class SelectedPagesOptions(_OfScales, total=False):
+    is_causal: bool
+    scale: float | None
+    softcap: float | None
+    sinks: ArrayLike | None
+    num_threads: int | None
+
+
 class AppendAndAttendOptions(_OfAll, _OfPairs, _OfLayouts, total=False):
     out: NDArray[Any] | None
 

@@ -21,6 +21,7 @@ SEQUENCES_ELSEWHERE = {
     "attn_mask": "`tail_mask=`, of the last keys alone: there is no mask of all keys here",
     "attention_mask": "the sequences' lengths, or `tail_mask=` of the last keys alone",
 }
+PAGED_ELSEWHERE = {**SEQUENCES_ELSEWHERE, **NO_DROPOUT}
 
 
 @overload
@@ -254,6 +255,7 @@ num_threads
     See Also
     --------
     attention
+    PageBounds : attention to the pages that may matter, where reading all takes too long.
 
     Notes
     -----
@@ -276,7 +278,7 @@ num_threads
     True
     """
     if unknown:
-        refuse_unknown("attention_paged", unknown, {**SEQUENCES_ELSEWHERE, **NO_DROPOUT})
+        refuse_unknown("attention_paged", unknown, PAGED_ELSEWHERE)
     return compute(  # type: ignore[no-any-return]
         _sequence_arguments.check_paged(
             q, k_pages, v_pages, block_table, kv_lengths, tail_mask, k_scale, v_scale, q_offset,

@@ -108,6 +108,25 @@ def caches():
     }
 
 
+def chosen_pages():
+    """Yield calls of one query over all pages of a cache and over an eighth, chosen by bounds."""
+    table, lengths = rng.permutation(2048)[np.newaxis], [32768]
+    q = normal(1, 32, 1, 128).astype(ml_dtypes.bfloat16)
+    by_head, v_by_head = (normal(2048, 8, 16, 128).astype(ml_dtypes.bfloat16) for _ in range(2))
+    memory = (by_head.swapaxes(1, 2), v_by_head.swapaxes(1, 2))
+    for name, pages in (
+        ("head by head", memory),
+        ("token by token", tuple(map(np.ascontiguousarray, memory))),
+    ):
+        bounds = na.PageBounds(*pages[0].shape, q.dtype)
+        bounds.update(pages[0], table, lengths)
+        yield (
+            name,
+            lambda pages=pages: na.attention_paged(q, *pages, table, lengths),
+            lambda pages=pages, bounds=bounds: bounds.attend(q, *pages, table, lengths, 256),
+        )
+
+
 def latent():
     """Return 128 heads of latent attention over 4096 tokens, and the operations that they are."""
     q, k = normal(128, 1, 576), normal(1, 4096, 576)
@@ -143,6 +162,8 @@ def figures(threads):
         yield f"{name}{keys}, share of reading", aim, ratio(reading(arrays, threads), call)
     yield "int8 / bfloat16, 32768 keys", 1.7, ratio(calls["bfloat16"], calls["int8"])
     yield "pages of 16 / plain, 32768 keys", 0.92, ratio(calls["bfloat16"], calls["pages of 16"])
+    for name, every, chosen in chosen_pages():
+        yield f"an eighth of the pages / all, {name}", None, ratio(every, chosen)
 
     def share(call, flops):
         peak = measure_peak(threads, 0.1, "float32")

@@ -73,7 +73,7 @@ class PageBounds:
     valid_keys : ndarray of int64, shape (num_pages,)
         A read-only view of how many keys of each page the bounds hold for.
     nbytes : int
-        Bytes of memory that bounds take: for pages of 16 keys an eighth of that of float32 keys.
+        Bytes of memory that bounds take: with pages of 16 keys an eighth of those of float32 keys.
 
     Raises
     ------
@@ -94,7 +94,10 @@ class PageBounds:
 
     The memory of pages is read where it lies, in one call for all KV heads. With `sinks`, and where
     pages and heads of keys and values lie in memory in different proportions, it is a call for each
-    KV head, which takes longer.
+    KV head, which may take longer.
+
+    KV heads choose pages of their own. Their rows are read fastest where a page has them head by
+    head: ``np.empty((num_pages, kv_heads, page_size, head_dim)).swapaxes(1, 2)``.
 
     `select` and `attend` change nothing and may be called in several threads; `update` may not at
     the same time.

@@ -66,17 +66,21 @@ def _upper_bounds(signed: Array, bounds: Array, pages: Ints) -> Array:
     """Return upper bounds (Hkv, pages) of the products of any row, (Hkv, rows, 2 D), with the keys
     of each page; infinity where a product is not a number."""
     flat = bounds.reshape(*bounds.shape[:2], -1)
+    order = np.argsort(pages)
     at_once = max(1, _BLOCK_NUMBERS // max(1, flat[:1].size))
     copied = np.empty((min(at_once, len(pages)), *flat.shape[1:]), flat.dtype)
     scores = np.empty((len(signed), len(pages)), flat.dtype)
     for begin in range(0, len(pages), at_once):
-        some = pages[begin : begin + at_once]
-        if (np.diff(some) == 1).all():
-            block = flat[some[0] : some[0] + len(some)]
+        places = order[begin : begin + at_once]
+        some = pages[places]
+        first, behind = int(some[0]), int(some[-1]) + 1
+        if behind - first <= 2 * len(some):  # multiplying others too costs less than a copy
+            block, some = flat[first:behind], some - first
         else:
             block = np.take(flat, some, axis=0, out=copied[: len(some)], mode="clip")
+            some = np.arange(len(some))
         products = np.matmul(signed, block.transpose(1, 2, 0))
-        products.max(axis=1, initial=-np.inf, out=scores[:, begin : begin + len(some)])
+        scores[:, places] = products.max(axis=1, initial=-np.inf)[:, some]
     scores[np.isnan(scores)] = np.inf
     return scores
 

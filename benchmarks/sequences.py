@@ -163,7 +163,7 @@ def figures(threads):
     yield "int8 / bfloat16, 32768 keys", 1.7, ratio(calls["bfloat16"], calls["int8"])
     yield "pages of 16 / plain, 32768 keys", 0.92, ratio(calls["bfloat16"], calls["pages of 16"])
     for name, every, chosen in chosen_pages():
-        yield f"an eighth of the pages / all, {name}", None, ratio(every, chosen)
+        yield f"1/8 of the pages / all, {name}, 32768 keys", None, ratio(every, chosen)
 
     def share(call, flops):
         peak = measure_peak(threads, 0.1, "float32")

@@ -49,6 +49,15 @@ def paged(q, k, v):
     return na.attention_paged(q[:1], *pages, [[1, 0]], [7])
 
 
+def chosen_pages(q, k, v):
+    k_pages, v_pages = (x.reshape(8, 2, 2, 6) for x in (k, v))
+    bounds = na.PageBounds(8, 2, 2, 6, q.dtype)
+    table = np.arange(8)[np.newaxis]
+    bounds.update(k_pages, table, [15])
+    out = bounds.attend(q[:1, :, :1], k_pages, v_pages, table, [15], 4, scale=-0.5)
+    return out, bounds.largest, bounds.least
+
+
 def quantized(q, k, v):
     (k, k_scale), (v, v_scale) = (na.quantize_kv(finite(x)) for x in (k, v))
     return na.attention(q, k, v, k_scale=k_scale, v_scale=v_scale), k, k_scale, v, v_scale
@@ -88,6 +97,7 @@ CALLS = {
     "quantized": quantized,
     "varlen": lambda q, k, v: na.attention_varlen(*sequences(q, k, v), [0, 2, 5], [0, 4, 8]),
     "paged": paged,
+    "chosen pages": chosen_pages,
     "qk_scores": lambda q, k, v: na.qk_scores(q, k, softcap=5.0),
     "attention_weights": lambda q, k, v: na.attention_weights(q, k),
     "attention_received": lambda q, k, v: na.attention_received(q, k),

@@ -414,9 +414,7 @@ class PageBounds:
             page = int(table[where])
             seen = f"page {page} at {where}, with bounds of {self._valid_keys[page]} valid keys"
             refuse("block_table", seen, "an `update` after keys were written")
-        grouped = q.astype(self._bounds.dtype, copy=False).reshape(
-            len(q), kv_heads, q.shape[1] // kv_heads, *q.shape[2:]
-        )
+        grouped = q.reshape(len(q), kv_heads, q.shape[1] // kv_heads, *q.shape[2:])
         return choose_pages(grouped, self._bounds, table, lengths, page_size, min(wanted, most))
 
     def _valid_in(self, table: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -35,14 +35,15 @@ def choose_pages(
 ) -> Ints:
     """Return for each batch item and KV head the places in the table of the chosen pages.
 
-    They ascend, (B, Hkv, count); behind the last one is -1. `q` is (B, Hkv, rows, Lq, D) in the
-    precision of `bounds`, (pages, Hkv, 2, D): largest and least elements. `count` is the least
-    count, or more, or that of the table.
+    They ascend, (B, Hkv, count); behind the last one is -1. `q` is (B, Hkv, rows, Lq, D), `bounds`
+    (pages, Hkv, 2, D): largest and least elements. `count` is the least count, or more, or that of
+    the table.
     """
     batch, kv_heads, rows, query_length, head_dim = q.shape
     places = np.full((batch, kv_heads, count), -1, np.int64)
     with quiet():
         # The largest product of an element is with the largest one or with the least.
+        q = q.astype(bounds.dtype, copy=False)
         signed = np.stack([np.maximum(q, 0), np.minimum(q, 0)], axis=-2)
         signed = signed.reshape(batch, kv_heads, rows * query_length, 2 * head_dim)
         for i, length in enumerate(lengths.tolist()):

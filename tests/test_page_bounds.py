@@ -153,6 +153,10 @@ def test_bounds_of_8_bits_are_those_of_their_numbers(rng):
     expected.update(wide, cache.table, cache.lengths)
     np.testing.assert_array_equal(bounds.largest, expected.largest)
     np.testing.assert_array_equal(bounds.least, expected.least)
+    scale[...] = 3e38  # whose products are beyond float32
+    with np.errstate(all="raise"):
+        bounds.update(k8, cache.table, cache.lengths, k_scale=scale)
+    assert (bounds.largest == np.inf).any()
     scale[cache.table[0, 0], 1, 1] = np.inf
     with pytest.raises(ValueError, match=r"k_scale: got inf at .* expected finite numbers"):
         bounds.update(k8, cache.table, cache.lengths, k_scale=scale)

@@ -73,7 +73,7 @@ class PageBounds:
     valid_keys : ndarray of int64, shape (num_pages,)
         A read-only view of how many keys of each page the bounds hold for.
     nbytes : int
-        Bytes of memory that bounds take: with pages of 16 keys an eighth of those of float32 keys.
+        Bytes of memory that bounds take: an eighth of what float32 keys take in pages of 16.
 
     Raises
     ------
@@ -87,7 +87,7 @@ class PageBounds:
 
     Notes
     -----
-    The method is that of Tang et al. [1]_: the product of a query and any key of a page is at most
+    The method is Quest, of Tang et al. [1]_: the product of a query and any key of a page is at most
     the sum over elements of ``max(q * largest, q * least)``. What pages are left out is an
     approximation; what is computed of the chosen ones is not. A page whose bounds are NaN is taken
     for one that matters.
@@ -197,7 +197,7 @@ class PageBounds:
             The pages of keys, of which only the named ones are read.
         block_table, kv_lengths
             As of `attention_paged`: the pages of each batch item, and how many of its keys are
-            valid. Only these count, in a page that sequences share those of the longest.
+            valid. Only these count; a page that sequences share counts with the longest one's.
         new_tokens : int or array_like of int, shape (B,), optional
             Name only the pages that hold the last tokens of each batch item, as many as this.
             Default: all of its pages.
@@ -232,7 +232,7 @@ class PageBounds:
             self._find_bounds(k, scales, named[of_page[named] == count], count)
 
     def _find_bounds(self, k: Array, scales: Array | None, pages: Array, count: int) -> None:
-        """Find those of pages with as many valid keys."""
+        """Find the bounds of pages that have `count` valid keys."""
         at_once = max(1, _BLOCK_NUMBERS // (count * self._shape[2] * self._shape[3]))
         for begin in range(0, len(pages), at_once):
             some = pages[begin : begin + at_once]
@@ -354,12 +354,12 @@ class PageBounds:
         Parameters
         ----------
         q : array_like, shape (B, Hq, Lq, D)
-            The queries: those of the last tokens of each batch item.
+            The queries of each batch item's last tokens.
         k_pages, v_pages, block_table, kv_lengths
             As of `attention_paged`.
         count : int
-            How many pages to attend to, as of `select`. With as many as there are the result is
-            that of `attention_paged`.
+            How many pages to attend to, as of `select`. With all pages the result has the bits of
+            `attention_paged`.
         is_causal, scale, softcap, sinks, return_lse, num_threads
             As in `attention`. Choosing pages is left to NumPy and its threads.
         k_scale, v_scale : array_like of float32, shape (num_pages, page_size, kv_heads), optional

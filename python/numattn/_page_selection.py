@@ -26,7 +26,7 @@ _BLOCK_NUMBERS = 1 << 17
 
 
 def least_count(query_length: int, page_size: int) -> int:
-    """Return how many pages are always chosen, at most: the first, and those of the last tokens."""
+    """Return how many pages are always chosen, at most: the first, and where the last tokens are."""
     return 2 + -(-(max(query_length, 1) - 1) // page_size)
 
 
@@ -35,9 +35,9 @@ def choose_pages(
 ) -> Ints:
     """Return for each batch item and KV head the places in the table of the chosen pages.
 
-    They ascend, (B, Hkv, count); behind the last one is -1. `q` is (B, Hkv, rows, Lq, D), `bounds`
-    (pages, Hkv, 2, D): largest and least elements. `count` is the least count, or more, or that of
-    the table.
+    They ascend, (B, Hkv, count), with -1 where an item has fewer pages. `q` is (B, Hkv, rows, Lq,
+    D), `bounds` (pages, Hkv, 2, D): largest and least elements. `count` is at least `least_count`,
+    or all pages of the table.
     """
     batch, kv_heads, rows, query_length, head_dim = q.shape
     places = np.full((batch, kv_heads, count), -1, np.int64)
@@ -74,9 +74,9 @@ def _upper_bounds(signed: Array, bounds: Array, pages: Ints) -> Array:
     for begin in range(0, len(pages), at_once):
         places = order[begin : begin + at_once]
         some = pages[places]
-        first, behind = int(some[0]), int(some[-1]) + 1
-        if behind - first <= 2 * len(some):  # multiplying others too costs less than a copy
-            block, some = flat[first:behind], some - first
+        first, end = int(some[0]), int(some[-1]) + 1
+        if end - first <= 2 * len(some):  # multiplying others too costs less than a copy
+            block, some = flat[first:end], some - first
         else:
             block = np.take(flat, some, axis=0, out=copied[: len(some)], mode="clip")
             some = np.arange(len(some))

@@ -87,10 +87,10 @@ class PageBounds:
 
     Notes
     -----
-    The method is Quest, of Tang et al. [1]_: the product of a query and any key of a page is at most
-    the sum over elements of ``max(q * largest, q * least)``. What pages are left out is an
-    approximation; what is computed of the chosen ones is not. A page whose bounds are NaN is taken
-    for one that matters.
+    The method is Quest, of Tang et al. [1]_: the product of a query and any key of a page is at
+    most the sum over elements of ``max(q * largest, q * least)``. Leaving out pages is an
+    approximation; what is computed of the chosen ones is exact. A page whose bounds are NaN is
+    taken for one that matters.
 
     The memory of pages is read where it lies, in one call for all KV heads. With `sinks`, and where
     pages and heads of keys and values lie in memory in different proportions, it is a call for each
@@ -358,8 +358,8 @@ class PageBounds:
         k_pages, v_pages, block_table, kv_lengths
             As of `attention_paged`.
         count : int
-            How many pages to attend to, as of `select`. With all pages the result has the bits of
-            `attention_paged`.
+            How many pages to attend to, as of `select`. With all pages the result is the one of
+            `attention_paged`, and has its bits where the kernels are compiled.
         is_causal, scale, softcap, sinks, return_lse, num_threads
             As in `attention`. Choosing pages is left to NumPy and its threads.
         k_scale, v_scale : array_like of float32, shape (num_pages, page_size, kv_heads), optional

@@ -26,7 +26,7 @@ _BLOCK_NUMBERS = 1 << 17
 
 
 def least_count(query_length: int, page_size: int) -> int:
-    """Return how many pages are always chosen, at most: the first, and where the last tokens are."""
+    """Return how many pages are always chosen, at most: the first one, and the last tokens'."""
     return 2 + -(-(max(query_length, 1) - 1) // page_size)
 
 

@@ -106,7 +106,7 @@ def make_peer(implementation: str, case: Case, threads: int) -> dict[str, Call]:
     def generate() -> np.ndarray:
         for i in range(case.prompt, case.prompt + TOKENS):
             logits = read(ids[:, i : i + 1], cache=cache).logits
-        cache.crop(case.prompt)
+        cache.crop(-TOKENS)
         return logits.float().numpy()
 
     return {implementation: generate if case.generates else prompt}

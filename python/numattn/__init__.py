@@ -5,10 +5,10 @@ another in one array or lie in pages; `merge_states` merges attention over sets 
 `quantize_kv` rounds keys and values to 8 bits. `BlockMask` is a mask by blocks of queries and keys.
 `attention_vjp`, `attention_backward` and `attention_varlen_backward` give its `Gradients`.
 `KVCache` keeps keys and values while text is generated; `PageBounds` says which pages of a long
-text matter to a query. `set_num_threads` and `get_num_threads` say with how many threads, and `show_runtime` and `runtime_info` tell what this process runs on.
-`qk_scores`, `masked_softmax` and `aggregate_values` are the stages by themselves,
-`attention_weights` and `attention_received` what they give.
-`MultiHeadAttention` is the layer of a model around attention, with `LayerGradients` and
+text matter to a query. `set_num_threads` and `get_num_threads` say with how many threads, and
+`show_runtime` and `runtime_info` tell what this process runs on. `qk_scores`, `masked_softmax` and
+`aggregate_values` are the stages by themselves, `attention_weights` and `attention_received` what
+they give. `MultiHeadAttention` is the layer of a model around attention, with `LayerGradients` and
 `ContextCache`, which keeps the keys and values of what it attends to in every step;
 `TransformerBlock` is a whole block of one, with `BlockGradients`. `rotary_embedding` and
 `alibi_slopes` are their positions, `parameter_count` their size. `numattn.plot` draws.

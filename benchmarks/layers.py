@@ -6,28 +6,19 @@ results of all are compared first. Rows are in layer_cases.py, libraries in laye
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-from pathlib import Path
 
 from layer_cases import BARS, BARS_THREADS, CASES, TOLERANCES
 from layer_peers import PEERS
 from numattn._blas import restart_at_full_speed
-from rounds import describe_machine, measure, numpy_blas, show
+from rounds import describe_machine, measure, numpy_blas, parser_of, show
 
 MODULE = "layer_peers"
 
 
 def main() -> None:
-    peers = list(PEERS)[1:]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, nargs="+", default=[BARS_THREADS])
-    parser.add_argument("--isa", help="pin numattn to this level")
-    parser.add_argument("--cases", "--only", default="", help="a regular expression of their names")
-    parser.add_argument("--peers", nargs="*", choices=peers, default=peers)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--output", type=Path, default=Path("bench-results"))
+    parser = parser_of(__doc__, list(PEERS)[1:], BARS_THREADS, rounds=11)
     arguments = parser.parse_args()
     restart_at_full_speed()
     cases = [case for case in CASES if re.search(arguments.cases, case.name)]

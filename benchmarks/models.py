@@ -6,27 +6,18 @@ The logits of all are compared first. Models are in model_peers.py.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-from pathlib import Path
 
 from model_peers import BARS, CASES, PEERS, TOLERANCES
 from numattn._blas import restart_at_full_speed
-from rounds import describe_machine, measure, show
+from rounds import describe_machine, measure, parser_of, show
 
 BARS_THREADS = 2
 
 
 def main() -> None:
-    peers = list(PEERS)[1:]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, nargs="+", default=[BARS_THREADS])
-    parser.add_argument("--isa", help="pin numattn to this level")
-    parser.add_argument("--cases", "--only", default="", help="a regular expression of their names")
-    parser.add_argument("--peers", nargs="*", choices=peers, default=peers)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("bench-results"))
+    parser = parser_of(__doc__, list(PEERS)[1:], BARS_THREADS, rounds=5)
     arguments = parser.parse_args()
     restart_at_full_speed()
     cases = [case for case in CASES if re.search(arguments.cases, case.name)]

@@ -7,6 +7,7 @@ its threads to give: its peak on them, before and after, is nearly that many tim
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -26,6 +27,20 @@ PEAK_SECONDS = 0.003
 FULL_PEAK = 0.9  # of threads times the peak of one
 ATTEMPTS = 4  # at a round that counts
 SAMPLE = 999  # numbers of a result
+
+
+def parser_of(
+    description: str, peers: list[str], threads: int, rounds: int
+) -> argparse.ArgumentParser:
+    """Return a parser of what benchmarks against peers are asked for."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[threads])
+    parser.add_argument("--isa", help="pin numattn to this level")
+    parser.add_argument("--cases", "--only", default="", help="a regular expression of their names")
+    parser.add_argument("--peers", nargs="*", choices=peers, default=peers)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--output", type=Path, default=Path("bench-results"))
+    return parser
 
 
 def environment(threads: int, isa: str | None = None) -> dict[str, str]:

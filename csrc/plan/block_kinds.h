@@ -1,6 +1,6 @@
 // What a mask leaves of each query tile in each key block, found once for each distinct slice of
 // the mask: a mask that heads or batch items share is read once for all of them. Dense masks and
-// masks by blocks, whose blocks are not those of the kernels, come to the same here.
+// masks by blocks, which are not the kernels' own blocks, come to the same here.
 //
 // One byte for a query tile and a key block, several hundred to some thousand times less than a
 // dense mask. The bits of a mixed block are made from the mask when the block is computed: that

@@ -176,8 +176,8 @@ def _batch_chunks(
 def fitting_heads(heads: Sizes, kv_heads: Sizes) -> tuple[Sizes, Sizes, Sizes]:
     """Return chunks of query heads, of KV heads, and which of these each of those reads.
 
-    Those of the query heads are kept where they have whole groups, or parts of one group. Where
-    they do not, they follow those of the KV heads.
+    Chunks of query heads are kept where they have whole groups, or parts of one group. Where
+    they do not, they follow the chunks of the KV heads.
     """
     group = max(1, sum(heads) // max(1, sum(kv_heads)))
     ranges = [(a // group, -(-b // group)) for a, b in pairwise(starts(heads))]

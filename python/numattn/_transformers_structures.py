@@ -44,7 +44,7 @@ class Structure(NamedTuple):
     """Which keys a query attends to.
 
     Query i has the position ``p = i + q_offset``, key j the position j. The query attends to the
-    keys ``p - left <= j <= p + right`` that `padding` leaves, and with `chunks` only to those of
+    keys ``p - left <= j <= p + right`` that `padding` leaves, and with `chunks` only to keys of
     its own chunk.
     """
 

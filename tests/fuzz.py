@@ -127,9 +127,24 @@ def calls(draw):
 
 
 def run(call, function, /, *positional, **arguments):
-    """Call a function; with an argument of a wrong kind first, if the call has one."""
+    """Call a function; with an argument of a wrong kind first, if the call has one.
+
+    Every second dense mask, if it has all queries and keys, goes in by blocks.
+    """
+    if takes_blocks(function) and call.seed % 2 and arguments.get("mask") is not None:
+        mask = arguments["mask"]
+        if mask.shape[-2:] == call.lengths:
+            size = call.rng.choice([1, 5, 16, 64, 96], 2).tolist()
+            arguments["mask"] = na.BlockMask.from_dense(mask, tuple(size))
     try_wrong(call, function, *positional, **arguments)
     return function(*positional, **arguments)
+
+
+def takes_blocks(function):
+    return function in (
+        na.attention, na.attention_backward, na.attention_weights, na.attention_received,
+        na.qk_scores,
+    )  # fmt: skip
 
 
 def try_wrong(call, function, /, *positional, **arguments):

@@ -378,6 +378,8 @@ def test_static_caches_are_read_as_far_as_they_are_filled(spy):
     model.generate(**batch, cache=cache, max_new_tokens=3, pad_token_id=0)
     lengths = [call["shapes"][1][1] for call in spy.calls if call["shapes"][0][1] == 1]
     assert lengths == [14, 14, 15, 15]
+    threads = [call.get("num_threads") for call in spy.calls]
+    assert threads == [None, None, 1, 1, 1, 1]  # few bytes for few queries
 
 
 FUNCTIONS = {

@@ -229,7 +229,7 @@ def check(
             "tail_mask", tail_mask_, (*pairs[:-1], tail_mask_.shape[-1]), one_head, "T"
         )
     if blocks is not None and of_tail is not None:
-        of_all_keys, blocks = blocks.rows(slice(0, query_length), slice(0, key_length)), None
+        of_all_keys, blocks = blocks.part(slice(0, query_length), slice(0, key_length)), None
     if of_all_keys is not None and of_tail is not None:
         expanded = expanded_tail(of_tail, kv_lengths_, key_length)
         of_all_keys, of_tail = _broadcast(_once(of_all_keys) & expanded, pairs), None

@@ -225,3 +225,14 @@ def dense(blocks: Array, bits: Array, block_size: Size) -> Array:
     is_mixed = blocks >= 0
     attends.swapaxes(-3, -2)[is_mixed] = unpack(bits[blocks[is_mixed]], block_keys)
     return attends.reshape(*leading, rows * block_queries, columns * block_keys)
+
+
+def dense_part(blocks: Array, bits: Array, within: tuple[slice, slice], block_size: Size) -> Array:
+    """Return the bools of some queries and keys."""
+    around: list[slice] = []
+    inside: list[slice] = []
+    for part, block in zip(within, block_size, strict=True):
+        first = part.start // block
+        around.append(slice(first, blocks_of(part.stop, block)))
+        inside.append(slice(part.start - first * block, part.stop - first * block))
+    return dense(blocks[..., around[0], around[1]], bits, block_size)[..., inside[0], inside[1]]

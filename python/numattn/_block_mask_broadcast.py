@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._block_mask_bits import FULL
+from ._block_mask_bits import dense, dense_part
 from ._checks import refuse
 
 if TYPE_CHECKING:
@@ -26,25 +26,19 @@ class MaskBlocks:
     bits: Array  # as BlockMask._bits
     block_size: tuple[int, int]
 
-    def rows(self, rows: Any, keys: slice) -> Array:
-        """Return the mask of some queries as bools (batch..., Hq, rows, keys).
+    def part(self, queries: slice, keys: slice) -> Array:
+        """Return the mask of some queries and keys as bools (batch..., Hq, queries, keys)."""
+        return dense_part(self.numbers, self.bits, (queries, keys), self.block_size)
 
-        `rows` is a slice or an array of their indices.
-        """
-        queries, columns = self.block_size
-        begin, end, _ = keys.indices(self.numbers.shape[-1] * columns)
-        if end <= begin:
-            begin = end = 0
-        first, last = begin // columns, -(-end // columns)
-        if isinstance(rows, slice):
-            rows = np.arange(rows.start or 0, rows.stop)
-        numbers = self.numbers[..., rows // queries, first:last]  # (..., rows, blocks of keys)
-        mask = np.repeat(numbers[..., np.newaxis] == FULL, columns, axis=-1)
-        mixed = np.nonzero(numbers >= 0)
-        bits = self.bits[numbers[mixed], (rows % queries)[mixed[-2]]]
-        mask[mixed] = np.unpackbits(bits, axis=-1, count=columns, bitorder="little")
-        mask = mask.reshape(*numbers.shape[:-1], -1)
-        return mask[..., begin - first * columns : end - first * columns]
+    def of_queries(self, queries: NDArray[np.int64], key_length: int) -> Array:
+        """Return the mask of single queries, in any order, as bools (batch..., Hq, queries, Lk)."""
+        block_queries, block_keys = self.block_size
+        # As blocks of one query.
+        numbers = self.numbers[..., queries // block_queries, :].astype(np.int64)
+        row = (queries % block_queries)[:, np.newaxis]
+        numbers = np.where(numbers >= 0, numbers * block_queries + row, numbers)
+        bits = self.bits.reshape(-1, 1, self.bits.shape[-1])
+        return dense(numbers, bits, (1, block_keys))[..., :key_length]
 
     def __getitem__(self, index: Any) -> MaskBlocks:
         """Return the blocks of some batch items and heads."""

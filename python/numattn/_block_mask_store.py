@@ -12,7 +12,7 @@ from ._block_mask_bits import (
     FULL,
     Tiles,
     blocks_of,
-    dense,
+    dense_part,
     normal_form,
     pack,
     pairs_of_blocks,
@@ -204,7 +204,7 @@ class BlockMaskStore:
         """
         begin, end = _range("queries", begin, end, self._shape[-2])
         within = slice(begin, end), slice(0, self._shape[-1])
-        return _dense_part(self._blocks, self._bits, within, self._block_size)
+        return dense_part(self._blocks, self._bits, within, self._block_size)
 
     # ---- parts ---------------------------------------------------------------------------------
 
@@ -230,7 +230,7 @@ class BlockMaskStore:
         tiles = Tiles(shape, lengths, self._block_size)
         for items, q, k in places_of_tiles(shape, lengths, self._block_size):
             within = slice(q0 + q.start, q0 + q.stop), slice(k0 + k.start, k0 + k.stop)
-            tiles.put(items, q, k, _dense_part(blocks[items], self._bits, within, self._block_size))
+            tiles.put(items, q, k, dense_part(blocks[items], self._bits, within, self._block_size))
         return self._of((*shape, *lengths), self._block_size, *tiles.normal_form())
 
     def is_empty(self, q0: int, q1: int, k0: int, k1: int) -> bool:
@@ -290,17 +290,6 @@ class BlockMaskStore:
         bits = self._bits[blocks[blocks >= 0]]
         bits &= pack((keys >= k0) & (keys < k1))[:, np.newaxis, :]
         return not bits[(queries >= q0) & (queries < q1)].any()
-
-
-def _dense_part(blocks: Array, bits: Array, within: tuple[slice, slice], block_size: Size) -> Array:
-    """Return the bools of some queries and keys."""
-    around: list[slice] = []
-    inside: list[slice] = []
-    for part, block in zip(within, block_size, strict=True):
-        first = part.start // block
-        around.append(slice(first, blocks_of(part.stop, block)))
-        inside.append(slice(part.start - first * block, part.stop - first * block))
-    return dense(blocks[..., around[0], around[1]], bits, block_size)[..., inside[0], inside[1]]
 
 
 def _expanded(index: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:

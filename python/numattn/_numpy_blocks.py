@@ -168,7 +168,7 @@ def masked_logits(
     if a.mask is not None:
         attend = attend & grouped(a.mask[batch_item][query_heads, rows, keys])
     if a.mask_blocks is not None:
-        attend = attend & grouped(a.mask_blocks[batch_item][query_heads].rows(rows, keys))
+        attend = attend & grouped(a.mask_blocks[batch_item][query_heads].part(rows, keys))
     if a.tail_mask is not None:
         tail = a.tail_mask[batch_item][query_heads, rows]
         of_keys = expanded_tail(tail, None, valid)[..., keys]

@@ -406,7 +406,11 @@ def _knows_positions(a: _arguments.Arguments) -> bool:
 def _with_rows(a: _arguments.Arguments, rows: slice | NDArray[np.int64]) -> _arguments.Arguments:
     mask = None if a.mask is None else a.mask[..., rows, :]
     if a.mask_blocks is not None:
-        mask = a.mask_blocks.rows(rows, slice(0, a.k.shape[-2]))
+        keys = a.k.shape[-2]
+        if isinstance(rows, slice):
+            mask = a.mask_blocks.part(rows, slice(0, keys))
+        else:
+            mask = a.mask_blocks.of_queries(rows, keys)
     return replace(
         a,
         q=a.q[..., rows, :],

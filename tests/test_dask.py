@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import itertools
 import os
 import subprocess
 import sys
@@ -312,6 +313,16 @@ def test_gradients_of_what_is_broadcast(rng):
         assert_same_gradients(rng, (q, k, v), chunked, bias=bias, sinks=numbers(rng, 4))
 
 
+def test_the_gradient_of_one_bias_for_all(rng):
+    arrays, bias = inputs(), np.float32(0.5)
+    out, lse = na.attention(*arrays, bias=bias, return_lse=True)
+    expected = na.attention_backward(out, *arrays, out, lse, bias=bias, bias_gradient=True).bias
+    gradients = nd.attention_backward(
+        out, *of_dask(*arrays, "even"), out, lse, bias=bias, bias_gradient=True
+    )
+    np.testing.assert_allclose(gradients.bias.compute(), expected, atol=1e-4)
+
+
 def test_sums_of_gradients_of_16_bits_are_rounded_once():
     """1000 keys add the same to dq: a sum in float16 would stop growing."""
     q = np.zeros((1, 1, 1), np.float16)
@@ -365,6 +376,24 @@ def test_names_are_deterministic_and_tell_calls_apart():
     gradients = [nd.attention_backward(out, *of_dask(*arrays, "even"), out, lse) for _ in range(2)]
     assert gradients[0].k.name == gradients[1].k.name
     assert gradients[0].k.name != gradients[0].v.name
+
+
+def test_keys_that_are_equal_are_equal_tasks():
+    x, sinks = da.zeros((1, 32, 4), chunks=(1, 2, 4), dtype=np.float32), np.ones(1, np.float32)
+    mask = np.zeros((32, 32), np.bool_)
+    mask[:, 0] = mask[:, 16:] = True
+    masks = [mask, da.from_array(mask, chunks=2), na.BlockMask.from_dense(mask, (2, 2))]
+    graphs, dtypes = {}, {}
+    for mask, given in itertools.product(masks, (sinks, sinks.astype("f8"))):
+        options = {"mask": mask, "sinks": given}
+        out, lse = nd.attention(x, x, x, **options, return_lse=True)
+        for one in (out, lse, *nd.attention_backward(out, x, x, x, out, lse, **options)):
+            if one is None:
+                continue
+            assert dtypes.setdefault(one.name, one.dtype) == one.dtype
+            for key, task in dict(one.__dask_graph__()).items():
+                read = getattr(task, "dependencies", None)
+                assert graphs.setdefault(key, read) == read
 
 
 def test_nothing_is_computed_when_the_graph_is_made():
@@ -430,6 +459,11 @@ def test_chunks_that_are_excluded_make_no_tasks():
     assert pairs_of(x, x, x, mask=da.from_array(mask, chunks=10)) == 64  # nobody has looked
     assert pairs_of(x, x, x, mask=na.BlockMask.from_dense(mask)) == 1
     assert pairs_of(x, x, x, mask=na.BlockMask.documents([20, 60])) == 4 + 36
+    both = da.zeros((2, 80, 4), chunks=(1, 10, 4), dtype=np.float32)
+    of_heads = np.stack([mask, np.roll(mask, 40, axis=0)])
+    for given in (of_heads, na.BlockMask.from_dense(of_heads, (16, 16))):
+        assert pairs_of(both, both, both, mask=given) == 2
+        assert pairs_of(both.rechunk((2, 10, 4)), x, x, mask=given) == 2
 
 
 def test_batch_items_exclude_chunks_of_their_own():
@@ -498,7 +532,8 @@ def test_memory_of_a_fold(dtype, gives, rng):
     options |= {"is_causal": False, "layout": "bhld", "num_threads": 1}
     rows = _dask_problem.check(*chunked, options, None).meetings[0].rows
     some_k, some_v = k[:, :256], v[:, :256]
-    arguments = (rows, q, [some_k] * 4, [some_v] * 4, [], [], [0, 256, 512, 768], False)
+    keys = [slice(n, n + 256) for n in range(0, 1024, 256)]
+    arguments = (rows, q, [some_k] * 4, [some_v] * 4, [], [], keys, False)
     _dask_tasks.fold(*arguments, gives)  # what is allocated once
     tracemalloc.start()
     state = _dask_tasks.fold(*arguments, gives)
@@ -591,7 +626,7 @@ def bad_calls():
         "attn_mask": ((q, k, v), {"attn_mask": 1}, TypeError, "did you mean `mask=`"),
         "tail_mask": ((q, k, v), {"tail_mask": MASK}, TypeError, "tail_mask.*`mask=`"),
         "out": ((q, k, v), {"out": 1}, TypeError, "'out'.*dask.array.store"),
-        "dropout": ((q, k, v), {"dropout": 0.1}, TypeError, "dropout.*numattn.attention"),
+        "dropout": ((q, k, v), {"dropout": 0.1}, TypeError, "There is none .*attention` has"),
     }  # fmt: skip
 
 
@@ -604,6 +639,19 @@ def test_bad_input(name):
         out, lse = nd.attention(*of_dask(*inputs(), "even"), return_lse=True)
         with pytest.raises(error, match=message):
             nd.attention_backward(out, *arrays, out, lse, **options)
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_chunks_that_are_not_what_their_array_says(name):
+    x = da.zeros((1, 32, 4), chunks=(1, 16, 4), dtype=np.float32)
+    arrays = {"q": x, "k": x, "v": x}
+    arrays |= dict.fromkeys(("k", "v"), x.map_blocks(lambda chunk: chunk[:, :3], dtype=x.dtype))
+    with pytest.raises(ValueError, match="k: got a chunk of 3 keys, expected 16"):
+        nd.attention(**arrays).compute()
+    with pytest.raises(ValueError, match="got"):
+        nd.attention(**arrays | {name: x}).compute()
+    with pytest.raises(ValueError, match="k: got a chunk of 3 keys, expected 16"):
+        nd.attention_backward(x, *arrays.values(), x, x[..., 0]).q.compute()
 
 
 def test_bad_results():

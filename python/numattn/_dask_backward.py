@@ -69,7 +69,8 @@ def attention_backward(problem: Problem, results: Results) -> dict[str, da.Array
     inputs = {"q": problem.q, "k": problem.k, "v": problem.v}
     if problem.checked.bias is not None and problem.bias is not None:
         inputs["bias"] = problem.bias
-    token = tokenize(problem.token, results.arrays, list(inputs))
+    dtypes = [x.dtype for x in inputs.values()], problem.checked.sinks
+    token = tokenize(problem.token, results.arrays, list(inputs), dtypes)
     # Where chunks of k and v belong to each other, so do their gradients.
     is_one = problem.k.numblocks == problem.v.numblocks
     groups = [("q",), *([("k", "v")] if is_one else [("k",), ("v",)])]
@@ -111,7 +112,7 @@ def _pairs(
     """Return a task for each pair of chunks, and which of them add to a chunk of a group."""
     tasks: Tasks = {}
     added_to: dict[Any, list[Key]] = defaultdict(list)
-    first_keys = starts(problem.chunks.keys)
+    key_starts = starts(problem.chunks.keys)
     for of in problem.meetings:
         q, of_results = problem.query_part(problem.q, of), results.parts(problem, of)
         for key in of.keys:
@@ -124,7 +125,7 @@ def _pairs(
             }
             tasks[own] = Task(
                 own, _dask_tasks.pair_gradients, of.rows, groups, *read.values(),
-                problem.mask_part(of, key), first_keys[key], *of_results,
+                problem.mask_part(of, key), slice(*key_starts[key : key + 2]), *of_results,
             )  # fmt: skip
             for n, group in enumerate(groups):
                 added_to[n, read[group[0]].key[1:]].append(own)

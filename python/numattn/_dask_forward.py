@@ -63,7 +63,7 @@ def _fold(
     def all_of(part: Any, is_there: bool = True) -> List:
         return List(*(part(of, key) for key in keys if is_there))
 
-    first_keys = starts(problem.chunks.keys)
+    key_starts = starts(problem.chunks.keys)
     return Task(
         own,
         _dask_tasks.fold,
@@ -73,7 +73,7 @@ def _fold(
         all_of(problem.v_part),
         all_of(problem.mask_part, problem.mask is not None),
         all_of(problem.bias_part, problem.bias is not None),
-        [first_keys[key] for key in keys],
+        [slice(*key_starts[key : key + 2]) for key in keys],
         with_sinks,
         gives,
     )

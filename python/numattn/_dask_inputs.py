@@ -52,8 +52,8 @@ def check_inputs(arrays: dict[str, Given]) -> None:
         refuse_kind(
             names,
             "NumPy arrays alone",
-            "an array of dask (`dask.array.from_array(q, chunks=...)`) at least; "
-            "`numattn.attention` takes arrays in memory",
+            "at least one array of dask (`dask.array.from_array(q, chunks=...)`); what is in "
+            "memory goes to `numattn.attention` and `numattn.attention_backward`",
         )
     for name, x in arrays.items():
         if x.dtype == np.int8:

@@ -48,7 +48,7 @@ class ArrayMask:
 
 class MaskOfBlocks:
     """A `BlockMask`, whose parts go into the tasks. Blocks that it leaves empty in all batch items
-    and heads make no task."""
+    and heads of a chunk make no task."""
 
     array = None  # of dask, which would have to be computed
 
@@ -58,7 +58,8 @@ class MaskOfBlocks:
         self._starts = [
             starts(own if n == sum(own) else (n,)) for n, own in zip(mask.shape, sizes, strict=True)
         ]
-        self._known: dict[tuple[int, ...], bool] = {}
+        self._known: dict[Any, bool] = {}
+        self._of_items: dict[Any, BlockMaskStore] = {}
 
     def __dask_tokenize__(self) -> str:
         mask = self._mask
@@ -66,11 +67,18 @@ class MaskOfBlocks:
 
     def is_empty(self, place: tuple[slice, ...]) -> bool:
         """Whether nobody attends to anybody there; `place` has all axes."""
-        queries, keys = place[-2:]
+        *items, queries, keys = place[len(place) - len(self._mask.shape) :]
+        own = tuple(
+            (0, 1) if n == 1 else (part.start, part.stop)
+            for n, part in zip(self._mask.shape, items, strict=False)
+        )
         limits = queries.start, queries.stop, keys.start, keys.stop
-        if limits not in self._known:
-            self._known[limits] = self._mask.is_empty(*limits)
-        return self._known[limits]
+        if (own, limits) not in self._known:  # the same for all items and heads that share it
+            if own not in self._of_items:
+                index = (*(slice(*part) for part in own), slice(None), slice(None))
+                self._of_items[own] = self._mask[index]
+            self._known[own, limits] = self._of_items[own].is_empty(*limits)
+        return self._known[own, limits]
 
     def part(self, index: tuple[int, ...]) -> Any:
         """Return what a task takes as the mask of these chunks."""

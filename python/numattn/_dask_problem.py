@@ -95,7 +95,10 @@ class Problem:
         a = self.arguments
         small = (a.q_offset, a.kv_lengths, a.q_lengths, a.alibi_slopes, a.sinks, a.scale)
         arrays = (self.q, self.k, self.v, self.mask, self.bias)
-        return str(tokenize(arrays, self.options, small, self.split_every))
+        # Which chunks meet makes other tasks of the same name: of a mask in memory, other ones than
+        # of the same mask as an array of dask.
+        meet = [of.keys for of in self.meetings]
+        return str(tokenize(arrays, self.options, small, self.split_every, meet))
 
     @cached_property
     def meetings(self) -> list[Meeting]:

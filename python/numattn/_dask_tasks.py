@@ -17,7 +17,7 @@ from . import _gradient_arguments, _gradients, _runtime
 from ._arguments import MAX_POSITION, lse_heads_first
 from ._attention import attention
 from ._block_mask_store import BlockMaskStore
-from ._checks import precision_of
+from ._checks import precision_of, refuse
 from ._merge_states import merge_states
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Rows:
 
 def fold(
     rows: Rows, q: Array, k: Sequence[Array], v: Sequence[Array], masks: Sequence[Array],
-    biases: Sequence[Array], first_keys: Sequence[int], with_sinks: bool, gives: str,
+    biases: Sequence[Array], keys: Sequence[slice], with_sinks: bool, gives: str,
 ) -> Any:  # fmt: skip
     """Attend to some chunks of keys, one after the other, with some of the queries at a time: so
     there is one result of the size of a chunk, and little else."""
@@ -97,7 +97,7 @@ def fold(
         of_out, of_lse = rows.indices(part)
         some = replace(rows, shape=out[of_out].shape, first=rows.first + first)
         state = _without_keys(some) if with_sinks else None
-        for n, first_key in enumerate(first_keys):
+        for n, keys_of_chunk in enumerate(keys):
             mask, bias = (_of_queries(rows, x[n], part) if x else None for x in (masks, biases))
             of_keys = attention(
                 q[_of_axis(q, rows.options["layout"], part)],
@@ -105,7 +105,7 @@ def fold(
                 v[n],
                 mask=mask,
                 bias=bias,
-                **_placed(some, k[n], first_key),
+                **_placed(some, k[n], keys_of_chunk),
                 **rows.options,
                 out=np.empty(some.shape, precision_of(rows.dtype)),
                 return_lse=True,
@@ -191,10 +191,15 @@ def _all_axes(rows: Rows, x: Array) -> Array:
     return x.reshape((1,) * (rows.axes - x.ndim) + x.shape)
 
 
-def _placed(rows: Rows, k: Array, first_key: int) -> dict[str, Any]:
+def _placed(rows: Rows, k: Array, keys: slice) -> dict[str, Any]:
     in_rows = k.ndim > 2 and rows.options["layout"] == "blhd"
-    keys = k.shape[-3 if in_rows else -2]
-    return rows.positions.within(rows.first, rows.length, first_key, keys)
+    count = k.shape[-3 if in_rows else -2]
+    if count != keys.stop - keys.start:
+        expected = (
+            f"{keys.stop - keys.start}, as the chunks of the array of dask say: what made it "
+        )
+        refuse("k", f"a chunk of {count} keys", expected + "has to keep its shape")
+    return rows.positions.within(rows.first, rows.length, keys.start, count)
 
 
 # ---- gradients ---------------------------------------------------------------------------------
@@ -202,7 +207,7 @@ def _placed(rows: Rows, k: Array, first_key: int) -> dict[str, Any]:
 
 def pair_gradients(
     rows: Rows, groups: Sequence[Sequence[str]], q: Array, k: Array, v: Array, bias: Array | None,
-    mask: Array | None, first_key: int, out: Array, lse: Array, dout: Array, dlse: Array | None,
+    mask: Array | None, keys: slice, out: Array, lse: Array, dout: Array, dlse: Array | None,
 ) -> list[tuple[Array, ...]]:  # fmt: skip
     """Return what a chunk of queries and a chunk of keys add to the gradients, not rounded."""
     bias_gradient = any("bias" in group for group in groups)
@@ -215,7 +220,7 @@ def pair_gradients(
         None,
         mask=None if mask is None else _all_axes(rows, mask),
         tail_mask=None,
-        **_placed(rows, k, first_key),
+        **_placed(rows, k, keys),
         **rows.options,
     )
     _gradient_arguments.set_results(problem, out, lse)
@@ -236,7 +241,7 @@ def sink_gradients(
     no_keys = q[_of_axis(q, rows.options["layout"], slice(0, 0))]
     problem = _gradient_arguments.check(
         q, no_keys, no_keys, False, None, rows.sinks, mask=None, tail_mask=None,
-        **_placed(rows, no_keys, 0), **rows.options,
+        **_placed(rows, no_keys, slice(0, 0)), **rows.options,
     )  # fmt: skip
     _gradient_arguments.set_results(problem, out, lse)
     arguments = _gradient_arguments.with_gradients(problem, dout, dlse)
@@ -251,7 +256,8 @@ def add(parts: Sequence[tuple[Array, ...]], dtypes: Sequence[np.dtype[Any]]) -> 
         total = arrays[0]
         with np.errstate(all="ignore"):
             for n, other in enumerate(arrays[1:]):
-                total = total + other if n == 0 else np.add(total, other, out=total)
+                # Sums of arrays without axes are no arrays.
+                total = np.asarray(total + other) if n == 0 else np.add(total, other, out=total)
             totals.append(total.astype(dtype, copy=False))
     return tuple(totals)
 

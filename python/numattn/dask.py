@@ -37,8 +37,9 @@ _NOT_HERE = {
     "out": "`dask.array.store` for results that go to an array",
     "k_scale": "floats: `k` times its scales",
     "v_scale": "floats: `v` times its scales",
-    "dropout": "`numattn.attention`: which weights are dropped depends on all arrays",
-    "rng": "`numattn.attention`, which has dropout",
+    "dropout": "There is none here: which weights are dropped depends on all arrays. "
+    "`numattn.attention` has it",
+    "rng": "There is no dropout here",
 }
 
 
@@ -120,7 +121,8 @@ def attention(
     Parameters
     ----------
     q : dask.array.Array, shape (..., Hq, Lq, D)
-        Queries, as in `numattn.attention`. The result has their chunks. One of `q`, `k` and `v` has
+        Queries, as in `numattn.attention`. The result has their chunks, except where they cut
+        groups of heads in a way that no task can read (see Notes). One of `q`, `k` and `v` has
         to be an array of dask; NumPy arrays are chunked as the others are.
     k : dask.array.Array, shape (..., Hkv, Lk, D)
         Keys, whose chunks along Lk say which keys a task attends to.
@@ -137,8 +139,9 @@ def attention(
     return_lse : bool, default False
         Also return the log-sum-exp of each query's logits.
     num_threads : int, optional
-        Threads of each task. Default: 1, because dask runs a task on each of its threads; None for
-        as many as `numattn.get_num_threads` gives in the process of the task.
+        Threads of each task. Default: 1, because dask runs a task on each of its threads. For
+        workers that run one task at a time, the number of their cores; None is what
+        `numattn.get_num_threads` gives in the worker, which dask starts with OMP_NUM_THREADS=1.
     split_every : int, optional
         How many chunks of keys a task attends to, one after the other, and how many results a task
         merges. Default: dask's setting ``split_every``, or 4.

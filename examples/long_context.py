@@ -13,6 +13,7 @@ of them see.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 import time
 from pathlib import Path
@@ -65,30 +66,35 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=na.get_num_threads())
     parser.add_argument("--memory", default="1GiB", help="what a worker may use")
     parser.add_argument("--scheduler", help="the address of a cluster that runs already")
-    parser.add_argument("--folder", help="where results go, seen by all workers")
+    parser.add_argument("--folder", help="where results are kept, seen by all workers")
     parser.add_argument("--rows", type=int, default=8, help="how many are compared")
     arguments = parser.parse_args()
+    if min(arguments.tokens, arguments.chunk, arguments.workers) < 1:
+        parser.error("--tokens, --chunk and --workers: expected positive numbers")
+    if arguments.folder and not Path(arguments.folder).is_dir():
+        parser.error(f"--folder {arguments.folder}: expected a folder that exists")
 
     q, k, v = (random_array(n, arguments.tokens, arguments.chunk) for n in range(3))
     out = numattn.dask.attention(q, k, v, is_causal=True)
     print(f"{arguments.tokens:,} tokens in {out.npartitions} chunks: {len(out.dask):,} tasks")
-    with tempfile.TemporaryDirectory(prefix="long-context-", dir=arguments.folder) as folder:
-        cluster = arguments.scheduler or LocalCluster(
-            n_workers=arguments.workers, threads_per_worker=1, memory_limit=arguments.memory,
-            local_directory=folder, dashboard_address=None,
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="long-context-"))
+        folder = arguments.folder or scratch
+        cluster = arguments.scheduler or stack.enter_context(
+            LocalCluster(
+                n_workers=arguments.workers, threads_per_worker=1, memory_limit=arguments.memory,
+                local_directory=scratch, dashboard_address=None,
+            )
         )  # fmt: skip
-        with Client(cluster) as client:
-            begin = time.perf_counter()
-            meta = np.empty((0, 0, 0), np.bool_)
-            files = out.map_blocks(write, folder=folder, chunks=(1, 1, 1), meta=meta)
-            files = client.persist(files)
-            progress(files)
-            assert files.all().compute()
-            seconds = time.perf_counter() - begin
-            print(f"\n{seconds:.1f} s, {operations(arguments.tokens) / seconds / 1e9:.0f} GF/s")
-            difference = compare(folder, q, k, v, arguments.rows)
-        if not arguments.scheduler:
-            cluster.close()
+        stack.enter_context(Client(cluster))
+        begin = time.perf_counter()
+        meta = np.empty((0, 0, 0), np.bool_)
+        files = out.map_blocks(write, folder=folder, chunks=(1, 1, 1), meta=meta).persist()
+        progress(files)
+        files.compute()  # which raises what a worker did
+        seconds = time.perf_counter() - begin
+        print(f"\n{seconds:.1f} s, {operations(arguments.tokens) / seconds / 1e9:.0f} GF/s")
+        difference = compare(folder, q, k, v, arguments.rows)
     print(f"Rows of one machine differ by at most {difference:.1e}.")
     if difference > 1e-5:
         raise SystemExit("That is more than the rounding of float32.")

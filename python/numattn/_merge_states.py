@@ -116,12 +116,9 @@ def merge_states(
         total = weights.sum(axis=0)
         lse = (maximum + np.log(total)).astype(precision)
         weights /= np.where(total == 0, precision(1), total)
-        merged = np.zeros(parts[0][0].shape, precision)
-        for (result, _), weight in zip(parts, weights, strict=True):
-            share = weight[..., np.newaxis]
-            part = share * result.astype(precision, copy=False)
-            if not weight.all():  # what attended to nothing is no part of the result, be it NaN
-                np.copyto(part, 0, where=share == 0)
+        weighted = (_weighted(x, weight) for (x, _), weight in zip(parts, weights, strict=True))
+        merged = next(weighted)
+        for part in weighted:
             merged += part
         if not np.isfinite(merged).all():
             # Rounding alone carries a mean of finite numbers beyond the largest of them.
@@ -136,6 +133,14 @@ def merge_states(
         check_overlap(out, {})
         out[...] = merged
     return out, lse
+
+
+def _weighted(result: NDArray[Any], weight: NDArray[Any]) -> NDArray[Any]:
+    share = weight[..., np.newaxis]
+    part: NDArray[Any] = share * result.astype(weight.dtype, copy=False)
+    if not weight.all():  # what attended to nothing is no part of the result, be it NaN
+        np.copyto(part, 0, where=share == 0)
+    return part
 
 
 def _check_lse(name: str, lse: NDArray[Any], out: NDArray[Any]) -> None:

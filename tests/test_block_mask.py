@@ -240,6 +240,13 @@ def test_indices(rng, index):
     check(BlockMask.from_dense(dense, (8, 16))[index], dense[index], (8, 16))
 
 
+def test_new_axes(rng):
+    dense = draw(rng, (3, 40, 50))
+    mask = BlockMask.from_dense(dense, (16, 16))
+    for index in (np.s_[:, None], np.s_[None], np.s_[None, 1:, None, :20, 5:], np.s_[..., 3:, :]):
+        check(mask[index], dense[index], (16, 16))
+
+
 def test_parts_are_read_only_and_dense_arrays_are_not(rng):
     mask = BlockMask.from_dense(draw(rng, (40, 50)), (8, 16))
     before = mask.to_dense()
@@ -349,9 +356,13 @@ EYE = np.eye(4, dtype=bool)
         (lambda: BlockMask.from_dense(EYE, (64.0, 64)), TypeError,
          r"block_size: got 64.0 \(float\), expected an int"),
         (lambda: BlockMask.from_dense(EYE.astype(int)), TypeError,
-         r"mask: got dtype int64, expected bool, True = attend \(`mask.astype\(bool\)`"),
+         r"mask: got dtype int64, expected bool, True = attend \(`mask != 0` if 0 means masked"),
         (lambda: BlockMask.from_dense(EYE.astype(np.float32)), TypeError,
-         "mask: got dtype float32, expected bool, True = attend$"),
+         r"mask: got dtype float32, expected bool, True = attend \(`mask != 0`"),
+        (lambda: BlockMask.from_dense(EYE.astype("M8[s]")), TypeError,
+         "mask: got dtype datetime64.*, expected bool, True = attend$"),
+        (lambda: BlockMask.causal(4, 4, block_size=(2**12, 2**12 + 1)), ValueError,
+         r"block_size: got \(4096, 4097\), expected blocks of at most 16777216 pairs"),
         (lambda: BlockMask.from_dense(EYE[0]), ValueError,
          r"mask: got shape \(4,\), expected \(..., Lq, Lk\)"),
         (lambda: BlockMask.from_blocks(EYE, 100, 200, (32, 32)), ValueError,
@@ -366,8 +377,14 @@ EYE = np.eye(4, dtype=bool)
          "mask_mod: got dtype int64 from it, expected bool, True = attend"),
         (lambda: BlockMask.from_mask_mod(lambda b, h, q, k: None, 4, 4), TypeError,
          "mask_mod: got NoneType from it, expected an array of bools"),
-        (lambda: BlockMask.from_mask_mod(lambda b, h, q, k: EYE[:3], 4, 4), ValueError,
-         r"mask_mod: got shape \(3, 4\) from it, expected one that broadcasts to \(1, 1, 4, 4\)"),
+        (lambda: BlockMask.from_mask_mod(lambda b, h, q, k: EYE[None, :3, None], 4, 4), ValueError,
+         r"mask_mod: got shape \(1, 3, 1, 4\) from it, expected four axes that broadcast to \(1, "),
+        (lambda: BlockMask.from_mask_mod(lambda b, h, q, k: EYE, 4, 4), ValueError,
+         r"mask_mod: got shape \(4, 4\) from it, expected four axes .*`pad\[k\]` in place of"),
+        (lambda: BlockMask.from_mask_mod(lambda b, h, q, k: (q < 3).squeeze(), 4, 4), ValueError,
+         r"mask_mod: got shape \(4,\) from it, expected four axes"),
+        (lambda: bool(BlockMask.causal(4, 4)), TypeError, "neither true nor false: .* `&`, `|`"),
+        (lambda: list(BlockMask.causal(4, 4)), TypeError, "'BlockMask' object is not iterable"),
         (lambda: BlockMask.from_mask_mod(lambda b, h, q, k: q > k, 4.0, 4), TypeError,
          r"Lq: got 4.0 \(float\), expected an int"),
         (lambda: BlockMask.from_mask_mod(lambda b, h, q, k: q > k, 4, -1), ValueError,
@@ -381,6 +398,12 @@ EYE = np.eye(4, dtype=bool)
 def test_bad_constructions(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_errors_of_a_mask_mod_say_what_it_may_do():
+    with pytest.raises(ValueError, match="truth value") as caught:
+        BlockMask.from_mask_mod(lambda b, h, q, k: k <= q and k > 2, 4, 4)
+    assert "by `&`, `|`, `~` and `np.where`, not by `and`" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize(
@@ -417,7 +440,7 @@ def test_bad_bsr(arguments, error, message):
         (EYE, TypeError, r"BlockMask [&|]: got ndarray, expected a BlockMask \(BlockMask.from_den"),
         (True, TypeError, "BlockMask [&|]: got bool, expected a BlockMask"),
         (BlockMask.from_dense(EYE, (2, 2)), ValueError,
-         r"got block sizes \(\d+, \d+\) and \(\d+, \d+\), expected equal ones"),
+         r"got block sizes \(\d+, \d+\) and \(\d+, \d+\), expected equal ones: make both"),
         (BlockMask.from_dense(EYE[:3]), ValueError,
          r"got shapes \(\d, 4\) and \(\d, 4\), expected equal numbers of queries and keys"),
         (BlockMask.from_dense(EYE[:, :1]), ValueError, "expected equal numbers of queries and"),
@@ -441,7 +464,8 @@ def test_operands_whose_axes_do_not_broadcast():
     [
         (np.s_[0, 1], TypeError, r"index: got \(0, 1\), expected slices for queries and keys"),
         (np.s_[..., ::2, :], ValueError, "expected slices of step 1 for queries and keys"),
-        (np.s_[..., None, :], TypeError, r"index: got None \(NoneType\), expected ints for batch"),
+        (np.s_[..., None, :], TypeError, "expected slices for queries and keys"),
+        (np.s_[0, "a"], TypeError, r"index: got 'a' \(str\), expected ints for batch"),
         (np.s_[0, [1, 2]], TypeError, r"index: got \[1, 2\] \(list\), expected ints for batch"),
         (np.s_[True], TypeError, r"index: got True \(bool\), expected ints for batch"),
         (np.s_[0, :, :, :], ValueError, r"expected one for each axis of a mask of shape \(2, 4, 4"),

@@ -178,6 +178,41 @@ def test_caches(rng):
     assert_same([cache.attend(q, mask=mask)], [cache.attend(q, mask=mask.to_dense())])
 
 
+def test_the_mask_of_a_whole_text_is_no_mask_of_a_token():
+    cache = na.KVCache(1, 2, 16)
+    cache.append(*np.ones((2, 1, 2, 100, 16), np.float32))
+    q = np.ones((1, 2, 1, 16), np.float32)
+    whole = BlockMask.causal(2**19, 2**19, block_size=(512, 512))
+    with pytest.raises(
+        ValueError, match=r"expected one of \(1, 100\), .*`mask\[first:last, :tokens\]"
+    ):
+        cache.attend(q, mask=whole)
+    part = whole[99:100, :100]
+    assert_same([cache.attend(q, mask=part)], [cache.attend(q, mask=part.to_dense())])
+
+
+def test_axes_that_may_mean_the_batch_are_warned_of(rng):
+    x = rng.standard_normal((4, 4, 3, 8), dtype=np.float32)  # as many batch items as heads
+    mask = BlockMask.from_dense(rng.random((4, 3, 3)) < 0.5, (2, 2))
+    message = r"mask: shape \(4, 3, 3\) is taken as \(Hq, Lq, Lk\), .* `mask\[:, np.newaxis\]`"
+    with pytest.warns(UserWarning, match=message):
+        out = na.attention(x, x, x, mask=mask)
+    np.testing.assert_array_equal(out, na.attention(x, x, x, mask=mask[np.newaxis]))
+    of_batch = na.attention(x, x, x, mask=mask[:, np.newaxis])
+    np.testing.assert_array_equal(of_batch, na.attention(x, x, x, mask=mask.to_dense()[:, None]))
+
+
+def test_what_others_call_it_is_no_mask():
+    other = type("BlockMask", (), {"__module__": "torch.nn.attention.flex_attention"})()
+    q = np.zeros((2, 3, 8), np.float32)
+    with pytest.raises(
+        TypeError, match=r"mask: got torch.*flex_attention.BlockMask, .*from_mask_mod"
+    ):
+        na.attention(q, q, q, mask=other)
+    with pytest.raises(TypeError, match=r"block_mask.*`mask=`, which takes a `BlockMask` too"):
+        na.attention(q, q, q, block_mask=other)
+
+
 def test_it_is_no_array():
     with pytest.raises(TypeError, match=r"bias: got BlockMask .*`to_dense"):
         na.attention(*np.zeros((3, 2, 100, 8), np.float32), bias=BlockMask.causal(100, 100))

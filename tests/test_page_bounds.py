@@ -1,6 +1,7 @@
 """Promise: the pages with the largest bounds are chosen, and attention to them is exact."""
 
 import copy
+import itertools
 import pickle
 from types import SimpleNamespace
 
@@ -410,11 +411,15 @@ def test_without_anything_to_do(backend):
     bounds = na.PageBounds(*pages.shape)
     bounds.update(pages, np.zeros((0, 3), int), [])
     bounds.update(pages, np.zeros((2, 0), int), 0)
-    for batch, lq, most in ((0, 1, 3), (2, 1, 0), (2, 0, 0)):
+    others = np.ones((3, 4, 2, 8), np.float32)
+    for some, (batch, lq, most) in itertools.product(
+        (pages, others), ((0, 1, 3), (2, 1, 0), (2, 0, 0))
+    ):
+        bounds = na.PageBounds(*some.shape)
         q = np.zeros((batch, 4, lq, 8), np.float32)
         table, lengths = np.zeros((batch, most), int), np.zeros(batch, int)
         assert bounds.select(q, table, lengths, 2).shape == (batch, 2, min(2, most))
-        out, lse = bounds.attend(q, pages, pages, table, lengths, 2, return_lse=True)
+        out, lse = bounds.attend(q, some, some, table, lengths, 2, return_lse=True)
         assert out.shape == q.shape
         assert (out == 0).all()
         assert (lse == -np.inf).all()

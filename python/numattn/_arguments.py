@@ -193,6 +193,7 @@ def check(
 
     blocks = None
     if isinstance(mask, BlockMaskStore):
+        check_meaning_of_axes(mask, batch, query_heads, query_length)
         blocks, mask = broadcast_blocks(mask, pairs, one_head), None
     mask_ = None if mask is None else as_array("mask", mask)
     if mask_ is not None:
@@ -345,7 +346,7 @@ def _once(x: Array) -> Array:
 
 
 def check_meaning_of_axes(
-    x: Array,
+    x: Array | BlockMaskStore,
     batch: tuple[int, ...],
     query_heads: int,
     query_length: int,
@@ -357,13 +358,14 @@ def check_meaning_of_axes(
     They may have been meant to be the batch's. It is no error: a correct program must not fail at
     one batch size.
     """
-    missing = len(batch) + 3 - x.ndim
+    axes = len(x.shape)
+    missing = len(batch) + 3 - axes
     if missing < 1 or x.shape[: len(batch)] != batch or max(batch, default=1) < 2:
         return
     wanted = (*batch, query_heads, query_length)[missing:]
     if not wanted or any(n not in (1, w) for n, w in zip(x.shape, wanted, strict=False)):
         return
-    taken = ["...", "Hq", "Lq", keys][-x.ndim if x.ndim < 4 else 0 :]
+    taken = ["...", "Hq", "Lq", keys][-axes if axes < 4 else 0 :]
     inserted = ", ".join([":"] * len(batch) + ["np.newaxis"] * missing)
     warn(
         f"{name}: shape {x.shape} is taken as ({', '.join(taken)}), but the batch has the shape "

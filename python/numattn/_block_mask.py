@@ -34,7 +34,7 @@ class BlockMask(BlockMaskPatterns):
         What a dense mask of the same content has. The axes before the last two are of the batch
         and, last, of the query heads; they broadcast as a dense mask does.
     block_size : tuple of int, (queries, keys)
-        The last blocks may be partial.
+        At most 16,777,216 pairs. The last blocks may be partial.
     density : float
         Share of all pairs of a query and a key that attend; 0 for a mask without pairs.
     nbytes : int
@@ -48,7 +48,10 @@ class BlockMask(BlockMaskPatterns):
     Notes
     -----
     Small blocks describe a mask closely, large ones cost less memory: with blocks of 64 by 64, a
-    mask of 65,536 queries and keys has 4 MiB of blocks.
+    mask of 65,536 queries and keys has 4 MiB of blocks, and one of a million has 1 GiB.
+
+    A mask says of row q of a call's queries and row k of its keys, whatever the call's `q_offset`,
+    `kv_lengths` or `q_lengths` are. `is_causal` and `window` follow these.
 
     Masks can be compared with ``==``, hashed, copied and pickled. Equal are masks with the same
     pairs, shape and block size.
@@ -90,7 +93,9 @@ class BlockMask(BlockMaskPatterns):
         ----------
         mask_mod : callable
             ``mask_mod(batch, head, q, k)`` takes four read-only arrays of ints that broadcast to
-            (batch items, heads, queries, keys), and returns bools that do too: True = attend.
+            (batch items, heads, queries, keys), and returns bools of four axes that do too:
+            True = attend. ``q`` and ``k`` are rows of the arrays: where there are fewer queries
+            than keys, ``k <= q + Lk - Lq`` is what `causal` makes.
         Lq, Lk : int
             Number of queries and of keys.
         batch : int, optional

@@ -22,20 +22,33 @@ def bools_of(mask_mod: MaskMod, place: tuple[slice, ...]) -> Array:
     indices = [
         _indices(part, (1,) * axis + (-1,) + (1,) * (3 - axis)) for axis, part in enumerate(place)
     ]
-    said = mask_mod(*indices)
+    try:
+        said = mask_mod(*indices)
+    except Exception as error:
+        error.add_note(_NOTE)
+        raise
     if not isinstance(said, (np.ndarray, np.bool_, bool)):
         refuse_kind("mask_mod", f"{type(said).__name__} from it", "an array of bools")
     attends = np.asarray(said)
     if attends.dtype != np.bool_:
         refuse_kind("mask_mod", f"{dtype_name(attends)} from it", "bool, True = attend")
     shape = tuple(part.stop - part.start for part in place)
-    if attends.shape == shape:
-        return attends
-    try:
-        return np.broadcast_to(attends, shape)
-    except ValueError:
-        expected = f"one that broadcasts to {shape}, as the indices do"
+    # Fewer axes would fit where queries happen to be as many as keys, and fit nowhere else.
+    fits = attends.ndim in (0, 4) and all(
+        n in (1, wanted) for n, wanted in zip(attends.shape, shape, strict=False)
+    )
+    if not fits:
+        expected = f"four axes that broadcast to {shape}, as `batch`, `head`, `q` and `k` do: it "
+        expected += "is asked for some rows of blocks at a time (`pad[k]` in place of `pad`)"
         refuse("mask_mod", f"shape {attends.shape} from it", expected)
+    return np.broadcast_to(attends, shape)
+
+
+_NOTE = (
+    "mask_mod(batch, head, q, k) is called with arrays of NumPy: it combines comparisons by `&`, "
+    "`|`, `~` and `np.where`, not by `and`, `or`, `not` and `if`, and indexes arrays of NumPy, "
+    "no tensors"
+)
 
 
 class _Indices(np.ndarray):

@@ -48,9 +48,8 @@ def _combined(
         hint = "BlockMask.from_dense makes one of an array"
         refuse_kind(f"BlockMask {sign}", type(b).__name__, f"a BlockMask ({hint})")
     if a._block_size != b._block_size:
-        refuse(
-            f"BlockMask {sign}", f"block sizes {a._block_size} and {b._block_size}", "equal ones"
-        )
+        seen = f"block sizes {a._block_size} and {b._block_size}"
+        refuse(f"BlockMask {sign}", seen, "equal ones: make both with the same `block_size`")
     try:
         leading = np.broadcast_shapes(a._shape[:-2], b._shape[:-2])
     except ValueError:

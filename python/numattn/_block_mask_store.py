@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     Size = tuple[int, int]
 
 
+# Of a block. A mixed block takes a bit for each, and more while it is made.
+_MOST_PAIRS = 2**24
+
+
 class BlockMaskStore:
     # The kernels read these two arrays, C-contiguous and read-only:
     #
@@ -72,6 +76,12 @@ class BlockMaskStore:
         """Return a mask of arrays that `normal_form` accepts."""
         arrays = normal_form(blocks, bits, lengths, block_size)
         return cls._of((*leading, *lengths), block_size, *arrays)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a BlockMask is neither true nor false: combine masks by `&`, `|` and `~`")
+
+    # As it has __getitem__, Python would count through it.
+    __iter__ = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self)._of, (self._shape, self._block_size, self._blocks, self._bits)
@@ -211,8 +221,32 @@ class BlockMaskStore:
     def __getitem__(self, index: Any) -> Self:
         """Return the mask of some batch items, heads, queries and keys, as ``[..., q0:q1, k0:k1]``.
 
-        Queries and keys take slices of step 1, other axes ints too. It is cheap where the slices
-        begin at blocks; where not, the pairs are put into other blocks.
+        Queries and keys take slices of step 1, other axes ints too, and ``np.newaxis`` makes one.
+        It is cheap where the slices begin at blocks; where not, the pairs are put into other
+        blocks.
+
+        Returns
+        -------
+        BlockMask
+            With the blocks' size of this one.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If there are more indices than axes, or others than these.
+
+        See Also
+        --------
+        rows : some queries as an array of bools.
+
+        Examples
+        --------
+        While tokens are generated, a query's part of the mask of a whole text:
+
+        >>> import numattn as na
+        >>> whole = na.BlockMask.window(1000, 1000, 255, 0)
+        >>> whole[600:601, :601].shape
+        (1, 601)
         """
         *leading, queries, keys = _expanded(index, self._shape)
         blocks = self._blocks[tuple(leading)]
@@ -293,16 +327,18 @@ class BlockMaskStore:
 
 
 def _expanded(index: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
-    """Return an index for each axis."""
+    """Return an index for each axis, and for each new one."""
     parts = index if isinstance(index, tuple) else (index,)
     dots = [place for place, part in enumerate(parts) if part is Ellipsis]
     if not dots:
         parts, dots = (*parts, Ellipsis), [len(parts)]
-    missing = len(shape) - (len(parts) - 1)
+    missing = len(shape) - (len(parts) - 1 - sum(part is None for part in parts))
     if len(dots) > 1 or missing < 0:
         refuse("index", repr(index), f"one for each axis of a mask of shape {shape}")
     parts = (*parts[: dots[0]], *[slice(None)] * missing, *parts[dots[0] + 1 :])
     for part in parts:
+        if part is None:  # np.newaxis
+            continue
         if isinstance(part, (bool, np.bool_)) or not isinstance(part, (slice, SupportsIndex)):
             seen = f"{part!r} ({type(part).__name__})"
             refuse_kind("index", seen, "ints for batch items and heads, and slices")
@@ -336,13 +372,15 @@ def check_block_size(block_size: object) -> Size:
     queries, keys = (integer("block_size", size) for size in block_size)
     if min(queries, keys) < 1:
         refuse("block_size", repr(block_size), "sizes of at least 1")
+    if queries * keys > _MOST_PAIRS:
+        refuse("block_size", repr(block_size), f"blocks of at most {_MOST_PAIRS} pairs")
     return queries, keys
 
 
 def check_bools(name: str, array: Array) -> None:
     if array.dtype == np.bool_:
         return
-    hint = f" (`{name}.astype(bool)` if 1 means attend)" if array.dtype.kind in "iu" else ""
+    hint = f" (`{name} != 0` if 0 means masked)" if array.dtype.kind in "iuf" else ""
     refuse_kind(name, dtype_name(array), f"bool, True = attend{hint}")
 
 

@@ -45,6 +45,8 @@ def warn(message: str) -> None:
 # What other libraries call arguments of attention, and what to write here; docs/porting.rst has all
 # names of such tables.
 ELSEWHERE = {
+    "block_mask": "`mask=`, which takes a `BlockMask` too",
+    "score_mod": "`bias=`, `alibi_slopes=` or `softcap=`: there is no function of single logits",
     "attn_mask": "`mask=` if it is bool (True = attend), `bias=` if it is float",
     "attention_mask": "`mask=` if it is bool (True = attend), `bias=` if it is float",
     "attn_bias": "`bias=`",
@@ -119,7 +121,11 @@ def as_array(name: str, x: ArrayLike) -> Array:
         seen = f"{type(x).__name__} that refuses to become an array ({error})"
         refuse_kind(name, seen, "an array of NumPy: convert it first")
     if array.dtype == object and not isinstance(x, np.ndarray | int | list | tuple):
-        refuse_kind(name, type(x).__name__, "an array")
+        kind = type(x)
+        if kind.__name__ == "BlockMask":  # PyTorch's
+            expected = "numattn's own: `BlockMask.from_mask_mod` takes the same function"
+            refuse_kind(name, f"{kind.__module__}.BlockMask", expected)
+        refuse_kind(name, kind.__name__, "an array")
     return array.view()
 
 

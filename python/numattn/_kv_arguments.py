@@ -170,6 +170,10 @@ def check_pairs(
     pairs = batch, heads, rows, most
     mask_ = tail_mask_ = bias_ = None
     if isinstance(mask, BlockMaskStore):
+        if mask.shape[-2:] != (rows, most):
+            expected = f"one of {(rows, most)}, the queries and the tokens so far: a slice "
+            expected += "`mask[first:last, :tokens]` of the mask of a whole text"
+            refuse("mask", f"a BlockMask of shape {mask.shape}", expected)
         mask = mask.to_dense()
     if mask is not None:
         mask_ = as_array("mask", mask)

@@ -197,7 +197,8 @@ class PageBounds:
             The pages of keys, of which only the named ones are read.
         block_table, kv_lengths
             As of `attention_paged`: the pages of each batch item, and how many of its keys are
-            valid. Only these count; a page that sequences share counts with the longest one's.
+            valid. Only these count; a page that sequences of this call share counts with the
+            longest one's, so name all that share a page.
         new_tokens : int or array_like of int, shape (B,), optional
             Name only the pages that hold the last tokens of each batch item, as many as this.
             Default: all of its pages.
@@ -272,7 +273,8 @@ class PageBounds:
         ------
         TypeError, ValueError
             If the arguments do not fit these bounds, or if a page has more keys than bounds are
-            known for: `update` was not called after they were written.
+            known for: `update` was not called after they were written. Keys that were written in
+            place of others are not noticed.
 
         Examples
         --------

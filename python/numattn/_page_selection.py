@@ -125,7 +125,9 @@ def _calls(a: Arguments, places: Ints) -> Iterator[Arguments]:
     a = replace(a, q_offset=None, q_lengths=None)
 
     def of_heads(x: Array | None) -> Any:
-        return None if x is None else x.reshape(batch, kv_heads, -1, *x.shape[2:])
+        if x is None:
+            return None
+        return x.reshape(batch, kv_heads, x.shape[1] // kv_heads, *x.shape[2:])
 
     q, out, lse = of_heads(a.q), of_heads(a.out), of_heads(a.lse)
     arrays: dict[str, Any] = {"k": a.k, "v": a.v, "k_scale": a.k_scale, "v_scale": a.v_scale}
@@ -136,11 +138,11 @@ def _calls(a: Arguments, places: Ints) -> Iterator[Arguments]:
         table = pages * of_page + np.arange(kv_heads)[:, np.newaxis] * of_head
         yield replace(
             a,
-            q=q.reshape(-1, *q.shape[2:]),
-            out=out.reshape(-1, *out.shape[2:]),
-            lse=None if lse is None else lse.reshape(-1, *lse.shape[2:]),
+            q=q.reshape(batch * kv_heads, *q.shape[2:]),
+            out=out.reshape(batch * kv_heads, *out.shape[2:]),
+            lse=None if lse is None else lse.reshape(batch * kv_heads, *lse.shape[2:]),
             kv_lengths=np.repeat(lengths, kv_heads),
-            block_table=table.reshape(-1, count),
+            block_table=table.reshape(batch * kv_heads, count),
             **{name: _pages_of_heads(x, step) for name, x in keys.items()},
         )
         return

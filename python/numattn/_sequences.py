@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SEQUENCES_ELSEWHERE = {
     **ELSEWHERE,
     "mask": "`tail_mask=`, of the last keys alone: there is no mask of all keys here",
+    "block_mask": "`tail_mask=`, of the last keys alone: there is no mask of all keys here",
     "attn_mask": "`tail_mask=`, of the last keys alone: there is no mask of all keys here",
     "attention_mask": "the sequences' lengths, or `tail_mask=` of the last keys alone",
 }

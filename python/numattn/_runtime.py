@@ -55,7 +55,7 @@ def _isa_levels() -> dict[str, list[str]]:
 ISA_LEVELS = _isa_levels()
 
 _INSTALL_ADVICE = (
-    "install a C++20 compiler (GCC 11 or Clang 14, or later), then run "
+    "install a C++20 compiler (GCC 11 or Clang 14, or later; on Windows clang-cl), then run "
     "'pip install --force-reinstall --no-cache-dir numattn'"
 )
 
@@ -143,10 +143,10 @@ def set_num_threads(num_threads: int) -> None:
     Notes
     -----
     Without this call it is ``NUMATTN_NUM_THREADS``, read when numattn is imported. Without that
-    variable it is the number of CPUs in the process's affinity, or the CPU quota of its cgroup (a
-    container's limit), rounded up, where that is less. ``LOKY_MAX_CPU_COUNT`` and
-    ``OMP_NUM_THREADS`` lower it further: joblib sets the latter in its workers, to each worker's
-    share of the CPUs.
+    variable it is the number of CPUs in the process's affinity, or the CPU quota of its cgroup or,
+    on Windows, its job (a container's limit), rounded up, where that is less.
+    ``LOKY_MAX_CPU_COUNT`` and ``OMP_NUM_THREADS`` lower it further: joblib sets the latter in its
+    workers, to each worker's share of the CPUs.
 
     Examples
     --------
@@ -199,7 +199,7 @@ def runtime_info() -> dict[str, Any]:
         ``backend_reason``; ``isa``, a dict of the levels ``built``, ``available`` on this CPU, the
         one ``chosen`` (None for the NumPy backend) and the ``reason``; ``dtypes``, those that
         `attention` takes; ``cpu``; ``cpus``, how many this process may use, by its affinity
-        and its cgroup's CPU quota; ``num_threads`` and ``num_threads_reason``, what decided the
+        and its container's CPU quota; ``num_threads`` and ``num_threads_reason``, what decided the
         number.
 
     Examples

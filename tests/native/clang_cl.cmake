@@ -1,0 +1,10 @@
+# What flags become for clang-cl, where CMake has a variable MSVC: cmake -P clang_cl.cmake
+cmake_minimum_required(VERSION 3.24)
+set(MSVC 1)
+set(CMAKE_CXX_COMPILER_ID Clang)
+set(CMAKE_CXX_COMPILER_FRONTEND_VARIANT MSVC)
+include(${CMAKE_CURRENT_LIST_DIR}/../../csrc/platform.cmake)
+add_options(options -O3 -mavx2)
+if(NOT options STREQUAL "/clang:-O3;/clang:-mavx2")
+  message(FATAL_ERROR "clang-cl gets the options ${options}")
+endif()

@@ -1,4 +1,4 @@
-// What this CPU can do. Only cpu.cpp asks the hardware.
+// What this CPU can do. Only cpu.cpp and, for x86-64, cpu_x86.cpp ask the hardware.
 #pragma once
 
 #include <string>

@@ -1,0 +1,86 @@
+// The x86-64 half of cpu.h, by the instructions CPUID and XGETBV: not every compiler's run-time
+// library brings what __builtin_cpu_supports reads (clang-cl's does not).
+#if defined(__x86_64__)
+
+#include <cpuid.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "runtime/cpu.h"
+
+namespace numattn {
+namespace {
+
+struct Registers {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+// Zeros where the CPU does not know the leaf.
+Registers cpuid(unsigned leaf, unsigned subleaf = 0) {
+  Registers found;
+  __get_cpuid_count(leaf, subleaf, &found.eax, &found.ebx, &found.ecx, &found.edx);
+  return found;
+}
+
+constexpr uint64_t bits(auto... numbers) { return ((uint64_t{1} << numbers) | ...); }
+
+constexpr bool has_all(uint64_t word, uint64_t wanted) { return (word & wanted) == wanted; }
+
+// Which registers the operating system saves when it switches threads.
+uint64_t saved_registers() {
+  constexpr uint64_t kHasXgetbv = bits(27);  // OSXSAVE
+  if (!has_all(cpuid(1).ecx, kHasXgetbv)) return 0;
+  uint32_t low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return uint64_t{high} << 32 | low;
+}
+
+bool saves_ymm() {
+  constexpr uint64_t kXmmAndYmm = bits(1, 2);
+  return has_all(saved_registers(), kXmmAndYmm);
+}
+
+bool saves_zmm() {
+#if defined(__APPLE__)
+  // It says so only once a thread has used them.
+  return saves_ymm();
+#else
+  constexpr uint64_t kMasksAndZmm = bits(5, 6, 7);
+  return saves_ymm() && has_all(saved_registers(), kMasksAndZmm);
+#endif
+}
+
+}  // namespace
+
+std::string cpu_name() {
+  std::string name;
+  for (unsigned leaf = 0x80000002; leaf <= 0x80000004; ++leaf) {
+    const Registers words = cpuid(leaf);
+    name.append(reinterpret_cast<const char*>(&words), sizeof(words));
+  }
+  name.erase(std::find(name.begin(), name.end(), '\0'), name.end());
+  const auto first = name.find_first_not_of(' ');
+  if (first == std::string::npos) return "x86-64";
+  return name.substr(first, name.find_last_not_of(' ') + 1 - first);
+}
+
+bool cpu_has_avx2() {
+  constexpr uint64_t kFmaAvxF16c = bits(12, 28, 29), kAvx2 = bits(5);
+  return saves_ymm() && has_all(cpuid(1).ecx, kFmaAvxF16c) && has_all(cpuid(7).ebx, kAvx2);
+}
+
+bool cpu_has_avx512() {
+  constexpr uint64_t kFDqBwVl = bits(16, 17, 30, 31);
+  return cpu_has_avx2() && saves_zmm() && has_all(cpuid(7).ebx, kFDqBwVl);
+}
+
+bool cpu_has_avx512_bf16() {
+  constexpr uint64_t kBf16 = bits(5);
+  const bool has_subleaf = cpuid(7).eax >= 1;
+  return cpu_has_avx512() && has_subleaf && has_all(cpuid(7, 1).eax, kBf16);
+}
+
+}  // namespace numattn
+
+#endif

@@ -2,6 +2,13 @@
 
 #include <new>
 
+#if defined(_WIN32)
+#if !defined(NOMINMAX)
+#define NOMINMAX  // or it has macros of the names min and max
+#endif
+#include <windows.h>
+#endif
+
 namespace numattn {
 namespace {
 
@@ -22,37 +29,57 @@ struct Kept {
   ~Kept() { release(data); }
 };
 
-thread_local Kept kept;
+// What the calling thread keeps until it ends; null if there is no memory for that.
+#if defined(_WIN32)
+// Not a thread_local object: GCC for Windows frees those before it destroys them.
+const DWORD slot = FlsAlloc([](void* kept) { delete static_cast<Kept*>(kept); });
+
+Kept* find_kept() {
+  if (void* const kept = FlsGetValue(slot)) return static_cast<Kept*>(kept);
+  Kept* const kept = new (std::nothrow) Kept;
+  if (kept && FlsSetValue(slot, kept)) return kept;
+  delete kept;
+  return nullptr;
+}
+#else
+Kept* find_kept() {
+  thread_local Kept kept;
+  return &kept;
+}
+#endif
 
 }  // namespace
 
-ThreadScratch::ThreadScratch(int64_t bytes) : is_kept_(!kept.in_use) {
+ThreadScratch::ThreadScratch(int64_t bytes) {
+  Kept* const kept = find_kept();
+  is_kept_ = kept && !kept->in_use;
   if (!is_kept_) {
     data_ = allocate(bytes);
     return;
   }
-  kept.in_use = true;
-  if (bytes > kept.size) {
-    release(kept.data);
-    kept.data = allocate(bytes);
-    kept.size = kept.data ? bytes : 0;
+  kept->in_use = true;
+  if (bytes > kept->size) {
+    release(kept->data);
+    kept->data = allocate(bytes);
+    kept->size = kept->data ? bytes : 0;
   }
-  data_ = kept.data;
+  data_ = kept->data;
 }
 
 ThreadScratch::~ThreadScratch() {
   if (is_kept_) {
-    kept.in_use = false;
+    find_kept()->in_use = false;
   } else {
     release(data_);
   }
 }
 
 LargeScratchReleaser::~LargeScratchReleaser() {
-  if (kept.in_use || kept.size <= kMostKept) return;
-  release(kept.data);
-  kept.data = nullptr;
-  kept.size = 0;
+  Kept* const kept = find_kept();
+  if (!kept || kept->in_use || kept->size <= kMostKept) return;
+  release(kept->data);
+  kept->data = nullptr;
+  kept->size = 0;
 }
 
 }  // namespace numattn

@@ -11,6 +11,7 @@
 
 #include "runtime/float_environment.h"
 #include "runtime/scratch.h"
+#include "runtime/service_class.h"
 
 #if !defined(_WIN32)
 #include <pthread.h>
@@ -62,6 +63,7 @@ struct RunningJob {
   bool has_lost_its_helpers() const { return forks != forks_before; }
 
   const Job& job;
+  const ServiceClass service_class{};  // the caller's
   const uint64_t forks_before = forks;
   std::atomic<int64_t> next_item{0};
   std::atomic<int64_t> items_done{0};
@@ -140,6 +142,7 @@ class Pool {
       if (RunningJob* const running = job_with_room()) {
         running->helpers.fetch_add(1, std::memory_order_relaxed);
         lock.unlock();
+        running->service_class.give_to_this_thread();
         work_on(*running, nullptr);
         lock.lock();
         // From here on the job may be gone.

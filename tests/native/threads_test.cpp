@@ -1,8 +1,10 @@
 // Many callers at once, each with problems of its own, give the bits of a run one by one; also
 // while another thread pins the level that is in use, or while the caller rounds in another way. A
-// call that is interrupted ends. Made for the thread sanitizer.
+// call that is interrupted ends. Workers that sleep wake up for a job. Made for the thread
+// sanitizer.
 #include <atomic>
 #include <cfenv>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <thread>
@@ -14,6 +16,7 @@
 
 #include "problems.h"
 #include "runtime/dispatch.h"
+#include "runtime/thread_pool.h"
 
 namespace {
 
@@ -67,6 +70,39 @@ bool rounds_alike() {
   return alike;
 }
 
+// Work items that wait for each other: all done only if as many threads take part. A worker that
+// missed its wake-up would come by itself, but only after the five seconds that it sleeps.
+bool all_threads_meet(int num_threads) {
+  struct Meeting {
+    const int64_t wanted;
+    std::atomic<int64_t> there{0};
+  } meeting{num_threads};
+  const auto meet = [](void* context, int64_t, numattn::StopCheck&) {
+    auto& meeting = *static_cast<Meeting*>(context);
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(3);
+    ++meeting.there;
+    while (meeting.there < meeting.wanted) {
+      if (std::chrono::steady_clock::now() > deadline) return false;
+      std::this_thread::yield();
+    }
+    return true;
+  };
+  return numattn::run({meet, &meeting, num_threads, num_threads, nullptr});
+}
+
+// However long the pause between two jobs: workers are about to spin, spin, fall asleep or sleep.
+bool workers_wake_up() {
+  for (int num_threads = 2; num_threads <= 4; ++num_threads) {
+    for (int microseconds = 0; microseconds <= 200; microseconds += 2) {
+      std::this_thread::sleep_for(std::chrono::microseconds(microseconds));
+      if (!all_threads_meet(num_threads)) return false;
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    if (!all_threads_meet(num_threads)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -101,5 +137,9 @@ int main(int count, char** arguments) {
   for (const int num_threads : {1, 3}) failures += !ends_when_interrupted(num_threads);
   failures += !rounds_alike();
   std::printf("%d callers, %d wrong\n", kCallers, failures.load());
+  if (!workers_wake_up()) {
+    std::puts("a worker slept through a job");
+    ++failures;
+  }
   return failures == 0 ? 0 : 1;
 }

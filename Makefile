@@ -10,8 +10,8 @@ WERROR ?= OFF
 export SKBUILD_CMAKE_DEFINE := CMAKE_COMPILE_WARNING_AS_ERROR=$(WERROR)
 SOURCES := $(shell find csrc python CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 
-.PHONY: all demo docs test test-parallel test-native sanitize emulate fuzz wheel test-wheels \
-  test-models test-slow lint format bench bench-sequences bench-layers bench-models \
+.PHONY: all demo docs test test-parallel test-native sanitize emulate emulate-windows fuzz wheel \
+  test-wheels test-models test-slow lint format bench bench-sequences bench-layers bench-models \
   bench-block-masks bench-dask bench-grid clean
 all: $(BUILT)
 
@@ -81,6 +81,14 @@ endef
 # A CPU without AVX2. qemu-user is a package of the operating system.
 emulate: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native qemu-x86_64 -cpu Nehalem $(BIN)/python tests/emulated.py
+
+# The native library for Windows, compiled by MinGW-w64 and run by Wine: packages of the operating
+# system. Wine has a home of its own, without what draws windows and without its debugger, in which a
+# crash can end well.
+emulate-windows: $(VENV)/group-native
+	$(call native-tests,build/windows,--toolchain "$(CURDIR)/tests/native/toolchains/mingw.cmake" $(ARGS),$(wine))
+
+wine = env WINEPREFIX="$(CURDIR)/build/wine" WINEDEBUG=-all WINEDLLOVERRIDES=mscoree,mshtml,winedbg.exe=
 
 fuzz: $(BUILT) $(VENV)/group-test
 	$(BIN)/python tests/fuzz.py --seconds $(or $(SECONDS),60)

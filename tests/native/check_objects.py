@@ -40,6 +40,9 @@ BEYOND = {
     "avx512_bf16": lambda instruction: None,  # nothing that compilers make without being asked to
 }
 
+# Windows' objects, of the format COFF, have symbols for these.
+COFF_SECTIONS = (".bss", ".data", ".pdata")
+
 
 def output(*command):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -51,13 +54,16 @@ def level_of(name):
 
 def problems_of_kernels(path):
     words = [line.split() for line in output("nm", path).splitlines()]
-    shared = sorted((w[-2], w[-1]) for w in words if w[-2] not in "trU")
+    shared = sorted(
+        (w[-2], w[-1]) for w in words if w[-2] not in "trU" and w[-1] not in COFF_SECTIONS
+    )
     level = level_of(path.name)
     tables = (f"kernels_{level}", f"probes_{level}")
-    if shared != sorted(("D", f"_ZN7numattn{len(x)}{x}E") for x in tables):
+    kind = "R" if path.suffix == ".obj" else "D"  # ELF: written to as the library is loaded
+    if shared != sorted((kind, f"_ZN7numattn{len(x)}{x}E") for x in tables):
         yield f"symbols other than its two tables: {shared}"
     sections = output("objdump", "-h", path)
-    for section in (".init_array", ".ctors", ".preinit_array"):
+    for section in (".init_array", ".ctors", ".preinit_array", ".CRT$X"):
         if section in sections:
             yield f"a section {section}, which runs before dispatch"
 

@@ -1,6 +1,10 @@
 // Every allocation of a call can fail: the call is done all the same or says out_of_memory, leaves
-// the thread's signals as they were, and the next call is right.
+// the thread's signals as they were, and the next call is right. Threads that end keep nothing.
+#if defined(_WIN32)
+#include <malloc.h>
+#else
 #include <signal.h>
+#endif
 
 #include <atomic>
 #include <cstddef>
@@ -8,6 +12,7 @@
 #include <cstdlib>
 #include <new>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "gradient_problems.h"
@@ -20,11 +25,28 @@ namespace {
 
 // How many allocations there are until one fails; negative: none fails.
 std::atomic<int64_t> allocations_left{-1};
+// How many there are that were not given back.
+std::atomic<int64_t> held{0};
 
 void* allocate(size_t bytes, size_t alignment) {
   if (allocations_left >= 0 && allocations_left.fetch_sub(1) == 0) return nullptr;
+#if defined(_WIN32)
+  void* const result = _aligned_malloc(bytes, alignment);
+#else
   void* result = nullptr;
-  return posix_memalign(&result, alignment, bytes) == 0 ? result : nullptr;
+  if (posix_memalign(&result, alignment, bytes) != 0) return nullptr;
+#endif
+  held += result != nullptr;
+  return result;
+}
+
+void release(void* data) {
+  held -= data != nullptr;
+#if defined(_WIN32)
+  _aligned_free(data);
+#else
+  std::free(data);
+#endif
 }
 
 void* allocate_or_throw(size_t bytes, size_t alignment) {
@@ -45,11 +67,11 @@ void* operator new(size_t bytes, const std::nothrow_t&) noexcept {
 void* operator new(size_t bytes, std::align_val_t alignment, const std::nothrow_t&) noexcept {
   return allocate(bytes, static_cast<size_t>(alignment));
 }
-void operator delete(void* data) noexcept { std::free(data); }
-void operator delete[](void* data) noexcept { std::free(data); }
-void operator delete(void* data, size_t) noexcept { std::free(data); }
-void operator delete[](void* data, size_t) noexcept { std::free(data); }
-void operator delete(void* data, std::align_val_t) noexcept { std::free(data); }
+void operator delete(void* data) noexcept { release(data); }
+void operator delete[](void* data) noexcept { release(data); }
+void operator delete(void* data, size_t) noexcept { release(data); }
+void operator delete[](void* data, size_t) noexcept { release(data); }
+void operator delete(void* data, std::align_val_t) noexcept { release(data); }
 
 namespace {
 
@@ -62,12 +84,16 @@ void expect(bool is_so, const char* what, const std::string& where) {
 }
 
 bool signals_are_blocked() {
+#if defined(_WIN32)
+  return false;  // it has none that come to a thread
+#else
   sigset_t blocked;
   pthread_sigmask(SIG_SETMASK, nullptr, &blocked);
   for (const int signal : {SIGINT, SIGTERM, SIGALRM}) {
     if (sigismember(&blocked, signal) == 1) return true;
   }
   return false;
+#endif
 }
 
 // Calls it with the first allocation failing, then the second, until there are no more. Returns how
@@ -86,6 +112,19 @@ int with_failing_allocations(const Call& call, const std::string& name) {
       expect(status == numattn::Status::done, "not done, though nothing failed", name);
       return refused;
     }
+  }
+}
+
+// What a thread keeps from call to call ends with it.
+void expect_nothing_kept() {
+  RandomProblem problem(1);
+  problem.num_threads = 1;
+  const auto compute = [&] { expect(problem.run() == numattn::Status::done, "not done", ""); };
+  for (int round = 0; round < 20; ++round) {
+    const int64_t before = held;
+    std::thread(compute).join();
+    // The first thread may have made what the process keeps.
+    if (round > 0) expect(held == before, "a thread kept memory", "");
   }
 }
 
@@ -129,6 +168,7 @@ int main() {
       expect(problem.gradient_error_share() <= 1, "wrong gradients", problem.description);
     }
   });
+  expect_nothing_kept();
   std::printf("%d calls were refused, %d failures\n", refused, failures);
   return all_ran && failures == 0 && refused > 60 ? 0 : 1;
 }

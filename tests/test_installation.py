@@ -1,7 +1,9 @@
 """Promise: what is pinned runs, nothing falls back silently, and one can ask what is in use."""
 
+import ctypes
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import numattn as na
 import numpy as np
 import pytest
-from numattn import _cpus, _runtime
+from numattn import _cpus, _cpus_windows, _runtime
 
 WITHOUT_EXTENSION = "import sys; sys.modules['numattn._core'] = None\n"
 ATTEND = (
@@ -159,6 +161,7 @@ V1 = [
 ]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="paths that Windows does not have")
 @pytest.mark.parametrize(
     ("cgroup", "mounts", "files", "expected"),
     [
@@ -238,21 +241,72 @@ V1 = [
     ],
 )
 def test_cpu_quota(tmp_path, cgroup, mounts, files, expected):
-    assert _cpus.quota(fake_proc(tmp_path, cgroup, mounts, files)) == expected
+    assert _cpus.cgroup_quota(fake_proc(tmp_path, cgroup, mounts, files)) == expected
 
 
 def test_cpu_quota_without_a_kernel_that_tells(tmp_path):
-    assert _cpus.quota(tmp_path) is None
+    assert _cpus.cgroup_quota(tmp_path) is None
+
+
+class FakeKernel32:
+    """What Windows tells of a process: the CPUs that it may use and its group's, its job's cap."""
+
+    def __init__(self, own=0, group=0, flags=None, rate=0):
+        self.masks = own, group
+        self.cap = None if flags is None else struct.pack("<II", flags, rate)
+
+    def GetProcessAffinityMask(self, process, *pointers):
+        for pointer, mask in zip(pointers, self.masks, strict=True):
+            pointer._obj.value = mask
+        return self.masks[1] != 0
+
+    def QueryInformationJobObject(self, job, kind, pointer, size, length):
+        assert (job, kind, size, length) == (None, 15, 8, None)
+        if self.cap is None:
+            return 0
+        ctypes.memmove(pointer, self.cap, size)
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("own", "group", "expected"),
+    [
+        (0b1010, 0b1111, 2),
+        (0b1111, 0b1111, 72),  # a machine of two groups, and no limit
+        (0, 0b1111, 72),
+        (0, 0, 72),
+        (1 << 63, (1 << 64) - 1, 1),
+    ],
+)
+def test_affinity_on_windows(own, group, expected):
+    assert _cpus_windows.affinity(FakeKernel32(own, group), 72) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "rate", "expected"),
+    [
+        (None, 0, None),
+        (0, 5000, None),
+        (0x5, 5000, 4),
+        (0x5, 1250, 1),
+        (0x5, 1251, 2),
+        (0x5, 1, 1),
+        (0x11, 2500 << 16 | 100, 2),
+        (0x3, 5, None),  # a weight
+    ],
+)
+def test_cpu_quota_on_windows(flags, rate, expected):
+    assert _cpus_windows.quota(FakeKernel32(flags=flags, rate=rate), 8) == expected
 
 
 @pytest.mark.parametrize(
     ("affinity", "quota", "environment", "expected"),
     [
         (8, None, {}, (8, "the CPUs that this process may use")),
-        (8, 3, {}, (3, "the CPU quota of its cgroup")),
+        (8, 3, {}, (3, f"the CPU quota of its {_cpus._WHOSE_QUOTA}")),
         (2, 3, {}, (2, "the CPUs that this process may use")),
         (8, 3, {"LOKY_MAX_CPU_COUNT": "2"}, (2, "LOKY_MAX_CPU_COUNT")),
-        (8, 3, {"LOKY_MAX_CPU_COUNT": "4"}, (3, "the CPU quota of its cgroup")),
+        (8, 3, {"LOKY_MAX_CPU_COUNT": "4"}, (3, f"the CPU quota of its {_cpus._WHOSE_QUOTA}")),
         (8, None, {"OMP_NUM_THREADS": "4"}, (4, "OMP_NUM_THREADS")),
         (8, None, {"OMP_NUM_THREADS": " 04 , 2"}, (4, "OMP_NUM_THREADS")),
         (8, None, {"LOKY_MAX_CPU_COUNT": "5", "OMP_NUM_THREADS": "6"}, (5, "LOKY_MAX_CPU_COUNT")),

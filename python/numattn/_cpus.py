@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from . import _cpus_windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_WHOSE_QUOTA = "job" if sys.platform == "win32" else "cgroup"
 # What limits the threads of one of several processes: joblib (loky) obeys the first one, and sets
 # the second one in its workers, as other schedulers do; NumPy's BLAS and PyTorch follow it too.
 _SHARES = ("LOKY_MAX_CPU_COUNT", "OMP_NUM_THREADS")
@@ -20,7 +25,7 @@ def usable() -> tuple[int, str]:
     cpus, reason = _affinity(), "the CPUs that this process may use"
     limit = quota()
     if limit is not None and limit < cpus:
-        return limit, "the CPU quota of its cgroup"
+        return limit, f"the CPU quota of its {_WHOSE_QUOTA}"
     return cpus, reason
 
 
@@ -37,12 +42,22 @@ def fair_share() -> tuple[int, str]:
 
 
 def _affinity() -> int:
+    cpus = os.cpu_count() or 1
+    if sys.platform == "win32":
+        return _cpus_windows.affinity(ctypes.WinDLL("kernel32"), cpus)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return cpus
 
 
-def quota(proc: Path = Path("/proc/self")) -> int | None:
+def quota() -> int | None:
+    """Return the CPUs that the quotas of this process are worth, rounded up, or None."""
+    if sys.platform == "win32":
+        return _cpus_windows.quota(ctypes.WinDLL("kernel32"), os.cpu_count() or 1)
+    return cgroup_quota()
+
+
+def cgroup_quota(proc: Path = Path("/proc/self")) -> int | None:
     """Return the CPUs that the quotas of this process's cgroups are worth, rounded up, or None.
 
     Both versions of cgroups, and all ancestors that this process sees: the smallest quota is what

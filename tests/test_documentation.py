@@ -61,7 +61,9 @@ def test_examples_of_methods(cls, names):
 
 
 def test_readme():
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
     assert blocks
     namespace = {}
     for block in blocks:
@@ -69,14 +71,14 @@ def test_readme():
 
 
 def test_readme_links_to_files_that_exist():
-    links = re.findall(r"\]\(([^)#:]+)\)", README.read_text())
+    links = re.findall(r"\]\(([^)#:]+)\)", README.read_text(encoding="utf-8"))
     assert len(links) > 3
     for link in links:
         assert (README.parent / link).exists(), link
 
 
 def test_readme_lists_every_option():
-    table = README.read_text()
+    table = README.read_text(encoding="utf-8")
     for name in PARAMETERS:
         assert f"`{name}`" in table, name
 
@@ -87,7 +89,7 @@ def test_readme_lists_every_option():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_page(page, monkeypatch, tmp_path):
     """What a page shows runs from top to bottom, pictures included."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     monkeypatch.setenv("KERAS_BACKEND", "numpy")  # before it is imported
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     for package in re.findall(r"^>>> (?:from|import) (\w+)", text, re.MULTILINE):
@@ -108,7 +110,7 @@ def test_page(page, monkeypatch, tmp_path):
 def test_pages_have_no_code_that_does_not_run():
     assert len(PAGES) > 10
     for page in PAGES:
-        text = page.read_text()
+        text = page.read_text(encoding="utf-8")
         assert not re.search(r"code(-block)?:: *(python|py|ipython)", text), page
         # Code of pictures that is no doctest would be run by Sphinx alone.
         for block in re.findall(r"^\.\. plot::.*\n((?: +.*\n|\n)+)", text, re.MULTILINE):
@@ -118,7 +120,10 @@ def test_pages_have_no_code_that_does_not_run():
 
 def headings(page):
     return [
-        match[1] for match in re.finditer(r"^(\S.*)\n([=\-])\2+$", page.read_text(), re.MULTILINE)
+        match[1]
+        for match in re.finditer(
+            r"^(\S.*)\n([=\-])\2+$", page.read_text(encoding="utf-8"), re.MULTILINE
+        )
     ]
 
 
@@ -133,7 +138,7 @@ def test_every_option_has_its_section():
 )
 def test_every_option_says_what_others_call_it(page):
     assert "What to pass to get their answer" in headings(page)
-    table = page.read_text().partition("list-table")[2]
+    table = page.read_text(encoding="utf-8").partition("list-table")[2]
     for library in ("PyTorch", "JAX", "ONNX", "flash-attn"):
         assert f"* - {library}\n" in table, library
 
@@ -142,7 +147,9 @@ def test_every_page_can_be_reached():
     linked = {"index"}
     for page in PAGES:
         folder = page.parent.relative_to(DOCS)
-        for tree in re.findall(r"\.\. toctree::\n((?: +.*\n|\n)+)", page.read_text()):
+        for tree in re.findall(
+            r"\.\. toctree::\n((?: +.*\n|\n)+)", page.read_text(encoding="utf-8")
+        ):
             linked |= {str(folder / line.strip()) for line in tree.splitlines() if line.strip()}
     for page in PAGES:
         assert str(page.relative_to(DOCS).with_suffix("")) in linked, page
@@ -152,7 +159,9 @@ def test_what_show_runtime_prints_is_what_the_docs_show(capsys):
     na.show_runtime()
     printed = capsys.readouterr().out.splitlines()
     block = (
-        (DOCS / "performance.rst").read_text().partition("prints what a process runs on::\n\n")[2]
+        (DOCS / "performance.rst")
+        .read_text(encoding="utf-8")
+        .partition("prints what a process runs on::\n\n")[2]
     )
     shown = [line.removeprefix("    ") for line in block.partition("\n\n")[0].splitlines()]
     assert [heading(line) for line in shown] == [heading(line) for line in printed]
@@ -179,13 +188,13 @@ def heading(line):
     ],
 )  # fmt: skip
 def test_names_whose_errors_send_to_porting_are_there(names):
-    page = (DOCS / "porting.rst").read_text()
+    page = (DOCS / "porting.rst").read_text(encoding="utf-8")
     missing = [name for name in names if not re.search(rf"``[^`\n]*\b{name}\b[^`\n]*``", page)]
     assert not missing
 
 
 def test_reference_has_everything_public():
-    reference = (DOCS / "reference.rst").read_text()
+    reference = (DOCS / "reference.rst").read_text(encoding="utf-8")
     documented = set(re.findall(r"auto(?:function|class|method):: (\w+)", reference))
     for name in [*na.__all__, *plot.__all__]:
         if callable(getattr(na, name, None) or getattr(plot, name, None)):

@@ -26,7 +26,7 @@ OPTIONS = [
 
 
 def text(path):
-    return (ROOT / path).read_text()
+    return (ROOT / path).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("level", _runtime.ISA_LEVELS)
@@ -101,7 +101,7 @@ def test_an_option_is_everywhere(option):
     if option not in NOT_OF_STAGES:
         assert option in inspect.signature(na.attention_weights).parameters
     assert re.search(rf"^\| (`\w+`, )*`{option}`", text("README.md"), re.M)
-    pages = [path.read_text() for path in (ROOT / "docs/options").glob("*.rst")]
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs/options").glob("*.rst")]
     assert any(option in page.splitlines()[0] for page in pages), f"no page is headed {option}"
 
 

@@ -657,7 +657,7 @@ def test_all_arguments_of_all_models_are_known():
     """A release may bring others, which may say who attends to whom."""
     found = set()
     for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "attention_interface":
                 found |= {keyword.arg for keyword in node.keywords} - {None}
     assert len(found) > 10

@@ -9,15 +9,14 @@
 #include <cstdint>
 
 #include "kernels/simd/avx512.h"
+#include "kernels/simd/bfloat16_pair.h"
 
 namespace numattn {
 namespace {
 
 struct Bfloat16Pairs : Float32 {
   using Vectors = Float32;
-  struct Unit {
-    Bfloat16Bits elements[2];
-  };
+  using Unit = Bfloat16Pair;
   using Units = __m512i;
   using Element = Bfloat16Bits;
   static constexpr int kElements = 2;
@@ -27,14 +26,6 @@ struct Bfloat16Pairs : Float32 {
   using Float32::set;
   using Float32::store;
   using Float32::store_first;
-  friend void set_element(Unit& unit, int i, Bfloat16Bits x) { unit.elements[i] = x; }
-  // Whole numbers of 8 bits have no more digits than bfloat16.
-  friend void set_element(Unit& unit, int i, Int8 x) {
-    const float wide = x.value;
-    uint32_t bits;
-    __builtin_memcpy(&bits, &wide, sizeof(bits));
-    unit.elements[i].bits = static_cast<uint16_t>(bits >> 16);
-  }
   static Units set(Unit x) {
     int bits;
     __builtin_memcpy(&bits, &x, sizeof(bits));
@@ -99,18 +90,8 @@ struct Bfloat16Pairs : Float32 {
         i == 0 ? _mm512_slli_epi32(units, 16)
                : _mm512_and_si512(units, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
-  static float element(Unit unit, int i) {
-    const uint32_t bits = static_cast<uint32_t>(unit.elements[i].bits) << 16;
-    float x;
-    __builtin_memcpy(&x, &bits, sizeof(x));
-    return x;
-  }
-  static Unit finite(Unit unit) {
-    for (int i = 0; i < kElements; ++i) {
-      if (element(unit, i) - element(unit, i) != 0) unit.elements[i].bits = 0;
-    }
-    return unit;
-  }
+  static float element(Unit unit, int i) { return element_of(unit, i); }
+  static Unit finite(Unit unit) { return finite_pair(unit); }
 
  private:
   // `first`, `second`, `first` + 1, `second` + 1 and so on.

@@ -1,4 +1,5 @@
-// Run-time numbers as compile-time constants: one instance of a template for each.
+// Run-time numbers, and the numbers of a loop, as compile-time constants: one instance of a
+// template for each.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +19,15 @@ void with_constant(int64_t number, Step step) {
     if (number < kMost) return with_constant<kMost - 1>(number, step);
   }
   step(Constant<kMost>{});
+}
+
+// Calls `step` with each number from kFirst to kEnd - 1.
+template <int kFirst, int kEnd, class Step>
+[[gnu::always_inline]] inline void for_constants(const Step& step) {
+  if constexpr (kFirst < kEnd) {
+    step(Constant<kFirst>{});
+    for_constants<kFirst + 1, kEnd>(step);
+  }
 }
 
 // Calls `step` with a power of two up to kMost.

@@ -10,6 +10,7 @@
 #include "kernels/block_sizes.h"
 #include "kernels/constant.h"
 #include "kernels/memory/strided.h"
+#include "kernels/products/by_lane.h"
 #include "kernels/simd/arithmetic.h"
 
 namespace numattn {
@@ -58,11 +59,24 @@ template <class Units, Scalars kOrder, int kRows, int kVectors>
     for (int row = 0; row < kRows; ++row) __builtin_prefetch(from.to + row * from.to_stride, 1);
   }
   const auto* of_step = scalars;  // where they lie by steps
+  int64_t step = 0;
+  if constexpr (kMultipliesByLane<Units> && kOrder == Scalars::by_row) {
+    for (; step + kLanes <= from.steps; step += kLanes) {
+      multiply_steps<Units>(scalars + step, scalars_stride, vectors, vectors_stride, sums);
+      vectors += kLanes * vectors_stride;
+    }
+  }
 #pragma GCC unroll 8
-  for (int64_t step = 0; step < from.steps; ++step) {
+  for (; step < from.steps; ++step) {
     typename Units::Units vector[kVectors];
 #pragma GCC unroll 12
     for (int i = 0; i < kVectors; ++i) vector[i] = Units::load(vectors + i * kLanes);
+    vectors += vectors_stride;
+    if constexpr (kMultipliesByLane<Units> && kOrder == Scalars::by_step) {
+      multiply_side_by_side<Units, 0>(of_step, vector, sums);
+      of_step += scalars_stride;
+      continue;
+    }
 #pragma GCC unroll 12
     for (int row = 0; row < kRows; ++row) {
       const auto scalar = Units::set(
@@ -72,7 +86,6 @@ template <class Units, Scalars kOrder, int kRows, int kVectors>
         sums[row][i] = Units::multiply_add(scalar, vector[i], sums[row][i]);
       }
     }
-    vectors += vectors_stride;
     if (kOrder == Scalars::by_step) of_step += scalars_stride;
   }
   const int64_t to_stride = from.to_stride;

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/block_sizes.h"
+#include "kernels/products/by_lane.h"
 #include "kernels/products/key_steps.h"
 #include "kernels/simd/arithmetic.h"
 
@@ -58,8 +59,14 @@ template <class Units, int kKeys, int kVectors, int kWidth>
       __builtin_prefetch(row + fetch_distance, 0, 2);
     }
     const int64_t end = line + kUnitsPerLine < units ? line + kUnitsPerLine : units;
+    int64_t d = line;
+    if constexpr (kMultipliesByLane<Units>) {
+      for (; d + Vectors::kLanes <= end; d += Vectors::kLanes) {
+        multiply_steps<Units>(k + d, k_stride, queries + d * kWidth, kWidth, sums);
+      }
+    }
 #pragma GCC unroll 4
-    for (int64_t d = line; d < end; ++d) {
+    for (; d < end; ++d) {
       typename Units::Units query[kVectors];
 #pragma GCC unroll 12
       for (int i = 0; i < kVectors; ++i) {

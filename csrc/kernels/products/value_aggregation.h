@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/block_sizes.h"
+#include "kernels/products/by_lane.h"
 #include "kernels/products/key_steps.h"
 #include "kernels/simd/arithmetic.h"
 
@@ -37,9 +38,14 @@ template <class Units, int kFirst, int kDims, int kVectors>
     for (int i = kFirst; i < kVectors; ++i) {
       weight[i] = Units::load(from.weights + key * kWidth + i * Vectors::kLanes);
     }
+    const typename Units::Unit* const value = from.v + key * from.v_stride;
+    if constexpr (kMultipliesByLane<Units>) {
+      multiply_side_by_side<Units, kFirst>(value, weight, sums);
+      continue;
+    }
 #pragma GCC unroll 12
     for (int d = 0; d < kDims; ++d) {
-      const auto unit = Units::set(from.v[key * from.v_stride + d]);
+      const auto unit = Units::set(value[d]);
 #pragma GCC unroll 12
       for (int i = kFirst; i < kVectors; ++i) {
         sums[d][i] = Units::multiply_add(unit, weight[i], sums[d][i]);

@@ -90,6 +90,12 @@ struct ScalarUnits : VectorsOfLevel {
   }
   // sum + a * b, of all elements of a unit
   static Vec multiply_add(Units a, Units b, Vec sum) { return Vectors::fma(a, b, sum); }
+  // The same with a's unit kLane for all lanes.
+  template <int kLane>
+    requires requires(Vec x) { Vectors::template fma_lane<kLane>(x, x, x); }
+  static Vec multiply_add_lane(Units a, Units b, Vec sum) {
+    return Vectors::template fma_lane<kLane>(a, b, sum);
+  }
 
   // The units of kElements vectors of elements, without and with rounding to what a unit holds.
   static Units join(const Vec* elements) { return elements[0]; }

@@ -6,6 +6,7 @@
 // Logits are [key][row], a row being a query of one of the heads (options/lane_map.h).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels/block_sizes.h"

@@ -12,6 +12,12 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
+#if defined(__aarch64__)
+using Float16 = __fp16;  // GCC 12 has no other name there
+#else
+using Float16 = _Float16;
+#endif
+
 }  // namespace
 
 size_t size_of(Kind kind) {
@@ -35,7 +41,7 @@ void store(Kind kind, char* to, double x) {
   } else if (kind == Kind::float32) {
     std::memcpy(to, &single, 4);
   } else if (kind == Kind::float16) {
-    const auto half = static_cast<_Float16>(single);
+    const auto half = static_cast<Float16>(single);
     std::memcpy(to, &half, 2);
   } else if (kind == Kind::bfloat16) {
     uint32_t bits;
@@ -59,7 +65,7 @@ double load(Kind kind, const char* from) {
     return x;
   }
   if (kind == Kind::float16) {
-    _Float16 x;
+    Float16 x;
     std::memcpy(&x, from, 2);
     return static_cast<float>(x);
   }

@@ -1,0 +1,31 @@
+// The 64-bit Arm half of cpu.h, by what the operating system says.
+#if defined(__aarch64__)
+
+#include "runtime/cpu.h"
+
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+
+#include <cstddef>
+#endif
+
+namespace numattn {
+
+bool cpu_has_neon_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers do not have
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t bytes = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &bytes, nullptr, 0) == 0 && has != 0;
+#else
+  return false;  // Windows has no name for it
+#endif
+}
+
+}  // namespace numattn
+
+#endif

@@ -10,8 +10,8 @@ WERROR ?= OFF
 export SKBUILD_CMAKE_DEFINE := CMAKE_COMPILE_WARNING_AS_ERROR=$(WERROR)
 SOURCES := $(shell find csrc python CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 
-.PHONY: all demo docs test test-parallel test-native sanitize emulate emulate-windows fuzz wheel \
-  test-wheels test-models test-slow lint format bench bench-sequences bench-layers bench-models \
+.PHONY: all demo docs test test-parallel test-native sanitize emulate emulate-arm \
+  emulate-windows fuzz wheel test-wheels test-models test-slow lint format bench bench-sequences bench-layers bench-models \
   bench-block-masks bench-dask bench-grid clean
 all: $(BUILT)
 
@@ -71,11 +71,14 @@ sanitize: $(VENV)/group-native
 
 comma := ,
 define native-tests
+$(call native-build,$(1),$(2))
+	$(3) $(BIN)/ctest --test-dir $(1) --output-on-failure
+endef
+define native-build
 	mkdir -p build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake -G Ninja -S tests/native -B $(1) $(2) \
 	  -D$(SKBUILD_CMAKE_DEFINE) > build/cmake.log || (cat build/cmake.log; false)
 	$(BIN)/cmake --build $(1)
-	$(3) $(BIN)/ctest --test-dir $(1) --output-on-failure
 endef
 
 # A CPU without AVX2. qemu-user is a package of the operating system.
@@ -89,6 +92,16 @@ emulate-windows: $(VENV)/group-native
 	$(call native-tests,build/windows,--toolchain "$(CURDIR)/tests/native/toolchains/mingw.cmake" $(ARGS),$(wine))
 
 wine = env WINEPREFIX="$(CURDIR)/build/wine" WINEDEBUG=-all WINEDLLOVERRIDES=mscoree,mshtml,winedbg.exe=
+
+# The native library for 64-bit Arm, compiled by Debian's g++-aarch64-linux-gnu and run by qemu-user as
+# on CPUs of several generations. After the colon is the best level that each of them has.
+ARM_CPUS := cortex-a72:neon neoverse-n1:neon max:neon_bf16
+emulate-arm: $(VENV)/group-native
+	$(call native-build,build/arm,--toolchain "$(CURDIR)/tests/native/toolchains/aarch64.cmake" $(ARGS))
+	set -e; for cpu in $(ARM_CPUS); do \
+	  QEMU_CPU=$${cpu%:*} NUMATTN_TEST_BEST=$${cpu#*:} \
+	    $(BIN)/ctest --test-dir build/arm --output-on-failure; \
+	done
 
 fuzz: $(BUILT) $(VENV)/group-test
 	$(BIN)/python tests/fuzz.py --seconds $(or $(SECONDS),60)

@@ -1,14 +1,15 @@
 """The objects of the kernels leave nothing to others, and common objects run on every CPU.
 
-    check_objects.py LIST_OF_LEVELS OBJECT... LIBRARY
+    check_objects.py [--nm NM] [--objdump OBJDUMP] [--ar AR] ARCHITECTURE LIST_OF_LEVELS OBJECT...
+                     LIBRARY
 
 A kernel's object may have no weak symbol (an inline function or a template compiled there could be
 the copy that the linker keeps for everybody) and nothing that runs before dispatch. The objects
 that every CPU runs, the library's own and the generic kernels, may have no instruction beyond the
-baseline of x86-64, and the AVX2 kernels none of AVX-512.
+baseline of x86-64 or 64-bit Arm, the AVX2 kernels none of AVX-512, and so on.
 """
 
-import platform
+import argparse
 import re
 import subprocess
 import sys
@@ -32,16 +33,52 @@ LATER = re.compile(
 AVX512 = re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]\b")
 # Beyond the AVX-512 of Skylake-SP: products of bfloat16, of 8 and of 16 bits.
 LATER_AVX512 = re.compile(r"vdpbf16ps|vcvtne\w*bf16|vpdp\w+")
-# For each level, what tells an instruction that its CPUs may lack.
+# What came after Armv8.0: with Armv8.1 and 8.2, which BF16 needs,
+ARM_8_2 = re.compile(
+    r"bf(dot|mmla|cvt\w*|mlal\w*)|sqrdml[as]h|"
+    r"(ld|st)(add|clr|eor|set|[su]max|[su]min)[alhb]*|cas\w*|swp\w*"
+)
+# and else: products of 8 bits, complex numbers, cryptography, loads in order. (Instructions that
+# sign addresses do nothing on CPUs that don't know them.)
+ARM_LATER = re.compile(
+    r"(us|su|[us])dot|(us|[us])mmla|fcadd|fcmla|fml[as]l2?|fjcvtzs|crc32\w*|aes\w+|sha\d\w+|pmull2?|"
+    r"eor3|bcax|rax1|xar|ldapu?r\w*|stlur\w*"
+)
+# Arithmetic of float16, and SVE by its registers. Conversions of float16 are in the baseline.
+ARM_FLOAT16 = re.compile(r"f(?!cvt[ln])\w+\s.*(\bv\d+\.[48]h|\bh\d+\b)")
+SVE = re.compile(r"\bz\d+\.|\bp\d+[./]")
+
+
+def is_arm_later(instruction):
+    is_found = ARM_LATER.fullmatch(mnemonic(instruction)) or SVE.search(instruction)
+    half = ARM_FLOAT16.match(instruction) and not instruction.startswith("fcvt")
+    return is_found or half
+
+
+def is_arm_8_2(instruction):
+    return ARM_8_2.fullmatch(mnemonic(instruction)) or is_arm_later(instruction)
+
+
+# For each level, what tells an instruction that its CPUs may not have.
 BEYOND = {
     "generic": lambda instruction: LATER.fullmatch(mnemonic(instruction)),
     "avx2": AVX512.search,
     "avx512": lambda instruction: LATER_AVX512.fullmatch(mnemonic(instruction)),
     "avx512_bf16": lambda instruction: None,  # nothing that compilers make without being asked to
+    "neon": is_arm_8_2,
+    "neon_bf16": is_arm_later,
 }
+ARM_GENERIC = {"generic": is_arm_8_2}
 
 # Windows' objects, of the format COFF, have symbols for these.
 COFF_SECTIONS = (".bss", ".data", ".pdata")
+
+
+ARGUMENTS = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+for tool in ("nm", "objdump", "ar"):
+    ARGUMENTS.add_argument(f"--{tool}", default=tool)
+ARGUMENTS.add_argument("architecture", help="x86_64 or aarch64; of others, symbols are looked at")
+ARGUMENTS.add_argument("files", nargs="+", type=Path)
 
 
 def output(*command):
@@ -52,8 +89,8 @@ def level_of(name):
     return name.split(".")[0]
 
 
-def problems_of_kernels(path):
-    words = [line.split() for line in output("nm", path).splitlines()]
+def problems_of_kernels(given, path):
+    words = [line.split() for line in output(given.nm, path).splitlines()]
     shared = sorted(
         (w[-2], w[-1]) for w in words if w[-2] not in "trU" and w[-1] not in COFF_SECTIONS
     )
@@ -62,7 +99,7 @@ def problems_of_kernels(path):
     kind = "R" if path.suffix == ".obj" else "D"  # ELF: written to as the library is loaded
     if shared != sorted((kind, f"_ZN7numattn{len(x)}{x}E") for x in tables):
         yield f"symbols other than its two tables: {shared}"
-    sections = output("objdump", "-h", path)
+    sections = output(given.objdump, "-h", path)
     for section in (".init_array", ".ctors", ".preinit_array", ".CRT$X"):
         if section in sections:
             yield f"a section {section}, which runs before dispatch"
@@ -72,20 +109,21 @@ def mnemonic(instruction):
     return re.sub(r"^\{\w+\}\s+", "", instruction).split()[0]
 
 
-def is_beyond(level, instruction):
-    """Whether an instruction, as objdump writes it, is one that CPUs of a level may lack."""
-    return BEYOND[level](instruction) is not None
+def is_beyond(architecture, level, instruction):
+    """Whether an instruction, as objdump writes it, is one that CPUs of a level may not have."""
+    levels = BEYOND | (ARM_GENERIC if architecture == "aarch64" else {})
+    return bool(levels[level](instruction))
 
 
-def problems_of_instructions(path, level):
-    if platform.machine() not in ("x86_64", "AMD64"):
+def problems_of_instructions(given, path, level):
+    if given.architecture not in ("x86_64", "aarch64"):
         return
     function = ""
-    for line in output("objdump", "-d", "--no-show-raw-insn", path).splitlines():
+    for line in output(given.objdump, "-d", "--no-show-raw-insn", path).splitlines():
         if line.endswith(">:"):
             function = line[line.index("<") + 1 : -2]
         found = re.match(r"\s+[0-9a-f]+:\s+(\S.*)", line)
-        if found and is_beyond(level, found[1]):
+        if found and is_beyond(given.architecture, level, found[1]):
             yield f"'{found[1].strip()}', which not every CPU of {level} has, in {function}"
             return
 
@@ -113,35 +151,74 @@ ret
 """
 
 
+ARM_LATER_EXAMPLES = """
+udot v0.4s, v1.16b, v2.16b
+fmla v0.8h, v1.8h, v2.8h
+fmov v0.8h, #5.000000000000000000e-01
+fadd h0, h1, h2
+ld1w {z0.s}, p0/z, [x0]
+whilelt p0.s, x0, x1
+fcvtzs h0, h1
+ldapr w0, [x1]
+"""
+ARM_8_2_EXAMPLES = """
+bfdot v0.4s, v1.8h, v2.2h[1]
+bfcvtn v0.4h, v1.4s
+ldaddal x0, x1, [x2]
+casal x0, x1, [x2]
+swpb w0, w1, [x2]
+"""
+ARM_BASELINE_EXAMPLES = """
+fmla v0.4s, v1.4s, v2.s[3]
+fcvtl v0.4s, v1.4h
+fcvtn v0.4h, v1.4s
+fcvt s0, h0
+ldr h0, [x1]
+ushll v0.4s, v1.4h, #0
+ldaxr w0, [x1]
+prfm pldl1keep, [x0]
+paciasp
+"""
+
+
 def check_that_instructions_are_told_apart():
-    assert all(is_beyond("generic", x) for x in LATER_EXAMPLES.strip().splitlines())
-    assert not any(is_beyond("generic", x) for x in BASELINE_EXAMPLES.strip().splitlines())
-    assert is_beyond("avx2", "vaddps %ymm17,%ymm1,%ymm0")
-    assert is_beyond("avx2", "vaddps %ymm1,%ymm1,%ymm0{%k1}")
-    assert not is_beyond("avx2", "vaddps %ymm15,%ymm1,%ymm0")
-    assert is_beyond("avx512", "vdpbf16ps %zmm1,%zmm2,%zmm0")
-    assert not is_beyond("avx512", "vaddps %zmm1,%zmm2,%zmm0")
+    def all_of(examples, level, architecture="aarch64"):
+        return [is_beyond(architecture, level, x) for x in examples.strip().splitlines()]
+
+    assert all(all_of(LATER_EXAMPLES, "generic", "x86_64"))
+    assert not any(all_of(BASELINE_EXAMPLES, "generic", "x86_64"))
+    assert is_beyond("x86_64", "avx2", "vaddps %ymm17,%ymm1,%ymm0")
+    assert is_beyond("x86_64", "avx2", "vaddps %ymm1,%ymm1,%ymm0{%k1}")
+    assert not is_beyond("x86_64", "avx2", "vaddps %ymm15,%ymm1,%ymm0")
+    assert is_beyond("x86_64", "avx512", "vdpbf16ps %zmm1,%zmm2,%zmm0")
+    assert not is_beyond("x86_64", "avx512", "vaddps %zmm1,%zmm2,%zmm0")
+    for level in ("generic", "neon"):
+        assert all(all_of(ARM_LATER_EXAMPLES + ARM_8_2_EXAMPLES.lstrip(), level))
+        assert not any(all_of(ARM_BASELINE_EXAMPLES, level))
+    assert all(all_of(ARM_LATER_EXAMPLES, "neon_bf16"))
+    assert not any(all_of(ARM_BASELINE_EXAMPLES + ARM_8_2_EXAMPLES.lstrip(), "neon_bf16"))
 
 
 def main():
-    list_of_levels, *objects, library = map(Path, sys.argv[1:])
-    if not objects or library.suffix != ".a":
-        sys.exit("usage: check_objects.py LIST_OF_LEVELS OBJECT... LIBRARY")
+    given = ARGUMENTS.parse_args()
+    if len(given.files) < 3 or given.files[-1].suffix != ".a":
+        ARGUMENTS.error("expected LIST_OF_LEVELS OBJECT... LIBRARY, the last one ending in .a")
+    list_of_levels, *objects, library = given.files
     lines = list_of_levels.read_text().splitlines()
     levels = [x.split()[0] for x in lines if x and not x.startswith("#")]
     if set(levels) != set(BEYOND):
         sys.exit(f"the list has the levels {levels}, this program knows {list(BEYOND)}")
     check_that_instructions_are_told_apart()
-    problems = [f"{path.name}: {x}" for path in objects for x in problems_of_kernels(path)]
+    problems = [f"{path.name}: {x}" for path in objects for x in problems_of_kernels(given, path)]
     for path in objects:
         level = level_of(path.name)
-        problems += [f"{path.name}: {x}" for x in problems_of_instructions(path, level)]
-    members = [x for x in output("ar", "t", library).split() if level_of(x) not in levels[1:]]
+        problems += [f"{path.name}: {x}" for x in problems_of_instructions(given, path, level)]
+    members = [x for x in output(given.ar, "t", library).split() if level_of(x) not in levels[1:]]
     for member in members:
         alone = library.parent / f"alone-{member}"
-        content = subprocess.run(["ar", "p", library, member], capture_output=True, check=True)
+        content = subprocess.run([given.ar, "p", library, member], capture_output=True, check=True)
         alone.write_bytes(content.stdout)
-        problems += [f"{member}: {x}" for x in problems_of_instructions(alone, "generic")]
+        problems += [f"{member}: {x}" for x in problems_of_instructions(given, alone, "generic")]
         alone.unlink()
     print(f"kernels: {', '.join(sorted(path.name for path in objects))}")
     print(f"baseline: {', '.join(sorted(members))}")

@@ -1,0 +1,99 @@
+"""What the hot loops of the products consist of, counted in the objects of the NEON levels.
+
+    hot_loops.py OBJDUMP OBJECT...
+
+An emulator tells no speed. What it depends on can be counted: multiply-adds for each load, and
+sums that found no register and go through memory.
+"""
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+# The register tiles of six scalars times four vectors, by their functions. GCC inlines some of them
+# in others, so the largest loop counts.
+PRODUCTS = {
+    "QK^T": r"qk_step<.*, 4, (8|16)>\(",
+    "values": r"value_aggregation<.*, 4>\(|value_register_tile<.*, 6, 4>\(",
+    "any two matrices": r"matmul_(rows|last_columns|register_tile)<.*6(, 4)?>\(",
+}
+LEAST_PER_LOAD = 3.5
+MOST_SPILLS = 0.05  # for each multiply-add
+MULTIPLY_ADD = ("fmla", "bfdot")
+LOADS = {"ldr": 1, "ldur": 1, "ldp": 2, "ld1": 1, "ld1r": 1}
+
+
+def functions(objdump, path):
+    """Return the instructions (address, mnemonic, operands) of each function."""
+    command = [objdump, "-d", "-C", "--no-show-raw-insn", path]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found, name = {}, ""
+    for line in text.splitlines():
+        if head := re.match(r"[0-9a-f]+ <(.*)>:$", line):
+            name = head[1].replace("(anonymous namespace)::", "")
+            found[name] = []
+        elif instruction := re.match(r"\s*([0-9a-f]+):\s+(\S+)\s*(.*)", line):
+            address, mnemonic, operands = instruction.groups()
+            found[name].append((int(address, 16), mnemonic, operands))
+    return found
+
+
+def loops(instructions):
+    """Yield the instructions of each loop that has none within it."""
+    places = {address: n for n, (address, *_) in enumerate(instructions)}
+    found = []
+    for n, (address, mnemonic, operands) in enumerate(instructions):
+        target = re.search(r"\b([0-9a-f]+) <", operands)
+        is_jump = mnemonic.startswith("b.") or mnemonic in ("b", "cbnz", "cbz", "tbnz", "tbz")
+        if is_jump and target and int(target[1], 16) <= address and int(target[1], 16) in places:
+            found.append((places[int(target[1], 16)], n + 1))
+    for begin, end in found:
+        if not any((a, b) != (begin, end) and a >= begin and b <= end for a, b in found):
+            yield instructions[begin:end]
+
+
+def count(loop):
+    counted = Counter()
+    for _, mnemonic, operands in loop:
+        if mnemonic in MULTIPLY_ADD:
+            counted["multiply-adds"] += 1
+        elif mnemonic in (*LOADS, "str", "stp") and re.match(r"[qd]\d|\{v", operands):
+            counted["spills" if "[sp" in operands else "loads"] += LOADS.get(mnemonic, 1)
+    return counted
+
+
+def problems_of(objdump, path):
+    all_functions = functions(objdump, path)
+    for product, pattern in PRODUCTS.items():
+        counts = [
+            count(loop)
+            for name, instructions in all_functions.items()
+            if re.search(pattern, name)
+            for loop in loops(instructions)
+        ]
+        if not counts:
+            yield f"{product}: no loop found"
+            continue
+        most = max(counts, key=lambda x: (x["multiply-adds"], -x["spills"] - x["loads"]))
+        per_load = most["multiply-adds"] / max(1, most["loads"])
+        print(f"{path.name}, {product}: {dict(most)}, {per_load:.1f} multiply-adds for a load")
+        if per_load < LEAST_PER_LOAD:
+            yield f"{product}: expected at least {LEAST_PER_LOAD} for a load"
+        if most["spills"] > MOST_SPILLS * most["multiply-adds"]:
+            yield f"{product}: sums go through memory {most['spills']} times"
+
+
+def main():
+    objdump, *objects = sys.argv[1:]
+    paths = [path for path in map(Path, objects) if path.name.startswith("neon")]
+    problems = [f"{path.name}, {x}" for path in paths for x in problems_of(objdump, path)]
+    if not paths:
+        problems.append(f"no object of NEON among {objects}")
+    print("\n".join(problems) if problems else "fine")
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

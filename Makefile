@@ -63,16 +63,18 @@ test-parallel: $(BUILT) $(VENV)/group-parallel
 test-native: $(VENV)/group-native
 	$(call native-tests,build/native,)
 
-# The same under the sanitizers of addresses and undefined behaviour, and of threads. setarch: the
-# latter needs addresses that are not random.
+# The same under the sanitizers of addresses and undefined behaviour, and of threads. What threads
+# share is the same on all levels. setarch: the latter needs addresses that are not random.
+PROBLEMS := 400
 sanitize: $(VENV)/group-native
-	$(call native-tests,build/sanitize-address,-DNUMATTN_SANITIZE=address$(comma)undefined -DNUMATTN_OPTIMIZE=-O1)
-	$(call native-tests,build/sanitize-threads,-DNUMATTN_SANITIZE=thread -DNUMATTN_OPTIMIZE=-O1 -DNUMATTN_TEST_PROBLEMS=40,setarch -R)
+	$(call native-tests,build/sanitize-address,-DNUMATTN_SANITIZE=address$(comma)undefined -DNUMATTN_OPTIMIZE=-O1 -DNUMATTN_TEST_PROBLEMS=$(PROBLEMS))
+	$(call native-tests,build/sanitize-threads,-DNUMATTN_SANITIZE=thread -DNUMATTN_OPTIMIZE=-O1 -DNUMATTN_LEVELS="generic;avx2;neon" -DNUMATTN_TEST_PROBLEMS=40,setarch -R)
 
 comma := ,
+CPUS := $(shell getconf _NPROCESSORS_ONLN)
 define native-tests
 $(call native-build,$(1),$(2))
-	$(3) $(BIN)/ctest --test-dir $(1) --output-on-failure
+	$(3) $(BIN)/ctest --test-dir $(1) --output-on-failure --parallel $(CPUS)
 endef
 define native-build
 	mkdir -p build
@@ -100,7 +102,7 @@ emulate-arm: $(VENV)/group-native
 	$(call native-build,build/arm,--toolchain "$(CURDIR)/tests/native/toolchains/aarch64.cmake" $(ARGS))
 	set -e; for cpu in $(ARM_CPUS); do \
 	  QEMU_CPU=$${cpu%:*} NUMATTN_TEST_BEST=$${cpu#*:} \
-	    $(BIN)/ctest --test-dir build/arm --output-on-failure; \
+	    $(BIN)/ctest --test-dir build/arm --output-on-failure --parallel $(CPUS); \
 	done
 
 fuzz: $(BUILT) $(VENV)/group-test
@@ -117,7 +119,7 @@ wheels = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/wheels.py
 
 # Against PyTorch, transformers, ONNX Runtime, JAX and Keras, which weigh some hundred megabytes.
 test-models: $(BUILT) $(VENV)/group-test $(VENV)/group-models $(VENV)/demo
-	NUMATTN_BACKEND=native $(BIN)/python -m pytest $(addprefix tests/test_,\
+	NUMATTN_BACKEND=native $(BIN)/python -m pytest -n auto $(addprefix tests/test_,\
 	  block.py documentation.py jax.py keras.py layer.py layer_16_bits.py layer_gradients.py \
 	  layer_options.py onnx.py porting.py rotary.py torch.py torch_gradients.py torch_programs.py \
 	  transformers.py)

@@ -45,14 +45,13 @@ ARM_LATER = re.compile(
     r"eor3|bcax|rax1|xar|ldapu?r\w*|stlur\w*"
 )
 # Arithmetic of float16, and SVE by its registers. Conversions of float16 are in the baseline.
-ARM_FLOAT16 = re.compile(r"f(?!cvt[ln])\w+\s.*(\bv\d+\.[48]h|\bh\d+\b)")
+ARM_FLOAT16 = re.compile(r"f(?!cvt([ln]2?)?\s)\w+\s.*(\bv\d+\.[48]h|\bh\d+\b)")
 SVE = re.compile(r"\bz\d+\.|\bp\d+[./]")
 
 
 def is_arm_later(instruction):
     is_found = ARM_LATER.fullmatch(mnemonic(instruction)) or SVE.search(instruction)
-    half = ARM_FLOAT16.match(instruction) and not instruction.startswith("fcvt")
-    return is_found or half
+    return is_found or ARM_FLOAT16.match(instruction)
 
 
 def is_arm_8_2(instruction):

@@ -108,7 +108,7 @@ emulate-arm: $(VENV)/group-native
 fuzz: $(BUILT) $(VENV)/group-test
 	$(BIN)/python tests/fuzz.py --seconds $(or $(SECONDS),60)
 
-# The wheel for the stable ABI and the source distribution, in dist.
+# The wheels, for the stable ABI and for free-threaded Pythons, and the source distribution, in dist.
 wheel: $(VENV)/group-wheel
 	$(wheels) --only-build --keep dist
 

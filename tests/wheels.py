@@ -1,23 +1,32 @@
-"""The wheel and the source distribution, installed and run where nothing else is.
+"""The wheels and the source distribution, installed and run where nothing else is.
 
 A wheel for the stable ABI is built from the source distribution by the oldest Python, accepted by
-auditwheel without a library in it, and for every Python of VERSIONS installed into a clean
-environment with the oldest and with the newest NumPy, where the tests marked `smoke` run.
+abi3audit, and by auditwheel without a library in it. Each free-threaded Python builds its own.
+Every Python that pyproject.toml lists for cibuildwheel installs its wheel into a clean environment
+with the oldest and with the newest NumPy, where the tests marked `smoke` run.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 import zipfile
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.version import Version
+
 PROJECT = Path(__file__).parent.parent
-# The oldest NumPy that has wheels for each Python.
-VERSIONS = {"3.11": "2.0.0", "3.12": "2.0.0", "3.13": "2.1.0"}
+PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+# "3.11", ..., "3.14t"
+VERSIONS = [
+    re.sub(r"cp3(\d+t?)-\*", r"3.\1", build) for build in PYPROJECT["tool"]["cibuildwheel"]["build"]
+]
 LARGEST = 3 * 2**20
 # The files that have such tests, and need no more than the dependency group of that name.
 SMOKE = [
@@ -38,8 +47,34 @@ def find_python(version):
     found = shutil.which(f"python{version}")
     if found and subprocess.run([found, "--version"], capture_output=True).returncode == 0:
         return found
-    pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
-    return str(pyenv[-1]) if pyenv else None
+    pyenv = Path.home() / ".pyenv/versions"
+    number = version.removesuffix("t")
+    found = [
+        path
+        for path in sorted(pyenv.glob(f"{number}.*/bin/python"))
+        if path.parent.parent.name.endswith("t") == is_free_threaded(version)
+    ]
+    return str(found[-1]) if found else None
+
+
+def is_free_threaded(version):
+    return version.endswith("t")
+
+
+def oldest_numpy(version):
+    """Return the oldest NumPy that the package takes on this Python."""
+    requirements = map(Requirement, PYPROJECT["project"]["dependencies"])
+    bounds = [
+        specifier.version
+        for requirement in requirements
+        if requirement.name == "numpy"
+        and (
+            requirement.marker is None
+            or requirement.marker.evaluate({"python_version": version.removesuffix("t")})
+        )
+        for specifier in requirement.specifier
+    ]
+    return max(bounds, key=Version)
 
 
 def build_sdist(to):
@@ -48,8 +83,9 @@ def build_sdist(to):
     return sdist
 
 
-def build_wheel(python, sdist, to):
+def build_wheel(version, python, sdist, to):
     """Return a wheel with a manylinux tag (with the plain one where there is no auditwheel)."""
+    to.mkdir()
     raw = to / "raw"
     environment = to / "build-environment"
     run(python, "-m", "venv", environment)
@@ -61,7 +97,11 @@ def build_wheel(python, sdist, to):
         (wheel,) = to.glob("*.whl")
         assert "manylinux" in wheel.name, wheel.name
     names = zipfile.ZipFile(wheel).namelist()
-    assert "numattn/_core.abi3.so" in names, "no kernels for the stable ABI in it"
+    kernels = [name for name in names if re.match(r"numattn/_core\..*(so|pyd)$", name)]
+    assert len(kernels) == 1, f"compiled kernels in {wheel.name}: {kernels}"
+    if not is_free_threaded(version):
+        assert "-abi3-" in wheel.name, f"{wheel.name} is not for the stable ABI"
+        run(sys.executable, "-m", "abi3audit", "--strict", wheel)
     assert not any(".libs/" in name for name in names), "a library is bundled"
     assert wheel.stat().st_size < LARGEST, f"{wheel.name} has {wheel.stat().st_size} bytes"
     print(f"{wheel.name}: {wheel.stat().st_size / 2**20:.2f} MiB", flush=True)
@@ -84,42 +124,61 @@ def test_wheel(python, wheel, numpy, folder):
     )  # fmt: skip
 
 
+def build_wheels(pythons, sdist, folder):
+    """Return the wheel that each version of Python installs."""
+    oldest = VERSIONS[0]
+    stable = build_wheel(oldest, pythons[oldest] or sys.executable, sdist, folder / "stable")
+    return {
+        version: build_wheel(version, python, sdist, folder / f"for-{version}")
+        if is_free_threaded(version)
+        else stable
+        for version, python in pythons.items()
+        if python or not is_free_threaded(version)
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--keep", type=Path, help="a folder for the wheel and the sdist")
+    parser.add_argument("--keep", type=Path, help="a folder for the wheels and the sdist")
     parser.add_argument("--only-build", action="store_true", help="no tests")
     parser.add_argument(
         "--extremes", action="store_true",
-        help="of those that there are only the oldest Python with the oldest NumPy, and the newest",
+        help="the stable ABI alone, by the oldest Python with the oldest NumPy, and by the newest",
     )  # fmt: skip
     parser.add_argument("versions", nargs="*", help=f"default: {' '.join(VERSIONS)}")
     arguments = parser.parse_args()
+    unknown = set(arguments.versions) - set(VERSIONS)
+    if unknown:
+        parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(VERSIONS)}")
+    wanted = arguments.versions or VERSIONS
+    if arguments.extremes:
+        wanted = [version for version in wanted if not is_free_threaded(version)]
+    pythons = {version: find_python(version) for version in (VERSIONS[0], *wanted)}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         sdist = build_sdist(folder)
-        wheel = build_wheel(find_python(next(iter(VERSIONS))) or sys.executable, sdist, folder)
+        wheels = build_wheels(pythons, sdist, folder)
         if arguments.keep:
             arguments.keep.mkdir(parents=True, exist_ok=True)
-            for path in (sdist, wheel):
+            for path in (sdist, *set(wheels.values())):
                 shutil.copy(path, arguments.keep)
         if arguments.only_build:
             return False
-        versions = arguments.versions or VERSIONS
-        pythons = {version: find_python(version) for version in versions}
-        missing = [version for version in versions if not pythons[version]]
+        missing = [version for version in wanted if not pythons[version]]
         environments = [
             (version, numpy)
-            for version in versions
+            for version in wanted
             if pythons[version]
-            for numpy in (VERSIONS[version], None)
+            for numpy in (oldest_numpy(version), None)
         ]
         if arguments.extremes:
             environments = environments[:1] + environments[-1:]
         for version, numpy in environments:
-            test_wheel(pythons[version], wheel, numpy, folder / version)
+            test_wheel(pythons[version], wheels[version], numpy, folder / version)
     if missing:
         print("NOT TESTED, for want of these Pythons:", *missing)
-    print(f"{wheel.name} is fine in {len(environments)} environments")
+    names = sorted({wheels[version].name for version, _ in environments})
+    print(f"{', '.join(names)}: fine in {len(environments)} environments")
     # A machine may lack a version, but not all of them, nor one that was asked for.
     return bool(missing and (arguments.versions or not environments))
 

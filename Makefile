@@ -131,6 +131,7 @@ lint: $(BUILT) $(VENV)/group-test $(VENV)/group-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/zizmor --offline --no-progress --quiet .github/workflows
 	$(BIN)/mypy
 	cd tests && ../$(BIN)/python -m mypy.stubtest numattn._core
 	cd tests && ../$(BIN)/python -m mypy --strict --config-file= typing_sample.py

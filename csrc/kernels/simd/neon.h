@@ -42,8 +42,6 @@ struct Float32 {
   static Vec load(const float* from) { return vld1q_f32(from); }
   static Vec load_first(const float* from, int64_t count) {
     switch (count) {
-      case 0:
-        return zero();
       case 1:
         return vld1q_lane_f32(from, zero(), 0);
       case 2:
@@ -51,7 +49,7 @@ struct Float32 {
       case 3:
         return vld1q_lane_f32(from + 2, load_first(from, 2), 2);
       default:
-        return load(from);
+        return count <= 0 ? zero() : load(from);
     }
   }
   static void store(float* to, Vec x) { vst1q_f32(to, x); }

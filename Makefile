@@ -11,7 +11,8 @@ export SKBUILD_CMAKE_DEFINE := CMAKE_COMPILE_WARNING_AS_ERROR=$(WERROR)
 SOURCES := $(shell find csrc python CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 
 .PHONY: all demo docs test test-parallel test-native sanitize emulate emulate-arm \
-  emulate-windows fuzz wheel test-wheels test-models test-slow lint format bench bench-sequences bench-layers bench-models \
+  emulate-windows fuzz wheel test-wheels test-models test-frozen test-slow lint format \
+  bench bench-sequences bench-layers bench-models \
   bench-block-masks bench-dask bench-grid clean
 all: $(BUILT)
 
@@ -123,6 +124,10 @@ test-models: $(BUILT) $(VENV)/group-test $(VENV)/group-models $(VENV)/demo
 	  block.py documentation.py jax.py keras.py layer.py layer_16_bits.py layer_gradients.py \
 	  layer_options.py onnx.py porting.py rotary.py torch.py torch_gradients.py torch_programs.py \
 	  transformers.py)
+
+# A program that PyInstaller makes: the example of sentences, with the hook of the package.
+test-frozen: $(BUILT) $(VENV)/group-frozen $(VENV)/demo
+	$(BIN)/python tests/frozen.py
 
 test-slow: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest -m slow

@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zipapp
 from pathlib import Path
 
 import numattn as na
@@ -25,10 +26,12 @@ ATTEND = (
 needs_native = pytest.mark.skipif(_runtime.native is None, reason="needs the compiled kernels")
 
 
-def run_python(code, **environment):
+def run_python(*arguments, **environment):
+    """Run code, or Python with these arguments."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("NUMATTN_")}
+    options = ["-c"] if len(arguments) == 1 else []
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, *options, *arguments],
         capture_output=True, text=True, check=False, env=clean | environment,
     )  # fmt: skip
 
@@ -130,6 +133,75 @@ def test_a_copy_of_the_package_without_its_metadata(tmp_path, name, data):
         assert run(NUMATTN_ISA="generic").stdout.split()[1] == "generic"
         refusal = "ValueError: NUMATTN_ISA='foo': expected one of generic"
         assert refusal in run(NUMATTN_ISA="foo").stderr
+
+
+SUBINTERPRETER = """
+import sys
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+{first}
+code = f"import sys; sys.path[:] = {{sys.path}}\\n" + '''
+try:
+    import numattn
+except ImportError as error:
+    print(error, "numpy" in sys.modules)
+'''
+for _ in range(2):
+    interpreters.run_string(interpreters.create(), code)
+sys.stdout.flush()
+{last}
+"""
+
+
+@pytest.mark.parametrize("first", ["", "import numattn"])
+def test_a_subinterpreter_is_refused_before_numpy_is_imported_there(first):
+    """The main interpreter goes on, whether it had imported numattn before or not."""
+    result = run_python(
+        SUBINTERPRETER.format(first=first, last=ATTEND), NUMATTN_BACKEND=_runtime.backend
+    )
+    assert result.stderr == ""
+    *refusals, attends = result.stdout.splitlines()
+    assert len(refusals) == 2
+    for refusal in refusals:
+        assert "numattn was imported into a subinterpreter" in refusal
+        assert "Use threads" in refusal
+        assert refusal.endswith("False")
+    assert attends.split()[0] == _runtime.backend
+
+
+def test_from_a_zip_archive(tmp_path):
+    """It computes in NumPy and says why, or is refused where the kernels are required."""
+    source = tmp_path / "program"
+    shutil.copytree(
+        Path(na.__file__).parent, source / "numattn", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (source / "__main__.py").write_text(ATTEND)
+    archive = tmp_path / "program.pyz"
+    zipapp.create_archive(source, archive)
+    what = f"nothing compiled can be imported from a zip archive, {archive}"
+    result = run_python("-S", archive, PYTHONPATH=str(Path(np.__file__).parent.parent))
+    assert result.stdout.split()[:2] == ["numpy", "None"]
+    assert result.stderr.count("RuntimeWarning") == 1
+    assert what in result.stderr
+    assert "compiler" not in result.stderr
+    result = run_python(
+        "-S", archive, NUMATTN_BACKEND="native", PYTHONPATH=str(Path(np.__file__).parent.parent)
+    )
+    assert (
+        f"ImportError: NUMATTN_BACKEND=native, but the compiled kernels are missing ({what}): keep"
+        in result.stderr
+    )
+
+
+@pytest.mark.parametrize("options", [["-S", "-I"], ["-OO"]])
+def test_options_of_the_interpreter(options):
+    """Without site-packages, the user's variables and the current folder; without docstrings."""
+    code = f"import sys; sys.path[:] = {sys.path}\n{ATTEND}"
+    result = run_python(*options, "-c", code, NUMATTN_BACKEND=_runtime.backend)
+    assert result.stderr == ""
+    assert result.stdout.split()[0] == _runtime.backend
 
 
 def test_numpy_backend_by_choice_is_quiet():

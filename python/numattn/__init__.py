@@ -14,6 +14,8 @@ they give. `MultiHeadAttention` is the layer of a model around attention, with `
 `alibi_slopes` are their positions, `parameter_count` their size. `numattn.plot` draws.
 """
 
+# The first import of all: it fails where NumPy is not to be imported.
+from . import _main_interpreter as _main_interpreter  # isort: skip
 from . import _threadpoolctl
 from ._alibi import alibi_slopes
 from ._attention import attention

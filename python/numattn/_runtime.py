@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 import warnings
+import zipimport
 from importlib import metadata, resources
 from typing import TYPE_CHECKING, Any
 
@@ -54,10 +55,23 @@ def _isa_levels() -> dict[str, list[str]]:
 
 ISA_LEVELS = _isa_levels()
 
-_INSTALL_ADVICE = (
+_COMPILER_ADVICE = (
     "install a C++20 compiler (GCC 11 or Clang 14, or later; on Windows clang-cl), then run "
     "'pip install --force-reinstall --no-cache-dir numattn'"
 )
+_ARCHIVE_ADVICE = (
+    "keep numattn out of the archive, in a folder on sys.path ('pip install --target FOLDER "
+    "numattn'), or make an archive that unpacks itself"
+)
+
+
+def _why_missing(error: ImportError) -> tuple[str, str]:
+    """Return why the compiled kernels could not be imported, and what to do."""
+    loader = globals()["__spec__"].loader
+    if type(loader) is zipimport.zipimporter:
+        reason = f"nothing compiled can be imported from a zip archive, {loader.archive}"
+        return reason, _ARCHIVE_ADVICE
+    return str(error), _COMPILER_ADVICE
 
 
 def _load_native() -> tuple[ModuleType | None, str]:
@@ -70,14 +84,15 @@ def _load_native() -> tuple[ModuleType | None, str]:
     try:
         from . import _core
     except ImportError as error:
+        reason, advice = _why_missing(error)
         if wanted == "native":
-            message = f"NUMATTN_BACKEND=native, but the compiled kernels are missing ({error}): "
-            raise ImportError(message + _INSTALL_ADVICE) from error
-        message = f"numattn: the compiled kernels are missing ({error}); using NumPy, which gives "
+            message = f"NUMATTN_BACKEND=native, but the compiled kernels are missing ({reason}): "
+            raise ImportError(message + advice) from error
+        message = f"numattn: the compiled kernels are missing ({reason}); using NumPy, which gives "
         message += "the same answers but is many times slower. To get them, "
-        message += _INSTALL_ADVICE + ". NUMATTN_BACKEND=numpy silences this."
+        message += advice + ". NUMATTN_BACKEND=numpy silences this."
         warnings.warn(message, RuntimeWarning, stacklevel=4)
-        return None, f"the compiled kernels are missing ({error})"
+        return None, f"the compiled kernels are missing ({reason})"
     return _core, (wanted and "NUMATTN_BACKEND=native") or "the compiled kernels are there"
 
 

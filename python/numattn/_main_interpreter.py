@@ -1,0 +1,28 @@
+"""Importing this fails in a subinterpreter, before NumPy is imported there.
+
+NumPy works in one interpreter of a process, the main one. In another one some of its versions
+refuse to be imported, some fail in later calls, and some end the process.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+
+def is_here() -> bool:
+    """Return whether this is the process's main interpreter."""
+    for name in ("_interpreters", "_xxsubinterpreters"):  # from 3.13 on; before
+        try:
+            interpreters = importlib.import_module(name)
+        except ImportError:
+            continue
+        return bool(interpreters.get_current() == interpreters.get_main())
+    return True  # Where there is no such module there is one interpreter.
+
+
+if not is_here():
+    raise ImportError(
+        "numattn was imported into a subinterpreter, where NumPy does not work: expected the main "
+        "interpreter. Use threads, which run in parallel while numattn computes, or processes "
+        "(multiprocessing). mod_wsgi: set WSGIApplicationGroup to %{GLOBAL}."
+    )

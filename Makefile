@@ -107,7 +107,7 @@ emulate-arm: $(VENV)/group-native
 	done
 
 # The package for 64-bit Arm, run by Debian's Arm Python under qemu-user.
-emulate-arm-python: $(VENV)/group-native
+emulate-arm-python: $(VENV)/group-wheel
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/arm64_python.py -- $(ARGS)
 
 fuzz: $(BUILT) $(VENV)/group-test

@@ -88,9 +88,11 @@ def main():
     for cpu, level in CPUS.items():
         environment["QEMU_CPU"] = cpu
         run(PYTHON, PROJECT / "tests/emulated.py", level, env=environment)
+    # qemu-user crashes where a process with several threads forks, and the child starts a thread.
     run(
         PYTHON, "-m", "pytest", "-q", "-m", "smoke", "-p", "no:cacheprovider",
-        "--rootdir", PROJECT, "-c", PROJECT / "pyproject.toml", *SMOKE,
+        "--rootdir", PROJECT, "-c", PROJECT / "pyproject.toml",
+        "-k", "not test_fork", *SMOKE,
         cwd=FOLDER, env=environment,
     )  # fmt: skip
 

@@ -142,7 +142,7 @@ def test_counted_characters_and_pairs():
 
 
 def test_repeated_paragraphs_are_in_the_text_once():
-    paragraphs = [" ".join(x.split()) for x in example.read_text(encoding="utf-8").split("\n\n")]
+    paragraphs = [" ".join(x.split()) for x in example.read_text().split("\n\n")]
     assert len(set(paragraphs)) > len(paragraphs) - 2
     assert sum(map(len, paragraphs)) > 200_000
 

@@ -94,7 +94,9 @@ emulate: $(BUILT) $(VENV)/group-test
 emulate-windows: $(VENV)/group-native
 	$(call native-tests,build/windows,--toolchain "$(CURDIR)/tests/native/toolchains/mingw.cmake" $(ARGS),$(wine))
 
-wine = env WINEPREFIX="$(CURDIR)/build/wine" WINEDEBUG=-all WINEDLLOVERRIDES=mscoree,mshtml,winedbg.exe=
+# Not in this folder: a link in it leads to the whole file system, which `make wheel` would go through.
+wine_home := $(or $(TMPDIR),/tmp)/numattn-wine
+wine = env WINEPREFIX="$(wine_home)" WINEDEBUG=-all WINEDLLOVERRIDES=mscoree,mshtml,winedbg.exe=
 
 # The native library for 64-bit Arm, compiled by Debian's g++-aarch64-linux-gnu and run by qemu-user as
 # on CPUs of several generations. After the colon is the best level that each of them has.

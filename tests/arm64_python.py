@@ -1,8 +1,9 @@
 """The package for 64-bit Arm, run by an Arm Python under qemu-user: `make emulate-arm-python`.
 
-apt fetches Debian's Python and what it needs, with a state of its own, into build/arm64. pip brings
-the Arm wheels of NumPy and of what the tests need, and cross-compiles the package. Then each CPU's
-best level is chosen and computes what it should, and on the last CPU the tests marked `smoke` run.
+apt fetches Debian's Python and what it needs, with a state of its own, into a temporary folder,
+which is kept. pip brings the Arm wheels of NumPy and of what the tests need, and cross-compiles the
+package. Then each CPU's best level is chosen and computes what it should, and on the last CPU the
+tests marked `smoke` run.
 
 The package is compiled with the headers of the Python that runs this program. The stable ABI and
 NumPy's are the same for all 64-bit Linux.
@@ -13,10 +14,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from wheels import PROJECT, SMOKE, run
 
-FOLDER = PROJECT / "build" / "arm64"
+# Not in the project: links in it lead in circles, which `make wheel` would go through.
+FOLDER = Path(tempfile.gettempdir()) / "numattn-arm64"
 ROOT = FOLDER / "root"
 PACKAGES = FOLDER / "packages"
 PYTHON = ROOT / "usr/bin/python"

@@ -52,8 +52,8 @@ template <class Units, int kScalars, int kVectors>
   typename Units::Units of_scalar[kScalars];
 #pragma GCC unroll 12
   for (int n = 0; n < kScalars; ++n) of_scalar[n] = Units::load(scalars + n * scalars_stride);
-  for_constants<0, kLanes>([&](auto step) __attribute__((always_inline)) {
   // One vector after the other: sums and scalars leave two registers.
+  for_constants<0, kLanes>([&](auto step) __attribute__((always_inline)) {
 #pragma GCC unroll 12
     for (int i = 0; i < kVectors; ++i) {
       const auto vector = Units::load(vectors + step.value * vectors_stride + i * kLanes);

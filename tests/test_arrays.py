@@ -66,7 +66,7 @@ CALLS = {
     "softmax": lambda q, k, v, same: na.masked_softmax(same(q), same(q > 0)),
     "rotary": lambda q, k, v, same: na.rotary_embedding(same(q)),
     "merge": lambda q, k, v, same: na.merge_states(
-        same(q), same(q[..., 0]), same(q + 1), same(q[..., 1])
+        [(same(q), same(q[..., 0])), (same(q + 1), same(q[..., 1]))]
     ),
     "quantize": lambda q, k, v, same: na.quantize_kv(same(k)),
     "layer": lambda q, k, v, same: na.MultiHeadAttention(12, 2, rng=0)(same(k[0])),

@@ -79,7 +79,7 @@ def gradients(q, k, v, **more):
 
 def merged(q, k, v):
     out, lse = na.attention(q, k, v, return_lse=True)
-    return na.merge_states(out, lse, out[::-1], lse[::-1])
+    return na.merge_states([(out, lse), (out[::-1], lse[::-1])])
 
 
 OPTIONS = {

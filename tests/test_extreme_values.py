@@ -77,12 +77,12 @@ def test_merged_states_of_the_largest_value(dtype, states):
     out = np.full((states, 5, 2), largest, dtype)
     out[..., 1] *= -1
     lse = np.full((states, 5), 3.0)
-    merged, _ = na.merge_states(out, lse, axis=0)
+    merged, _ = na.merge_states(zip(out, lse, strict=True))
     expected = out[0].astype(np.longdouble)
     allowed = (eps + states * inner_eps) * np.longdouble(largest)
     np.testing.assert_array_less(abs(merged.astype(np.longdouble) - expected), allowed)
     out[1, 2, 0], out[0, 3, 1] = np.inf, np.nan
-    merged, _ = na.merge_states(out, lse, axis=0)
+    merged, _ = na.merge_states(zip(out, lse, strict=True))
     assert merged[2, 0] == np.inf
     assert np.isnan(merged[3, 1])
     assert np.isfinite(merged).sum() == merged.size - 2
@@ -90,7 +90,7 @@ def test_merged_states_of_the_largest_value(dtype, states):
 
 def test_merged_states_may_write_into_one_of_them():
     out = np.full((2, 4), np.finfo(np.float32).max)
-    na.merge_states(out, np.zeros(2), out.copy(), np.zeros(2), out=out)
+    na.merge_states([(out, np.zeros(2)), (out.copy(), np.zeros(2))], out=out)
     np.testing.assert_array_equal(out, np.finfo(np.float32).max)
 
 

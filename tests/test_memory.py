@@ -223,7 +223,7 @@ calls = {
     "softmax": lambda: na.masked_softmax(q),
     "rotary": lambda: na.rotary_embedding(q),
     "quantize": lambda: na.quantize_kv(k),
-    "merge": lambda: na.merge_states(q, q[..., 0], v, v[..., 0]),
+    "merge": lambda: na.merge_states([(q, q[..., 0]), (v, v[..., 0])]),
     "values": lambda: na.aggregate_values(np.ones((2, 4, 700, 700), np.float32), v),
     "layer": lambda: layer(q[0]),
     "gradients": lambda: na.attention_vjp(q, k, v, num_threads=3)[1](q),

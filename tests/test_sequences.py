@@ -290,14 +290,8 @@ def test_merging_two_and_more(dtype, arrays):
     stacked = [np.stack(x) for x in zip(*parts, strict=True)]
     state = parts[0]
     for part in parts[1:]:
-        state = na.merge_states(*state, *part)
-    other_axis = [np.stack(x, axis=2) for x in zip(*parts, strict=True)]
-    for out, lse in (
-        state,
-        na.merge_states(*stacked, axis=0),
-        na.merge_states(*other_axis, axis=2),
-        na.merge_states(*other_axis, axis=-2),
-    ):
+        state = na.merge_states([state, part])
+    for out, lse in (state, na.merge_states(parts), na.merge_states(zip(*stacked, strict=True))):
         assert out.dtype == dtype
         np.testing.assert_allclose(out.astype(float), expected, rtol=0, atol=3 * step)
         np.testing.assert_allclose(lse, expected_lse, rtol=0, atol=1e-5)
@@ -306,14 +300,14 @@ def test_merging_two_and_more(dtype, arrays):
 def test_merging_with_nothing():
     nothing = np.zeros((2, 3), np.float32), np.full(2, -np.inf, np.float32)
     something = np.ones((2, 3), np.float32), np.zeros(2, np.float32)
-    out, lse = na.merge_states(*nothing, *nothing)
+    out, lse = na.merge_states([nothing, nothing])
     assert not out.any()
     assert np.all(lse == -np.inf)
-    out, lse = na.merge_states(*nothing, *something)
+    out, lse = na.merge_states([nothing, something])
     np.testing.assert_array_equal(out, something[0])
     np.testing.assert_array_equal(lse, something[1])
     into = something[0].copy()
-    assert na.merge_states(into, something[1], *nothing, out=into)[0] is into
+    assert na.merge_states([(into, something[1]), nothing], out=into)[0] is into
     np.testing.assert_array_equal(into, something[0])
 
 
@@ -416,16 +410,20 @@ def test_bad_scales(backend):
 
 def test_bad_states():
     out, lse = np.zeros((2, 3), np.float32), np.zeros(2, np.float32)
-    for arguments, options, error, message in (
-        ((out, lse), {}, TypeError, "out_b, lse_b: got None"),
-        ((out, lse, out[:1], lse), {}, ValueError, "out_b: got shape (1, 3), expected (2, 3)"),
-        ((out, lse, out, out), {}, ValueError, "lse_b: got shape (2, 3), expected (2,)"),
-        ((out, lse, out.astype(float), lse), {}, TypeError, "out_b: got dtype float64"),
-        ((out.astype(">f4"), lse), {"axis": 0}, TypeError, "out_a: got dtype float32 of foreign"),
-        ((out, lse), {"axis": 1}, ValueError, "axis: got 1, expected an axis of lse_a"),
+    for states, error, message in (
+        (None, TypeError, "states: got NoneType, expected an iterable of pairs (out, lse)"),
+        ([], ValueError, "states: got no state, expected at least one pair"),
+        ((out, lse), TypeError, "states[0]: got shape (2, 3), expected a pair (out, lse)"),
+        ([(out, lse, lse)], TypeError, "states[0]: got tuple, expected a pair (out, lse)"),
+        ([(out, lse), (out[:1], lse)], ValueError, "states[1][0]: got shape (1, 3), expected (2"),
+        ([(out, lse), (out, out)], ValueError, "states[1][1]: got shape (2, 3), expected (2,)"),
+        ([(out, lse), (out.astype(float), lse)], TypeError, "states[1][0]: got dtype float64"),
+        ([(out.astype(">f4"), lse)], TypeError, "states[0][0]: got dtype float32 of foreign"),
+        ([(out, lse.astype(int))], TypeError, "states[0][1]: got dtype int64"),
+        ([(lse[0], lse[0])], ValueError, "states[0][1]: got shape ()"),
     ):
         with pytest.raises(error) as raised:
-            na.merge_states(*arguments, **options)
+            na.merge_states(states)
         assert message in str(raised.value)
 
 
@@ -469,15 +467,12 @@ def test_errors_of_pages_and_states_name_what_is_wrong(rng):
     with pytest.raises(ValueError, match=r"head_dim 3, expected 4 .*k_pages \(2, 3, 1, 3\)"):
         na.attention_paged(q, pages[..., :3], pages, [[0]], [1])
     out, lse = na.attention(q, q, q, return_lse=True)
-    for axis in ("a", 1.0, True):
-        with pytest.raises(TypeError, match="axis"):
-            na.merge_states(out, lse, axis=axis)
     fixed = out.copy()
     fixed.flags.writeable = False
     with pytest.raises(ValueError, match="out: got a read-only array"):
-        na.merge_states(out, lse, out, lse, out=fixed)
+        na.merge_states([(out, lse), (out, lse)], out=fixed)
     with pytest.raises(TypeError, match="out: got MaskedArray"):
-        na.merge_states(out, lse, out, lse, out=np.ma.array(out))
+        na.merge_states([(out, lse), (out, lse)], out=np.ma.array(out))
 
 
 def test_pages_of_more_keys_than_64_bits_count(isa, arrays):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 def attend(x: NDArray[np.float32], lengths: list[int]) -> NDArray[Any]:
     out = na.attention(x, x, x, is_causal=True, kv_lengths=lengths, window=(100, None))
     both = na.attention(x, x, x, return_lse=True)
-    merged = na.merge_states(both[0], both[1], both[0], both[1])
+    merged = na.merge_states([both, both])
     weights = na.attention_weights(x, x, rows=[0, -1])
     total: NDArray[Any] = np.asarray(out) + merged[0]
     return total + na.aggregate_values(weights, x)

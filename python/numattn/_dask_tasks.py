@@ -164,10 +164,7 @@ def _merge_into(rows: Rows, merged: State, states: Sequence[State]) -> None:
     for first in range(0, rows.length, at_once):
         of_out, of_lse = rows.indices(slice(first, first + at_once))
         parts = [(out[of_out], lse[of_lse]) for out, lse in states]
-        if len(parts) == 2:
-            out, lse = merge_states(*parts[0], *parts[1])
-        else:
-            out, lse = merge_states(*(np.stack(x) for x in zip(*parts, strict=True)), axis=0)
+        out, lse = merge_states(parts)
         with np.errstate(all="ignore"):
             merged[0][of_out], merged[1][of_lse] = out, lse
 

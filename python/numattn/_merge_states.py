@@ -12,58 +12,55 @@ from ._checks import (
     check_out,
     check_overlap,
     dtype_name,
-    integer,
     refuse,
     refuse_kind,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import ArrayLike, NDArray
+
+    Array = NDArray[Any]
+    State = tuple[Array, Array]  # the result (..., Dv) and its log-sum-exp (...)
 
 
 def merge_states(
-    out_a: ArrayLike,
-    lse_a: ArrayLike,
-    out_b: ArrayLike | None = None,
-    lse_b: ArrayLike | None = None,
-    *,
-    axis: int | None = None,
-    out: NDArray[Any] | None = None,
-) -> tuple[NDArray[Any], NDArray[Any]]:
+    states: Iterable[tuple[ArrayLike, ArrayLike]], *, out: Array | None = None
+) -> tuple[Array, Array]:
     """Merge attention over disjoint sets of keys into attention over all of them.
 
-    Exact but for rounding: each part is weighted by its share of the denominator. Sinks go to one
-    part only.
+    The result is exact except for rounding: each state is weighted by its share of the softmax's
+    denominator. Pass sinks to one of the calls only.
 
     Parameters
     ----------
-    out_a : array_like, shape (..., Dv)
-        The result over one set of keys; or, with `axis`, the results over all sets, stacked.
-    lse_a : array_like, shape ``out_a.shape[:-1]``
-        Its log-sum-exp, natural logarithm; -inf where a query attended to nothing.
-    out_b, lse_b : array_like, optional
-        The same for the other set. Not with `axis`.
-    axis : int, optional
-        The axis of `lse_a` along which the sets are stacked; the same axis of `out_a`, counted from
-        the front if it is not negative.
+    states : iterable of pairs
+        For each set of keys the pair that ``attention(..., return_lse=True)`` returns: the result,
+        shape (..., Dv), and its log-sum-exp, shape (...), natural logarithm, which is -inf for
+        queries that attend to nothing. Use ``zip(outs, lses)`` for states stacked along a first
+        axis.
     out : ndarray, optional
-        Where to write the merged result; may be `out_a` or `out_b` itself.
+        Where to write the merged result; may be the result of one of the states.
 
     Returns
     -------
     out : ndarray, shape (..., Dv)
-        In the dtype of `out_a`.
-    lse : ndarray
-        Of all keys, float32 (float64 for float64).
+        The merged result, in the dtype of the states.
+    lse : ndarray, shape (...)
+        The log-sum-exp over all keys, float32 (float64 for float64).
 
     Raises
     ------
-    TypeError, ValueError
-        If dtypes or shapes do not belong together.
+    TypeError
+        If `states` is not an iterable of pairs, or its dtypes differ.
+    ValueError
+        If there is no state, or the shapes differ.
 
     See Also
     --------
-    attention
+    attention : Returns a state with ``return_lse=True``.
+    numattn.dask.attention : Attends to keys in many chunks and merges the states.
 
     Notes
     -----
@@ -78,35 +75,12 @@ def merge_states(
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 100, 8), dtype=np.float32)
     >>> old = na.attention(q, k[:, :60], v[:, :60], return_lse=True)
     >>> new = na.attention(q, k[:, 60:], v[:, 60:], return_lse=True)
-    >>> out, lse = na.merge_states(*old, *new)
+    >>> out, lse = na.merge_states([old, new])
     >>> bool(np.allclose(out, na.attention(q, k, v), atol=1e-6))
     True
     """
-    results, logs = as_array("out_a", out_a), as_array("lse_a", lse_a)
-    check_dtype("out_a", results)
-    if axis is None:
-        if out_b is None or lse_b is None:
-            refuse_kind("out_b, lse_b", "None", "the other state, or `axis` for stacked ones")
-        other, other_logs = as_array("out_b", out_b), as_array("lse_b", lse_b)
-        if other.dtype != results.dtype:
-            refuse_kind("out_b", dtype_name(other), f"{results.dtype.name} as in out_a")
-        if other.shape != results.shape:
-            refuse("out_b", f"shape {other.shape}", f"{results.shape} as in out_a")
-        _check_lse("lse_a", logs, results)
-        _check_lse("lse_b", other_logs, results)
-        parts = [(results, logs), (other, other_logs)]
-    else:
-        if out_b is not None or lse_b is not None:
-            refuse_kind("out_b, lse_b", "arrays", "None beside `axis`")
-        _check_lse("lse_a", logs, results)
-        axis = integer("axis", axis)
-        if not -logs.ndim <= axis < logs.ndim:
-            refuse("axis", repr(axis), f"an axis of lse_a, whose shape is {logs.shape}")
-        first = axis % logs.ndim
-        parts = list(zip(np.moveaxis(results, first, 0), np.moveaxis(logs, first, 0), strict=True))
-        if not parts:
-            refuse("out_a", f"shape {results.shape}", "at least one state along `axis`")
-
+    parts = _check_states(states)
+    results = parts[0][0]
     precision = np.float64 if results.dtype == np.float64 else np.float32
     with np.errstate(all="ignore"):
         all_logs = np.stack([log.astype(precision) for _, log in parts])
@@ -135,15 +109,39 @@ def merge_states(
     return out, lse
 
 
-def _weighted(result: NDArray[Any], weight: NDArray[Any]) -> NDArray[Any]:
+def _weighted(result: Array, weight: Array) -> Array:
     share = weight[..., np.newaxis]
-    part: NDArray[Any] = share * result.astype(weight.dtype, copy=False)
+    part: Array = share * result.astype(weight.dtype, copy=False)
     if not weight.all():  # what attended to nothing is no part of the result, be it NaN
         np.copyto(part, 0, where=share == 0)
     return part
 
 
-def _check_lse(name: str, lse: NDArray[Any], out: NDArray[Any]) -> None:
-    check_dtype(name, lse)
-    if out.ndim < 1 or lse.shape != out.shape[:-1]:
-        refuse(name, f"shape {lse.shape}", f"{out.shape[:-1]}, as of its out without the last axis")
+def _check_states(states: object) -> list[State]:
+    """Return the states as arrays of one shape and dtype."""
+    expected = "an iterable of pairs (out, lse), as attention(..., return_lse=True) returns them"
+    try:
+        pairs = list(states)  # type: ignore[call-overload]
+    except TypeError:
+        refuse_kind("states", type(states).__name__, expected)
+    if not pairs:
+        refuse("states", "no state", "at least one pair (out, lse)")
+    parts: list[State] = []
+    for n, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            seen = f"shape {pair.shape}" if isinstance(pair, np.ndarray) else type(pair).__name__
+            refuse_kind(f"states[{n}]", seen, f"a pair (out, lse): pass {expected}")
+        names = f"states[{n}][0]", f"states[{n}][1]"
+        result, lse = (as_array(name, x) for name, x in zip(names, pair, strict=True))
+        check_dtype(names[0], result)
+        check_dtype(names[1], lse)
+        first = parts[0][0] if parts else result
+        if result.dtype != first.dtype:
+            refuse_kind(names[0], dtype_name(result), f"{first.dtype.name} as in states[0][0]")
+        if result.shape != first.shape:
+            refuse(names[0], f"shape {result.shape}", f"{first.shape} as in states[0][0]")
+        if result.ndim < 1 or lse.shape != result.shape[:-1]:
+            wanted = f"{result.shape[:-1]}, the shape of {names[0]} without the last axis"
+            refuse(names[1], f"shape {lse.shape}", wanted)
+        parts.append((result, lse))
+    return parts

@@ -1,4 +1,4 @@
-"""The softmax of what a mask leaves."""
+"""The softmax of masked logits."""
 
 from __future__ import annotations
 
@@ -36,38 +36,41 @@ _ELSEWHERE = {
 def masked_softmax(
     scores: ArrayLike,
     mask: ArrayLike | None = None,
+    *,
     axis: int = -1,
     out: Array | None = None,
     **unknown: Any,
 ) -> Array:
-    """Compute the softmax over one axis, of what a mask leaves.
+    """Compute the softmax over one axis, where a mask is True.
 
     Parameters
     ----------
     scores : array_like of float
-        Natural logarithms; -inf has no weight.
+        Logits, natural logarithm; -inf gets the weight 0.
     mask : array_like of bool, optional
         True where a score counts; broadcasts to the scores' shape.
     axis : int, default -1
-        The axis whose weights add up to 1.
+        The axis along which the weights add up to 1.
     out : ndarray, optional
-        Where to write the result, of the scores' shape and dtype; may be `scores`.
+        Where to write the result, with the shape and dtype of `scores`; may be `scores` itself.
 
     Returns
     -------
     ndarray
-        Weights, of the shape and dtype of `scores`; all 0 where nothing is left.
+        Weights, with the shape and dtype of `scores`; all 0 where no score along the axis is left.
 
     Raises
     ------
     TypeError
-        If scores are no floats, or a mask is not bool.
+        If `scores` is not floating-point, or `mask` is not bool.
     ValueError
-        If the mask does not broadcast, the axis is not there or `out` does not fit.
+        If the mask does not broadcast, the axis does not exist or `out` does not fit.
 
     See Also
     --------
-    qk_scores, aggregate_values
+    qk_scores : The logits, the stage before.
+    aggregate_values : The weighted sum of values, the stage after.
+    attention_weights : Logits and softmax in one call, with sinks.
 
     Examples
     --------
@@ -81,7 +84,7 @@ def masked_softmax(
         refuse_unknown("masked_softmax", unknown, _ELSEWHERE)
     x = float_array("scores", scores)
     if x.ndim == 0:
-        refuse("scores", "no axes", "one at least")
+        refuse("scores", "shape ()", "at least one axis")
     axis = integer("axis", axis)
     if not -x.ndim <= axis < x.ndim:
         refuse("axis", str(axis), f"an axis of scores, whose shape is {x.shape}")
@@ -92,7 +95,7 @@ def masked_softmax(
         try:
             m = np.broadcast_to(m, x.shape)
         except ValueError:
-            refuse("mask", f"shape {m.shape}", f"what broadcasts to scores' shape {x.shape}")
+            refuse("mask", f"shape {m.shape}", f"one that broadcasts to {x.shape}, as scores has")
     if out is None:
         out = np.empty(x.shape, x.dtype)
     else:

@@ -1,4 +1,4 @@
-"""The first and the last stage of attention by themselves, and the weights as arrays."""
+"""The stages of attention as separate functions, and the weights as arrays."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# What may be meant by options of attention that `aggregate_values` does not have.
+# What to write instead of options of attention that `aggregate_values` does not take.
 _ELSEWHERE = {
     "scale": "`v_scale=`",
     "attn_mask": "leave it out: weights of 0 take nothing",
     "attention_mask": "leave it out: weights of 0 take nothing",
-    "enable_gqa": "leave it out: grouped heads are seen by the shapes",
+    "enable_gqa": "leave it out: the shapes say how heads are grouped",
     **NO_DROPOUT,
 }
 
@@ -66,12 +66,13 @@ def qk_scores(
     Parameters
     ----------
     q, k : array_like, shapes (..., Hq, Lq, D) and (..., Hkv, Lk, D)
-        Queries and keys; all other parameters are those of `attention`.
+        Queries and keys. All other parameters mean the same as in `attention`.
 
     Returns
     -------
     ndarray, shape (..., Hq, Lq, Lk)
-        Natural logarithms, float32 (float64 for float64), whatever the layout; -inf where masked.
+        Logits, natural logarithm, float32 (float64 for float64), in this order of axes for every
+        layout; -inf where masked.
 
     Raises
     ------
@@ -80,12 +81,13 @@ def qk_scores(
 
     See Also
     --------
-    masked_softmax, aggregate_values : the stages that follow.
-    attention_weights : the first two stages in one, with sinks.
+    masked_softmax : The softmax of logits, the stage that follows.
+    aggregate_values : The weighted sum of values, the last stage.
+    attention_weights : Logits and softmax in one call, with sinks.
 
     Notes
     -----
-    `attention` never holds these numbers as a whole: this is for looking at them.
+    `attention` never holds all logits in memory. This function is for looking at them.
 
     Examples
     --------
@@ -116,41 +118,43 @@ def aggregate_values(
     v_scale: ArrayLike | None = None,
     **unknown: Any,
 ) -> Array:
-    """Add up values by their weights, the last stage of attention.
+    """Compute the weighted sum of values, the last stage of attention.
 
     Parameters
     ----------
     weights : array_like, shape (..., Hq, Lq, Lk)
-        As `attention_weights` gives them, whatever the layout; two axes are one head.
+        As `attention_weights` returns them, in this order of axes for every layout. An array of
+        two axes is one head.
     v : array_like, shape (..., Hkv, Lk, Dv)
-        Values; query head ``h`` reads head ``h // (Hq // Hkv)``.
+        Values. Query head ``h`` reads head ``h // (Hq // Hkv)``.
     layout : {"bhld", "blhd"}, default "bhld"
-        That of `v` and of the result.
+        The order of the axes of `v` and of the result.
     v_scale : array_like of float32, optional
-        With `v` of int8, as in `attention`.
+        The scales of an int8 `v`, as in `attention`.
 
     Returns
     -------
     ndarray, shape (..., Hq, Lq, Dv)
-        In the dtype of `v`; in the weights' dtype where `v` is int8.
+        In the dtype of `v`, or in the dtype of `weights` if `v` is int8.
 
     Raises
     ------
     TypeError
-        If weights or values are no floats (values may be int8 with a scale).
+        If `weights` or `v` is not floating-point (`v` may be int8 with `v_scale`).
     ValueError
         If the shapes do not fit.
 
     See Also
     --------
-    attention_weights, attention
+    attention_weights : The weights, the stage before.
+    attention : All stages in one call, without holding the weights.
 
     Notes
     -----
-    A weight of exactly 0 takes nothing, be its value NaN. The product is NumPy's own;
-    `attention` does without weights in memory. Weights may have any sign and any sum: a sum that
-    the dtype does not hold is infinite, and one whose parts it does not hold may be NaN. In
-    `attention` finite values give a finite result.
+    A value whose weight is exactly 0 does not count, even if it is NaN. Weights may have any sign
+    and any sum. A sum beyond the largest number of the dtype is infinite; where a single product is
+    beyond it, the sum may be NaN. `attention`, in contrast, returns finite results for all finite
+    values. NumPy computes this product.
 
     Examples
     --------
@@ -231,26 +235,27 @@ def attention_weights(
     Parameters
     ----------
     q, k : array_like, shapes (..., Hq, Lq, D) and (..., Hkv, Lk, D)
-        Queries and keys; all parameters but `rows` are those of `attention`.
+        Queries and keys. All parameters except `rows` mean the same as in `attention`.
     rows : int or array_like of int, optional
-        The queries whose weights are wanted, by their index among the Lq, negative ones from the
-        end; the others are not computed. Default: all.
+        Indices of the queries whose weights to compute; negative ones count from the end. As in
+        NumPy, an integer removes the axis of queries. Default: all queries.
 
     Returns
     -------
-    ndarray, shape (..., Hq, Lq or number of rows, Lk)
-        float32 (float64 for float64), whatever the layout; exactly 0 where masked. A query's
-        weights add up to 1, or to less where it has a sink.
+    ndarray, shape (..., Hq, Lq, Lk), (..., Hq, number of rows, Lk) or (..., Hq, Lk)
+        float32 (float64 for float64), in this order of axes for every layout; exactly 0 where
+        masked. The weights of a query add up to 1, or to less if its head has a sink.
 
     Raises
     ------
     TypeError, ValueError
-        As `attention` does, and where a row is out of range.
+        As `attention` does, and if a row is out of range.
 
     See Also
     --------
-    attention_received : their sums over the queries, without the weights in memory.
-    aggregate_values, numattn.plot
+    attention_received : Sums of these weights over the queries, without holding the weights.
+    aggregate_values : The weighted sum of values, the stage that follows.
+    numattn.plot : Draws the weights.
 
     Examples
     --------
@@ -259,7 +264,7 @@ def attention_weights(
     >>> rng = np.random.default_rng(0)
     >>> q, k = rng.standard_normal((2, 8, 1000, 64), dtype=np.float32)
     >>> na.attention_weights(q, k, rows=-1, is_causal=True).shape  # what the last token looks at
-    (8, 1, 1000)
+    (8, 1000)
     """
     if unknown:
         refuse_unknown("attention_weights", unknown, INFERENCE_ELSEWHERE)
@@ -267,17 +272,12 @@ def attention_weights(
         q, k, mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes,
         sinks, kv_lengths, q_lengths, layout, num_threads, k_scale,
     )  # fmt: skip
-    *leading, query_length, key_length = _pairs(arguments)
-    wanted = np.arange(query_length) if rows is None else _rows(rows, query_length)
-    out = np.empty((*leading, len(wanted), key_length), _precision(arguments.q))
-    if not _knows_positions(arguments) and len(wanted) != query_length:
-        some = _with_rows(arguments, wanted)
-        _runtime.computations.stage(some, "weights", out)
-        return out[0] if one_head else out
-    for place, first, count in _runs(wanted):
-        some = _some_rows(arguments, first, count)
-        _runtime.computations.stage(some, "weights", out[..., place : place + count, :])
-    return out[0] if one_head else out
+    query_length = arguments.q.shape[-2]
+    index = np.arange(query_length) if rows is None else _rows(rows, query_length)
+    weights = _weights_of_rows(arguments, np.atleast_1d(index))
+    if index.ndim == 0:
+        weights = weights[..., 0, :]
+    return weights[0] if one_head else weights
 
 
 def attention_received(
@@ -301,21 +301,20 @@ def attention_received(
     k_scale: ArrayLike | None = None,
     **unknown: Any,
 ) -> Array:
-    """Add up, for each key, the weights that it gets from all queries.
+    """Sum the attention weights over all queries: how much attention each key receives.
 
-    What few queries look at is what a cache can do without. Nothing of the size Lq times Lk is
-    held in memory.
+    A cache can drop keys that receive little. No array of Lq times Lk elements is made.
 
     Parameters
     ----------
     q, k : array_like, shapes (..., Hq, Lq, D) and (..., Hkv, Lk, D)
-        Queries and keys; all other parameters are those of `attention`.
+        Queries and keys. All other parameters mean the same as in `attention`.
 
     Returns
     -------
     ndarray, shape (..., Hq, Lk)
-        float32 (float64 for float64), whatever the layout. All keys of a head together get the
-        number of queries, less what goes to sinks.
+        float32 (float64 for float64), in this order of axes for every layout. The sum over the
+        keys of a head is the number of queries, minus the weight of the sinks.
 
     Raises
     ------
@@ -324,12 +323,12 @@ def attention_received(
 
     See Also
     --------
-    attention_weights
+    attention_weights : The weights that are summed.
 
     Notes
     -----
-    The score by which H2O keeps a cache small: Zhang et al., "H2O: Heavy-Hitter Oracle for
-    Efficient Generative Inference of Large Language Models", NeurIPS 2023.
+    H2O chooses by this score which keys to keep in a cache: Zhang et al., "H2O: Heavy-Hitter
+    Oracle for Efficient Generative Inference of Large Language Models", NeurIPS 2023.
 
     Examples
     --------
@@ -375,17 +374,30 @@ def _precision(q: Array) -> type[np.float64 | np.float32]:
     return np.float64 if q.dtype.itemsize == 8 else np.float32
 
 
+def _weights_of_rows(arguments: _arguments.Arguments, rows: NDArray[np.int64]) -> Array:
+    *leading, query_length, key_length = _pairs(arguments)
+    out = np.empty((*leading, len(rows), key_length), _precision(arguments.q))
+    if not _knows_positions(arguments) and len(rows) != query_length:
+        _runtime.computations.stage(_with_rows(arguments, rows), "weights", out)
+        return out
+    for place, first, count in _runs(rows):
+        some = _some_rows(arguments, first, count)
+        _runtime.computations.stage(some, "weights", out[..., place : place + count, :])
+    return out
+
+
 def _rows(rows: int | ArrayLike, length: int) -> NDArray[np.int64]:
-    wanted = np.atleast_1d(snapshot("rows", rows))
+    """Return the indices of rows, none of them negative; a number has no axes."""
+    wanted = snapshot("rows", rows)
     if wanted.size and not np.issubdtype(wanted.dtype, np.integer):
         refuse_kind("rows", f"dtype {wanted.dtype.name}", "integers")
-    if wanted.ndim != 1:
-        refuse("rows", f"shape {wanted.shape}", "one axis")
+    if wanted.ndim > 1:
+        refuse("rows", f"shape {wanted.shape}", "an integer, or integers along one axis")
     outside = (wanted >= length) | (wanted < -length if wanted.dtype.kind == "i" else False)
     if outside.any():
         refuse("rows", str(wanted[outside][0]), f"the index of one of {length} queries")
     wanted = wanted.astype(np.int64)
-    return np.where(wanted < 0, wanted + length, wanted)
+    return np.asarray(np.where(wanted < 0, wanted + length, wanted))
 
 
 def _runs(rows: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:

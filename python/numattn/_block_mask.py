@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ._block_mask_bits import EMPTY, FULL, Tiles, no_bits, pack, places_of_tiles
-from ._block_mask_function import bools_of
+from ._block_mask_function import MaskFunction
 from ._block_mask_operators import both, either, inverse
 from ._block_mask_patterns import BlockMaskPatterns
 from ._block_mask_store import check_block_size, check_bools, grid_of, ints
@@ -153,9 +153,10 @@ class BlockMask(BlockMaskPatterns):
             1 if heads is None else at_least("heads", heads, 0),
         )
         block_size = check_block_size(block_size)
+        function = MaskFunction(mask_mod)
         tiles = Tiles(items, lengths, block_size)
         for leading, queries, keys in places_of_tiles(items, lengths, block_size):
-            tiles.put(leading, queries, keys, bools_of(mask_mod, (*leading, queries, keys)))
+            tiles.put(leading, queries, keys, function.bools((*leading, queries, keys)))
         blocks, bits = tiles.normal_form()
         kept = 2 if batch is not None else 1 if heads is not None else 0
         leading_shape = items[2 - kept :]

@@ -46,7 +46,7 @@ def small_calls():
 def sequence_calls():
     import sequences
 
-    calls = {f"cache: {name}": call for name, call in sequences.caches().items()}
+    calls = {f"cache: {name}": call for name, (call, _) in sequences.caches().items()}
     return calls | {"ragged": sequences.ragged()[0], "uneven": sequences.uneven()}
 
 

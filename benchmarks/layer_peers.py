@@ -135,22 +135,19 @@ def numattn_rotary(case: Case) -> Call:
     return lambda: na.rotary_embedding(x, out=out)
 
 
-def minilm(case: Case) -> tuple[Any, Callable[..., np.ndarray]]:
-    """Return the module of the model, and its call for the texts of the case."""
+def minilm(case: Case) -> Callable[..., np.ndarray]:
+    """Return the model's call for the texts of the case; what it is given computes the blocks."""
     sys.path.append(str(Path(__file__).parents[1] / "examples"))
-    import minilm
     import sentences
+    from numattn.demo import MiniLM
 
-    try:
-        model = minilm.MiniLM()
-    except SystemExit as error:  # says what to install
-        raise ImportError(str(error)) from None
+    model = MiniLM()
     texts = {"sentences": sentences.SENTENCES, "passages": sentences.PASSAGES}
-    return minilm, partial(model.encode, *model.tokens(texts[case.kind]))
+    return partial(model.encode_tokens, *model.tokens(texts[case.kind]))
 
 
 def numattn_model(case: Case) -> Call:
-    return minilm(case)[1]
+    return minilm(case)
 
 
 NUMATTN: Table = {
@@ -203,8 +200,10 @@ def numpy_weights(case: Case) -> Call:
 
 
 def numpy_model(case: Case) -> Call:
-    module, encode = minilm(case)
-    return lambda: encode(module.numpy_block)
+    encode = minilm(case)
+    from numpy_minilm import numpy_block
+
+    return lambda: encode(numpy_block)
 
 
 NUMPY: Table = {

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from minilm import MiniLM
+from numattn.demo import MiniLM
 
 RESULTS = Path(__file__).resolve().parent.parent / "demo-results"
 

@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 import matplotlib
-from minilm import MiniLM
 from numattn import plot
+from numattn.demo import MiniLM
 
 RESULTS = Path(__file__).resolve().parent.parent / "demo-results"
 SENTENCE = "The bank raised its rates, so we sat on the bank of the river."

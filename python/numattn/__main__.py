@@ -1,39 +1,73 @@
-"""The command line: what numattn runs on, whether it is right, and how fast it is.
-
-python -m numattn          what this process runs on, and a comparison with float64 over all ISA
-                           levels and dtypes of this machine (seconds); the exit code is 1 if
-                           anything is wrong
-python -m numattn bench    a small table against plain NumPy
-"""
+"""The command line: what numattn runs on, whether it is right, how fast it is, and what it does."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 from . import _bench, _blas, _runtime, _self_check
 
+_DESCRIPTION = """\
+numattn computes scaled dot-product attention for NumPy on CPUs.
 
-def main() -> int:
+Without a command, show what numattn runs on here, and compare every ISA level and dtype of this
+machine with float64. The exit code is 1 if a result is wrong.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Run the command; return the exit code."""
     parser = argparse.ArgumentParser(
         "python -m numattn",
-        description="Show what numattn runs on and check it against float64, or time it.",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "command",
-        nargs="?",
-        choices=["check", "bench"],
-        default="check",
-        help="check: the runtime and a comparison with float64 (default); "
-        "bench: a small table against plain NumPy",
+    parser.add_argument("--version", action="version", version=f"numattn {_runtime.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    commands.add_parser("check", help="show the runtime and compare with float64 (the default)")
+    bench = commands.add_parser(
+        "bench",
+        help="compare the speed with plain NumPy",
+        description="Compare the speed of attention with plain NumPy on this machine.",
     )
-    command = parser.parse_args().command
-    if command == "bench":
+    bench.add_argument("--json", action="store_true", help="print the results as JSON")
+    explain = commands.add_parser(
+        "explain",
+        help="show what a real model attends to in a sentence",
+        description="Write a web page that shows what each head of the sentence encoder MiniLM "
+        "attends to in a sentence.",
+    )
+    explain.add_argument("sentence", help="a sentence, in quotes")
+    explain.add_argument(
+        "--output",
+        type=Path,
+        default=Path("numattn-explain.html"),
+        metavar="FILE",
+        help="where to write the page (default: %(default)s)",
+    )
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "explain" and not chosen.sentence.strip():
+        explain.error("sentence: got an empty one, expected some words")
+    if chosen.command == "bench":
         _blas.restart_at_full_speed()
-        _bench.bench()
+        _bench.bench(as_json=chosen.json)
         return 0
+    if chosen.command == "explain":
+        return _explain(chosen.sentence, chosen.output)
     _runtime.show_runtime()
     return 0 if _self_check.self_check() else 1
+
+
+def _explain(sentence: str, path: Path) -> int:
+    from ._explain import explain
+
+    try:
+        explain(sentence, path)
+    except (ImportError, OSError) as error:
+        print(f"python -m numattn explain: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

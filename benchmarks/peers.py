@@ -151,6 +151,8 @@ def openvino_peer(case: Case, threads: int) -> dict[str, Call]:
         raise Unsupported(f"its attention on CPUs has no {case.dtype}")
     precision = "f32" if case.dtype == "float32" else "bf16"
     group = case.query_heads // case.kv_heads
+    if group > 1 and case.is_decode:
+        raise Unsupported("it takes no grouped heads, and would read keys and values for each head")
     k, v = (np.repeat(x, group, axis=1) for x in (k, v))  # it takes no grouped heads: not timed
     inputs = [ops.parameter(x.shape, getattr(ov.Type, precision)) for x in (q, k, v)]
     node = ops.scaled_dot_product_attention(*inputs, causal=case.is_causal)

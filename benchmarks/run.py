@@ -15,6 +15,7 @@ from cases import AVX2_BARS, BARS, CASES, OPTION_COSTS
 from numattn._blas import restart_at_full_speed
 from numattn._terminal import progress
 from peers import PEERS
+from picture import can_draw, picture
 from rounds import TURN_SECONDS, Worker, describe_machine, measure, numpy_blas, show
 
 
@@ -42,47 +43,6 @@ def measure_option_costs(threads: int, isa: str | None, rounds: int) -> list[dic
     return rows
 
 
-def text_plot(rows: list[dict]) -> str:
-    """Draw the speedups in characters, as in the README."""
-    lines = []
-    for row in rows:
-        for n, (peer, speedup) in enumerate(row["speedup_over"].items()):
-            label = f"{row['case']:13} x{row['threads']}" if n == 0 else ""
-            bar = "#" * round(min(speedup, 6) * 8)  # eight marks for each time as fast
-            lines.append(f"{label:17}{peer:12} {bar} {speedup:.1f}")
-    return "\n".join(lines)
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    threads = sorted({row["threads"] for row in rows})
-    peers = [p for p in PEERS if any(p in row["speedup_over"] for row in rows)]
-    figure, axes = plt.subplots(
-        len(threads), 1, figsize=(9, 3.2 * len(threads)), squeeze=False, layout="constrained"
-    )
-    for ax, count in zip(axes[:, 0], threads, strict=True):
-        chosen = [row for row in rows if row["threads"] == count]
-        width = 0.8 / max(len(peers), 1)
-        for i, peer in enumerate(peers):
-            x = [n + (i - (len(peers) - 1) / 2) * width for n in range(len(chosen))]
-            y = [row["speedup_over"].get(peer, float("nan")) for row in chosen]
-            bars = ax.bar(x, y, width, label=peer)
-            ax.bar_label(bars, fmt=lambda r: f"{r:.1f}" if r == r else "", fontsize=7, padding=1)
-        ax.axhline(1, color="black", linewidth=0.8)
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.set_ylim(top=ax.get_ylim()[1] * 1.3)
-        ax.set_xticks(range(len(chosen)), [row["case"] for row in chosen])
-        ax.set_ylabel("their time / numattn's time")
-        ax.set_title(f"{count} thread{'s' if count > 1 else ''}", fontsize=10)
-    axes[0, 0].legend(ncols=len(peers), fontsize=8, loc="upper left")
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     names = [case.name for case in CASES]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -98,7 +58,8 @@ def main() -> None:
     restart_at_full_speed()
 
     rows, costs, missing = [], [], {}
-    print(describe_machine(arguments.peers))
+    machine = describe_machine(arguments.peers)
+    print(machine)
     print("case, threads, share of the peak (decode: of bandwidth), times as fast as a peer")
     print("[the middle half of the rounds] (bars)")
     for threads in arguments.threads:
@@ -124,17 +85,18 @@ def main() -> None:
         print(f"left out: {peer} ({why}); pip install 'numattn[bench]' installs the peers")
 
     arguments.output.mkdir(parents=True, exist_ok=True)
-    results = {"cases": rows, "avx2_cases": avx2_rows, "option_costs": costs}
+    results = {
+        "machine": machine.splitlines(),
+        "cases": rows,
+        "avx2_cases": avx2_rows,
+        "option_costs": costs,
+    }
     (arguments.output / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {arguments.output / 'bench.json'}")
-    if rows and arguments.peers:
-        (arguments.output / "bench.txt").write_text(text_plot(rows) + "\n")
-        try:
-            plot(rows, arguments.output / "bench.png")
-        except ImportError as error:
-            print(f"no plot: {error}")
-        else:
-            print(f"wrote {arguments.output / 'bench.png'}")
+    if can_draw(rows, arguments.threads[-1]):
+        drawn = picture(rows, arguments.threads[-1], results["machine"])
+        (arguments.output / "speed.svg").write_text(drawn)
+        print(f"wrote {arguments.output / 'speed.svg'}")
 
 
 if __name__ == "__main__":

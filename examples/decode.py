@@ -1,7 +1,8 @@
 """Time the attention of a model that generates text: `python examples/decode.py`.
 
-The model is shaped like a small Llama (32 query heads, 8 heads of keys and values, 128 elements)
-with random numbers for weights; only its attention is timed, against plain NumPy.
+The model has the shape of a small Llama: 32 query heads, 8 KV heads and a head_dim of 128. Its
+queries, keys and values are random. The program times only the attention, with numattn and in plain
+NumPy.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 
 
 def plain_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """One query of each head in NumPy: heads that share keys are rows of one matrix."""
+    """Attend with one query per head in NumPy: heads that share keys are rows of one matrix."""
     rows = q.reshape(KV_HEADS, QUERY_HEADS // KV_HEADS, HEAD_DIM)
     s = rows @ k[0].swapaxes(-1, -2) / np.float32(np.sqrt(HEAD_DIM))
     s = np.exp(s - s.max(axis=-1, keepdims=True))
@@ -32,10 +33,10 @@ def progress(done: int, all_: int, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--prompt", type=int, default=4096, help="tokens before the first new one")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the model")
+    parser.add_argument("--prompt", type=int, default=4096, help="tokens in the cache at the start")
     parser.add_argument("--tokens", type=int, default=32, help="tokens to generate")
-    parser.add_argument("--quantize", action="store_true", help="caches of 8 bits")
+    parser.add_argument("--quantize", action="store_true", help="keep keys and values in 8 bits")
     arguments = parser.parse_args()
 
     rng = np.random.default_rng(0)
@@ -66,11 +67,14 @@ def main() -> None:
         progress(token + 1, arguments.tokens, f"{(token + 1) / ours:.1f} tokens/s of attention")
 
     size = sum(cache.nbytes for cache in caches)
-    print(f"{arguments.layers} layers, {arguments.prompt} tokens before, cache of {size >> 20} MiB")
-    print(f"numattn  {arguments.tokens / ours:8.1f} tokens/s of attention, appending included")
+    print(
+        f"Attention of {arguments.layers} layers for {arguments.tokens} new tokens, after a prompt "
+        f"of {arguments.prompt} tokens; the caches take {size >> 20} MiB."
+    )
+    print(f"numattn  {arguments.tokens / ours:8.1f} tokens/s, appending included")
     if not arguments.quantize:
         print(f"NumPy    {arguments.tokens / theirs:8.1f} tokens/s")
-        print(f"largest difference {largest_difference:.1e}")
+        print(f"Their results differ by at most {largest_difference:.1e}.")
 
 
 if __name__ == "__main__":

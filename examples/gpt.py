@@ -1,7 +1,7 @@
 """A small GPT in NumPy, with its gradients: characters in, the logits of the next character out.
 
-numattn gives the blocks with their gradients; what is before and after them, and how gradients go
-through all of it, are the few lines below. `language_model.py` trains it.
+numattn computes the blocks and their gradients. The few lines below add what comes before and after
+the blocks, and pass the gradients through all of it. `language_model.py` trains the model.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections import Counter
 import numattn as na
 import numpy as np
 
-RARE = "\N{REPLACEMENT CHARACTER}"  # one character for all those that a text hardly has
+RARE = "\N{REPLACEMENT CHARACTER}"  # one character for all rare ones
 
 
 class Vocabulary:
-    """The characters that a text has often enough; all others are one."""
+    """The characters that are frequent enough in a text; all others share one token."""
 
     def __init__(self, characters: str) -> None:
         self.characters = characters
@@ -35,8 +35,8 @@ class Vocabulary:
 
 
 # ---- layers and their gradients ----------------------------------------------------------------
-# As `na.TransformerBlock.vjp` does, each gives its result y and a function. This takes dy, the
-# gradient of the loss with respect to y, and gives those with respect to what y was made of.
+# Like `na.TransformerBlock.vjp`, each returns its result y and a function. This function takes dy,
+# the gradient of the loss with respect to y, and returns the gradients with respect to the inputs.
 
 
 def norm_vjp(x, gain):
@@ -59,12 +59,12 @@ def rows(x):
 
 
 def cross_entropy_vjp(logits, targets):
-    """Return the mean of -log(probability of the target), and the function of its gradient."""
+    """Return the mean of -log(probability of the target), and a function for its gradient."""
     log_p = log_softmax(rows(logits))
     places = np.arange(targets.size), targets.ravel()
 
     def vjp():
-        # d(-log p_t)/d(logit_i) = p_i, less 1 for the target i = t.
+        # d(-log p_t)/d(logit_i) = p_i, minus 1 for the target i = t.
         d = np.exp(log_p)
         d[places] -= 1
         d /= targets.size
@@ -82,18 +82,18 @@ def log_softmax(logits):
 
 
 def new_block(dim, heads, kv_heads, rng, dtype) -> na.TransformerBlock:
-    """Make a block: attention, and a layer of tokens by themselves, each added to what came in.
+    """Make a block: attention, then a layer that sees each token separately; both add to x.
 
-    From x it makes y = x + attention(norm(x)), and from this y + max(norm(y) up, 0)^2 down.
+    It computes y = x + attention(norm(x)), and returns y + max(norm(y) up, 0)^2 down.
     """
-    # Its gradients: what is added up passes its gradient to both, so y = x + f(x) gives dx = dy
-    # and f's. For a product y = s m: ds = dy m^T and dm = s^T dy, over all tokens. For
+    # Its gradients: a sum passes its gradient to both terms, so for y = x + f(x), dx is dy plus the
+    # gradient through f. For a product y = s m: ds = dy m^T and dm = s^T dy, over all tokens. For
     # s = max(a, 0)^2: da = 2 max(a, 0) ds. For the norms see above.
     block = na.TransformerBlock(
         dim, heads, norm="rms", norm_epsilon=1e-6, activation="relu_squared", kv_heads=kv_heads,
         rotary=True, qk_norm=True, bias=False, dtype=dtype, rng=rng,
     )  # fmt: skip
-    # A block begins as one that adds nothing.
+    # Before training, a block adds nothing.
     for name in ("attention.o_weight", "down_weight"):
         block.parameters()[name][...] = 0
     return block
@@ -121,7 +121,7 @@ class GPT:
         self.blocks = [new_block(dim, heads, kv_heads, rng, dtype) for _ in range(layers)]
 
     def parameters(self) -> dict[str, np.ndarray]:
-        """Return the model's own arrays by name: what is written into them counts."""
+        """Return the model's arrays by name, not copies: writing into them changes the model."""
         named = dict(self.own)
         for number, block in enumerate(self.blocks):
             named |= {f"blocks.{number}.{name}": x for name, x in block.parameters().items()}
@@ -136,7 +136,7 @@ class GPT:
         normed, final_norm_vjp = norm_vjp(x, self.own["norm"])
         loss, loss_vjp = cross_entropy_vjp(normed @ self.own["output"], targets)
 
-        # And back, in the opposite order.
+        # Then back, in the opposite order.
         d_logits = loss_vjp()
         d = {"output": rows(normed).T @ rows(d_logits)}
         dx, d["norm"] = final_norm_vjp(d_logits @ self.own["output"].T)
@@ -144,13 +144,13 @@ class GPT:
             of_block = vjp(dx)
             dx = of_block.x
             d |= {f"blocks.{number}.{name}": x for name, x in of_block.parameters.items()}
-        # A character's embedding gets the sum over the places where the character is.
+        # The gradient of a character's embedding is the sum over all places of the character.
         d["embedding"] = np.zeros_like(self.own["embedding"])
         np.add.at(d["embedding"], tokens.ravel(), rows(dx))
         return loss, d
 
     def logits(self, tokens, caches=None, weights=None, last_only=False):
-        """Return the logits of the character after each one, or after the last one alone."""
+        """Return the logits of the next character after each one, or after only the last one."""
         x = self.own["embedding"][tokens]
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             if weights is None:
@@ -163,7 +163,7 @@ class GPT:
         return norm_vjp(x, self.own["norm"])[0] @ self.own["output"]
 
     def new_caches(self, window: int) -> list[na.KVCache]:
-        """Return a cache for each block, which forgets what is farther away than the window."""
+        """Return a cache for each block. It forgets tokens that are further back than `window`."""
         kv_heads, dtype = self.sizes["kv_heads"], self.own["embedding"].dtype
         head_dim = self.sizes["dim"] // self.sizes["heads"]
         return [na.KVCache(1, kv_heads, head_dim, window=window, dtype=dtype) for _ in self.blocks]
@@ -181,7 +181,7 @@ class GPT:
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get("language_model")
             if text is None:
-                raise SystemExit(f"{path} was not written by --save")
+                raise SystemExit(f"{path} was not written by --save of language_model.py")
             sizes = json.loads(text)
             model = cls(Vocabulary(sizes.pop("characters")), **sizes)
             for name, parameter in model.parameters().items():

@@ -1,13 +1,15 @@
-"""A causal sequence that no process holds as a whole: `python examples/long_context.py`.
+"""Attend over a causal sequence that no process holds in full: `python examples/long_context.py`.
 
-A local cluster of dask attends to 262,144 tokens (8 heads of 64) in chunks: the arrays are made
-chunk by chunk, the result goes to a file for each chunk, and no worker may use more memory than
-`--memory` says (what is too much waits on the disk). Then some rows are compared with attention on
-one machine.
+A local dask cluster attends to 262,144 tokens (8 heads, head_dim 64) in chunks. The arrays are made
+chunk by chunk, and the result of each chunk goes to its own file. No worker uses more memory than
+`--memory`; dask moves the rest to the disk. Then the program compares a few rows with attention in
+one process.
 
-On more machines: start `dask scheduler` on one of them and `dask worker tcp://HOST:8786 --nworkers
--1 --nthreads 1` on all, and pass `--scheduler tcp://HOST:8786 --folder FOLDER`, a folder that all
-of them see.
+To use several machines:
+
+1. Start `dask scheduler` on one of them.
+2. Start `dask worker tcp://HOST:8786 --nworkers -1 --nthreads 1` on all of them.
+3. Pass `--scheduler tcp://HOST:8786 --folder FOLDER`. All of them must see the folder.
 """
 
 from __future__ import annotations
@@ -28,20 +30,20 @@ HEADS, HEAD_DIM = 8, 64
 
 
 def random_array(seed: int, tokens: int, chunk: int) -> da.Array:
-    """Return an array (heads, tokens, head_dim) whose chunks are made where they are needed."""
+    """Return an array (heads, tokens, head_dim) whose chunks the tasks that use them make."""
     generator = da.random.default_rng(seed)
     shape, chunks = (HEADS, tokens, HEAD_DIM), (HEADS, chunk, HEAD_DIM)
     return generator.standard_normal(shape, dtype=np.float32, chunks=chunks)
 
 
 def write(block: np.ndarray, folder: str, block_id: tuple[int, ...]) -> np.ndarray:
-    """Write a chunk of the result to its file; what is left to send is one bool."""
+    """Write a chunk of the result to its file, and send only one bool to the program."""
     np.save(Path(folder) / f"{block_id[1]}.npy", block)
     return np.ones((1, 1, 1), np.bool_)
 
 
 def compare(folder: str, q: da.Array, k: da.Array, v: da.Array, rows: int) -> float:
-    """Return by how much rows of one head differ from attention on one machine at most."""
+    """Return the largest difference of a few rows of one head from attention in this process."""
     rng = np.random.default_rng(0)
     tokens, chunk = q.shape[1], q.chunks[1][0]
     head = int(rng.integers(HEADS))
@@ -61,22 +63,27 @@ def compare(folder: str, q: da.Array, k: da.Array, v: da.Array, rows: int) -> fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=262_144)
-    parser.add_argument("--chunk", type=int, default=8192, help="tokens of a chunk")
-    parser.add_argument("--workers", type=int, default=na.get_num_threads())
-    parser.add_argument("--memory", default="1GiB", help="what a worker may use")
-    parser.add_argument("--scheduler", help="the address of a cluster that runs already")
-    parser.add_argument("--folder", help="where results are kept, seen by all workers")
-    parser.add_argument("--rows", type=int, default=8, help="how many are compared")
+    parser.add_argument("--tokens", type=int, default=262_144, help="length of the sequence")
+    parser.add_argument("--chunk", type=int, default=8192, help="tokens per chunk")
+    parser.add_argument(
+        "--workers", type=int, default=na.get_num_threads(), help="processes of the local cluster"
+    )
+    parser.add_argument("--memory", default="1GiB", help="memory limit of each worker")
+    parser.add_argument("--scheduler", help="address of a running cluster")
+    parser.add_argument("--folder", help="keep the results here; all workers must see it")
+    parser.add_argument("--rows", type=int, default=8, help="how many rows to compare")
     arguments = parser.parse_args()
     if min(arguments.tokens, arguments.chunk, arguments.workers) < 1:
-        parser.error("--tokens, --chunk and --workers: expected positive numbers")
+        parser.error("--tokens, --chunk, --workers: expected positive values")
     if arguments.folder and not Path(arguments.folder).is_dir():
-        parser.error(f"--folder {arguments.folder}: expected a folder that exists")
+        parser.error(f"--folder: got {arguments.folder}, expected an existing folder")
 
     q, k, v = (random_array(n, arguments.tokens, arguments.chunk) for n in range(3))
     out = numattn.dask.attention(q, k, v, is_causal=True)
-    print(f"{arguments.tokens:,} tokens in {out.npartitions} chunks: {len(out.dask):,} tasks")
+    print(
+        f"Causal attention over {arguments.tokens:,} tokens in {out.npartitions} chunks: "
+        f"{len(out.dask):,} tasks for dask."
+    )
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="long-context-"))
         folder = arguments.folder or scratch
@@ -91,17 +98,18 @@ def main() -> None:
         meta = np.empty((0, 0, 0), np.bool_)
         files = out.map_blocks(write, folder=folder, chunks=(1, 1, 1), meta=meta).persist()
         progress(files)
-        files.compute()  # which raises what a worker did
+        files.compute()  # raises the error of a worker, if there is one
         seconds = time.perf_counter() - begin
-        print(f"\n{seconds:.1f} s, {operations(arguments.tokens) / seconds / 1e9:.0f} GF/s")
+        speed = operations(arguments.tokens) / seconds / 1e9
+        print(f"\nIt took {seconds:.1f} s: {speed:.0f} GFLOP/s.")
         difference = compare(folder, q, k, v, arguments.rows)
-    print(f"Rows of one machine differ by at most {difference:.1e}.")
+    print(f"Rows computed in one process differ by at most {difference:.1e}.")
     if difference > 1e-5:
-        raise SystemExit("That is more than the rounding of float32.")
+        raise SystemExit("That is more than rounding in float32 explains: please report a bug.")
 
 
 def operations(tokens: int) -> float:
-    """Return the floating-point operations of causal attention: a product and a sum each."""
+    """Return the floating-point operations of causal attention; a multiply-add counts as two."""
     return HEADS * 4 * HEAD_DIM * tokens * (tokens + 1) / 2
 
 

@@ -8,7 +8,7 @@ EPSILON = 1e-12  # of the norms
 
 
 def numpy_block(block, x, lengths):
-    """Do what `block` does, with its parameters, the usual way."""
+    """Compute what `block` does, with its parameters, in plain NumPy."""
     w = block.parameters()
     batch, tokens, dim = x.shape
 
@@ -23,7 +23,7 @@ def numpy_block(block, x, lengths):
 
 
 def numpy_attention(q, k, v, lengths):
-    """Attend over a padded batch, with all logits in memory."""
+    """Attend over a padded batch, with all logits in memory at once."""
     s = q @ k.swapaxes(-1, -2)
     s *= np.float32(1 / np.sqrt(q.shape[-1]))
     padding = np.arange(k.shape[-2]) >= lengths[:, np.newaxis]  # (batch, tokens)

@@ -1,6 +1,7 @@
-"""What the heads of a real model look at in a sentence: `python examples/patterns.py "..."`.
+"""Show what the heads of a real model look at in a sentence: `python examples/patterns.py "..."`.
 
-Draws the patterns of all heads and, larger, of one; and writes a page to point and look.
+It draws the attention patterns of all heads in one picture and one head in a larger one. It also
+writes an interactive page: point at a word to see what each head looks at from there.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ SENTENCE = "The bank raised its rates, so we sat on the bank of the river."
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sentence", nargs="?", default=SENTENCE)
-    # Counted from 0, as in the pictures.
-    parser.add_argument("--layer", type=int, default=2, help="of the larger picture, 0 to 5")
-    parser.add_argument("--head", type=int, default=1, help="of the larger picture, 0 to 11")
+    parser.add_argument("sentence", nargs="?", default=SENTENCE, help="in English")
+    # Both count from 0, as in the pictures.
+    parser.add_argument("--layer", type=int, default=2, help="layer of the larger picture, 0 to 5")
+    parser.add_argument("--head", type=int, default=1, help="head of the larger picture, 0 to 11")
     arguments = parser.parse_args()
 
     model = MiniLM()
@@ -31,7 +32,7 @@ def main() -> None:
         ("head", arguments.head, heads),
     ):
         if not 0 <= number < count:
-            parser.error(f"--{name} {number}: expected 0 to {count - 1}")
+            parser.error(f"--{name}: got {number}, expected 0 to {count - 1}")
     ids, lengths = model.tokens([arguments.sentence])
     weights = model.attention_weights(ids, lengths)[:, 0]  # (layers, heads, tokens, tokens)
     tokens = model.token_texts(ids[0])
@@ -44,10 +45,10 @@ def main() -> None:
     plot.plot_pattern(chosen, tokens, title=title).figure.savefig(RESULTS / "head.png", dpi=150)
     plot.html_page(weights, tokens, RESULTS / "patterns.html", title=arguments.sentence)
 
-    print(f'{layers} layers of {heads} heads look at "{arguments.sentence}"\n')
-    print(f"all heads             {RESULTS / 'heads.png'}")
-    print(f"{title:22}{RESULTS / 'head.png'}")
-    print(f"a page to look around {RESULTS / 'patterns.html'}")
+    print(f'What {layers} layers with {heads} heads each look at in "{arguments.sentence}":\n')
+    print(f"all heads            {RESULTS / 'heads.png'}")
+    print(f"{title:21}{RESULTS / 'head.png'}")
+    print(f"an interactive page  {RESULTS / 'patterns.html'}")
 
 
 if __name__ == "__main__":

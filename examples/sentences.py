@@ -1,4 +1,7 @@
-"""Which sentences say the same? Encodes them with MiniLM, by numattn and in plain NumPy."""
+"""Find the sentences that mean the same, with MiniLM in numattn: `python examples/sentences.py`.
+
+The model also runs in plain NumPy, to compare the results and the speed.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,15 @@ import numpy as np
 from numattn.demo import MiniLM
 from numpy_minilm import numpy_attention, numpy_block
 
+INTRODUCTION = """\
+MiniLM is a small language model. It reads a sentence and turns it into a vector (a list of 384
+values) that describes its meaning. Inside the model, attention lets each word take in the other
+words of its sentence; numattn computes this attention. If two sentences mean nearly the same, their
+vectors point in nearly the same direction, and the cosine of the angle between them is near 1. Here
+are 20 sentences: ten things, each said twice in different words.
+
+Each sentence, and the one nearest to it by meaning (cosine):
+"""
 SENTENCES = [
     "A cat is sleeping on the warm windowsill.",
     "The kitten naps in the sun by the window.",
@@ -31,7 +43,7 @@ SENTENCES = [
     "The orchestra rehearsed the symphony until late at night.",
     "Musicians practised the new concert piece all evening.",
 ]
-# Long ones: all sentences, twice, from another one on.
+# Long texts: all sentences twice, each text from a different sentence on.
 PASSAGES = [" ".join(2 * (SENTENCES[i:] + SENTENCES[:i])) for i in range(0, len(SENTENCES), 2)]
 
 
@@ -48,15 +60,15 @@ def compare_speed(model: MiniLM, what: str, texts: list[str]) -> None:
     ids, lengths = model.tokens(texts)
     ours = best_time(lambda: model.encode_tokens(ids, lengths))
     theirs = best_time(lambda: model.encode_tokens(ids, lengths, numpy_block))
-    # The attention of one layer by itself, on vectors of the right shape.
+    # Only the attention of one layer, on random vectors of the right shape.
     shape = (len(texts), model.config["num_attention_heads"], ids.shape[1], 32)
     q, k, v = np.random.default_rng(0).standard_normal((3, *shape), dtype=np.float32)
     our_attention = best_time(lambda: na.attention(q, k, v, kv_lengths=lengths))
     their_attention = best_time(lambda: numpy_attention(q, k, v, lengths))
+    what = f"{len(texts)} {what} of up to {ids.shape[1]} tokens"
     print(
-        f"{what} ({len(texts)} x {ids.shape[1]} tokens, padded): "
-        f"{len(texts) / ours:.0f} a second with numattn, {len(texts) / theirs:.0f} in plain "
-        f"NumPy ({theirs / ours:.2f}x); the attention alone {their_attention / our_attention:.1f}x"
+        f"  {what:32}{len(texts) / ours:8.0f}{len(texts) / theirs:8.0f}{theirs / ours:14.2f}x"
+        f"{their_attention / our_attention:15.1f}x"
     )
 
 
@@ -66,14 +78,19 @@ def main() -> None:
     embeddings = model.encode_tokens(ids, lengths)
     similar = embeddings @ embeddings.T
     np.fill_diagonal(similar, -1)
-    print("Each sentence, and the one nearest to it (cosine):\n")
+    print(INTRODUCTION)
     for i, sentence in enumerate(SENTENCES):
         nearest = int(similar[i].argmax())
         print(f"  {sentence:68} {similar[i, nearest]:.2f}  {SENTENCES[nearest]}")
     plain = model.encode_tokens(ids, lengths, numpy_block)
-    print(f"\nLargest difference from plain NumPy: {np.abs(embeddings - plain).max():.1e}")
-    compare_speed(model, "Sentences", SENTENCES)
-    compare_speed(model, "Passages", PASSAGES)
+    print(
+        "\nThe same model in plain NumPy gives the same vectors up to rounding: the largest "
+        f"difference\nis {np.abs(embeddings - plain).max():.1e}. How many texts do both read per "
+        "second? (A token is a word or a piece of one.)\n"
+    )
+    print(f"{'':34}{'numattn':>8}{'NumPy':>8}{'times as fast':>15}{'only attention':>16}")
+    compare_speed(model, "sentences", SENTENCES)
+    compare_speed(model, "passages", PASSAGES)
     print()
 
 

@@ -1,7 +1,7 @@
-"""Lets language models of transformers read and write, with numattn and with PyTorch.
+"""Let transformers models read and write, with numattn's attention and with PyTorch's.
 
-Without arguments it makes small models of three families with random weights, and downloads
-nothing. Give it the folder of a real model, with its tokenizer, to let that one continue a text:
+Without arguments, the program makes small models of three families with random weights, and
+downloads nothing. Pass the folder of a real model and its tokenizer to let it continue a text:
 
     python examples/transformers_generate.py --model path/to/model --prompt "Once upon a time"
 """
@@ -29,7 +29,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 64,
     "vocab_size": 1000,
-    "eos_token_id": None,  # so that all of them write as many tokens
+    "eos_token_id": None,  # no end of text: all models write the same number of tokens
     "pad_token_id": 0,
 }
 FAMILIES = {
@@ -42,7 +42,7 @@ FAMILIES = {
 
 
 def generate(model, inputs, new_tokens, repeats=3):
-    """Return the tokens, and the seconds that it takes to read and to write one more."""
+    """Return the tokens, the seconds to read the prompt, and the seconds per written token."""
     options = {"do_sample": False, "pad_token_id": 0}
     seconds = {}
     for count in (1, new_tokens):
@@ -55,8 +55,8 @@ def generate(model, inputs, new_tokens, repeats=3):
 
 
 def compare(name, model, inputs, new_tokens):
-    """Let a model write with numattn and with PyTorch's attention; print tokens per second."""
-    # Gemma 2 and gpt-oss have no attention of PyTorch, only products and a softmax.
+    """Let a model write with numattn's and with PyTorch's attention; print tokens per second."""
+    # Gemma 2 and gpt-oss do not use PyTorch's attention function, but products and a softmax.
     other = "sdpa" if model._supports_sdpa else "eager"
     results = {}
     for implementation in (other, "numattn"):
@@ -65,7 +65,7 @@ def compare(name, model, inputs, new_tokens):
     length = inputs["input_ids"].shape[1]
     print(f"{name}: {length} tokens read, {new_tokens} written")
     for implementation, (_, reading, writing) in results.items():
-        # The difference of two times, which chance may make negative if it is short.
+        # A difference of two times; noise can make a short one negative.
         rate = f"{1 / writing:6.1f} tokens/s" if writing > 0 else "too fast to tell"
         print(f"  {implementation:8} reads {length / reading:6.0f} tokens/s, writes {rate}")
     (theirs, _, _), (ours, _, _) = results[other], results["numattn"]
@@ -75,10 +75,14 @@ def compare(name, model, inputs, new_tokens):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="the folder of a model with its tokenizer")
-    parser.add_argument("--prompt", default="The history of attention begins with")
-    parser.add_argument("--length", type=int, default=1024, help="of random prompts, in tokens")
-    parser.add_argument("--new-tokens", type=int, default=32, help="at least 2")
+    parser.add_argument("--model", help="folder of a model with its tokenizer")
+    parser.add_argument(
+        "--prompt",
+        default="The history of attention begins with",
+        help="text that a real model continues",
+    )
+    parser.add_argument("--length", type=int, default=1024, help="tokens of the random prompts")
+    parser.add_argument("--new-tokens", type=int, default=32, help="how many to write, at least 2")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments = parser.parse_args()
     if arguments.new_tokens < 2:

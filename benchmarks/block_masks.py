@@ -1,6 +1,6 @@
-"""What masks by blocks cost and save: `make bench-block-masks`.
+"""Measure what block masks cost and save: `make bench-block-masks`.
 
-Ratios of calls that take turns in one process; medians of the rounds.
+Calls take turns in one process, and each figure is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def densities(q, k, v):
 
 
 def structures(q, k, v):
-    """Compare masks with the options that say the same."""
+    """Compare masks with the options that mean the same."""
     window = na.BlockMask.window(TOKENS, TOKENS, 1023, 0)
     cost = 1 / ratio(
         lambda: na.attention(q, k, v, window=(1023, 0)), lambda: na.attention(q, k, v, mask=window)
@@ -58,7 +58,7 @@ def documents(q, k, v):
 
 
 def making(tokens=65536):
-    """Make a causal mask of documents from a function."""
+    """Measure making a causal mask of documents from a function."""
     of_token = np.repeat(np.arange(tokens // 1024), 1024)
 
     def causal_within_documents(batch, head, q, k):
@@ -69,7 +69,7 @@ def making(tokens=65536):
     show(f"from_mask_mod, {tokens} tokens, in seconds", time.perf_counter() - begin, 3)
     tracemalloc.start()
     na.BlockMask.from_mask_mod(causal_within_documents, tokens, tokens)
-    show("  its memory in MiB", tracemalloc.get_traced_memory()[1] / 2**20, 64)
+    show("  memory for it in MiB", tracemalloc.get_traced_memory()[1] / 2**20, 64)
     tracemalloc.stop()
 
 

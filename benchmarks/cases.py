@@ -1,4 +1,4 @@
-"""The problems that are measured, and how many operations they are."""
+"""The problems that are measured, and how many operations they need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Case:
-    """One problem; `mask` names a dense mask made by `dense_mask`, other options are `options`'."""
+    """One problem. `mask` names a mask of `dense_mask`; `options` makes the other options."""
 
     name: str
     batch: int
@@ -38,7 +38,7 @@ class Case:
 
     @property
     def attended_pairs(self) -> int:
-        """Pairs of query and key that attend, over all heads."""
+        """The number of pairs of query and key that attend, over all heads."""
         assert self.kv_lengths is None
         if self.mask:
             pairs = int(dense_mask(self).sum())
@@ -51,24 +51,24 @@ class Case:
 
     @property
     def is_decode(self) -> bool:
-        """Few queries: what bounds them is reading K and V, not multiplying."""
+        """Few queries: reading K and V limits them, not multiplying."""
         return self.query_length <= 4 and self.key_length >= 1024
 
     @property
     def bytes_read(self) -> int:
-        """Keys and values once."""
+        """The bytes of all keys and values, each read once."""
         size = numpy_dtype(self.dtype).itemsize
         return 2 * self.batch * self.kv_heads * self.key_length * self.head_dim * size
 
     @property
     def bound(self) -> tuple[str, float]:
-        """What limits it, and how much of that it needs."""
+        """The resource that limits the case, and how much of it the case needs."""
         return ("bandwidth", self.bytes_read) if self.is_decode else ("peak", self.flops)
 
     @property
     def flops(self) -> float:
-        """Useful operations: a multiply-add for each of q k and w v, for each attended pair; five
-        products backwards."""
+        """Useful operations: for each attended pair, the multiply-adds of two products forwards
+        (q k and w v) or of five products backwards."""
         products = 5 if self.backward else 2
         return 2.0 * products * self.head_dim * self.attended_pairs
 
@@ -105,7 +105,7 @@ def arrays(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def gradient_of_out(case: Case, shape: tuple[int, ...]) -> np.ndarray:
-    """Make what a loss would give for a result of that shape."""
+    """Make the gradient of a loss with respect to a result of this shape."""
     rng = np.random.default_rng(2)
     return rng.standard_normal(shape, dtype=np.float32).astype(numpy_dtype(case.dtype))
 
@@ -178,8 +178,8 @@ CASES = [
     Case("tiny-decode", 1, 1, 1, 1, 64, 64),
 ]
 
-# What is aimed at on a CPU with AVX-512 whose kernels run at that level, by threads: the share of
-# the peak (of the bandwidth of reading for few queries), and how many times as fast as a peer.
+# Targets on a CPU with AVX-512 at that level, by number of threads: the share of the peak (for few
+# queries: of the read bandwidth), and how many times as fast as another library.
 BARS: dict[tuple[str, int], dict[str, float]] = {
     ("bert128", 1): {"peak": 0.78, "torch": 1.7, "onnxruntime": 1.0},
     ("bert512", 1): {"peak": 0.86, "torch": 2.3},

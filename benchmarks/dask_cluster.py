@@ -1,8 +1,9 @@
-"""Attention on a local cluster of dask against one process: `make bench-dask`.
+"""Compare attention on a local dask cluster with one process: `make bench-dask`.
 
-As many processes of one thread as the process has threads; they take turns with it in rounds, and
-a figure is the median of the rounds' ratios. The arrays are in the workers' memory before, and the
-result stays there. Also: how many tasks a million tokens are, and how long these take to make.
+The cluster has as many processes, with one thread each, as the single process has threads. Both
+take turns in rounds, and each figure is the median of the rounds' ratios. The arrays are in the
+workers' memory before the call, and the result stays there. The program also prints how many tasks
+a sequence of a million tokens has, and how long it takes to make them.
 """
 
 from __future__ import annotations
@@ -74,10 +75,10 @@ def measure_cluster(tokens: int, chunk: int, threads: int, rounds: int) -> None:
     counted = undisturbed or every
     ratio = median(turns[in_process] / turns[on_cluster] for turns in counted)
     print(
-        f"causal {tokens}, chunks of {chunk}: {threads} processes of one thread have "
-        f"{ratio:.2f} of the speed of one process of {threads} threads "
-        f"(>= {SPEED_BAR}: {'met' if ratio >= SPEED_BAR else 'missed'}); "
-        f"{median(turns[in_process] for turns in counted):.2f} s in the process; "
+        f"causal, {tokens} tokens, chunks of {chunk}: {threads} processes with one thread reach "
+        f"{ratio:.2f} of the speed of one process with {threads} threads "
+        f"(>= {SPEED_BAR}: {'met' if ratio >= SPEED_BAR else 'missed'}); the single process takes "
+        f"{median(turns[in_process] for turns in counted):.2f} s; "
         f"{len(undisturbed)} of {len(every)} rounds were undisturbed"
     )
 
@@ -92,7 +93,7 @@ def measure_graph(tokens: int, chunk: int) -> None:
         took.append(time.perf_counter() - begin)
     is_met = tasks <= TASKS_BAR and median(took) <= BUILD_BAR
     print(
-        f"causal {tokens}, chunks of {chunk}: {tasks} tasks made in {median(took):.2f} s "
+        f"causal, {tokens} tokens, chunks of {chunk}: {tasks} tasks, made in {median(took):.2f} s "
         f"(<= {TASKS_BAR} in {BUILD_BAR} s: {'met' if is_met else 'missed'})"
     )
 

@@ -1,9 +1,9 @@
-"""Is numattn anywhere slower than plain NumPy? `make bench-grid` asks at some 460 shapes.
+"""Look for a shape at which numattn is slower than plain NumPy, among about 460: `make bench-grid`.
 
-Both libraries run in processes of their own, with as many threads, and take turns.
-NumPy is `plain_calls` of `numattn._bench`, the fastest of its variants in each turn. A shape that
-comes near 1 is measured again, in more rounds. Which rounds count: see rounds.py.
-Prints the worst cases; the last line is the verdict, and so is the exit code.
+Both libraries have their own process, use as many threads, and take turns. NumPy is `plain_calls`
+of `numattn._bench`; its fastest variant counts in each turn. If a ratio is near 1, the shape is
+measured again in more rounds. rounds.py says which rounds count. The program prints the worst
+cases. The last line is the verdict, and the exit code says the same.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ MORE_ROUNDS = 15
 
 
 class Pair:
-    """Both libraries, with turns side by side."""
+    """Both libraries, which take turns."""
 
     def __init__(self, threads: int, isa: str | None) -> None:
         self.threads = threads
         self.ours, self.numpy = (Worker(peer, threads, isa) for peer in ("numattn", "numpy"))
-        self.disturbed = 0  # rounds that did not count
+        self.disturbed = 0  # rounds that do not count
 
     def prepare(self, case: Case) -> None:
-        """Make both calls, and compare some of their numbers."""
+        """Make both calls, and compare some values of their results."""
         self.calls = {}
         for worker in (self.ours, self.numpy):
             seconds = worker.ask({"prepare": case.as_dict()})["seconds"]
@@ -76,7 +76,7 @@ class Pair:
 
 
 def speedups(cases: list[Case], pair: Pair, rounds: int) -> dict[str, float]:
-    """Return NumPy's time over numattn's for each case that could be measured."""
+    """Return NumPy's time over numattn's, for each case with a round that counts."""
     result = {}
     for n, case in enumerate(cases):
         progress(f"{pair.threads} threads, shape {n + 1} of {len(cases)}: {case.name}")
@@ -93,22 +93,24 @@ def speedups(cases: list[Case], pair: Pair, rounds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--isa", help="pin numattn to this level")
+    parser.add_argument("--isa", help="the level that numattn must use")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cases", default="", help="a regular expression of their names")
-    parser.add_argument("--worst", type=int, default=10, help="how many to print")
+    parser.add_argument("--cases", default="", help="regular expression for the names of cases")
+    parser.add_argument(
+        "--worst", type=int, default=10, help="how many of the worst cases to print"
+    )
     arguments = parser.parse_args()
     restart_at_full_speed()
     cases = [case for case in grid() if re.search(arguments.cases, case.name)]
     if not cases:
-        parser.error(f"no case matches {arguments.cases!r}")
+        parser.error(f"--cases: no case matches {arguments.cases!r}")
     worst, unmeasured = float("inf"), 0
     for threads in arguments.threads:
         pair = Pair(threads, arguments.isa)
         by_speedup = sorted(
             speedups(cases, pair, arguments.rounds).items(), key=lambda item: item[1]
         )
-        print(f"{threads} threads, {len(by_speedup)} shapes, NumPy's time over numattn's:")
+        print(f"{threads} threads, {len(by_speedup)} shapes: NumPy's time over numattn's")
         print(f"  NumPy: {pair.blas()}")
         for name, speedup in by_speedup[: arguments.worst]:
             print(f"  worst  {speedup:6.2f}  {name}")
@@ -116,11 +118,11 @@ def main() -> None:
             print(f"  median {median(s for _, s in by_speedup):6.2f}")
             worst = min(worst, by_speedup[0][1])
         if pair.disturbed:
-            print(f"  {pair.disturbed} rounds did not count: too little of the CPU was free")
+            print(f"  {pair.disturbed} rounds do not count: other programs used the CPU")
         unmeasured += len(cases) - len(by_speedup)
         pair.close()
     if unmeasured:
-        print(f"{unmeasured} shapes were not measured: no round of theirs counted")
+        print(f"{unmeasured} shapes were not measured: none of their rounds counts")
     print(f"worst case {worst:.2f}: {'never' if worst >= 1 else 'sometimes'} slower than NumPy")
     sys.exit(worst < 1 or unmeasured > 0)
 

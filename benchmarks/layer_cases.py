@@ -1,4 +1,4 @@
-"""The rows of `make bench-layers`: what is computed, how many operations it is, and the aims."""
+"""The rows of `make bench-layers`: what is computed, with how many operations, and the targets."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ import numpy as np
 from cases import Case as Attention
 from cases import numpy_dtype
 
-MATRICES = 4  # of a single row: more bytes than caches keep
+MATRICES = 4  # that a single row is multiplied by: more bytes than caches keep
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: what is computed of embeddings (batch, tokens, embed_dim).
+    """One row: what is computed from embeddings (batch, tokens, embed_dim).
 
-    The kinds: project, a product with a matrix (embed_dim, outputs); row, the products of a single
-    row with MATRICES of them; layer, attention with its four matrices; backward, its gradients;
-    forward_and_backward, both; step, a layer for one token at a time, after the tokens of a cache;
-    block, a layer and a feed-forward network of `outputs` elements, with norms; weights of
-    attention, for `heads` of 64 elements; softmax of `heads` squares of logits; rotary, for `heads`
-    of 128 elements; sentences and passages, a whole model (`examples/sentences.py`).
+    The kinds:
+
+    - project: a product with a matrix (embed_dim, outputs)
+    - row: the products of a single row with MATRICES of them
+    - layer: attention with its four matrices
+    - backward: the gradients of a layer
+    - forward_and_backward: both
+    - step: a layer for one token at a time, after the tokens of a cache
+    - block: a layer and a feed-forward network of `outputs` elements, with norms
+    - weights: the weights of attention, for `heads` heads of 64 elements
+    - softmax: the softmax of `heads` squares of logits
+    - rotary: rotary embedding for `heads` heads of 128 elements
+    - sentences, passages: a whole model (`examples/sentences.py`)
     """
 
     name: str
@@ -39,7 +46,7 @@ class Case:
 
     @property
     def bound(self) -> tuple[str, float] | None:
-        """What limits it, and how much of that it needs: operations, or bytes of memory."""
+        """The resource that limits it, and how many operations or bytes of memory it needs."""
         if self.kind == "row":
             return "bandwidth", 4.0 * MATRICES * self.embed_dim * self.outputs
         if self.kind == "rotary":  # read and written
@@ -48,7 +55,7 @@ class Case:
         return ("peak", flops) if flops else None
 
     def _flops(self) -> float:
-        """Operations of the products; of causal attention, those for pairs that attend."""
+        """Operations of the products; causal attention counts only pairs that attend."""
         rows, dim = self.batch * self.tokens, self.embed_dim
         layer = 2.0 * rows * 4 * dim * dim
         of_kinds = {
@@ -75,7 +82,7 @@ def embeddings(case: Case) -> np.ndarray:
 
 
 def rows_and_matrices(case: Case) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Make the arrays of a projection, and of a row with its matrices."""
+    """Make the arrays of a projection, or a row with its matrices."""
     shape = case.embed_dim, case.outputs
     scale = np.float32(1 / np.sqrt(case.embed_dim))
     count = MATRICES if case.kind == "row" else 1
@@ -85,7 +92,7 @@ def rows_and_matrices(case: Case) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def parameters(case: Case) -> dict[str, np.ndarray]:
-    """Make the parameters of a layer or a block by numattn's names, matrices (in, out)."""
+    """Make the parameters of a layer or block under numattn's names, with matrices (in, out)."""
     dim = case.embed_dim
     matrices = {f"{name}_weight": (dim, dim) for name in "qkvo"}
     if case.kind == "block":
@@ -126,8 +133,8 @@ CASES = [
     Case("rotary_embedding 32 x 4096 x 128", "rotary", tokens=4096, heads=32),
 ]  # fmt: skip
 
-# What is aimed at with two threads: the share of the peak of multiply-adds of the dtype (of the
-# bandwidth of reading, for a row and rotary embedding), and how many times as fast as a peer.
+# Targets with two threads: the share of the dtype's peak of multiply-adds (for a row and rotary
+# embedding: of the read bandwidth), and how many times as fast as another library.
 BARS: dict[str, dict[str, float]] = {
     "projection 4096 x 768 x 768": {"peak": 0.88, "numpy": 0.97},
     "projection 4096 x 768 x 3072": {"peak": 0.86, "numpy": 0.97},
@@ -144,6 +151,6 @@ BARS: dict[str, dict[str, float]] = {
     "rotary_embedding 32 x 4096 x 128": {"peak": 0.5},
 }
 BARS_THREADS = 2
-# Of the largest number of an array, that libraries may differ by. float32 can tell GELU from its
-# approximation by tanh.
+# How much libraries may differ, as a share of an array's largest value. The tolerance of float32 is
+# small enough to tell GELU from its approximation by tanh.
 TOLERANCES = {"float32": 2e-5, "bfloat16": 2e-2}

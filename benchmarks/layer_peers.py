@@ -1,6 +1,6 @@
-"""Layers, blocks and a model by each of the libraries, as functions without arguments.
+"""Layers, blocks and a model of each library, as functions without arguments.
 
-For each library a table of what it computes: {kind of case: case -> {variant: call}}; the fastest
+Each library has a table of what it computes: {kind of case: case -> {variant: call}}. The fastest
 variant counts.
 """
 
@@ -22,13 +22,13 @@ Table = dict[str, Callable[[Case], dict[str, Call]]]
 
 
 def one(make: Callable[[Case], Call]) -> Callable[[Case], dict[str, Call]]:
-    """Return what makes the only variant."""
+    """Return a function that makes the only variant."""
     return lambda case: {make.__name__: make(case)}
 
 
 def look_up(table: Table, case: Case) -> dict[str, Call]:
     if case.kind not in table:
-        raise Unsupported(f"{case.kind} is not compared with it")
+        raise Unsupported(f"this library is not compared for cases of the kind {case.kind!r}")
     return table[case.kind](case)
 
 
@@ -41,9 +41,9 @@ def numattn_project(case: Case) -> Call:
 
     level = na.runtime_info()["isa"]["chosen"]
     if case.dtype == "bfloat16" and level != "avx512_bf16":
-        raise Unsupported(f"the level is {level}: products of bfloat16 are avx512_bf16's")
+        raise Unsupported(f"products of bfloat16 need the level avx512_bf16; this CPU has {level}")
     rows, matrices = rows_and_matrices(case)
-    # A bias of zeros is added like any other, and leaves the product as it is.
+    # A bias of zeros is added like any other, and does not change the product.
     bias = np.zeros(case.outputs, rows.dtype)
     if case.kind == "project":
         return lambda: project(rows, matrices[0], bias)
@@ -79,16 +79,17 @@ def numattn_step(case: Case) -> Call:
     layer(normal(1, case.cached_tokens, case.embed_dim, seed=3), cache=cache)
 
     def steps():
-        cache.truncate(case.cached_tokens)  # the tokens of the call before
+        cache.truncate(case.cached_tokens)  # forgets the tokens of the previous call
         return [layer(x[:, i : i + 1], cache=cache) for i in range(case.tokens)]
 
     return steps
 
 
 def numattn_gradients(found: Any) -> list[np.ndarray]:
-    """Return gradients as all libraries are compared: x, q, k, v, o, their biases as PyTorch's.
+    """Return the gradients in the form of the comparison: x, q, k, v, o, and biases like PyTorch's.
 
-    The bias of keys has a gradient of 0 but for rounding, so that it is compared with the others'.
+    The gradient of the keys' bias is 0 except for rounding, so it is compared together with the
+    others.
     """
     own = found.parameters
     matrices = (own[f"{name}_weight"] for name in "qkvo")
@@ -136,7 +137,7 @@ def numattn_rotary(case: Case) -> Call:
 
 
 def minilm(case: Case) -> Callable[..., np.ndarray]:
-    """Return the model's call for the texts of the case; what it is given computes the blocks."""
+    """Return a call that encodes the texts of the case; its argument computes the blocks."""
     sys.path.append(str(Path(__file__).parents[1] / "examples"))
     import sentences
     from numattn.demo import MiniLM
@@ -256,7 +257,7 @@ def torch_project(case: Case) -> Call:
 
 
 def _array(tensor):
-    """View a tensor as an array, also one of bfloat16."""
+    """View a tensor as an array, even if its dtype is bfloat16."""
     import torch
 
     if tensor.dtype != torch.bfloat16:
@@ -267,7 +268,7 @@ def _array(tensor):
 
 
 def torch_module(case: Case):
-    """Make the layer or block of a case."""
+    """Make PyTorch's layer or block of a case."""
     import torch
 
     own = parameters(case)
@@ -295,7 +296,7 @@ def torch_module(case: Case):
 
 
 def torch_forward(case: Case):
-    """Return the module of a case as a function of the embeddings, which exports too."""
+    """Return a module of a case that maps embeddings to results and that can be exported."""
     import torch
 
     module = torch_module(case)
@@ -317,7 +318,7 @@ def torch_forward(case: Case):
 
 
 def torch_fast_and_not(case: Case) -> dict[str, Call]:
-    """Return the layer or block with its fast path and without: it is often the slower one."""
+    """Return the layer or block with its fast path and without, because it is often slower."""
     import torch
 
     module, x = torch_forward(case), torch.from_numpy(embeddings(case))
@@ -331,7 +332,7 @@ def torch_fast_and_not(case: Case) -> dict[str, Call]:
 
 
 def torch_step(case: Case) -> Call:
-    """Do what a program does with its own cache, because the module has none."""
+    """Attend as a program with its own cache does, because the module has no cache."""
     import torch
 
     linear = torch.nn.functional.linear
@@ -362,7 +363,7 @@ def torch_step(case: Case) -> Call:
 
 
 def torch_training(case: Case) -> tuple[Call, Callable[[Any], list]]:
-    """Return the forward pass of a layer that keeps what gradients need, and the backward pass."""
+    """Return a layer's forward pass, which keeps what gradients need, and its backward pass."""
     import torch
 
     torch.set_grad_enabled(True)
@@ -419,13 +420,15 @@ def torch_peer(case: Case, threads: int) -> dict[str, Call]:
 
 def onnxruntime_peer(case: Case, threads: int) -> dict[str, Call]:
     if case.kind not in ("layer", "block"):
-        raise Unsupported("it is compared in what PyTorch exports, layers and blocks")
-    import onnxscript  # noqa: F401  (the exporter's: without it here an ImportError says so)
+        raise Unsupported(
+            "ONNX Runtime is compared only for layers and blocks, which PyTorch exports"
+        )
+    import onnxscript  # noqa: F401  (the exporter needs it: fail here with a clear ImportError)
     import torch
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")  # from inside the exporter
-    torch.backends.mha.set_fastpath_enabled(False)  # it is no operator of ONNX
+    warnings.simplefilter("ignore")  # the exporter's own
+    torch.backends.mha.set_fastpath_enabled(False)  # ONNX has no operator for it
     module, x = torch_forward(case), embeddings(case)
     calls = {}
     for opset in (18, 23):  # attention as products and a softmax, and as an operator

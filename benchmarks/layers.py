@@ -1,7 +1,8 @@
-"""Layers, blocks and a whole model against their peers: `make bench-layers`.
+"""Compare layers, blocks and a whole model with other libraries: `make bench-layers`.
 
-Each library runs in a process of its own, and they take turns in rounds: see rounds.py. The
-results of all are compared first. Rows are in layer_cases.py, libraries in layer_peers.py.
+Each library runs in its own process, and they take turns in rounds: see rounds.py. First, the
+results of all libraries are compared. The rows are in layer_cases.py, the libraries in
+layer_peers.py.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ def main() -> None:
     restart_at_full_speed()
     cases = [case for case in CASES if re.search(arguments.cases, case.name)]
     if not cases:
-        parser.error(f"no case matches {arguments.cases!r}")
+        parser.error(f"--cases: no case matches {arguments.cases!r}")
 
     machine = describe_machine(arguments.peers)
     print(machine)
-    print("case, threads, share of the peak (one row and rotary embedding: of the bandwidth),")
-    print("times as fast as a peer [the middle half of the rounds] (bars)")
+    print("Columns: case, threads, share of the peak (one row and rotary embedding: share of the")
+    print(
+        "bandwidth), then for each other library how many times as fast numattn is: median [middle"
+    )
+    print("half of the rounds] (target).")
     rows, missing = [], {}
     for threads in arguments.threads:
         print(f"NumPy: {(blas := numpy_blas(threads))}")

@@ -1,4 +1,4 @@
-"""Models of transformers by each attention function, as functions without arguments."""
+"""Transformers models with each attention function, as functions without arguments."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from peers import Call, Peer, Unsupported
 if TYPE_CHECKING:
     import numpy as np
 
-TOKENS = 8  # of one call that generates
+TOKENS = 8  # that one call generates
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: a model with random weights that reads a prompt, or generates tokens after one."""
+    """One row: a model with random weights that reads a prompt or generates tokens after it."""
 
     name: str
     family: str
@@ -61,7 +61,7 @@ CASES = [
     Case("gpt-oss f32, prompt 2048", "gpt-oss", 2048),
 ]
 
-# What is aimed at with two threads: how many times as fast as "sdpa".
+# Targets with two threads: how many times as fast as with "sdpa".
 BARS: dict[str, dict[str, float]] = {
     "SmolLM2 bf16, prompt 2048": {"sdpa": 1.6},
     "SmolLM2 bf16, prompt 512": {"sdpa": 1.35},
@@ -70,7 +70,7 @@ BARS: dict[str, dict[str, float]] = {
     "SmolLM2 bf16, a token after 2048": {"sdpa": 1.5},
     "SmolLM2 f32, a token after 2048": {"sdpa": 0.97},
 }
-# Of the largest logit. bfloat16 rounds after each step of 30 layers.
+# How much logits may differ, relative to the largest; bfloat16 rounds after each step of 30 layers.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
 
 
@@ -83,7 +83,7 @@ def make_peer(implementation: str, case: Case, threads: int) -> dict[str, Call]:
     numattn.transformers.register()
     family, options = FAMILIES[case.family]
     if implementation == "sdpa" and family in ("Gemma2", "GptOss"):
-        raise Unsupported("the model has no sdpa")
+        raise Unsupported("this model does not support sdpa")
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         getattr(transformers, f"{family}Config")(**options),

@@ -1,7 +1,7 @@
-"""Models of transformers with numattn against PyTorch's attention: `make bench-models`.
+"""Compare transformers models with numattn's and PyTorch's attention: `make bench-models`.
 
-Each attention function runs in a process of its own, and they take turns in rounds: see rounds.py.
-The logits of all are compared first. Models are in model_peers.py.
+Each attention function runs in its own process, and they take turns in rounds: see rounds.py.
+First, the logits of all are compared. The models are in model_peers.py.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def main() -> None:
     restart_at_full_speed()
     cases = [case for case in CASES if re.search(arguments.cases, case.name)]
     if not cases:
-        parser.error(f"no case matches {arguments.cases!r}")
+        parser.error(f"--cases: no case matches {arguments.cases!r}")
 
     machine = describe_machine(["torch", "transformers"])
     print(machine)
-    print("model, threads, times as fast as with another attention function [the middle half of")
-    print("the rounds] (bars)")
+    print("Columns: model, threads, then for each other attention function how many times as fast")
+    print("the model is with numattn: median [middle half of the rounds] (target).")
     rows = []
     for threads in arguments.threads:
         for case in cases:

@@ -1,4 +1,4 @@
-"""Attention by each of the libraries that are compared, as a function without arguments."""
+"""Attention of each library that is compared, as functions without arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Peer = Callable[[Case, int], dict[str, Call]]
 
 
 class Unsupported(Exception):
-    """The library does not compute that case on a CPU."""
+    """The library cannot compute this case on a CPU."""
 
 
 def numattn_peer(case: Case, threads: int) -> dict[str, Call]:
@@ -36,7 +36,7 @@ def numpy_peer(case: Case, threads: int) -> dict[str, Call]:
     del threads  # set in the environment
     q, k, v = arrays(case)
     if case.backward:
-        raise Unsupported("it is compared forwards alone")
+        raise Unsupported("NumPy has no gradients: only forward passes are compared")
     if q.dtype.itemsize == 2:
         raise Unsupported("NumPy has no fast matmul of 16-bit floats")
     if case.layout == "blhd":
@@ -59,7 +59,7 @@ def numpy_peer(case: Case, threads: int) -> dict[str, Call]:
 
 
 def _penalty(case: Case, made: dict) -> np.ndarray | None:
-    """Return what is added to logits: bias, ALiBi, and -inf where nobody attends."""
+    """Return what is added to the logits: bias, ALiBi, and -inf where a query must not attend."""
     lengths = np.reshape(case.kv_lengths or [case.key_length], (-1, 1, 1, 1))
     p = np.arange(case.query_length)[:, np.newaxis] + lengths - case.query_length
     j = np.arange(case.key_length)
@@ -78,7 +78,7 @@ def torch_peer(case: Case, threads: int) -> dict[str, Call]:
     import torch
 
     if case.is_causal and case.query_length != case.key_length:
-        raise Unsupported("its causal limit aligns the first query with the first key")
+        raise Unsupported("PyTorch's causal limit aligns the first query with the first key")
     torch.set_num_threads(threads)
     torch.set_grad_enabled(case.backward)
     dtype = getattr(torch, case.dtype)
@@ -97,9 +97,9 @@ def onnxruntime_peer(case: Case, threads: int) -> dict[str, Call]:
     from onnx import TensorProto, helper
 
     if case.backward:
-        raise Unsupported("it has no gradients")
+        raise Unsupported("ONNX Runtime has no gradients")
     if case.dtype != "float32":
-        raise Unsupported("its attention on CPUs is compared in float32 alone")
+        raise Unsupported("ONNX Runtime is compared only in float32")
 
     def session(node, inputs):
         declared = [
@@ -131,7 +131,7 @@ def onnxruntime_peer(case: Case, threads: int) -> dict[str, Call]:
 
 
 def onnxruntime_call(model: bytes, inputs: dict[str, np.ndarray], threads: int) -> Call:
-    """Return the run of an ONNX model, with all of its optimisations, which are the default."""
+    """Return a call that runs an ONNX model, with all optimisations, which is the default."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -146,14 +146,14 @@ def openvino_peer(case: Case, threads: int) -> dict[str, Call]:
 
     q, k, v = arrays(case)
     if case.backward:
-        raise Unsupported("it has no gradients")
+        raise Unsupported("OpenVINO has no gradients")
     if case.dtype not in ("float32", "bfloat16"):
-        raise Unsupported(f"its attention on CPUs has no {case.dtype}")
+        raise Unsupported(f"OpenVINO's attention on CPUs does not support {case.dtype}")
     precision = "f32" if case.dtype == "float32" else "bf16"
     group = case.query_heads // case.kv_heads
     if group > 1 and case.is_decode:
-        raise Unsupported("it takes no grouped heads, and would read keys and values for each head")
-    k, v = (np.repeat(x, group, axis=1) for x in (k, v))  # it takes no grouped heads: not timed
+        raise Unsupported("OpenVINO has no grouped heads: it would read each KV head many times")
+    k, v = (np.repeat(x, group, axis=1) for x in (k, v))  # OpenVINO has no grouped heads; not timed
     inputs = [ops.parameter(x.shape, getattr(ov.Type, precision)) for x in (q, k, v)]
     node = ops.scaled_dot_product_attention(*inputs, causal=case.is_causal)
     config = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}

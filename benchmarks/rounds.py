@@ -1,8 +1,8 @@
-"""Libraries in processes of their own, which take turns in rounds; what benchmarks share.
+"""Code shared by the benchmarks: each library has its own process, and they take turns in rounds.
 
-Every figure is the median of the rounds' ratios: what disturbs a shared machine for a moment
-disturbs a round, not the result. With several threads a round counts only if the machine had all
-its threads to give: its peak on them, before and after, is nearly that many times its peak on one.
+Every figure is the median of the rounds' ratios, so a short disturbance of a shared machine affects
+one round, not the result. With several threads, a round counts only if all of them were free: the
+peak on n threads, before and after the round, must be at least 0.9 n times the peak on one.
 """
 
 from __future__ import annotations
@@ -22,21 +22,23 @@ import numpy as np
 from numattn._terminal import progress
 
 TURN_SECONDS = 0.03  # at least one call
-REST_SECONDS = 0.1  # before each turn, until the threads of the one before have gone to sleep
+REST_SECONDS = 0.1  # before each turn, until the threads of the previous turn sleep
 PEAK_SECONDS = 0.003
-FULL_PEAK = 0.9  # of threads times the peak of one
-ATTEMPTS = 4  # at a round that counts
-SAMPLE = 999  # numbers of a result
+FULL_PEAK = 0.9  # a share of the number of threads times the peak of one
+ATTEMPTS = 4  # rounds to try for each round that counts
+SAMPLE = 999  # values of a result to compare
 
 
 def parser_of(
     description: str, peers: list[str], threads: int, rounds: int
 ) -> argparse.ArgumentParser:
-    """Return a parser of what benchmarks against peers are asked for."""
+    """Return a parser for the options that benchmarks against other libraries share."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[threads])
-    parser.add_argument("--isa", help="pin numattn to this level")
-    parser.add_argument("--cases", "--only", default="", help="a regular expression of their names")
+    parser.add_argument("--isa", help="the level that numattn must use")
+    parser.add_argument(
+        "--cases", "--only", default="", help="regular expression for the names of cases"
+    )
     parser.add_argument("--peers", nargs="*", choices=peers, default=peers)
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--output", type=Path, default=Path("bench-results"))
@@ -44,14 +46,14 @@ def parser_of(
 
 
 def environment(threads: int, isa: str | None = None) -> dict[str, str]:
-    """Return the environment of a process whose libraries use so many threads."""
+    """Return the environment of a process whose libraries use this number of threads."""
     libraries = ("OMP", "OPENBLAS", "MKL", "NUMATTN")
     level = {"NUMATTN_ISA": isa} if isa else {}
     return {**os.environ, **{f"{x}_NUM_THREADS": str(threads) for x in libraries}, **level}
 
 
 class Worker:
-    """The process of one library, a peer of the module `peers` or `layer_peers`."""
+    """The process of one library, from the module `peers`, `layer_peers` or `model_peers`."""
 
     def __init__(self, peer: str, threads: int, isa: str | None, module: str = "peers") -> None:
         self.threads = threads
@@ -65,11 +67,13 @@ class Worker:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"a benchmark process ended with {self.process.wait()}")
+            raise RuntimeError(
+                f"the process of a library ended with exit code {self.process.wait()}; see above"
+            )
         return json.loads(answer)
 
     def has_all_threads(self) -> bool:
-        """Whether the machine has all threads to give now; numattn's process knows."""
+        """Whether all threads of the machine are free now; only numattn's process can tell."""
         if self.threads == 1:
             return True
         what = {"peak": PEAK_SECONDS, "dtype": "float32"}
@@ -82,7 +86,7 @@ class Worker:
 
 
 def numpy_blas(threads: int) -> str:
-    """Return what NumPy computes with in a process of so many threads."""
+    """Return the BLAS that NumPy uses in a process with this number of threads."""
     worker = Worker("numpy", threads, None)
     answer = worker.ask({"blas": True})["blas"]
     worker.close()
@@ -90,7 +94,7 @@ def numpy_blas(threads: int) -> str:
 
 
 def describe_machine(packages: list[str]) -> str:
-    """Return the day, the CPU and numattn's level, and the versions of packages."""
+    """Return the date, the CPU, numattn's level, and the versions of packages."""
     import numattn as na
 
     info = na.runtime_info()
@@ -107,9 +111,9 @@ def describe_machine(packages: list[str]) -> str:
 
 
 def check_agreement(name: str, samples: dict[str, list], tolerance: float) -> None:
-    """Refuse results that are not numattn's, to a tolerance times an array's largest number.
+    """Raise an error if results differ by more than `tolerance` times an array's largest value.
 
-    `samples` are by library and variant.
+    `samples` has the results of each library, one for each variant.
     """
     (expected,) = samples["numattn"]
     for peer, variants in samples.items():
@@ -117,17 +121,21 @@ def check_agreement(name: str, samples: dict[str, list], tolerance: float) -> No
             for ours, theirs in zip(expected, arrays, strict=True):
                 difference = np.abs(np.subtract(ours, theirs)).max()
                 if not difference <= tolerance * np.abs(ours).max():
-                    raise RuntimeError(f"{name}: {peer} and numattn differ by {difference:.1e}")
+                    raise RuntimeError(
+                        f"{name}: {peer} and numattn differ by {difference:.1e}, expected at most "
+                        f"{tolerance:.0e} times the largest value"
+                    )
 
 
 def measure(
     case, peers: list[str], threads: int, isa: str | None, rounds: int, module: str = "peers",
     tolerance: float | None = None,
 ) -> dict:  # fmt: skip
-    """Return the case's medians: share of peak, and each peer's time over numattn's.
+    """Return the case's medians: the share of the peak, and each library's time over numattn's.
 
-    `case.bound` is what limits it, "peak" or "bandwidth", and how much of that one call needs; None
-    for no share. With a `tolerance`, results are compared first.
+    `case.bound` names the resource that limits the case, "peak" or "bandwidth", and how much of it
+    one call needs. If it is None, no share is measured. With a `tolerance`, the results of all
+    libraries are compared first.
     """
     workers = {peer: Worker(peer, threads, isa, module) for peer in ["numattn", *peers]}
     try:
@@ -199,15 +207,15 @@ def _measure(case, workers: dict[str, Worker], rounds: int, tolerance: float | N
     return result
 
 
-def _middle_half(numbers: list[float]) -> list[float]:
-    if len(numbers) == 1:
-        return [round(numbers[0], 2)] * 2
-    lower, _, upper = quantiles(numbers, n=4, method="inclusive")
+def _middle_half(ratios: list[float]) -> list[float]:
+    if len(ratios) == 1:
+        return [round(ratios[0], 2)] * 2
+    lower, _, upper = quantiles(ratios, n=4, method="inclusive")
     return [round(lower, 2), round(upper, 2)]
 
 
 def show(row: dict, bars: dict[str, float], width: int = 14) -> None:
-    """Print a case's medians, the middle half of the rounds, and whether an aim was met."""
+    """Print a case's medians, the middle half of the rounds, and whether targets were met."""
     for kind in ("missing", "unsupported"):
         if "numattn" in row[kind]:
             print(f"{row['case']:{width}} left out: {row[kind]['numattn']}", flush=True)
@@ -223,7 +231,7 @@ def show(row: dict, bars: dict[str, float], width: int = 14) -> None:
         text = f"{peer} {speedup:.2f} [{low:.2f} {high:.2f}]"
         figures.append(with_bar(text, speedup, bars.get(peer)))
     if row["undisturbed_rounds"] == 0:
-        figures.append(f"all {row['rounds']} rounds were disturbed, and count")
+        figures.append(f"all {row['rounds']} rounds were disturbed; they count anyway")
     elif row["undisturbed_rounds"] < row["rounds"]:
         figures.append(f"{row['undisturbed_rounds']} of {row['rounds']} rounds count")
     print(f"{row['case']:{width}}{row['threads']:2} threads  {'  '.join(figures)}", flush=True)

@@ -1,6 +1,6 @@
-"""Compare numattn with its peers and with the machine's own peak: `make bench`.
+"""Compare numattn with other libraries and with the machine's own peak: `make bench`.
 
-Each library runs in a process of its own, and they take turns in rounds: see rounds.py.
+Each library runs in its own process, and they take turns in rounds: see rounds.py.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
     names = [case.name for case in CASES]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--isa", help="pin numattn to this level")
+    parser.add_argument("--isa", help="the level that numattn must use")
     parser.add_argument(
         "--cases", nargs="+", choices=[*names, "options"], default=[*names, "options"]
     )
@@ -60,8 +60,9 @@ def main() -> None:
     rows, costs, missing = [], [], {}
     machine = describe_machine(arguments.peers)
     print(machine)
-    print("case, threads, share of the peak (decode: of bandwidth), times as fast as a peer")
-    print("[the middle half of the rounds] (bars)")
+    print("Columns: case, threads, share of the peak (decode cases: share of the bandwidth), then")
+    print("for each other library how many times as fast numattn is: median [middle half of the")
+    print("rounds] (target).")
     for threads in arguments.threads:
         if "numpy" in arguments.peers:
             print(f"NumPy: {numpy_blas(threads)}")
@@ -76,13 +77,13 @@ def main() -> None:
             costs += measure_option_costs(threads, arguments.isa, arguments.rounds)
     avx2_rows = []
     if arguments.isa is None and "avx2" in na.runtime_info()["isa"]["available"]:
-        print("at NUMATTN_ISA=avx2:")
+        print("With NUMATTN_ISA=avx2:")
         for case in CASES:
             if case.name in AVX2_BARS and case.name in arguments.cases:
                 avx2_rows.append(measure(case, [], 1, "avx2", arguments.rounds))
                 show(avx2_rows[-1], {"peak": AVX2_BARS[case.name]})
     for peer, why in missing.items():
-        print(f"left out: {peer} ({why}); pip install 'numattn[bench]' installs the peers")
+        print(f"left out: {peer} ({why}); pip install 'numattn[bench]' installs it")
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     results = {

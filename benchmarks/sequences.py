@@ -1,7 +1,7 @@
-"""What 8 bits, pages, ragged and uneven batches are worth: `make bench-sequences`.
+"""Measure caches in 8 bits and in pages, ragged and uneven batches: `make bench-sequences`.
 
-Ratios of calls that take turns in one process; medians of the rounds. A share of reading is
-compared with reading the same arrays, with as many threads, in the same round.
+Calls take turns in one process, and each figure is the median of the rounds' ratios. A "share of
+reading" compares with only reading the same arrays, with as many threads, in the same round.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def ratio(slow, fast):
 
 
 def bytes_of(array):
-    """Return an array's memory as float32, all of it but the last few bytes."""
+    """Return an array's memory as float32, except for its last few bytes."""
     raw = array.reshape(-1).view(np.uint8)
     return raw[: raw.size // 256 * 256].view(np.float32)
 
 
 def reading(arrays, threads):
-    """Return a call that reads the arrays once, each thread its part of all."""
+    """Return a call that reads all arrays once, with a part of each array for each thread."""
     parts = [np.array_split(bytes_of(x).reshape(-1, 64), threads) for x in arrays]
     pool = ThreadPoolExecutor(threads)
 
@@ -62,7 +62,7 @@ def reading(arrays, threads):
     return lambda: list(pool.map(read, range(threads)))
 
 
-# Aims, on two threads of a CPU with AVX-512.
+# Targets, on two threads of a CPU with AVX-512.
 SHARES_OF_READING = {
     "float32": 0.85,
     "float16": 0.82,
@@ -128,13 +128,13 @@ def chosen_pages():
 
 
 def latent():
-    """Return 128 heads of latent attention over 4096 tokens, and the operations that they are."""
+    """Return a call of latent attention, 128 heads over 4096 tokens, and its operations."""
     q, k = normal(128, 1, 576), normal(1, 4096, 576)
     return lambda: na.attention(q, k, k[..., :512]), 2 * 128 * 4096 * (576 + 512)
 
 
 def ragged():
-    """Return 64 causal sequences of random lengths, and the operations that they are."""
+    """Return a call over 64 causal sequences of random lengths, and its operations."""
     lengths = rng.integers(16, 2049, 64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     q, k, v = (normal(starts[-1], 12, 64) for _ in range(3))
@@ -143,7 +143,7 @@ def ragged():
 
 
 def uneven():
-    """Return one long sequence among short ones, for a number of threads."""
+    """Return a call over one long and 63 short sequences, for any number of threads."""
     lengths = np.array([32768] + [16] * 63)
     key_starts = np.concatenate([[0], np.cumsum(lengths)])
     q, k, v = normal(64, 32, 128), *(normal(key_starts[-1], 8, 128) for _ in range(2))
@@ -153,7 +153,7 @@ def uneven():
 
 
 def figures(threads):
-    """Yield the name of each figure, what is aimed at, and its value."""
+    """Yield the name of each figure, its target and its value."""
     calls = {}
     for name, (call, arrays) in caches().items():
         calls[name] = call
@@ -181,10 +181,10 @@ def figures(threads):
         f"one long sequence of 64, {threads} threads / one", 1.8,
         ratio(lambda: attend(1), lambda: attend(threads)),
     )  # fmt: skip
-    numbers = [np.ones(1 << 26, np.float32)]
+    large = [np.ones(1 << 26, np.float32)]
     yield (
-        f"  reading alone, {threads} threads / one", None,
-        ratio(reading(numbers, 1), reading(numbers, threads)),
+        f"  only reading, {threads} threads / one", None,
+        ratio(reading(large, 1), reading(large, threads)),
     )  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     threads = parser.parse_args().threads
-    from numattn._blas import describe, restart_at_full_speed  # here: older builds have none
+    from numattn._blas import describe, restart_at_full_speed  # here: older builds do not have them
 
     restart_at_full_speed()
     na.set_num_threads(threads)

@@ -1,8 +1,9 @@
-"""The speed of one build over another, case by case: `python versions.py BEFORE AFTER`.
+"""Compare the speed of two builds, case by case: `python versions.py BEFORE AFTER`.
 
-BEFORE and AFTER are the interpreters of two environments with a build of numattn each. Both have
-their turn in each round, in processes of their own; a figure above 1 says that AFTER is faster. The
-cases come from `make bench` and `make bench-sequences`; small calls, all overhead, are added.
+BEFORE and AFTER are the Python interpreters of two environments with different builds of numattn.
+Each build has its own process, and both have a turn in each round. A figure above 1 means that
+AFTER is faster. The cases are the ones of `make bench` and `make bench-sequences`, and small calls,
+which are all overhead.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pathlib import Path
 from statistics import median
 
 TURN_SECONDS = 0.03  # at least one call
-# Not by import: of the builds that are compared, and of this interpreter, nothing is asked.
+# Not imported: this interpreter needs no numattn, and the builds that are compared may be older.
 BLAS = runpy.run_path(str(Path(__file__).parents[1] / "python/numattn/_blas.py"))
-REST_SECONDS = 0.05  # until the threads of the other process have gone to sleep
+REST_SECONDS = 0.05  # until the threads of the other process sleep
 
 
 def small_calls():
@@ -51,7 +52,7 @@ def sequence_calls():
 
 
 def all_calls(threads):
-    """Yield the name of each case, and how to make its call."""
+    """Yield the name of each case, and a function that makes its call."""
     from cases import CASES
     from peers import numattn_peer
 
@@ -71,7 +72,7 @@ def seconds(call, calls):
 
 
 def work(threads, wanted):
-    """Answer each line of the standard input: one more turn, or the next case."""
+    """Answer each line of standard input: take one more turn, or go on to the next case."""
     print(json.dumps(BLAS["describe"]()), flush=True)
     for name, make in all_calls(threads):
         if not re.search(wanted, name):
@@ -129,18 +130,18 @@ def compare(before, after, threads, rounds, wanted):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("before", nargs="?")
-    parser.add_argument("after", nargs="?")
+    parser.add_argument("before", nargs="?", help="interpreter with the older build")
+    parser.add_argument("after", nargs="?", help="interpreter with the newer build")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--cases", default="", help="a regular expression of their names")
+    parser.add_argument("--cases", default="", help="regular expression for the names of cases")
     parser.add_argument("--work", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
         work(arguments.work, arguments.cases)
         return
     if arguments.after is None:
-        parser.error("two interpreters are needed")
+        parser.error("expected two interpreters, BEFORE and AFTER")
     BLAS["restart_at_full_speed"]()
     for threads in arguments.threads:
         compare(arguments.before, arguments.after, threads, arguments.rounds, arguments.cases)

@@ -1,12 +1,15 @@
-"""One library in a process of its own: `python worker.py MODULE PEER THREADS`.
+"""Run one library in its own process: `python worker.py MODULE PEER THREADS`.
 
-The module, `peers` or `layer_peers`, has the peers and their cases.
+MODULE is `peers`, `layer_peers` or `model_peers`: it has the libraries and their cases.
 
-Reads one JSON request a line from standard input and answers with one JSON line:
-{"prepare": case} makes the arrays and calls it once; {"time": calls} times so many calls, by the
-fastest variant; {"sample": n} returns n numbers of each array of the results; {"blas": true} names
-NumPy's BLAS; {"peak": seconds, "dtype": name, "threads": n} measures multiply-adds on n threads,
-{"bandwidth": seconds} bytes read (numattn only).
+The program reads one JSON request per line from standard input, and answers with one JSON line:
+
+- {"prepare": case} makes the arrays and calls the library once;
+- {"time": calls} times this number of calls, by the fastest variant;
+- {"sample": n} returns n values of each array of the results;
+- {"blas": true} names NumPy's BLAS;
+- {"peak": seconds, "dtype": name, "threads": n} measures multiply-adds on n threads (numattn only);
+- {"bandwidth": seconds} measures the bytes that can be read (numattn only).
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ def seconds(call, calls):
 
 
 def measure_peak(threads, wanted, dtype):
-    """Return flops a second, all threads together."""
+    """Return the operations per second of all threads together."""
     from numattn import _core
 
     def multiply_adds(rounds):
@@ -47,7 +50,7 @@ def measure_peak(threads, wanted, dtype):
 
 
 def measure_bandwidth(threads, wanted):
-    """Return bytes read a second, all threads together, from arrays larger than any cache."""
+    """Return the bytes per second that all threads read from arrays larger than any cache."""
     from numattn import _core
 
     parts = np.array_split(np.ones(1 << 26, np.float32), threads)
@@ -65,7 +68,7 @@ def measure_bandwidth(threads, wanted):
 
 
 def sample(result, count):
-    """Return up to so many numbers of each array of a result."""
+    """Return up to `count` values of each array of a result."""
     arrays = result if isinstance(result, list | tuple) else [result]
     flat = [np.asarray(x).astype(np.float64).ravel() for x in arrays]
     return [x[:: -(-x.size // count)].tolist() for x in flat]
@@ -85,7 +88,7 @@ def main():
                     each()
                 times = {name: seconds(each, 1) for name, each in calls.items()}
                 times = {
-                    # Three times, but not what takes seconds.
+                    # Three times, unless one call takes long.
                     name: min(
                         seconds(each, 1 + int(0.02 / times[name]))
                         for _ in range(3 if times[name] < 0.3 else 1)
@@ -93,7 +96,7 @@ def main():
                     for name, each in calls.items()
                 }
                 variant = min(times, key=times.__getitem__)
-                # Which of two variants is faster may change from turn to turn.
+                # Which variant is fastest may change from turn to turn: keep all that are close.
                 calls = {name: calls[name] for name in calls if times[name] < 1.3 * times[variant]}
                 answer = {"variant": variant, "seconds": times[variant]}
             except Unsupported as why:

@@ -231,8 +231,8 @@ BARS: dict[tuple[str, int], dict[str, float]] = {
 # The share of the AVX2 peak at NUMATTN_ISA=avx2, one thread.
 AVX2_BARS = {"bert512": 0.75, "enc4k": 0.78, "enc4k128": 0.84}
 
-# What an option costs: the first case's time over the second's, and what is aimed at;
-# then the level it is measured at, if not the best.
+# What an option costs: a name, the target, two cases whose times are divided, and the level that is
+# measured unless it is the best one.
 OPTION_COSTS: list[tuple] = [
     (
         "mask that is causal / is_causal",
@@ -265,7 +265,7 @@ OPTION_COSTS: list[tuple] = [
     ),
 ]
 
-# ---- is NumPy anywhere faster? -----------------------------------------------------------------
+# ---- is NumPy faster anywhere? -----------------------------------------------------------------
 
 _SHAPES = {
     "one query": [
@@ -291,7 +291,7 @@ _SHAPES = {
         (256, 16, 4, 8, 8, 64),
     ],
 }  # fmt: skip
-# Shapes of two batch items, and what is asked for beside plain attention; L is the keys' number.
+# Shapes with at least two batch items, on which each of `_options` is measured.
 _OPTION_SHAPES = [
     (2, 8, 8, 1, 2048, 64),
     (2, 8, 8, 16, 256, 64),

@@ -77,6 +77,7 @@ PHRASES = [
         '"only", before the word it limits',
         "alone means without company",
     ),
+    Phrase(r"expected it", '"expected ..." and the value', "an error names what it expects"),
     Phrase(r"some (?=\d|hundred|thousand|million|billion)", '"about"', "easily read as several"),
     Phrase(r"map of the house", '"map of the source tree"', "there is no house"),
     Phrase(r"(?:its|their) kin", '"the related functions"', "functions have no family"),

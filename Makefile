@@ -149,8 +149,8 @@ wheels = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/wheels.py
 test-models: $(BUILT) $(VENV)/group-test $(VENV)/group-models $(VENV)/demo
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest -n auto $(addprefix tests/test_,\
 	  block.py documentation.py jax.py keras.py layer.py layer_16_bits.py layer_gradients.py \
-	  layer_options.py onnx.py porting.py rotary.py torch.py torch_gradients.py torch_programs.py \
-	  transformers.py)
+	  layer_options.py onnx.py porting.py rotary.py search.py torch.py torch_gradients.py \
+	  torch_programs.py transformers.py)
 
 # examples/sentences.py as a program frozen by PyInstaller, with the package's hook.
 test-frozen: $(BUILT) $(VENV)/group-frozen $(VENV)/demo

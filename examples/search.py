@@ -2,7 +2,7 @@
 
 FOLDER may also be a file. Of a folder it reads all .txt, .md and .rst files. Each passage is a
 paragraph; it prints the passages whose meaning is nearest to the question, with the cosine between
-both. Without a question it asks for some. The model (`minilm.py`) knows English.
+both. Without a question it asks for some. The model, `numattn.demo.MiniLM`, knows English.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numattn.demo import MiniLM
 
 SUFFIXES = {".txt", ".md", ".rst"}
 FEWEST_WORDS = 8  # of a passage; headings have fewer
 MOST_WORDS = 150  # of a passage; the model reads 512 tokens and was trained on shorter texts
-TEXTS_TOGETHER = 32
+TEXTS_AT_A_TIME = 256  # from one step of the progress bar to the next
 
 
 class Passage(NamedTuple):
@@ -65,14 +66,12 @@ def read_passages(path: Path) -> list[Passage]:
 
 
 def embed(model, texts: list[str]) -> np.ndarray:
-    """Return embeddings (texts, 384) of length 1; texts of similar lengths go together."""
-    order = np.argsort([len(text) for text in texts])
-    embeddings = np.empty((len(texts), model.config["hidden_size"]), np.float32)
-    for begin in range(0, len(order), TEXTS_TOGETHER):
-        batch = order[begin : begin + TEXTS_TOGETHER]
-        embeddings[batch] = model.encode(*model.tokens([texts[i] for i in batch]))
-        progress(begin + len(batch), len(texts))
-    return embeddings
+    """Return the embeddings of texts, (texts, 384), and show the progress."""
+    parts = []
+    for begin in range(0, len(texts), TEXTS_AT_A_TIME):
+        parts.append(model.encode(texts[begin : begin + TEXTS_AT_A_TIME]))
+        progress(min(begin + TEXTS_AT_A_TIME, len(texts)), len(texts))
+    return np.concatenate(parts)
 
 
 def progress(done: int, all_: int) -> None:
@@ -86,7 +85,7 @@ def progress(done: int, all_: int) -> None:
 
 def answer(model, passages: list[Passage], embeddings: np.ndarray, question: str, count: int):
     """Print the passages nearest to a question, the nearest first."""
-    cosines = embeddings @ model.encode(*model.tokens([question]))[0]
+    cosines = embeddings @ model.encode([question])[0]
     for i in np.argsort(-cosines)[:count]:
         print(f"\n{cosines[i]:.2f}  {passages[i].path}:{passages[i].line}")
         print(textwrap.indent(textwrap.fill(passages[i].text, 90), "      "))
@@ -118,10 +117,9 @@ def main() -> None:
         parser.error(f"{arguments.path}: no text in it ({', '.join(sorted(SUFFIXES))})")
 
     try:
-        from minilm import MiniLM
-    except ImportError as error:
-        raise SystemExit(f"{error.name} is missing: pip install tokenizers safetensors") from None
-    model = MiniLM()
+        model = MiniLM()
+    except ImportError as error:  # says what to install
+        raise SystemExit(str(error)) from None
     embeddings = embed(model, [passage.text for passage in passages])
     for question in questions(arguments.question):
         answer(model, passages, embeddings, question, arguments.count)

@@ -70,20 +70,12 @@ def test_files_of_a_folder(tmp_path):
 
 
 def test_embeddings_are_in_the_order_of_the_texts():
-    """However the batches are made."""
-
     class Model:
-        def __init__(self):
-            self.config = {"hidden_size": 2}
-
-        def tokens(self, texts):
-            return np.array([[len(text), int(text.split()[0])] for text in texts]), None
-
-        def encode(self, ids, lengths):
-            return ids.astype(np.float32)
+        def encode(self, texts):
+            return np.array([[len(text), int(text.split()[0])] for text in texts])
 
     rng = np.random.default_rng(0)
-    texts = [f"{i} " + "x" * rng.integers(100) for i in range(3 * example.TEXTS_TOGETHER + 1)]
+    texts = [f"{i} " + "x" * rng.integers(100) for i in range(3 * example.TEXTS_AT_A_TIME + 1)]
     found = example.embed(Model(), texts)
     assert found.tolist() == [[len(text), i] for i, text in enumerate(texts)]
 

@@ -9,7 +9,9 @@ version = release = numattn.__version__
 
 extensions = [
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",  # a page for each public object, in docs/generated
     "numpydoc",
+    "sphinx_design",  # cards
     # Runs the tutorial's code when the site is built, and puts in the pictures that it draws.
     "matplotlib.sphinxext.plot_directive",
 ]
@@ -21,8 +23,11 @@ autodoc_preserve_defaults = True  # np.float32, not its repr
 autodoc_typehints = "none"  # docstrings say it shorter
 autodoc_member_order = "bysource"
 autodoc_mock_imports = ["torch", "transformers"]  # which the site is built without
+autosummary_generate_overwrite = True
+templates_path = ["_templates"]
+exclude_patterns = ["_templates"]
 add_module_names = False
-numpydoc_show_class_members = False  # reference.rst lists them
+numpydoc_show_class_members = False  # _templates/class.rst lists them
 
 plot_include_source = True
 plot_html_show_source_link = False

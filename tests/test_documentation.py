@@ -16,12 +16,16 @@ from numattn import (
     _sequences,
     _softmax,
     _stages,
-    plot,
 )
 
 README = Path(__file__).parent.parent / "README.md"
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = sorted(DOCS.rglob("*.rst"))
+# Without the templates of pages, and the pages that `make docs` makes of them.
+PAGES = sorted(
+    page
+    for page in DOCS.rglob("*.rst")
+    if not {"_templates", "generated"} & set(page.relative_to(DOCS).parts)
+)
 PARAMETERS = [
     name
     for name, parameter in inspect.signature(na.attention).parameters.items()
@@ -77,12 +81,6 @@ def test_readme_links_to_files_that_exist():
         assert (README.parent / link).exists(), link
 
 
-def test_readme_lists_every_option():
-    table = README.read_text(encoding="utf-8")
-    for name in PARAMETERS:
-        assert f"`{name}`" in table, name
-
-
 # ---- the documentation site ---------------------------------------------------------------------
 
 
@@ -128,6 +126,12 @@ def headings(page):
             r"^(\S.*)\n([=\-])\2+$", page.read_text(encoding="utf-8"), re.MULTILINE
         )
     ]
+
+
+def test_every_option_is_in_the_table():
+    table = (DOCS / "options/index.rst").read_text(encoding="utf-8")
+    for name in PARAMETERS:
+        assert f"``{name}``" in table, name
 
 
 def test_every_option_has_its_section():
@@ -196,15 +200,34 @@ def test_names_whose_errors_send_to_porting_are_there(names):
     assert not missing
 
 
-def test_reference_has_everything_public():
+@pytest.mark.parametrize("module", ["numattn", "numattn.plot", "numattn.demo", "numattn.dask"])
+def test_reference_has_everything_public(module):
+    """The methods of a class are listed by the template of its page."""
+    public = pytest.importorskip(module)
     reference = (DOCS / "reference.rst").read_text(encoding="utf-8")
-    documented = set(re.findall(r"auto(?:function|class|method):: (\w+)", reference))
-    for name in [*na.__all__, *plot.__all__]:
-        if callable(getattr(na, name, None) or getattr(plot, name, None)):
-            assert name in documented, name
-    classes = na.BlockMask, na.KVCache, na.PageBounds, na.MultiHeadAttention, na.TransformerBlock
-    for cls in classes:
-        for name, member in inspect.getmembers(cls):
-            is_method = inspect.isfunction(member) or inspect.ismethod(member)
-            if is_method and (not name.startswith("_") or name == "__call__"):
-                assert name in documented, f"{cls.__name__}.{name}"
+    listed, current = set(), ""
+    for line in reference.splitlines():
+        if line.startswith(".. currentmodule::"):
+            current = line.split()[-1]
+        elif re.fullmatch(r"   \w+", line):
+            listed.add((current, line.strip()))
+    for name in public.__all__:
+        if callable(getattr(public, name)):
+            assert (module, name) in listed, name
+
+
+@pytest.mark.parametrize("module", ["numattn", "numattn.plot", "numattn.demo", "numattn.dask"])
+def test_see_also_says_why(module):
+    public = pytest.importorskip(module)
+    documented = [getattr(public, name) for name in public.__all__]
+    documented += [
+        member
+        for cls in documented
+        if inspect.isclass(cls)
+        for name, member in inspect.getmembers(cls, callable)
+        if not name.startswith("_")
+    ]
+    for one in documented:
+        section = (inspect.getdoc(one) or "").partition("See Also\n--------\n")[2]
+        for line in section.partition("\n\n")[0].splitlines():
+            assert line.startswith(" ") or " : " in line, f"{one}: {line}"

@@ -619,7 +619,7 @@ def bad_calls():
         "threads": ((q, k, v), {"num_threads": 0}, ValueError, "num_threads: got 0"),
         "layout": ((q, k, v), {"layout": "x"}, ValueError, "layout: got 'x'"),
         "lengths": (
-            (q, k, v), {"kv_lengths": [3, 4], "is_causal": True}, ValueError, "leave open",
+            (q, k, v), {"kv_lengths": [3, 4], "is_causal": True}, ValueError, "do not say at which",
         ),
         "too long": ((q, k, v), {"kv_lengths": 18}, ValueError, "kv_lengths: got 18"),
         "unknown": ((q, k, v), {"masks": 1}, TypeError, r"numattn.dask.attention.*'masks'"),

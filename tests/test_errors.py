@@ -53,7 +53,11 @@ CASES = {
     "complex": ({"v": zeros(2, 2, 7, 6, dtype=complex)}, TypeError, "v: got dtype complex128"),
     "objects": ({"k": K.astype(object)}, TypeError, "k: got dtype object, expected one of float16"),
     "strings": ({"k": "no array"}, TypeError, "k: got dtype str"),
-    "ragged": ({"k": [[1.0], [1.0, 2.0]]}, ValueError, "k: got what NumPy makes no array of"),
+    "ragged": (
+        {"k": [[1.0], [1.0, 2.0]]},
+        ValueError,
+        "k: got list, which NumPy cannot convert to an array",
+    ),
     "mixed dtypes": (
         {"k": K.astype(float)},
         TypeError,
@@ -62,7 +66,7 @@ CASES = {
     "foreign byte order": (
         {"q": Q.astype(">f4")},
         TypeError,
-        "q: got dtype float32 of foreign byte",
+        "q: got dtype float32 in non-native byte",
     ),
     "masked array": ({"k": np.ma.array(K)}, TypeError, "k: got a masked array, expected a plain"),
     "masked arrays": (
@@ -84,23 +88,23 @@ CASES = {
     "float tail": (
         {"tail_mask": zeros(5, 3)},
         TypeError,
-        "tail_mask: got dtype float32, expected bool, True = attend "
-        "(`tail_mask == 0` if it is a bias of 0 and -inf)",
+        "tail_mask: got dtype float32, expected bool (True = attend); "
+        "use `tail_mask == 0` if it is a bias of 0 and -inf",
     ),
     "tail of 0 and 1": (
         {"tail_mask": zeros(5, 3, dtype=int)},
         TypeError,
-        "tail_mask: got dtype int64, expected bool, True = attend (`tail_mask.astype(bool)` if",
+        "tail_mask: got dtype int64, expected bool (True = attend); use `tail_mask.as",
     ),
     "tail without axes": (
         {"tail_mask": True},
         ValueError,
-        "tail_mask: got shape (), expected (..., Hq, Lq, T), a column for each of the last T keys",
+        "tail_mask: got shape (), expected (..., Hq, Lq, T), one column for each of the last",
     ),
     "long tail": (
         {"tail_mask": zeros(5, 8, dtype=bool)},
         ValueError,
-        "tail_mask: got T = 8 (shape (5, 8)), expected a T of at most Lk = 7",
+        "tail_mask: got T = 8 (shape (5, 8)), expected T of at most Lk = 7",
     ),
     "tail shape": (
         {"tail_mask": zeros(4, 3, dtype=bool)},
@@ -141,7 +145,7 @@ CASES = {
     "negative window": (
         {"window": (-1, 0)},
         ValueError,
-        "window: got (-1, 0), expected sides that",
+        "window: got (-1, 0), expected sides of",
     ),
     "float window": ({"window": (1.0, 0)}, TypeError, "window: got 1.0 (float), expected an int"),
     "NaN scale": ({"scale": np.nan}, ValueError, "scale: got nan, expected a finite number"),
@@ -171,7 +175,7 @@ CASES = {
     "out byte order": (
         {"out": zeros(2, 4, 5, 6, dtype=">f4")},
         TypeError,
-        "out: got dtype float32 of foreign byte order, expected float32 as in the input",
+        "out: got dtype float32 in non-native byte order, expected float32, the dtype of the input",
     ),
     "negative length": (
         {"kv_lengths": [-1, 3]},
@@ -200,23 +204,23 @@ CASES = {
     "mask of 0 and 1": (
         {"mask": zeros(5, 7, dtype=int)},
         TypeError,
-        "mask: got dtype int64, expected bool, True = attend (`mask.astype(bool)` if 1 means",
+        "mask: got dtype int64, expected bool (True = attend); use `mask.astype(bool)`",
     ),
     "refusing array": (
         {"k": Refusing()},
         TypeError,
-        "k: got Refusing that refuses to become an array (no implicit conversion), expected an",
+        "k: got Refusing, which NumPy cannot convert to an array (no implicit conversion), exp",
     ),
     **{
         f"array with {error.__name__}": (
             {"v": Refusing(error)},
             TypeError,
-            "v: got Refusing that refuses to become an array (no implicit conversion), expected an",
+            "v: got Refusing, which NumPy cannot convert to an array (no implicit conversion), exp",
         )
         for error in (AttributeError, BufferError, OSError, RuntimeError)
     },
-    "refusing mask": ({"mask": Refusing()}, TypeError, "mask: got Refusing that refuses"),
-    "refusing lengths": ({"kv_lengths": Refusing()}, TypeError, "kv_lengths: got Refusing that"),
+    "refusing mask": ({"mask": Refusing()}, TypeError, "mask: got Refusing, which NumPy"),
+    "refusing lengths": ({"kv_lengths": Refusing()}, TypeError, "kv_lengths: got Refusing, which"),
     "offset kind": ({"q_offset": 1.5}, TypeError, "q_offset: got dtype float64, expected ints"),
     "offset range": ({"q_offset": 2**80}, ValueError, f"q_offset: got {2**80}, expected -"),
     "offset shape": (
@@ -260,7 +264,7 @@ CASES = {
     "no seed": (
         {"dropout": 0.1},
         ValueError,
-        "rng: got None beside dropout=0.1, expected a seed, an int that forward and backward share",
+        "rng: got None with dropout=0.1, expected a seed, an int that forward and backward share",
     ),
     "seed kind": ({"dropout": 0.1, "rng": 1.0}, TypeError, "rng: got 1.0 (float), expected an int"),
     "seed flag": ({"rng": True}, TypeError, "rng: got True, expected an int"),
@@ -310,17 +314,17 @@ CASES = {
     "out overlaps": (
         {"out": OVERLAPPING},
         ValueError,
-        "out: got strides (480, 120, 4, 4) that overl",
+        "out: got overlapping strides (480, 120, 4, 4), exp",
     ),
     "out is q": (
         {"v": zeros(2, 2, 7, 8), "out": Q},
         ValueError,
-        "out: got memory that it shares with q, expected memory of its own",
+        "out: got an array that shares memory with q, expected memory of its own",
     ),
     "out on q": (
         {"q": SHARED[..., :8], "out": SHARED[..., 6:12]},
         ValueError,
-        "out: got memory that it shares with q",
+        "out: got an array that shares memory with q",
     ),
 }
 
@@ -351,7 +355,7 @@ AMBIGUOUS = {
 def test_lengths_of_keys_alone_do_not_say_where_queries_are(backend, name):
     """A batch padded on the right would be computed as if its padding were in front."""
     options = AMBIGUOUS[name] | {"kv_lengths": [7, 3]}
-    message = rf"^kv_lengths: got lengths beside {name.split(',')[0]} and 5 queries"
+    message = rf"^kv_lengths: got lengths with {name.split(',')[0]} and 5 queries"
     calls = {
         "attention": lambda **more: na.attention(Q, K, V, **options, **more),
         "qk_scores": lambda **more: na.qk_scores(Q, K, **options, **more),
@@ -437,7 +441,7 @@ def test_several_batch_axes_are_compared_as_a_whole(backend, rng, name, sizes, s
     np.testing.assert_array_equal(out, na.attention(q, k, v, **{name: given[np.newaxis]}))
 
 
-LEAVE_OUT = "leave it out: grouped heads are seen by the shapes. See Porting"
+LEAVE_OUT = "leave it out: the shapes say which heads are grouped. See Porting"
 
 
 @pytest.mark.parametrize(
@@ -478,8 +482,8 @@ def test_names_of_other_libraries(name, meant, meant_in_sequences):
 
 
 GENERATOR = (
-    "rng: got a numpy.random.Generator, expected a seed, an int that forward and backward share: "
-    "`int(rng.integers(2**63))`"
+    "rng: got a numpy.random.Generator, expected a seed, an int that forward and backward share; "
+    "pass `int(rng.integers(2**63))`"
 )
 
 
@@ -644,18 +648,18 @@ def test_overlap_is_seen_through_buffers(backend):
     x = zeros(6, 8)
     for name in ("q", "k", "v"):
         arguments = {"q": zeros(6, 8), "k": zeros(6, 8), "v": zeros(6, 8), name: memoryview(x)}
-        with pytest.raises(ValueError, match=rf"^out: got memory that it shares with {name}"):
+        with pytest.raises(ValueError, match=rf"^out: got an array that shares memory with {name}"):
             na.attention(**arguments, out=x)
     na.attention([*x], x.copy(), x.copy(), out=x)  # a list of views is copied
     sinks = zeros(6, 8)
     na.attention(x.copy(), x.copy(), x.copy(), sinks=sinks[0, :1], out=sinks)  # numbers are, too
     for name in ("mask", "tail_mask"):
         pairs = x.view(bool).reshape(-1)[:6]
-        with pytest.raises(ValueError, match=rf"^out: got memory that it shares with {name}"):
+        with pytest.raises(ValueError, match=rf"^out: got an array that shares memory with {name}"):
             na.attention(x.copy(), x.copy(), x.copy(), **{name: pairs}, out=x)
     numbers, scale = zeros(1, 6, 8, dtype=np.int8), zeros(1, 6)
     for out, of in ((scale.reshape(1, 6, 1), memoryview(scale)), (scale.reshape(1, 6, 1), scale)):
-        with pytest.raises(ValueError, match=r"^out: got memory that it shares with k_scale"):
+        with pytest.raises(ValueError, match=r"^out: got an array that shares memory with k_scale"):
             na.attention(zeros(1, 6, 8), numbers, zeros(1, 6, 1), k_scale=of, out=out)
 
 
@@ -699,8 +703,8 @@ def test_other_dtypes_are_named(backend):
         ml_dtypes.float8_e4m3fn: "dtype float8_e4m3fn",
         np.int8: "dtype int8",
         np.longdouble: f"dtype {np.dtype(np.longdouble).name}",
-        ">f2": "dtype float16 of foreign byte order",
-        ">f8": "dtype float64 of foreign byte order",
+        ">f2": "dtype float16 in non-native byte order",
+        ">f8": "dtype float64 in non-native byte order",
     }.items():
         x = Q.astype(dtype)
         with pytest.raises(TypeError, match=re.escape(f"q: got {seen}, {accepted}")):
@@ -712,6 +716,6 @@ def test_other_dtypes_are_named(backend):
     wanted = "bias: got dtype float16, expected bfloat16 or float32 with q of bfloat16"
     with pytest.raises(TypeError, match=wanted):
         na.attention(brain, brain, brain, bias=bias)
-    wanted = "^out: got dtype float16, expected bfloat16 as in the input, or float32$"
+    wanted = "^out: got dtype float16, expected bfloat16, the dtype of the input, or float32$"
     with pytest.raises(TypeError, match=wanted):
         na.attention(brain, brain, brain, out=np.zeros_like(half))

@@ -69,7 +69,7 @@ CASES = {
     "dout of foreign byte order": (
         {"dout": GIVEN["dout"].astype(">f4")},
         TypeError,
-        "dout: got dtype float32 of foreign byte order, expected float32 as in q",
+        "dout: got dtype float32 in non-native byte order, expected float32 as in q",
     ),
     "dout of float64 beside 16 bits": (
         HALF | {"dout": DOUBLE["dout"]},
@@ -101,7 +101,7 @@ CASES = {
     "lse of foreign byte order": (
         {"lse": GIVEN["lse"].astype(">f4")},
         TypeError,
-        "lse: got dtype float32 of foreign byte order, expected float32 with q",
+        "lse: got dtype float32 in non-native byte order, expected float32 with q",
     ),
     "dlse of other sizes": ({"dlse": zeros(5)}, ValueError, "dlse: got shape (5,), expected (2, 4"),
     "dlse of float64": ({"dlse": DOUBLE["lse"]}, TypeError, "dlse: got dtype float64, expected"),
@@ -160,7 +160,7 @@ def test_what_attention_refuses_is_refused_alike(backend, name):
 
 def test_lengths_of_keys_alone_do_not_say_where_queries_are(backend):
     for options in AMBIGUOUS.values():
-        with pytest.raises(ValueError, match=r"^kv_lengths: got lengths beside"):
+        with pytest.raises(ValueError, match=r"^kv_lengths: got lengths with"):
             na.attention_backward(**GIVEN, **options, kv_lengths=[7, 3])
 
 

@@ -277,7 +277,7 @@ def test_out_is_no_memory_of_the_cache(rng, window):
     cache.append(k, v)
     for what, name in ((cache.k, "keys"), (cache.v, "values")):
         with pytest.raises(
-            ValueError, match=f"out: got memory that it shares with the cache's {name}"
+            ValueError, match=f"out: got an array that shares memory with the cache's {name}"
         ):
             cache.attend(q[:, :2, :1], out=what.base[:, :, 1:2])
     out = np.empty((2, 4, 3, 8), np.float32)

@@ -245,9 +245,7 @@ def test_sequences_without_tokens(rng, limits):
         cache.attend(q, mask=np.ones(3, bool))
     cache.append(*numbers(rng, 2, 2, KV_HEADS, 2, DIM), lengths=[0, 1])
     assert cache.attend(q, mask=np.ones(1, bool), q_offset=0)[1].any()
-    with pytest.raises(
-        ValueError, match=r"tail_mask: got T = 2 .*, expected a T of at most 1, the"
-    ):
+    with pytest.raises(ValueError, match=r"tail_mask: got T = 2 .*, expected T of at most 1, the"):
         cache.attend(q, tail_mask=np.ones((1, 2), bool))
     assert not cache.attend(q, tail_mask=np.zeros((1, 1), bool), q_offset=0).any()
     nobody = na.KVCache(0, KV_HEADS, DIM, **limits)

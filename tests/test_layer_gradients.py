@@ -472,7 +472,11 @@ def test_gradients_that_do_not_fit(rng):
         (out[..., :3], ValueError, "dout: got shape (2, 5, 3), expected (2, 5, 24)"),
         (1.0, TypeError, "dout: got dtype float64, expected float32 as the layer"),
         (out.astype(float), TypeError, "dout: got dtype float64, expected float32 as the layer"),
-        (out.astype(">f4"), TypeError, "dout: got dtype float32 of foreign byte order, expected"),
+        (
+            out.astype(">f4"),
+            TypeError,
+            "dout: got dtype float32 in non-native byte order, expected",
+        ),
         (np.ma.masked_array(out), TypeError, "dout: got a masked array, expected"),
         (None, TypeError, "dout: got"),
     ):
@@ -530,7 +534,7 @@ def test_bad_calls(rng):
         ),
         (lambda: layer.vjp(x, attn_mask=None), TypeError, "'attn_mask'; did you mean `mask=`"),
         (lambda: layer.vjp(x, dropout=1.0, rng=0), ValueError, "dropout: got 1.0, expected the sh"),
-        (lambda: layer.vjp(x, dropout=0.1), ValueError, "rng: got None beside dropout=0.1"),
+        (lambda: layer.vjp(x, dropout=0.1), ValueError, "rng: got None with dropout=0.1"),
         (lambda: layer.vjp(x, rng="0"), TypeError, "rng: got '0' (str), expected an int"),
         (
             lambda: layer.vjp(x, dropout_p=0.1),

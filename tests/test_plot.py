@@ -415,7 +415,7 @@ CASES = {
     "bool": (lambda: plot.plot_pattern(np.eye(2) > 0), TypeError,
              "weights: got dtype bool, expected real numbers"),
     "mask of 0 and 1": (lambda: plot.plot_pattern(np.eye(2), mask=[[1, 0]]), TypeError,
-                        "mask: got dtype int64, expected bool, True = attend (`mask.astype(bool)`"),
+                        "mask: got dtype int64, expected bool (True = attend); use"),
     "masked array": (lambda: plot.plot_pattern(np.ma.array(np.eye(2))), TypeError,
                      "weights: got a masked array"),
     "ragged": (lambda: plot.plot_pattern([[1.0], [0.5, 0.5]]), ValueError, "weights: got what"),

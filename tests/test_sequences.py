@@ -362,14 +362,14 @@ def test_bad_tails(backend):
 
     memory = np.zeros(X.shape, np.float32)
     for call, tail, options, error, message in (
-        (varlen, (6, 7), {}, ValueError, "got T = 7 (shape (6, 7)), expected a T of at most 6,"),
+        (varlen, (6, 7), {}, ValueError, "got T = 7 (shape (6, 7)), expected T of at most 6,"),
         (varlen, (5, 6), {}, ValueError, "got shape (5, 6), expected one that broadcasts to (Hq, "
          "total_q, T) = (2, 6, 6)"),
         (varlen, (), {}, ValueError, "got shape ()"),
         (varlen, np.zeros((6, 1)), {}, TypeError, "got dtype float64, expected bool"),
         (varlen, memory.view(bool)[0, 0, :1], {"out": memory}, ValueError,
-         "got memory that it shares with tail_mask"),
-        (paged, (1, 5), {}, ValueError, "got T = 5 (shape (1, 5)), expected a T of at most Lk = 4"),
+         "got an array that shares memory with tail_mask"),
+        (paged, (1, 5), {}, ValueError, "got T = 5 (shape (1, 5)), expected T of at most Lk = 4"),
         (paged, (2, 3), {}, ValueError, "got shape (2, 3), expected one that broadcasts to (B, Hq, "
          "Lq, T) = (2, 1, 1, 3)"),
         (paged, (), {}, ValueError, "got shape ()"),
@@ -404,7 +404,7 @@ def test_bad_scales(backend):
         na.quantize_kv(np.full((2, 3), np.nan))
     with pytest.raises(TypeError, match="x: got dtype int64"):
         na.quantize_kv(np.zeros((2, 3), int))
-    with pytest.raises(TypeError, match="x: got dtype float32 of foreign byte order"):
+    with pytest.raises(TypeError, match="x: got dtype float32 in non-native byte order"):
         na.quantize_kv(np.zeros((2, 3), ">f4"))
 
 

@@ -289,37 +289,41 @@ def key_scales(
     argument = argument or f"{name}_scale"
     if x.dtype != np.int8:
         if scale is not None:
-            refuse_kind(argument, f"scales for {name} of {dtype_name(x)}", f"{name} of int8")
+            seen = f"scales for {name} of {dtype_name(x)}"
+            refuse_kind(argument, seen, f"{name} of dtype int8", f"leave `{argument}` out")
         return None
     if scale is None:
-        refuse_kind(name, "dtype int8", f"`{argument}` beside it, as `quantize_kv` gives both")
+        expected = f"`{argument}` with it"
+        refuse_kind(name, "dtype int8", expected, "`quantize_kv` returns both")
     scales = as_array(argument, scale)
     if scales.dtype.kind != "f" or not scales.dtype.isnative:
         refuse_kind(argument, dtype_name(scales), "float32")
     if scales.shape != x.shape[:-1]:
-        refuse(argument, f"shape {scales.shape}", f"{x.shape[:-1]}, a scale for each key")
+        refuse(argument, f"shape {scales.shape}", f"{x.shape[:-1]}, one scale per key")
     with np.errstate(all="ignore"):  # an infinite one is refused if it is read
         return scales.astype(np.float32, copy=False)
 
 
-def check_mask(mask: Array, hint: str = "logits are added by `bias`", name: str = "mask") -> None:
+def check_mask(
+    mask: Array, hint: str = "pass floats to add to the logits as `bias=`", name: str = "mask"
+) -> None:
     """Refuse a mask that is not bool; `hint` says what to do with floats, if anything."""
     if mask.dtype == np.bool_:
         return
     if mask.dtype.kind in "iu":
-        hint = f"`{name}.astype(bool)` if 1 means attend"
-    refuse_kind(name, dtype_name(mask), "bool, True = attend" + (f" ({hint})" if hint else ""))
+        hint = f"use `{name}.astype(bool)` if 1 means attend"
+    refuse_kind(name, dtype_name(mask), "bool (True = attend)", hint)
 
 
 def check_tail_mask(tail_mask: Array, most: int, meaning: str) -> None:
-    """Refuse what is no mask of the last T valid keys; T is at most `most`, which `meaning` says in
+    """Refuse a wrong mask of the last T valid keys; T is at most `most`, which `meaning` says in
     words."""
-    check_mask(tail_mask, "`tail_mask == 0` if it is a bias of 0 and -inf", "tail_mask")
+    check_mask(tail_mask, "use `tail_mask == 0` if it is a bias of 0 and -inf", "tail_mask")
     if tail_mask.ndim == 0:
-        refuse("tail_mask", "shape ()", "(..., Hq, Lq, T), a column for each of the last T keys")
+        refuse("tail_mask", "shape ()", "(..., Hq, Lq, T), one column for each of the last T keys")
     last = tail_mask.shape[-1]
     if last > most:
-        refuse("tail_mask", f"T = {last} (shape {tail_mask.shape})", f"a T of at most {meaning}")
+        refuse("tail_mask", f"T = {last} (shape {tail_mask.shape})", f"T of at most {meaning}")
 
 
 def expanded_tail(tail_mask: Array, kv_lengths: NDArray[np.int64] | None, key_length: int) -> Array:
@@ -368,9 +372,9 @@ def check_meaning_of_axes(
     taken = ["...", "Hq", "Lq", keys][-axes if axes < 4 else 0 :]
     inserted = ", ".join([":"] * len(batch) + ["np.newaxis"] * missing)
     warn(
-        f"{name}: shape {x.shape} is taken as ({', '.join(taken)}), but the batch has the shape "
-        f"{batch}, as its first axes have; if they are the batch, pass `{name}[{inserted}]`, if "
-        f"not, `{name}[np.newaxis]`"
+        f"{name}: shape {x.shape} is taken as ({', '.join(taken)}), but its first axes also have "
+        f"the shape of the batch, {batch}; pass `{name}[{inserted}]` if they are the batch axes, "
+        f"or `{name}[np.newaxis]` if they are not"
     )
 
 
@@ -398,11 +402,11 @@ def check_positions(
     if given:
         refuse(
             "kv_lengths",
-            f"lengths beside {' and '.join(given)} and {query_length} queries for each item, which "
-            "leave open at which positions these are",
-            "`q_lengths` too, the valid queries of each item (a batch padded on the right: "
-            "`q_lengths=n, kv_lengths=n`), or `q_offset`, the position of the first query (all "
-            "queries valid and at the end of the keys: `q_offset=kv_lengths - Lq`)",
+            f"lengths with {' and '.join(given)} and {query_length} queries per batch item, which "
+            "do not say at which positions the queries are",
+            "`q_lengths` or `q_offset` too",
+            "pass `q_lengths=n, kv_lengths=n` for a batch padded on the right, or "
+            "`q_offset=kv_lengths - Lq` if all queries are valid and end with the keys",
         )
 
 
@@ -436,10 +440,9 @@ def _broadcast_scales(
 def check_bias(bias: Array, dtype: np.dtype[Any]) -> None:
     accepted = tuple(dict.fromkeys((dtype.name, "float32")))
     if bias.dtype.name not in accepted or not bias.dtype.isnative:
-        hint = " (a bool mask is `mask`)" if bias.dtype == np.bool_ else ""
-        refuse_kind(
-            "bias", dtype_name(bias), " or ".join(accepted) + f" with q of {dtype.name}{hint}"
-        )
+        advice = "pass a bool mask as `mask=`" if bias.dtype == np.bool_ else ""
+        expected = " or ".join(accepted) + f" with q of dtype {dtype.name}"
+        refuse_kind("bias", dtype_name(bias), expected, advice)
 
 
 def lse_heads_first(lse: Array, one_head: bool, layout: str) -> Array:
@@ -465,7 +468,8 @@ def check_shapes(q: Array, k: Array, v: Array | None, given: dict[str, Array]) -
     query_heads, kv_heads = q.shape[-3], k.shape[-3]
     if (query_heads % kv_heads != 0) if kv_heads else query_heads > 0:
         names = k_name if v is None else f"{k_name} and {v_name}"
-        refuse("q", f"{query_heads} heads", f"a multiple of the {kv_heads} of {names} ({shapes})")
+        expected = f"a multiple of the {kv_heads} heads of {names} ({shapes})"
+        refuse("q", f"{query_heads} heads", expected)
 
 
 def _batch_shape(given: dict[str, Array], arrays: Sequence[Array]) -> tuple[int, ...]:
@@ -530,9 +534,8 @@ def _check_scale_fits(scale: float, softcap: float, dtype: np.dtype[Any]) -> Non
     factor = abs(scale) / softcap if softcap else abs(scale) * _LOG2_E
     if factor > _FLOAT32_MAX or softcap * _LOG2_E > _FLOAT32_MAX:
         name, seen = ("softcap", softcap) if softcap else ("scale", scale)
-        refuse(
-            name, repr(seen), f"a number with which float32 does not overflow (scale {scale:.3g})"
-        )
+        expected = f"a number with which float32 does not overflow (scale={scale:.3g})"
+        refuse(name, repr(seen), expected)
 
 
 def _dropout(dropout: float, rng: int | None) -> tuple[float, int]:
@@ -540,14 +543,15 @@ def _dropout(dropout: float, rng: int | None) -> tuple[float, int]:
     share = real("dropout", dropout)
     if not 0 <= share < 1:
         refuse("dropout", repr(dropout), "the share of weights to drop, at least 0 and less than 1")
-    wanted = "a seed, an int that forward and backward share: `int(rng.integers(2**63))`, say"
+    wanted = "a seed, an int that forward and backward share"
+    advice = "pass `int(rng.integers(2**63))`, for example"
     if isinstance(rng, np.random.Generator):
-        refuse_kind("rng", "a numpy.random.Generator", wanted)
+        refuse_kind("rng", "a numpy.random.Generator", wanted, advice)
     seed = 0 if rng is None else integer("rng", rng)
     if not 0 <= seed < 2**64:
         refuse("rng", str(seed), f"a seed from 0 to {2**64 - 1}")
     if rng is None and share > 0:
-        refuse("rng", f"None beside dropout={share}", wanted)
+        refuse("rng", f"None with dropout={share}", wanted, advice)
     return share, seed if share > 0 else 0
 
 
@@ -558,13 +562,13 @@ def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
         refuse_kind(
             "window",
             f"{window!r} ({type(window).__name__})",
-            "(left, right): keys before and after the query, None for no limit",
+            "(left, right), the keys before and after the query, with None for no limit",
         )
     if len(window) != 2:
         refuse("window", repr(window), "two sides, (left, right)")
     sides = [UNBOUNDED if side is None else integer("window", side) for side in window]
     if min(sides) < 0:
-        refuse("window", repr(window), "sides that are not negative (None for no limit)")
+        refuse("window", repr(window), "sides of at least 0, or None for no limit")
     return min(sides[0], UNBOUNDED), min(sides[1], UNBOUNDED)
 
 
@@ -609,5 +613,6 @@ def _floats_per_head(
         bad &= numbers != -np.inf  # no sink
     if bad.any():
         head = int(np.argmax(bad))
-        refuse(name, f"{numbers[head]} for head {head}", f"numbers up to {largest:.2g} in size")
+        expected = f"numbers of at most {largest:.2g} in magnitude"
+        refuse(name, f"{numbers[head]} for head {head}", expected)
     return numbers

@@ -1,4 +1,9 @@
-"""What all entry points check alike: arrays, layouts, `out` and numbers; and how they refuse."""
+"""Checks that all entry points share: arrays, layouts, `out` and numbers; and the form of errors.
+
+An error names the argument, then says what came, what was expected and, if that is not obvious,
+what to do: "mask: got dtype int64, expected bool (True = attend); use `mask.astype(bool)` if 1
+means attend".
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-from numpy.ma import MaskedArray, isMaskedArray  # here: NumPy would do it in a first call
+from numpy.ma import MaskedArray, isMaskedArray  # NumPy loads it late, which slows a first call
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -26,41 +31,47 @@ MAX_THREADS = 1024
 # ---- errors ------------------------------------------------------------------------------------
 
 
-def refuse(name: str, seen: str, expected: str) -> NoReturn:
-    raise ValueError(f"{name}: got {seen}, expected {expected}")
+def refuse(name: str, seen: str, expected: str, advice: str = "") -> NoReturn:
+    """Refuse an argument for its value; `advice` says what to do."""
+    raise ValueError(_sentence(name, seen, expected, advice))
 
 
-def refuse_kind(name: str, seen: str, expected: str) -> NoReturn:
-    raise TypeError(f"{name}: got {seen}, expected {expected}")
+def refuse_kind(name: str, seen: str, expected: str, advice: str = "") -> NoReturn:
+    """Refuse an argument for its type or dtype."""
+    raise TypeError(_sentence(name, seen, expected, advice))
+
+
+def _sentence(name: str, seen: str, expected: str, advice: str) -> str:
+    return f"{name}: got {seen}, expected {expected}" + (f"; {advice}" if advice else "")
 
 
 def warn(message: str) -> None:
-    """Warn whoever called the package."""
+    """Warn, and name the line that called the package."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
-# What other libraries call arguments of attention, and what to write here; docs/porting.rst has all
-# names of such tables.
+# The names that other libraries use for arguments of attention, and what to write here.
+# docs/porting.rst lists the names of all such tables.
 ELSEWHERE = {
     "block_mask": "`mask=`, which takes a `BlockMask` too",
-    "score_mod": "`bias=`, `alibi_slopes=` or `softcap=`: there is no function of single logits",
+    "score_mod": "numattn takes no function of a logit: use `bias=`, `alibi_slopes=` or `softcap=`",
     "attn_mask": "`mask=` if it is bool (True = attend), `bias=` if it is float",
     "attention_mask": "`mask=` if it is bool (True = attend), `bias=` if it is float",
     "attn_bias": "`bias=`",
     "tree_mask": "`tail_mask=`",
     "medusa_attn_mask": "`tail_mask=`",
-    "custom_mask": "`mask=`, or `tail_mask=` for the last keys alone",
+    "custom_mask": "`mask=`, or `tail_mask=` for the last keys only",
     "tree_attn_bias": "`tail_mask=tree_attn_bias == 0`",
     "qq_bias": "`tail_mask=qq_bias == 0`",
     "key_padding_mask": "`kv_lengths=`, or `mask=~key_padding_mask[:, None, None, :]`",
     "causal": "`is_causal=` (PyTorch and JAX begin at the top left: `q_offset=0`)",
-    "enable_gqa": "leave it out: grouped heads are seen by the shapes",
+    "enable_gqa": "leave it out: the shapes say which heads are grouped",
     "dropout_p": "`dropout=p, rng=seed`",
     "softmax_scale": "`scale=`",
-    "window_size": "`window=(left, right)`, None where flash-attn has -1",
+    "window_size": "`window=(left, right)`, with None for flash-attn's -1",
     "local_window_size": "`window=(left, right), q_offset=0`",
     "sliding_window": "`window=(sliding_window - 1, 0)`",
     "key_value_seq_lengths": "`kv_lengths=` (JAX begins at the top left: `q_offset=0`)",
@@ -72,7 +83,7 @@ ELSEWHERE = {
     "s_aux": "`sinks=`",
 }
 
-# For functions that have no dropout.
+# For functions without dropout.
 NO_DROPOUT = dict.fromkeys(("dropout", "dropout_p"), "`dropout=` of `attention`, for training")
 INFERENCE_ELSEWHERE = {**ELSEWHERE, **NO_DROPOUT}
 
@@ -80,7 +91,7 @@ INFERENCE_ELSEWHERE = {**ELSEWHERE, **NO_DROPOUT}
 def refuse_unknown(
     function: str, arguments: Iterable[str], meanings: Mapping[str, str] = ELSEWHERE
 ) -> NoReturn:
-    """Refuse arguments that a function does not have, and say what may have been meant."""
+    """Refuse unknown keyword arguments; suggest numattn's name for one of another library."""
     for name in arguments:
         hint = meant(name, meanings)
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
@@ -88,9 +99,9 @@ def refuse_unknown(
 
 
 def meant(name: str, meanings: Mapping[str, str]) -> str:
-    """Return what to append to an error about a name that may be another library's.
+    """Return a hint for an error about a name that another library uses, or an empty string.
 
-    A meaning is what to write instead, or a sentence.
+    A meaning in backticks is code to write instead; any other is a sentence.
     """
     meaning = meanings.get(name)
     if meaning is None:
@@ -102,37 +113,42 @@ def meant(name: str, meanings: Mapping[str, str]) -> str:
 # ---- arrays ------------------------------------------------------------------------------------
 
 
-# What array-likes raise that do not become arrays: tensors on a GPU or with a gradient, files that
-# are gone, objects that do not have what they promise.
+# What array-likes raise if NumPy cannot convert them: tensors on a GPU or with a gradient, closed
+# files, objects with an incomplete array interface.
 REFUSALS = (TypeError, RuntimeError, AttributeError, BufferError, OSError)
 
 
 def as_array(name: str, x: ArrayLike) -> Array:
-    """Return an array over the same memory, whose shape and strides nobody else can change."""
+    """Return a new view of the same memory, whose shape and strides no other code can change."""
     masked = isinstance(x, MaskedArray)
     if masked or (isinstance(x, list | tuple) and any(map(isMaskedArray, x))):
         what = "a masked array" if masked else f"a {type(x).__name__} of masked arrays"
-        refuse_kind(name, what, "a plain array (pass what is masked as `mask`)")
+        advice = "convert it with `.filled(...)`; attention leaves keys out with `mask=`"
+        refuse_kind(name, what, "a plain array", advice)
     try:
         array = np.asarray(x)
     except ValueError as error:  # NumPy does not say which argument it was
-        refuse(name, f"what NumPy makes no array of ({error})", "an array")
+        refuse(name, not_converted(x, error), "an array, or something that np.asarray accepts")
     except REFUSALS as error:
-        seen = f"{type(x).__name__} that refuses to become an array ({error})"
-        refuse_kind(name, seen, "an array of NumPy: convert it first")
+        refuse_kind(name, not_converted(x, error), "a NumPy array", "convert it first")
     if array.dtype == object and not isinstance(x, np.ndarray | int | list | tuple):
         kind = type(x)
         if kind.__name__ == "BlockMask":  # PyTorch's
-            expected = "numattn's own: `BlockMask.from_mask_mod` takes the same function"
-            refuse_kind(name, f"{kind.__module__}.BlockMask", expected)
+            advice = "`BlockMask.from_mask_mod` takes the same function"
+            refuse_kind(name, f"{kind.__module__}.BlockMask", "numattn.BlockMask", advice)
         refuse_kind(name, kind.__name__, "an array")
     return array.view()
 
 
-def snapshot(name: str, x: ArrayLike) -> Array:
-    """Return a copy, for numbers that say what is read.
+def not_converted(x: object, error: Exception) -> str:
+    """Return the words for something of which NumPy could not make an array."""
+    return f"{type(x).__name__}, which NumPy cannot convert to an array ({error})"
 
-    It is what is checked and what is used, whatever the caller's threads write meanwhile.
+
+def snapshot(name: str, x: ArrayLike) -> Array:
+    """Return a copy of values that decide which memory is read, such as lengths.
+
+    The copy is both checked and used, so other threads cannot change the values in between.
     """
     return np.array(as_array(name, x))
 
@@ -146,13 +162,14 @@ def float_array(name: str, x: ArrayLike) -> Array:
 
 def check_dtype(name: str, x: Array) -> None:
     if not is_accepted(x.dtype):
-        refuse_kind(name, dtype_name(x), "one of " + ", ".join(ACCEPTED_DTYPES))
+        advice = "" if x.dtype.isnative else "convert it with `.astype`"
+        refuse_kind(name, dtype_name(x), "one of " + ", ".join(ACCEPTED_DTYPES), advice)
 
 
 def accepted_dtype(dtype: object) -> np.dtype[Any]:
-    """Return the dtype that an argument of this name means."""
+    """Return the NumPy dtype that the argument `dtype` means."""
     accepted = "one of " + ", ".join(ACCEPTED_DTYPES)
-    if dtype is None:  # which NumPy takes for float64
+    if dtype is None:  # NumPy takes None for float64
         refuse_kind("dtype", "None", accepted)
     if isinstance(dtype, str) and dtype == "bfloat16":
         _name_bfloat16()
@@ -166,7 +183,7 @@ def accepted_dtype(dtype: object) -> np.dtype[Any]:
 
 
 def _name_bfloat16() -> None:
-    """Make NumPy know the name, which it does once ml_dtypes has been imported."""
+    """Import ml_dtypes, after which NumPy knows the name "bfloat16"."""
     try:
         import ml_dtypes  # noqa: F401
     except ImportError:
@@ -178,21 +195,21 @@ def is_accepted(dtype: np.dtype[Any]) -> bool:
 
 
 def precision_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return what numbers of a dtype are computed in."""
+    """Return the dtype that values of `dtype` are computed in."""
     return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
 
 
 def is_real(dtype: np.dtype[Any]) -> bool:
-    """Whether its elements are real numbers; NumPy does not know it of bfloat16."""
+    """Return whether elements are real numbers; NumPy does not report it for bfloat16."""
     return dtype.kind in "iuf" or dtype.name == "bfloat16"
 
 
 def dtype_name(x: Array) -> str:
-    return f"dtype {x.dtype.name}" + ("" if x.dtype.isnative else " of foreign byte order")
+    return f"dtype {x.dtype.name}" + ("" if x.dtype.isnative else " in non-native byte order")
 
 
 def same_elements(a: Array, b: Array) -> bool:
-    """Whether both are one array, element by element."""
+    """Return whether both arrays have the same elements in memory."""
     return (
         a.shape == b.shape
         and a.strides == b.strides
@@ -223,16 +240,16 @@ def heads_first(x: Array, layout: str) -> Array:
 def check_out(
     out: object, shape: tuple[int, ...], dtype: np.dtype[Any], may_be_wider: bool = False
 ) -> Array:
-    """Return a plain view of `out`; refuse one that is not what the result needs.
+    """Return a plain view of `out`; refuse a wrong type, dtype or shape.
 
-    `may_be_wider`: a result of 16 bits may be left in float32, as it was computed.
+    With `may_be_wider`, the result for 16-bit inputs may also be float32, as it is computed.
     """
     if not isinstance(out, np.ndarray) or isinstance(out, MaskedArray):
         refuse_kind("out", type(out).__name__, "a numpy.ndarray")
     may_be_wider = may_be_wider and dtype.itemsize == 2
     if out.dtype != dtype and not (may_be_wider and out.dtype == np.float32):
         hint = ", or float32" if may_be_wider else ""
-        refuse_kind("out", dtype_name(out), f"{dtype.name} as in the input{hint}")
+        refuse_kind("out", dtype_name(out), f"{dtype.name}, the dtype of the input{hint}")
     if out.shape != shape:
         refuse("out", f"shape {out.shape}", str(shape))
     if not out.flags.writeable:
@@ -241,21 +258,21 @@ def check_out(
 
 
 def check_overlap(out: Array, inputs: Mapping[str, Array | None]) -> None:
-    """Refuse an `out` that shares memory with itself or an input.
+    """Refuse an `out` whose elements overlap, or which shares memory with an input.
 
-    `inputs` are what the computation reads: what was copied beforehand does not count.
+    `inputs` are the arrays that the computation reads. Leave out those that were copied before.
     """
-    # Every view that slicing and transposing can make passes: from the smallest stride to the
-    # largest, a step goes beyond all that the steps before it can reach.
+    # Sort the strides. Each must be at least the extent of all smaller ones. Every view made by
+    # slicing and transposing passes.
     reach = out.itemsize
     for stride, length in sorted((abs(s), n) for s, n in zip(out.strides, out.shape, strict=True)):
         if length > 1:
             if stride < reach and out.size > 0:
-                refuse("out", f"strides {out.strides} that overlap", "elements of its own memory")
+                refuse("out", f"overlapping strides {out.strides}", "elements that do not overlap")
             reach += stride * (length - 1)
     for name, x in inputs.items():
         if x is not None and _shares_memory(out, x):
-            refuse("out", f"memory that it shares with {name}", "memory of its own")
+            refuse("out", f"an array that shares memory with {name}", "memory of its own")
 
 
 def _shares_memory(a: Array, b: Array) -> bool:
@@ -269,7 +286,7 @@ def _shares_memory(a: Array, b: Array) -> bool:
 
 
 def _scalar(value: object) -> object:
-    """Return the element of an array without axes; all else as it is."""
+    """Return the element of an array with no axes; return anything else unchanged."""
     return value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
 
 
@@ -281,7 +298,7 @@ def flag(name: str, value: object) -> bool:
 
 
 def integer(name: str, value: object) -> int:
-    """Return an int of Python; a bool is none."""
+    """Return a Python int; refuse a bool."""
     value = _scalar(value)
     if isinstance(value, (bool, np.bool_)):
         refuse_kind(name, repr(value), "an int")
@@ -299,7 +316,7 @@ def at_least(name: str, value: object, least: int) -> int:
 
 
 def thread_count(name: str, value: object) -> int:
-    """Check a number of threads; `name` is where it came from."""
+    """Check a number of threads; `name` is the argument or variable that it came from."""
     number = integer(name, value)
     if not 1 <= number <= MAX_THREADS:
         refuse(name, str(number), f"a number of threads from 1 to {MAX_THREADS}")

@@ -1,4 +1,4 @@
-"""Progress for who watches a terminal; a pipe gets results alone."""
+"""Progress, shown on a terminal only: a pipe receives nothing but the results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def progress(text: str) -> None:
-    """Show a text in place of the last one; an empty one ends it."""
+    """Replace the text shown last by this one; an empty text clears the line."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\033[K{text}")
         sys.stderr.flush()

@@ -344,7 +344,7 @@ EYE = np.eye(4, dtype=bool)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: BlockMask(), TypeError, r"BlockMask\(\) makes none: use BlockMask.from_mask_mod"),
+        (lambda: BlockMask(), TypeError, r"BlockMask\(\) cannot be called: use BlockMask.from"),
         (lambda: BlockMask.from_dense(EYE, 64), TypeError,
          r"block_size: got 64 \(int\), expected \(queries, keys\) of a block"),
         (lambda: BlockMask.from_dense(EYE, (64,)), ValueError,
@@ -374,16 +374,16 @@ EYE = np.eye(4, dtype=bool)
         (lambda: BlockMask.from_mask_mod(EYE, 4, 4), TypeError,
          r"mask_mod: got ndarray, expected a function mask_mod\(batch, head, q, k\)"),
         (lambda: BlockMask.from_mask_mod(lambda b, h, q, k: q - k, 4, 4), TypeError,
-         r"mask_mod: got dtype int64 from it, expected bool \(True = attend\)"),
+         r"mask_mod: got dtype int64 as its result, expected bool \(True = attend\)"),
         (lambda: BlockMask.from_mask_mod(lambda b, h, q, k: None, 4, 4), TypeError,
-         "mask_mod: got NoneType from it, expected an array of bools"),
+         "mask_mod: got NoneType as its result, expected an array of bools"),
         (lambda: BlockMask.from_mask_mod(lambda b, h, q, k: EYE[None, :3, None], 4, 4), ValueError,
-         r"mask_mod: got shape \(1, 3, 1, 4\) from it, expected four axes that broadcast to \(1, "),
+         r"mask_mod: got shape \(1, 3, 1, 4\) as its result, expected four axes that broad"),
         (lambda: BlockMask.from_mask_mod(lambda b, h, q, k: EYE, 4, 4), ValueError,
-         r"mask_mod: got shape \(4, 4\) from it, expected four axes .*`pad\[k\]` in place of"),
+         r"mask_mod: got shape \(4, 4\) as its result, expected four axes .*`pad\[k\]` instead"),
         (lambda: BlockMask.from_mask_mod(lambda b, h, q, k: (q < 3).squeeze(), 4, 4), ValueError,
-         r"mask_mod: got shape \(4,\) from it, expected four axes"),
-        (lambda: bool(BlockMask.causal(4, 4)), TypeError, "neither true nor false: .* `&`, `|`"),
+         r"mask_mod: got shape \(4,\) as its result, expected four axes"),
+        (lambda: bool(BlockMask.causal(4, 4)), TypeError, "no truth value: .* `&`, `|`"),
         (lambda: list(BlockMask.causal(4, 4)), TypeError, "'BlockMask' object is not iterable"),
         (lambda: BlockMask.from_mask_mod(lambda b, h, q, k: q > k, 4.0, 4), TypeError,
          r"Lq: got 4.0 \(float\), expected an int"),
@@ -403,14 +403,14 @@ def test_bad_constructions(call, error, message):
 def test_errors_of_a_mask_mod_say_what_it_may_do():
     with pytest.raises(ValueError, match="truth value") as caught:
         BlockMask.from_mask_mod(lambda b, h, q, k: k <= q and k > 2, 4, 4)
-    assert "by `&`, `|`, `~` and `np.where`, not by `and`" in caught.value.__notes__[0]
+    assert "with `&`, `|`, `~` and `np.where` instead of `and`" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         (([0, 1], [0]), ValueError,
-         r"indptr: got shape \(2,\), expected \(3,\), a row more than the blocks of 8 queries"),
+         r"indptr: got shape \(2,\), expected \(3,\), one more than the rows of blocks of 8 q"),
         (([1, 1, 2], [0, 1]), ValueError, "indptr: got 1 to 2, expected 0 to 2, the number of"),
         (([0, 1, 1], [0, 1]), ValueError, "indptr: got 0 to 1, expected 0 to 2, the number of"),
         (([0, 3, 2], [0, 1]), ValueError, "indptr: got 2 after 3 at 1, expected ascending"),
@@ -418,7 +418,7 @@ def test_errors_of_a_mask_mod_say_what_it_may_do():
         (([0, 1, 2], [0, 3]), ValueError, "indices: got 3 at 1, expected 0 to 2, the blocks of 12"),
         (([0, 1, 2], [-1, 2]), ValueError, "indices: got -1 at 0, expected 0 to 2"),
         (([0, 2, 3], [1, 0, 0]), ValueError,
-         r"indices: got 0 after 1 at 1, expected ascending ones in each row \(scipy: `sum_dup"),
+         r"indices: got 0 after 1 at 1, expected numbers that increase within each row; call Sc"),
         (([0, 2, 3], [1, 1, 0]), ValueError, "indices: got 1 after 1 at 1, expected ascending"),
         (([0, 1, 2], [[0, 1]]), ValueError, r"indices: got shape \(1, 2\), expected \(n,\)"),
         (([0, 1, 2], [True, False]), TypeError, "indices: got dtype bool, expected ints"),
@@ -437,10 +437,10 @@ def test_bad_bsr(arguments, error, message):
 @pytest.mark.parametrize(
     ("other", "error", "message"),
     [
-        (EYE, TypeError, r"BlockMask [&|]: got ndarray, expected a BlockMask \(BlockMask.from_den"),
+        (EYE, TypeError, r"BlockMask [&|]: got ndarray, expected a BlockMask; convert an array"),
         (True, TypeError, "BlockMask [&|]: got bool, expected a BlockMask"),
         (BlockMask.from_dense(EYE, (2, 2)), ValueError,
-         r"got block sizes \(\d+, \d+\) and \(\d+, \d+\), expected equal ones: make both"),
+         r"got block sizes \(\d+, \d+\) and \(\d+, \d+\), expected equal block sizes; make both"),
         (BlockMask.from_dense(EYE[:3]), ValueError,
          r"got shapes \(\d, 4\) and \(\d, 4\), expected equal numbers of queries and keys"),
         (BlockMask.from_dense(EYE[:, :1]), ValueError, "expected equal numbers of queries and"),
@@ -468,8 +468,8 @@ def test_operands_whose_axes_do_not_broadcast():
         (np.s_[0, "a"], TypeError, r"index: got 'a' \(str\), expected ints for batch"),
         (np.s_[0, [1, 2]], TypeError, r"index: got \[1, 2\] \(list\), expected ints for batch"),
         (np.s_[True], TypeError, r"index: got True \(bool\), expected ints for batch"),
-        (np.s_[0, :, :, :], ValueError, r"expected one for each axis of a mask of shape \(2, 4, 4"),
-        (np.s_[..., ..., 0], ValueError, "expected one for each axis of a mask of shape"),
+        (np.s_[0, :, :, :], ValueError, r"expected one index per axis of a mask of shape \(2"),
+        (np.s_[..., ..., 0], ValueError, "expected one index per axis of a mask of shape"),
         (np.s_[2], IndexError, "index 2 is out of bounds"),
     ],
 )

@@ -157,7 +157,7 @@ def test_what_does_not_fit(rng):
         (
             lambda: rotary(x, cache),
             ValueError,
-            "context: got a ContextCache, expected None: rotary",
+            "context: got a ContextCache for a rotary layer, expected None",
         ),
         (lambda: layer(x, of_three), ValueError, "context: got leading axes (3,) of keys and (3,)"),
         (

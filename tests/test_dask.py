@@ -596,7 +596,7 @@ def bad_calls():
     q, k, v = of_dask(*inputs(), "even")
     unknown = k[:, :, da.from_array(np.arange(LK) > 3, chunks=4)]
     return {
-        "NumPy alone": (inputs(), {}, TypeError, "q, k, v: got NumPy arrays alone"),
+        "NumPy alone": (inputs(), {}, TypeError, "q, k, v: got NumPy arrays only"),
         "unknown chunks": ((q, unknown, v), {}, ValueError, "k: got chunks of unknown size"),
         "dtypes": ((q, k.astype("f8"), v), {}, TypeError, "q float32, k float64"),
         "head_dim": ((q, k[..., :3], v), {}, ValueError, r"k: got head_dim 3, expected 8"),

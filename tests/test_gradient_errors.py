@@ -32,7 +32,7 @@ CASES = {
     "out of other sizes": (
         {"out": zeros(2, 4, 5, 8)},
         ValueError,
-        "out: got shape (2, 4, 5, 8), expected (2, 4, 5, 6), the shape of out with these q, k",
+        "out: got shape (2, 4, 5, 8), expected (2, 4, 5, 6), the shape of out for these q, k",
     ),
     "out of fewer axes": ({"out": zeros(4, 5, 6)}, ValueError, "out: got shape (4, 5, 6), exp"),
     "out of another layout": (
@@ -44,17 +44,17 @@ CASES = {
     "out of float64": (
         {"out": DOUBLE["out"]},
         TypeError,
-        "out: got dtype float64, expected float32 as in q",
+        "out: got dtype float64, expected float32, the dtype of q",
     ),
     "out of float32 beside float64": (
         DOUBLE | {"out": GIVEN["out"]},
         TypeError,
-        "out: got dtype float32, expected float64 as in q",
+        "out: got dtype float32, expected float64, the dtype of q",
     ),
     "out of other 16 bits": (
         BRAIN | {"out": HALF["out"]},
         TypeError,
-        "out: got dtype float16, expected bfloat16 as in q, or float32",
+        "out: got dtype float16, expected bfloat16, the dtype of q, or float32",
     ),
     "no out": ({"out": None}, TypeError, "out: got NoneType, expected an array"),
     "masked out": ({"out": np.ma.array(GIVEN["out"])}, TypeError, "out: got a masked array"),
@@ -69,53 +69,53 @@ CASES = {
     "dout of foreign byte order": (
         {"dout": GIVEN["dout"].astype(">f4")},
         TypeError,
-        "dout: got dtype float32 in non-native byte order, expected float32 as in q",
+        "dout: got dtype float32 in non-native byte order, expected float32, the dtype of q",
     ),
     "dout of float64 beside 16 bits": (
         HALF | {"dout": DOUBLE["dout"]},
         TypeError,
-        "dout: got dtype float64, expected float16 as in q, or float32",
+        "dout: got dtype float64, expected float16, the dtype of q, or float32",
     ),
     "lse of other sizes": (
         {"lse": zeros(2, 5, 4)},
         ValueError,
-        "lse: got shape (2, 5, 4), expected (2, 4, 5), the shape of lse with these q, k and v",
+        "lse: got shape (2, 5, 4), expected (2, 4, 5), the shape of lse for these q, k and v",
     ),
     "lse with a last axis": ({"lse": zeros(2, 4, 5, 1)}, ValueError, "lse: got shape (2, 4, 5, 1)"),
     "lse of float64": (
         {"lse": DOUBLE["lse"]},
         TypeError,
-        "lse: got dtype float64, expected float32 with q of float32",
+        "lse: got dtype float64, expected float32 with q of dtype float32",
     ),
     "lse of 16 bits": (
         HALF | {"lse": GIVEN["lse"].astype(np.float16)},
         TypeError,
-        "lse: got dtype float16, expected float32 with q of float16",
+        "lse: got dtype float16, expected float32 with q of dtype float16",
     ),
     "lse of float32 beside float64": (
         DOUBLE | {"lse": GIVEN["lse"]},
         TypeError,
-        "lse: got dtype float32, expected float64 with q of float64",
+        "lse: got dtype float32, expected float64 with q of dtype float64",
     ),
     "no lse": ({"lse": None}, TypeError, "lse: got NoneType, expected an array"),
     "lse of foreign byte order": (
         {"lse": GIVEN["lse"].astype(">f4")},
         TypeError,
-        "lse: got dtype float32 in non-native byte order, expected float32 with q",
+        "lse: got dtype float32 in non-native byte order, expected float32 with q of",
     ),
     "dlse of other sizes": ({"dlse": zeros(5)}, ValueError, "dlse: got shape (5,), expected (2, 4"),
     "dlse of float64": ({"dlse": DOUBLE["lse"]}, TypeError, "dlse: got dtype float64, expected"),
     "no bias": (
         {"bias_gradient": True},
         ValueError,
-        "bias_gradient: got True without a bias, expected `bias=` beside it, or False",
+        "bias_gradient: got True without `bias=`, expected both, or False",
     ),
     "bias gradient of 1": ({"bias_gradient": 1}, TypeError, "bias_gradient: got 1 (int), expected"),
     **{
         f"{name} of 8 bits": (
             {name: GIVEN[name].astype(np.int8)},
             TypeError,
-            f"{name}: got dtype int8, expected floats: there are no gradients of values of 8 bits",
+            f"{name}: got dtype int8, expected floats; 8-bit keys and values have no gradients",
         )
         for name in "qkv"
     },
@@ -168,11 +168,13 @@ def test_vjp_refuses_what_does_not_fit(backend):
     out, vjp = na.attention_vjp(*(GIVEN[name] for name in "qkv"))
     with pytest.raises(ValueError, match=r"^dout: got shape \(4, 5, 6\), expected \(2, 4, 5, 6\)"):
         vjp(out[0])
-    with pytest.raises(TypeError, match=r"^dout: got dtype float64, expected float32 as in q$"):
+    with pytest.raises(
+        TypeError, match=r"^dout: got dtype float64, expected float32, the dtype of q$"
+    ):
         vjp(DOUBLE["dout"])
     with pytest.raises(ValueError, match=r"^dlse: got shape \(2, 4, 5, 6\), expected \(2, 4, 5\)"):
         vjp(out, out)
-    with pytest.raises(ValueError, match=r"^bias_gradient: got True without a bias"):
+    with pytest.raises(ValueError, match=r"^bias_gradient: got True without `bias=`"):
         na.attention_vjp(*(GIVEN[name] for name in "qkv"), bias_gradient=True)
     with pytest.raises(TypeError, match=r"^return_lse: got 1 \(int\)"):
         na.attention_vjp(*(GIVEN[name] for name in "qkv"), return_lse=1)

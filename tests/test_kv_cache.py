@@ -213,7 +213,7 @@ def test_bad_arguments(rng):
         (
             lambda: cache.attend(many),
             ValueError,
-            "q: got 8 queries from position 2 on, which see t",
+            "q: got 8 queries from position 2 on, which att",
         ),
         (lambda: cache.attend(one, q_offset=6), ValueError, "q: got 1 queries from position 6 on"),
         (lambda: cache.attend(q[:1]), ValueError, "q: got shape (1, 4, 4, 8), expected (2, heads"),
@@ -234,7 +234,7 @@ def test_bad_arguments(rng):
             lambda: cache.attend(one, mask=one > 0),
             ValueError,
             "mask: got shape (2, 4, 1, 8), expected one that broadcasts to (batch, Hq, Lq, T) = "
-            "(2, 4, 1, 10), T tokens so far",
+            "(2, 4, 1, 10), where T counts",
         ),
         (lambda: cache.attend(one, bias=one > 0), TypeError, "bias: got dtype bool, expected flo"),
         (lambda: cache.attend(one, bias=one[..., :2]), ValueError, "bias: got shape (2, 4, 1, 2),"),
@@ -252,8 +252,8 @@ def test_bad_arguments(rng):
             TypeError,
             "KVCache.attend() got an unexpected keyword argument 'softmax_scale'; did you mean `sc",
         ),
-        (lambda: cache.truncate(1), ValueError, "n: got 1 for sequence 0, whose length is 10, exp"),
-        (lambda: cache.truncate([10, 7]), ValueError, "n: got 7 for sequence 1, whose length is"),
+        (lambda: cache.truncate(1), ValueError, "n: got 1 for sequence 0 of 10 tokens, exp"),
+        (lambda: cache.truncate([10, 7]), ValueError, "n: got 7 for sequence 1 of"),
         (lambda: cache.truncate(-1), ValueError, "n: got -1, expected 0 to"),
         (lambda: cache.truncate([1, 2, 3]), ValueError, "n: got shape (3,), expected an int, or"),
         (lambda: cache.truncate(2.0), TypeError, "n: got dtype float64, expected ints"),
@@ -383,7 +383,7 @@ def test_any_history(seed):
             where = {"q_lengths": rows}
         asked = zip(histories, first, counts, strict=True)
         if not all(x.may_ask(position) or count == 0 for x, position, count in asked):
-            with pytest.raises(ValueError, match="which see tokens from"):
+            with pytest.raises(ValueError, match="which attend to tokens from"):
                 cache.attend(q, **where, **options)
             continue
         out = cache.attend(q, **where, **options)
@@ -459,7 +459,7 @@ def test_what_can_be_taken_back_does_not_depend_on_memory(rng, keep_first, max_r
         for back in range(min(length, max_rollback + 3)):
             n = length - back
             if back > max_rollback and n > keep_first:
-                expected = f"expected at least {length - max_rollback}, which max_rollback="
+                expected = f"expected at least {length - max_rollback} with max_rollback="
                 with pytest.raises(ValueError, match=expected):
                     cache.truncate(n)
                 assert cache.lengths.tolist() == [length]

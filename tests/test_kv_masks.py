@@ -359,7 +359,7 @@ def tree_of_all(tree, length):
 def test_positions_of_a_layer_are_checked(rng):
     x = numbers(rng, 2, 3, 24)
     plain = na.MultiHeadAttention(24, 4, rng=1)
-    with pytest.raises(TypeError, match=r"positions: got an array, expected None: this layer has"):
+    with pytest.raises(TypeError, match=r"positions: got an array, expected None; this layer has"):
         plain(x, positions=[0, 1, 2])
     rotary = na.MultiHeadAttention(24, 4, rotary=True, rng=1)
     for options in ({}, {"cache": na.KVCache(2, 4, 6)}):

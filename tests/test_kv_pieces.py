@@ -228,9 +228,9 @@ def test_a_refused_call_changes_nothing(rng, quantize):
     out = memory[: 2 * HEADS * 20 * VALUE_DIM].reshape(2, HEADS, 20, VALUE_DIM)
     same = memory[-k.size :].reshape(k.shape)
     wrong = [
-        ({"q": q[:, :, :7]}, ValueError, "q: got 7 queries, expected 20, as many as tokens in k"),
+        ({"q": q[:, :, :7]}, ValueError, "q: got 7 queries, expected 20, one per token in k"),
         ({"q": q[..., :7]}, ValueError, "q: got shape (2, 4, 20, 7), expected (2, heads, length"),
-        ({"q": q.astype(float)}, TypeError, "q: got dtype float64, expected float32 as the cache"),
+        ({"q": q.astype(float)}, TypeError, "q: got dtype float64, expected float32, the dtype"),
         ({"k": k[:, :1]}, ValueError, "k: got shape (2, 1, 20, 8), expected (2, 2, tokens, 8)"),
         ({"v": v[:, :, 1:]}, ValueError, "v: got 19 tokens, expected 20 as in k"),
         ({"layout": "x"}, ValueError, "layout: got 'x', expected one of"),
@@ -243,7 +243,7 @@ def test_a_refused_call_changes_nothing(rng, quantize):
             "is_causal: got False for 20 tokens, more than the window's 6, expected True",
         ),
         ({"is_causal": 1}, TypeError, "is_causal: got 1 (int), expected True or False"),
-        ({"window": (3, None)}, ValueError, "window: got (3, None), expected none: the cache has"),
+        ({"window": (3, None)}, ValueError, "window: got (3, None), expected None; the cache has"),
         ({"scale": "a"}, TypeError, "scale: got 'a'"),
         ({"softcap": -1.0}, ValueError, "softcap: got -1.0, expected a positive number"),
         ({"sinks": [1.0]}, ValueError, "sinks: got shape (1,), expected one number per query head"),
@@ -254,19 +254,19 @@ def test_a_refused_call_changes_nothing(rng, quantize):
             {"mask": np.ones((20, 20), bool)},
             ValueError,
             "mask: got shape (20, 20), expected one that broadcasts to (batch, Hq, Lq, T) = "
-            "(2, 4, 20, 29), T tokens so far",
+            "(2, 4, 20, 29), where T counts",
         ),
         ({"mask": np.ones((20, 29))}, TypeError, "mask: got dtype float64, expected bool"),
         (
             {"tail_mask": np.ones((19, 5), bool)},
             ValueError,
             "tail_mask: got shape (19, 5), expected one that broadcasts to (batch, Hq, Lq, T) = "
-            "(2, 4, 20, 5), T being the last tokens",
+            "(2, 4, 20, 5), where T counts last",
         ),
         (
             {"tail_mask": np.ones((20, 30), bool)},
             ValueError,
-            "tail_mask: got T = 30 (shape (20, 30)), expected T of at most 29, the tokens so far",
+            "tail_mask: got T = 30 (shape (20, 30)), expected T of at most 29, the number of tok",
         ),
         ({"tail_mask": np.ones((20, 1))}, TypeError, "tail_mask: got dtype float64, expected bool"),
         ({"tail_mask": True}, ValueError, "tail_mask: got shape (), expected (..., Hq, Lq, T)"),
@@ -296,9 +296,9 @@ def test_a_refused_call_changes_nothing(rng, quantize):
             ValueError,
             "out: got an array that shares memory with tail_mask",
         ),
-        ({"q_offset": 3}, TypeError, "q_offset: got numbers, expected none: the queries are"),
-        ({"q_lengths": 3}, TypeError, "q_lengths: got numbers, expected none: the queries are"),
-        ({"kv_lengths": 3}, TypeError, "kv_lengths: got an array, expected none: the cache knows"),
+        ({"q_offset": 3}, TypeError, "q_offset: got numbers, expected None; the queries"),
+        ({"q_lengths": 3}, TypeError, "q_lengths: got numbers, expected None; the queries"),
+        ({"kv_lengths": 3}, TypeError, "kv_lengths: got an array, expected None; the cache keeps"),
         (
             {"softmax_scale": 1.0},
             TypeError,
@@ -349,7 +349,7 @@ def test_an_interrupted_call_changes_nothing(rng, monkeypatch, limits):
 
 def test_append_says_what_takes_more(rng):
     _, k, v = tokens(rng, 7)
-    with pytest.raises(ValueError, match=r"^k: got 7 tokens, expected at most the window's 6 at .*"
+    with pytest.raises(ValueError, match=r"^k: got 7 tokens, expected at most 6, the size of .*"
                        r"; `append_and_attend` takes any number$"):  # fmt: skip
         make({"window": 6}).append(k, v)
 

@@ -236,9 +236,7 @@ def test_lengths_of_a_context_are_those_of_its_keys_alone(backend, rng):
     limits = {"is_causal": True, "window": (2, 0)}
     for names in (["is_causal"], ["window"], ["is_causal", "window"]):
         given = " and ".join(names)
-        message = (
-            rf"^lengths: got lengths of the context beside {given} and 4 .* instead of {given}$"
-        )
+        message = rf"^lengths: got lengths of the context with {given} and 4 .* instead of {given}$"
         with pytest.raises(ValueError, match=message):
             layer(x, context, lengths=[6, 3], **{name: limits[name] for name in names})
     layer(x, context, lengths=[6, 3], window=(None, None))
@@ -435,13 +433,13 @@ LAYER = {
         ("{", "numattn.MultiHeadAttention: got no JSON"),
         ("[" * 100_000, "numattn.MultiHeadAttention: got no JSON"),
         ("[1]", "numattn.MultiHeadAttention: got list, expected a mapping"),
-        ({"head_dim": ...}, "head_dim: got nothing, expected it among"),
+        ({"head_dim": ...}, "head_dim: got nothing, expected a value among"),
         ({"dropout": 0.5}, "got 'dropout', expected only embed_dim, num_heads"),
         ({"embed_dim": "8"}, "embed_dim: got '8' (str), expected an int"),
         ({"kv_heads": None}, "kv_heads: got None (NoneType), expected an int"),
         ({"kv_heads": 0}, "kv_heads: got 0, expected at least 1"),
         ({"bias": 0}, "bias: got 0 (int), expected True or False"),
-        ({"bias": True}, "q_bias: got nothing among"),
+        ({"bias": True}, "q_bias: got no such array, only"),
         ({"context_dim": 8}, "context_dim: got 8, expected two ints"),
         ({"context_dim": [8, "8"]}, "context_dim: got '8' (str), expected an int"),
         ({"rotary": {"base": "x"}}, "base: got 'x' (str), expected a real number"),
@@ -454,7 +452,7 @@ LAYER = {
         ({"embed_dim": 10**6, "context_dim": [10**6] * 2}, "q_weight: got shape (8, 8), expected"),
         ({"head_dim": 10**12, "rotary": {}}, "q_weight: got shape (8, 8), expected (8, 2000000000"),
         ({"num_heads": 10**30}, "q_weight: got shape (8, 8), expected (8, 4000000000"),
-        ({"qk_norm": True}, "q_norm: got nothing among"),
+        ({"qk_norm": True}, "q_norm: got no such array, only"),
         ({"norm_epsilon": "x"}, "norm_epsilon: got 'x' (str), expected a real number"),
         ({"norm_epsilon": -1}, "norm_epsilon: got -1, expected 1.2e-38 to 3.4e+38 in float32"),
     ],
@@ -529,9 +527,9 @@ def test_from_weights(rng):
         ("v_weight", (13, 10), "v_weight: got shape (13, 10), expected rows for 2 heads"),
         ("o_weight", (24, 25), "o_weight: got shape (24, 25), expected (24, 24)"),
         ("o_weight", (24,), "o_weight: got shape (24,), expected two axes"),
-        ("q_weight", (0, 24), "q_weight: got shape (0, 24), expected two axes, none of them empty"),
+        ("q_weight", (0, 24), "q_weight: got shape (0, 24), expected two axes, neither"),
         ("k_weight", (3, 10), "k_weight: got shape (3, 10), expected 8 rows: 1 heads of 8"),
-        ("k_weight", (24, 10), "k_weight: got shape (24, 10), expected rows for a divisor of the"),
+        ("k_weight", (24, 10), "k_weight: got shape (24, 10), expected rows for a number of heads"),
     ]
     for name, shape, message in names:
         with pytest.raises(ValueError) as raised:  # noqa: PT011
@@ -547,12 +545,12 @@ def test_from_weights(rng):
         ({"k_bias": np.ma.ones(16)}, TypeError, "k_bias: got a masked array"),
         ({"k_weight": np.ma.ones((16, 10))}, TypeError, "k_weight: got a masked array"),
         ({"v_bias": Refusing()}, TypeError, "v_bias: got Refusing, which NumPy cannot convert"),
-        ({"o_bias": np.full(24, 1e300)}, ValueError, "o_bias: got numbers too large for float32"),
+        ({"o_bias": np.full(24, 1e300)}, ValueError, "o_bias: got values too large for float32"),
         ({"kv_heads": 3}, ValueError, "k_weight: got shape (16, 10), expected 24 rows: 3 heads"),
         (
             {"dtype": "half", "o_bias": np.full(24, 1e5)},
             ValueError,
-            "o_bias: got numbers too large for float16, expected smaller ones, or a dtype that",
+            "o_bias: got values too large for float16, expected smaller values, or a wider",
         ),
         ({"dtype": "text"}, TypeError, "dtype: got 'text', expected one of float16, bfloat16, fl"),
     ):
@@ -591,8 +589,8 @@ def test_matrices_of_either_way_round(rng, shapes):
         assert same.parameters()[name].flags.c_contiguous
     if all(a == b for a, b in shapes.values()):
         message = (
-            "transposed: got None for square matrices, .*, expected False if they are "
-            r"\(out, in\), as of torch.nn.Linear, or True if they are \(in, out\), as of GPT-2's"
+            "transposed: got None for square matrices, .*, expected False for "
+            r"\(out, in\), as in torch.nn.Linear, or True for \(in, out\), as in GPT-2's"
         )
         for either in (matrices, turned):
             with pytest.raises(TypeError, match=message):
@@ -681,7 +679,7 @@ def test_from_a_state_dict(rng):
         ({}, None, TypeError, "num_heads: got None"),
         ({"in_proj_weight": numbers(rng, 70, 24)}, 4, ValueError, "in_proj_weight: got shape (70"),
         ({"in_proj_bias": numbers(rng, 70)}, 4, ValueError, "in_proj_bias: got shape (70,)"),
-        ({"out_proj.weight": None}, 4, ValueError, "out_proj.weight: got nothing among"),
+        ({"out_proj.weight": None}, 4, ValueError, "out_proj.weight: got no such array, only"),
         ({"bias_k": numbers(rng, 1, 1, 24)}, 4, ValueError, "bias_k"),
         ({"in_proj_bias": np.ones(72) * 1j}, 4, TypeError, "in_proj_bias: got dtype complex128"),
         ({"in_proj_bias": np.ma.ones(72)}, 4, TypeError, "in_proj_bias: got a masked array"),
@@ -700,7 +698,7 @@ def test_from_a_state_dict(rng):
     layer = na.MultiHeadAttention.from_torch(separate, 4)
     assert layer(x, (numbers(rng, 2, 5, 10), numbers(rng, 2, 5, 14))).shape == x.shape
     del separate["v_proj_weight"]
-    with pytest.raises(ValueError, match="v_proj_weight: got nothing among q_proj_weight"):
+    with pytest.raises(ValueError, match="v_proj_weight: got no such array, only q_proj_weight"):
         na.MultiHeadAttention.from_torch(separate, 4)
 
 
@@ -788,7 +786,7 @@ def named(*names):
 def test_other_layers_are_sent_to_from_weights(state, seen, expected):
     with pytest.raises(ValueError, match=r"^module: got ") as raised:
         na.MultiHeadAttention.from_torch(Module(state), 4)
-    assert f"got {seen}, expected in_proj_weight and out_proj.weight, as of" in str(raised.value)
+    assert f"got {seen}, expected in_proj_weight and out_proj.weight, as in" in str(raised.value)
     assert expected in str(raised.value)
     with pytest.raises(ValueError, match=r"in a dict, expected in_proj_weight .* `.*module\['"):
         na.MultiHeadAttention.from_torch(state, 4)
@@ -909,13 +907,13 @@ def test_bad_calls(rng):
         (lambda: layer(x, x[..., :3]), ValueError, "context: got shape (2, 5, 3), expected"),
         (lambda: layer(x, (x, x, x)), ValueError, "context: got 3 arrays, expected one, or two"),
         (lambda: other(x), TypeError, "context: got None, expected embeddings of 10 elements"),
-        (lambda: turned(x, x), ValueError, "context: got an array, expected None: rotary"),
+        (lambda: turned(x, x), ValueError, "context: got an array for a rotary layer"),
         (lambda: layer(x, cache=cache), ValueError, "x: got shape (2, 5, 24), expected (3, length"),
         (lambda: layer(x, cache=3), TypeError, "cache: got int, expected a KVCache"),
         (
             lambda: layer(x, x, cache=cache),
             TypeError,
-            "context: got one, expected None beside a cache",
+            "context: got ndarray with `cache=`, expected one",
         ),
         (lambda: layer(x, return_weights=1), TypeError, "return_weights: got 1"),
         (lambda: layer(x, is_causal=1), TypeError, "is_causal: got 1"),
@@ -941,12 +939,12 @@ def test_bad_calls(rng):
         (
             lambda: layer(x, x[[0, 0, 0]]),
             ValueError,
-            "context: got leading axes (3,) of keys and (3,) of values beside (2,) of x, expected",
+            "context: got leading axes (3,) of keys and (3,) of values with (2,) of x, expected",
         ),
         (
             lambda: layer(x, (x, x[:, :3])),
             ValueError,
-            "context: got keys (2, 5, 24) and values (2, 3, 24), expected as many tokens",
+            "context: got keys (2, 5, 24) and values (2, 3, 24), expected the same number of",
         ),
         (
             lambda: layer(x, cache=na.KVCache(2, 2, 6)),
@@ -956,15 +954,15 @@ def test_bad_calls(rng):
         (
             lambda: other(x, cache=na.KVCache(2, 4, 6)),
             ValueError,
-            "context_dim: got (10, 10) beside embed_dim 24, expected the same in a layer with a KV",
+            "context_dim: got (10, 10) with embed_dim 24, expected embed_dim for a layer with a KV",
         ),
-        (other.new_cache, ValueError, "context_dim: got (10, 10) beside embed_dim 24, expected"),
+        (other.new_cache, ValueError, "context_dim: got (10, 10) with embed_dim 24, expected"),
         (lambda: layer.new_cache(-1), ValueError, "batch: got -1, expected at least 0"),
         (lambda: layer.new_cache(keep_first=2), ValueError, "keep_first: got 2, expected 0 where"),
         (
             lambda: layer(x, cache=na.KVCache(2, 4, 6, dtype="float64")),
             TypeError,
-            "cache: got dtype float64, expected float32 as the layer",
+            "cache: got dtype float64, expected float32, the dtype of the layer",
         ),
         (
             lambda: layer(x, cache=na.KVCache(2, 4, 6, window=3), is_causal=False),

@@ -443,7 +443,7 @@ def test_given_weights(rng, narrow):
     other = named_dtype("bfloat16" if narrow == np.float16 else "float16")
     large = {**given, "q_weight": np.full((24, 24), 1e5).astype(named_dtype("bfloat16"))}
     if narrow == np.float16:
-        with pytest.raises(ValueError, match="q_weight: got numbers too large for float16"):
+        with pytest.raises(ValueError, match="q_weight: got values too large for float16"):
             na.MultiHeadAttention.from_weights(**large, num_heads=4, dtype=narrow)
     else:
         na.MultiHeadAttention.from_weights(**large, num_heads=4, dtype=narrow)

@@ -470,8 +470,8 @@ def test_gradients_that_do_not_fit(rng):
     for dout, error, message in (
         (out[0], ValueError, "dout: got shape (5, 24), expected (2, 5, 24), the shape of out"),
         (out[..., :3], ValueError, "dout: got shape (2, 5, 3), expected (2, 5, 24)"),
-        (1.0, TypeError, "dout: got dtype float64, expected float32 as the layer"),
-        (out.astype(float), TypeError, "dout: got dtype float64, expected float32 as the layer"),
+        (1.0, TypeError, "dout: got dtype float64, expected float32, the dtype"),
+        (out.astype(float), TypeError, "dout: got dtype float64, expected float32, the dtype"),
         (
             out.astype(">f4"),
             TypeError,
@@ -505,9 +505,9 @@ def test_bad_calls(rng):
         (
             lambda: layer.vjp(x, layer.context_cache(x)),
             TypeError,
-            "context: got a ContextCache, expected what it was made of, which gets gradients",
+            "context: got a ContextCache, expected the context itself, which gets gradients",
         ),
-        (lambda: turned.vjp(x, x), ValueError, "context: got an array, expected None: rotary"),
+        (lambda: turned.vjp(x, x), ValueError, "context: got an array for a rotary layer"),
         (lambda: layer.vjp(x, is_causal=1), TypeError, "is_causal: got 1"),
         (lambda: layer.vjp(x, softcap=-1), ValueError, "softcap: got -1"),
         (lambda: layer.vjp(x, lengths=[6, 1]), ValueError, "lengths: got 6 at (0,), expected 0"),
@@ -520,17 +520,17 @@ def test_bad_calls(rng):
         (
             lambda: layer.vjp(x, x[:, :3], lengths=[2, 3], is_causal=True),
             ValueError,
-            "lengths: got lengths of the context beside is_causal and 5 tokens of x",
+            "lengths: got lengths of the context with is_causal and 5 tokens of x",
         ),
         (
             lambda: layer.vjp(x, cache=cache),
             TypeError,
-            "cache: got KVCache, expected nothing: a text is differentiated as a whole",
+            "cache: got KVCache, expected no cache; differentiate the whole text",
         ),
         (
             lambda: layer.vjp(x, return_weights=True),
             TypeError,
-            "return_weights: got bool, expected nothing: `layer(x, return_weights=True)` gives",
+            "return_weights: got bool, expected no such option; `layer(x, return_wei",
         ),
         (lambda: layer.vjp(x, attn_mask=None), TypeError, "'attn_mask'; did you mean `mask=`"),
         (lambda: layer.vjp(x, dropout=1.0, rng=0), ValueError, "dropout: got 1.0, expected the sh"),
@@ -554,7 +554,7 @@ def test_bad_calls(rng):
         (
             lambda: layer.vjp(x, bias_gradient=True),
             ValueError,
-            "bias_gradient: got True without a bias, expected",
+            "bias_gradient: got True without `bias=`, expected",
         ),
         (lambda: layer.vjp(x, bias_gradient=1), TypeError, "bias_gradient: got 1 (int), expected"),
         (

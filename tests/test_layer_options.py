@@ -89,8 +89,9 @@ def test_options_of_cross_attention(any_backend, rng):
         own = {name.removeprefix("kv_"): option for name, option in options.items()}
         np.testing.assert_allclose(layer(x, context, **own), expected, rtol=0, atol=2e-5)
     message = (
-        "^lengths: got lengths of the context beside alibi_slopes and 4 tokens of x, which leave "
-        "open at which positions these are, expected a `mask` or a `bias` instead of alibi_slopes$"
+        "^lengths: got lengths of the context with alibi_slopes and 4 tokens of x, which do not "
+        "say at which positions the tokens are, expected `mask=` or `bias=` instead of "
+        "alibi_slopes$"
     )
     with pytest.raises(ValueError, match=message):
         layer(x, context, lengths=[6, 3], alibi_slopes=SLOPES)

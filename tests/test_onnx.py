@@ -264,11 +264,11 @@ BAD = {
         [X[0]] * 3, {"q_num_heads": 3, "kv_num_heads": 3}, "Q: got .* with 3 heads",
     ),
     "no axes": ([X] * 3 + [np.array(True)], {}, r"attn_mask: got shape \(\)"),
-    "past of one axis": ([X] * 3 + [None, X[0, 0, 0], X], {}, "K: got float32 .* beside a past"),
-    "one past": ([X] * 3 + [None, X], {}, "past_key, past_value: got one of both"),
-    "another past": ([X] * 3 + [None, X[:1], X[:1]], {}, "K: got float32 .* beside a past"),
+    "past of one axis": ([X] * 3 + [None, X[0, 0, 0], X], {}, "K: got float32 .* with a past"),
+    "one past": ([X] * 3 + [None, X], {}, "past_key, past_value: got only one of them"),
+    "another past": ([X] * 3 + [None, X[:1], X[:1]], {}, "K: got float32 .* with a past"),
     "past and lengths": (
-        [X] * 3 + [None, X, X, np.array([1, 2])], {}, "nonpad_kv_seqlen: got lengths beside",
+        [X] * 3 + [None, X, X, np.array([1, 2])], {}, "nonpad_kv_seqlen: got lengths with past",
     ),
     "lengths": ([X] * 3 + [None] * 3 + [np.array([1, 4])], {}, "1 to 4, expected 0 to 3"),
     "number of lengths": ([X] * 3 + [None] * 3 + [np.array([1])], {}, r"got shape \(1,\)"),
@@ -575,7 +575,7 @@ BAD_CONTRIB = {
     ),
     "past of one axis": (
         "GroupQueryAttention", [FLAT] * 3 + [FLAT[0, 0], CACHE, SEQLENS, TOTAL], GROUP,
-        "key: got float32 .* beside a past",
+        "key: got float32 .* with a past",
     ),
     "8 bits": (
         "GroupQueryAttention", [FLAT] * 3 + [None, None, SEQLENS, TOTAL],

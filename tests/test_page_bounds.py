@@ -496,7 +496,7 @@ SELECT = [
     (
         {"count": 1},
         ValueError,
-        "count: got 1, expected at least 2: the first page, and",
+        "count: got 1, expected at least 2, for the first page and",
     ),
     ({"count": 2.0}, TypeError, "count: got 2.0 (float), expected an int"),
     (
@@ -507,7 +507,7 @@ SELECT = [
     (
         {"kv_lengths": [22]},
         ValueError,
-        "block_table: got page 2 at (0, 2), with bounds of 5",
+        "block_table: got page 2 at (0, 2), whose bounds cover 5",
     ),
 ]
 
@@ -530,7 +530,7 @@ def test_choices_that_do_not_fit(method, given, error, message):
     [
         ({"k_pages": PAGES[:, :, :1]}, ValueError, "v_pages: got 2 heads, expected 1 as in"),
         ({"k_pages": PAGES[:2], "v_pages": PAGES[:2], "block_table": [[0, 1, 1]]}, ValueError,
-         "k_pages: got shape (2, 8, 2, 4), expected (3, 8, 2, 4) as of these bounds"),
+         "k_pages: got shape (2, 8, 2, 4), expected (3, 8, 2, 4), as in these bounds"),
         ({"v_pages": PAGES[:2]}, ValueError, "v_pages: got 2 pages of 8 keys, expected 3 of 8"),
         ({"v_pages": PAGES.astype(np.int8)}, TypeError, "v_pages: got dtype int8, expected `v_sca"),
         ({"softcap": -1.0}, ValueError, "softcap: got -1.0, expected a positive number"),

@@ -185,7 +185,7 @@ def test_scaling(backend, rng):
         (
             {"scaling": {"type": "yarn", "original_max_position_embeddings": 9}},
             ValueError,
-            ["scaling: got no 'factor', expected it, or 'max_position_embeddings'"],
+            ["scaling: got neither 'factor' nor 'max_position_embeddings', expected one"],
         ),
         (
             {

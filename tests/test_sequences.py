@@ -316,7 +316,7 @@ VARLEN = {
     "decreasing": ([0, 4, 3, 6], [0, 2, 4, 6], ValueError, "cu_seqlens_q: got 4 and then 3 at 2"),
     "beyond": ([0, 7], [0, 6], ValueError, "cu_seqlens_q: got 7 at 1, expected 0 to 6"),
     "negative": ([0, 6], [-1, 6], ValueError, "cu_seqlens_k: got -1 at 0"),
-    "begin": ([1, 6], [0, 6], ValueError, "cu_seqlens_q: got 1 as the first, expected 0"),
+    "begin": ([1, 6], [0, 6], ValueError, "cu_seqlens_q: got 1 as the first number, expected 0"),
     "end": ([0, 6], [0, 5], ValueError, "cu_seqlens_k: got 5 as the last, expected 6"),
     "number": ([0, 6], [0, 3, 6], ValueError, "cu_seqlens_k: got 3 numbers, expected 2"),
     "kind": ([0.0, 6.0], [0, 6], TypeError, "cu_seqlens_q: got dtype float64, expected ints"),
@@ -391,7 +391,7 @@ def test_bad_scales(backend):
     bad = scale.copy()
     bad[1, 0, 0] = np.nan
     for options, error, message in (
-        ({}, TypeError, "k: got dtype int8, expected `k_scale` beside it"),
+        ({}, TypeError, "k: got dtype int8 without `k_scale`, expected both"),
         ({"k_scale": scale[0]}, ValueError, "k_scale: got shape (1, 1), expected (2, 1, 1)"),
         ({"k_scale": bad}, ValueError, "k_scale: got nan at (1, 0, 0), expected finite"),
         ({"k_scale": scale.astype(int)}, TypeError, "k_scale: got dtype int64, expected float32"),
@@ -462,7 +462,7 @@ def test_errors_of_pages_and_states_name_what_is_wrong(rng):
     pages = rng.standard_normal((2, 3, 1, 4), dtype=np.float32)
     with pytest.raises(ValueError, match="v_pages: got 2 pages of 2 keys, expected 2 of 3"):
         na.attention_paged(q, pages, pages[:, :2], [[0]], [1])
-    with pytest.raises(ValueError, match=r"k_pages: got shape .* expected pages of one key"):
+    with pytest.raises(ValueError, match=r"k_pages: got shape .* expected pages of at least"):
         na.attention_paged(q, pages[:, :0], pages[:, :0], [[0]], [0])
     with pytest.raises(ValueError, match=r"head_dim 3, expected 4 .*k_pages \(2, 3, 1, 3\)"):
         na.attention_paged(q, pages[..., :3], pages, [[0]], [1])

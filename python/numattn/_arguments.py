@@ -293,8 +293,8 @@ def key_scales(
             refuse_kind(argument, seen, f"{name} of dtype int8", f"leave `{argument}` out")
         return None
     if scale is None:
-        expected = f"`{argument}` with it"
-        refuse_kind(name, "dtype int8", expected, "`quantize_kv` returns both")
+        seen = f"dtype int8 without `{argument}`"
+        refuse_kind(name, seen, "both", "`quantize_kv` returns them")
     scales = as_array(argument, scale)
     if scales.dtype.kind != "f" or not scales.dtype.isnative:
         refuse_kind(argument, dtype_name(scales), "float32")

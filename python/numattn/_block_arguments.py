@@ -33,7 +33,7 @@ OPTIONS_ELSEWHERE = {
     "layer_norm_eps": "`norm_epsilon=`",
     "layer_norm_epsilon": "`norm_epsilon=`",
     "rms_norm_eps": "`norm_epsilon=`",
-    "mlp_bias": "`bias=`, or `from_weights`, which takes the biases that there are",
+    "mlp_bias": "`bias=`, or `from_weights`, which takes the biases that the model has",
     "dropout": "`dropout=` of `TransformerBlock.vjp`, for training",
     "attention_dropout": "`dropout=` of `TransformerBlock.vjp`, for training",
     "context_dim": "a block attends to its own tokens; `MultiHeadAttention` has `context_dim=`",
@@ -51,7 +51,7 @@ ACTIVATIONS_ELSEWHERE = {
 
 NORMS_ELSEWHERE = {"layer_norm": "`'layer'`", "rms_norm": "`'rms'`"}
 
-_CONTEXT_MEANT = "nothing: a block attends to its own tokens; `MultiHeadAttention` takes a context"
+_CONTEXT_ADVICE = "a block attends to its own tokens; `MultiHeadAttention` takes a context"
 _CONTEXT_NAMES = ("context", "encoder_hidden_states", "key_value_states", "memory")
 
 
@@ -120,4 +120,5 @@ def checked_description(description: dict[str, Any]) -> dict[str, Any]:
 def refuse_context(function: str, options: Mapping[str, Any]) -> None:
     for name in _CONTEXT_NAMES:
         if name in options:
-            refuse_kind(f"{function}: {name}", type(options[name]).__name__, _CONTEXT_MEANT)
+            seen = type(options[name]).__name__
+            refuse_kind(f"{function}: {name}", seen, "no context", _CONTEXT_ADVICE)

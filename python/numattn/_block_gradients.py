@@ -120,7 +120,7 @@ def _checked(call: Call, dout: ArrayLike) -> Array:
     array = as_array("dout", dout)
     dtype = call.into_feed_forward.dtype
     if array.dtype != dtype:
-        refuse_kind("dout", dtype_name(array), f"{dtype.name} as the block")
+        refuse_kind("dout", dtype_name(array), f"{dtype.name}, the dtype of the block")
     if array.shape != call.valid.shape:
         refuse("dout", f"shape {array.shape}", f"{call.valid.shape}, the shape of out")
     return np.array(call.valid.of(array), order="C")

@@ -256,7 +256,7 @@ class BlockMask(BlockMaskPatterns):
         grid = grid_of(lengths, block_size)
         if array.shape[-2:] != grid:
             expected = f"(..., {grid[0]}, {grid[1]}), the blocks of {lengths[0]} queries and "
-            expected += f"{lengths[1]} keys in blocks of {block_size}"
+            expected += f"{lengths[1]} keys with block_size {block_size}"
             refuse("keep", f"shape {array.shape}", expected)
         blocks = np.where(array, np.int32(FULL), np.int32(EMPTY))
         return cls._of((*array.shape[:-2], *lengths), block_size, blocks, no_bits(block_size))
@@ -323,17 +323,19 @@ class BlockMask(BlockMaskPatterns):
         rows, columns = grid_of(lengths, block_size)
         begins, places = ints("indptr", indptr), ints("indices", indices)
         if begins.shape != (rows + 1,):
-            expected = f"({rows + 1},), a row more than the blocks of {lengths[0]} queries"
-            refuse("indptr", f"shape {begins.shape}", f"{expected} in blocks of {block_size}")
+            expected = f"({rows + 1},), one more than the rows of blocks of {lengths[0]} queries"
+            refuse("indptr", f"shape {begins.shape}", f"{expected} with block_size {block_size}")
         if places.ndim != 1:
-            refuse("indices", f"shape {places.shape}", "(n,), an index for each block")
+            refuse("indices", f"shape {places.shape}", "(n,), one index per block")
         if begins[0] != 0 or begins[-1] != len(places):
-            expected = f"0 to {len(places)}, the number of indices"
-            refuse("indptr", f"{begins[0]} to {begins[-1]}", expected)
+            seen = f"numbers from {begins[0]} to {begins[-1]}"
+            expected = f"numbers from 0 to {len(places)}, the number of indices"
+            refuse("indptr", seen, expected)
         counts = np.diff(begins)
         if (counts < 0).any():
             row = int(np.argmax(counts < 0))
-            refuse("indptr", f"{begins[row + 1]} after {begins[row]} at {row}", "ascending numbers")
+            seen = f"{begins[row + 1]} after {begins[row]} at {row + 1}"
+            refuse("indptr", seen, "numbers that do not decrease")
         outside = (places < 0) | (places >= columns)
         if outside.any():
             place = int(np.argmax(outside))
@@ -344,7 +346,8 @@ class BlockMask(BlockMaskPatterns):
         if wrong.any():
             place = int(np.argmax(wrong))
             seen = f"{places[place + 1]} after {places[place]} at {place + 1}"
-            refuse("indices", seen, "ascending ones in each row (scipy: `sum_duplicates()`)")
+            advice = "call SciPy's `sum_duplicates()` first"
+            refuse("indices", seen, "numbers that increase within each row", advice)
         blocks = np.full((rows, columns), EMPTY, np.int32)
         if data is None:
             blocks[row_of, places] = FULL
@@ -352,7 +355,8 @@ class BlockMask(BlockMaskPatterns):
         attends = as_array("data", data)
         check_bools("data", attends)
         if attends.shape != (len(places), *block_size):
-            refuse("data", f"shape {attends.shape}", f"{(len(places), *block_size)}")
+            expected = f"{(len(places), *block_size)}, one block per index"
+            refuse("data", f"shape {attends.shape}", expected)
         blocks[row_of, places] = np.arange(len(places))
         return cls._normal((), lengths, block_size, blocks, pack(attends))
 

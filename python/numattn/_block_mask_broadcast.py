@@ -56,7 +56,8 @@ def broadcast_blocks(mask: BlockMaskStore, pairs: tuple[int, ...], one_head: boo
     except ValueError:
         axes = "(Lq, Lk)" if one_head else "(..., Hq, Lq, Lk)"
         seen = f"a BlockMask of shape {mask.shape}"
-        refuse("mask", seen, f"one of {pairs[-2:]} that broadcasts to {axes} = {wanted}")
+        expected = f"one with Lq, Lk = {pairs[-2:]} that broadcasts to {axes} = {wanted}"
+        refuse("mask", seen, expected)
     return MaskBlocks(
         np.broadcast_to(numbers, (*pairs[:-2], *blocks.shape[-2:])), mask._bits, mask.block_size
     )

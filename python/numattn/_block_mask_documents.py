@@ -80,7 +80,7 @@ class BlockMaskDocuments(BlockMaskStore):
         else:
             of_keys = _lengths("key_lengths", key_lengths, "Lk", Lk)
         if len(of_keys) != len(of_queries):
-            expected = f"{len(of_queries)}, one for each of `lengths`"
+            expected = f"{len(of_queries)}, as many as `lengths` has"
             refuse("key_lengths", f"{len(of_keys)} lengths", expected)
         texts = np.arange(len(of_queries))
         block_size = check_block_size(block_size)
@@ -135,7 +135,7 @@ class BlockMaskDocuments(BlockMaskStore):
         block_size = check_block_size(block_size)
         batch = of_queries.shape[:-1]
         if of_keys.shape[:-1] != batch:
-            expected = f"the batch axes of ids of shape {of_queries.shape}"
+            expected = f"the same batch axes as ids, whose shape is {of_queries.shape}"
             refuse("key_ids", f"shape {of_keys.shape}", expected)
         if not batch:
             return cls._same(of_queries, of_keys, block_size)
@@ -161,12 +161,12 @@ class BlockMaskDocuments(BlockMaskStore):
 def _lengths(name: str, lengths: ArrayLike, total_name: str, total: int | None) -> Array:
     array = ints(name, lengths)
     if array.ndim != 1:
-        refuse(name, f"shape {array.shape}", "(n,), a length for each text")
+        refuse(name, f"shape {array.shape}", "(n,), one length per text")
     if (array < 0).any():
         place = int(np.argmax(array < 0))
-        refuse(name, f"{array[place]} at {place}", "lengths that are not negative")
+        refuse(name, f"{array[place]} at {place}", "lengths of at least 0")
     if total is not None and array.sum() != at_least(total_name, total, 0):
-        refuse(name, f"lengths that add up to {array.sum()}", f"{total_name} = {total}")
+        refuse(name, f"a sum of {array.sum()}", f"{total_name} = {total}")
     return array
 
 

@@ -39,25 +39,25 @@ class MaskFunction:
 
 def _checked(said: object, shape: tuple[int, ...]) -> Array:
     if not isinstance(said, (np.ndarray, np.bool_, bool)):
-        refuse_kind("mask_mod", f"{type(said).__name__} from it", "an array of bools")
+        refuse_kind("mask_mod", f"{type(said).__name__} as its result", "an array of bool")
     attends = np.asarray(said)
     if attends.dtype != np.bool_:
-        refuse_kind("mask_mod", f"{dtype_name(attends)} from it", "bool, True = attend")
+        seen = f"{dtype_name(attends)} as its result"
+        refuse_kind("mask_mod", seen, "bool (True = attend)")
     # Fewer axes would fit where queries happen to be as many as keys, and fit nowhere else.
     fits = attends.ndim in (0, 4) and all(
         n in (1, wanted) for n, wanted in zip(attends.shape, shape, strict=False)
     )
     if not fits:
-        expected = f"four axes that broadcast to {shape}, as `batch`, `head`, `q` and `k` do: it "
-        expected += "is asked for some rows of blocks at a time (`pad[k]` in place of `pad`)"
-        refuse("mask_mod", f"shape {attends.shape} from it", expected)
+        expected = f"four axes that broadcast to {shape}, as `batch`, `head`, `q` and `k` do"
+        advice = "it is called for a part of the mask at a time: write `pad[k]` instead of `pad`"
+        refuse("mask_mod", f"shape {attends.shape} as its result", expected, advice)
     return np.broadcast_to(attends, shape)
 
 
 _NOTE = (
-    "mask_mod(batch, head, q, k) is called with arrays of NumPy: it combines comparisons by `&`, "
-    "`|`, `~` and `np.where`, not by `and`, `or`, `not` and `if`, and indexes arrays of NumPy, "
-    "no tensors"
+    "mask_mod(batch, head, q, k) gets NumPy arrays: combine comparisons with `&`, `|`, `~` and "
+    "`np.where` instead of `and`, `or`, `not` and `if`, and index NumPy arrays instead of tensors"
 )
 
 

@@ -45,11 +45,12 @@ def _combined(
 ) -> Mask:
     """Return a mask whose blocks are the other one's where one is neutral."""
     if not isinstance(b, BlockMaskStore):
-        hint = "BlockMask.from_dense makes one of an array"
-        refuse_kind(f"BlockMask {sign}", type(b).__name__, f"a BlockMask ({hint})")
+        advice = "convert an array with `BlockMask.from_dense`"
+        refuse_kind(f"BlockMask {sign}", type(b).__name__, "a BlockMask", advice)
     if a._block_size != b._block_size:
         seen = f"block sizes {a._block_size} and {b._block_size}"
-        refuse(f"BlockMask {sign}", seen, "equal ones: make both with the same `block_size`")
+        advice = "make both masks with the same `block_size`"
+        refuse(f"BlockMask {sign}", seen, "equal block sizes", advice)
     try:
         leading = np.broadcast_shapes(a._shape[:-2], b._shape[:-2])
     except ValueError:

@@ -266,7 +266,8 @@ class BlockMaskPatterns(BlockMaskDocuments):
             refuse("prefix_length", f"shape {prefixes.shape}", "at least one number")
         outside = (prefixes < 0) | (prefixes > lengths[1])
         if outside.any():
-            refuse("prefix_length", str(prefixes[outside][0]), f"0 to {lengths[1]}, the keys")
+            expected = f"0 to {lengths[1]}, the number of keys"
+            refuse("prefix_length", str(prefixes[outside][0]), expected)
         masks = [cls._prefix(lengths, block_size, band, int(n)) for n in prefixes.ravel()]
         return stacked(masks, (*prefixes.shape, 1)) if prefixes.ndim else masks[0]
 
@@ -485,7 +486,8 @@ def _global_keys(global_tokens: int | ArrayLike, key_count: int) -> Array:
     last = key_count if positions.ndim == 0 else key_count - 1
     outside = (positions < 0) | (positions > last)
     if outside.any():
-        refuse("global_tokens", str(positions[outside][0]), f"0 to {last}, of {key_count} keys")
+        expected = f"0 to {last} for {key_count} keys"
+        refuse("global_tokens", str(positions[outside][0]), expected)
     is_global = np.zeros(key_count, np.bool_)
     is_global[: int(positions) if positions.ndim == 0 else 0] = True
     is_global[positions if positions.ndim == 1 else []] = True

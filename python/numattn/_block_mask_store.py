@@ -55,8 +55,8 @@ class BlockMaskStore:
 
     def __init__(self) -> None:
         raise TypeError(
-            "BlockMask() makes none: use BlockMask.from_mask_mod, from_dense, from_blocks, "
-            "from_bsr, or a ready one such as BlockMask.causal"
+            "BlockMask() cannot be called: use BlockMask.from_mask_mod, from_dense, from_blocks or "
+            "from_bsr, or a ready mask such as BlockMask.causal"
         )
 
     @classmethod
@@ -78,7 +78,7 @@ class BlockMaskStore:
         return cls._of((*leading, *lengths), block_size, *arrays)
 
     def __bool__(self) -> bool:
-        raise TypeError("a BlockMask is neither true nor false: combine masks by `&`, `|` and `~`")
+        raise TypeError("a BlockMask has no truth value: combine masks with `&`, `|` and `~`")
 
     # As it has __getitem__, Python would count through it.
     __iter__ = None
@@ -87,7 +87,7 @@ class BlockMaskStore:
         return type(self)._of, (self._shape, self._block_size, self._blocks, self._bits)
 
     def __array__(self, *_: Any, **__: Any) -> Array:
-        raise TypeError("a BlockMask is no array: `to_dense()` makes one")
+        raise TypeError("a BlockMask is not an array: call `to_dense()` to make one")
 
     # ---- attributes ----------------------------------------------------------------------------
 
@@ -334,7 +334,7 @@ def _expanded(index: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
         parts, dots = (*parts, Ellipsis), [len(parts)]
     missing = len(shape) - (len(parts) - 1 - sum(part is None for part in parts))
     if len(dots) > 1 or missing < 0:
-        refuse("index", repr(index), f"one for each axis of a mask of shape {shape}")
+        refuse("index", repr(index), f"one index per axis of a mask of shape {shape}")
     parts = (*parts[: dots[0]], *[slice(None)] * missing, *parts[dots[0] + 1 :])
     for part in parts:
         if part is None:  # np.newaxis
@@ -366,9 +366,9 @@ def check_block_size(block_size: object) -> Size:
     """Return a pair of ints of Python that are positive."""
     if not isinstance(block_size, (tuple, list)):
         seen = f"{block_size!r} ({type(block_size).__name__})"
-        refuse_kind("block_size", seen, "(queries, keys) of a block")
+        refuse_kind("block_size", seen, "(queries, keys), the size of a block")
     if len(block_size) != 2:
-        refuse("block_size", repr(block_size), "two sizes, (queries, keys) of a block")
+        refuse("block_size", repr(block_size), "two sizes, (queries, keys)")
     queries, keys = (integer("block_size", size) for size in block_size)
     if min(queries, keys) < 1:
         refuse("block_size", repr(block_size), "sizes of at least 1")
@@ -380,8 +380,8 @@ def check_block_size(block_size: object) -> Size:
 def check_bools(name: str, array: Array) -> None:
     if array.dtype == np.bool_:
         return
-    hint = f" (`{name} != 0` if 0 means masked)" if array.dtype.kind in "iuf" else ""
-    refuse_kind(name, dtype_name(array), f"bool, True = attend{hint}")
+    advice = f"use `{name} != 0` if 0 means masked" if array.dtype.kind in "iuf" else ""
+    refuse_kind(name, dtype_name(array), "bool (True = attend)", advice)
 
 
 def ints(name: str, values: ArrayLike) -> NDArray[np.int64]:
@@ -390,7 +390,7 @@ def ints(name: str, values: ArrayLike) -> NDArray[np.int64]:
     if array.dtype.kind not in "iu" and array.shape != (0,):
         refuse_kind(name, dtype_name(array), "ints")
     if array.dtype.kind == "u" and (array > 2**63 - 1).any():
-        refuse(name, str(array.max()), "ints of at most 63 bits")
+        refuse(name, str(array.max()), "ints of at most 2**63 - 1")
     return array.astype(np.int64)
 
 

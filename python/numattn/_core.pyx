@@ -285,7 +285,7 @@ cdef int _raise_for(Status status) except -1:
     if status == Status.out_of_memory:
         raise MemoryError("numattn: no memory for the scratch of its threads")
     raise RuntimeError(
-        "numattn: a signal handler forked in the middle of a call, whose threads are the parent's"
+        "numattn: a signal handler forked during a call; the child has none of the call's threads"
     )
 
 
@@ -340,7 +340,7 @@ cdef bint _find_dtype(cnp.ndarray x, Dtype* dtype):
 cdef Dtype _dtype_of(cnp.ndarray x) except *:
     cdef Dtype dtype
     if not _find_dtype(x, &dtype):
-        raise TypeError(f"dtype {x.dtype.name} is not one that the kernels take")
+        raise TypeError(f"the kernels do not support dtype {x.dtype.name}")
     return dtype
 
 
@@ -794,7 +794,7 @@ ctypedef fused real:
 def exp2(const real[::1] x not None, real[::1] y not None):
     """y = 2**x by the kernels' own exp2, in float32 or float64 (for tests)."""
     if x.shape[0] != y.shape[0]:
-        raise ValueError("x and y differ in length")
+        raise ValueError("x and y have different lengths")
     if x.shape[0] == 0:
         return
     if real is float:
@@ -823,7 +823,7 @@ def read_floats(const float[::1] x not None):
     benchmarks)."""
     cdef float total
     if x.shape[0] % 64 != 0:
-        raise ValueError("the number of floats is no multiple of 64")
+        raise ValueError("the number of floats is not a multiple of 64")
     if x.shape[0] == 0:
         return 0.0
     with nogil:

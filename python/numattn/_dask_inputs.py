@@ -38,7 +38,8 @@ def given(name: str, x: object) -> Given:
         refuse(
             name,
             f"chunks of unknown size (shape {x.shape})",
-            f"known ones: call `{name}.compute_chunk_sizes()` first",
+            "chunks of known size",
+            f"call `{name}.compute_chunk_sizes()` first",
         )
     if type(x._meta) is not np.ndarray:
         refuse_kind(name, f"chunks of {type(x._meta).__name__}", "chunks of numpy.ndarray")
@@ -51,20 +52,22 @@ def check_inputs(arrays: dict[str, Given]) -> None:
         names = ", ".join(arrays)
         refuse_kind(
             names,
-            "NumPy arrays alone",
-            "at least one array of dask (`dask.array.from_array(q, chunks=...)`); what is in "
-            "memory goes to `numattn.attention` and `numattn.attention_backward`",
+            "NumPy arrays only",
+            "at least one dask array",
+            "pass arrays in memory to `numattn.attention` and `numattn.attention_backward`, or "
+            "convert one with `dask.array.from_array(q, chunks=...)`",
         )
     for name, x in arrays.items():
         if x.dtype == np.int8:
-            refuse_kind(name, "dtype int8", f"floats: multiply `{name}` by its scales first")
+            refuse_kind(name, "dtype int8", "floats", f"multiply `{name}` by its scales first")
 
 
 def check_small(options: dict[str, Any]) -> None:
     """Refuse numbers that would have to be computed now."""
     for name in SMALL:
         if isinstance(options[name], da.Array):
-            refuse_kind(name, "an array of dask", f"numbers in memory: `{name}.compute()`")
+            advice = f"pass `{name}.compute()`"
+            refuse_kind(name, "a dask array", "numbers in memory", advice)
 
 
 def of_one_element(x: Given) -> NDArray[Any]:

@@ -192,10 +192,9 @@ def _placed(rows: Rows, k: Array, keys: slice) -> dict[str, Any]:
     in_rows = k.ndim > 2 and rows.options["layout"] == "blhd"
     count = k.shape[-3 if in_rows else -2]
     if count != keys.stop - keys.start:
-        expected = (
-            f"{keys.stop - keys.start}, as the chunks of the array of dask say: what made it "
-        )
-        refuse("k", f"a chunk of {count} keys", expected + "has to keep its shape")
+        expected = f"{keys.stop - keys.start}, as the chunks of the dask array say"
+        advice = "the function that made the chunk must not change its shape"
+        refuse("k", f"a chunk of {count} keys", expected, advice)
     return rows.positions.within(rows.first, rows.length, keys.start, count)
 
 

@@ -75,7 +75,7 @@ def check(
     )  # fmt: skip
     wants_bias = flag("bias_gradient", bias_gradient)
     if wants_bias and bias is None:
-        refuse("bias_gradient", "True without a bias", "`bias=` beside it, or False")
+        refuse("bias_gradient", "True without `bias=`", "both, or False")
     return Problem(
         forward,
         q_,
@@ -107,7 +107,7 @@ def _floats(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[Array, Array, Arr
     def floats(name: str, x: ArrayLike) -> Array:
         array = as_array(name, x)
         if array.dtype == np.int8:
-            refuse_kind(name, "dtype int8", "floats: there are no gradients of values of 8 bits")
+            refuse_kind(name, "dtype int8", "floats", "8-bit keys and values have no gradients")
         return array
 
     if v is None:  # which `_arguments.check` takes for a stage without values
@@ -172,7 +172,8 @@ def like_out(problem: Problem, name: str, x: ArrayLike) -> Array:
     array = as_array(name, x)
     accepted = dict.fromkeys((problem.q.dtype.name, np.dtype(problem.precision).name))
     if array.dtype.name not in accepted or not array.dtype.isnative:
-        wanted = " as in q, or ".join(accepted) + (" as in q" if len(accepted) == 1 else "")
+        own, *wider = accepted
+        wanted = ", or ".join([f"{own}, the dtype of q", *wider])
         refuse_kind(name, dtype_name(array), wanted)
     _check_shape(name, array, problem.out_shape, "out")
     return heads_first(array, problem.layout)
@@ -181,7 +182,7 @@ def like_out(problem: Problem, name: str, x: ArrayLike) -> Array:
 def like_lse(problem: Problem, name: str, x: ArrayLike) -> Array:
     array = as_array(name, x)
     if array.dtype != problem.precision:
-        wanted = f"{np.dtype(problem.precision).name} with q of {problem.q.dtype.name}"
+        wanted = f"{np.dtype(problem.precision).name} with q of dtype {problem.q.dtype.name}"
         refuse_kind(name, dtype_name(array), wanted)
     _check_shape(name, array, problem.out_shape[:-1], "lse")
     return lse_heads_first(array, problem.one_head, problem.layout)
@@ -189,7 +190,7 @@ def like_lse(problem: Problem, name: str, x: ArrayLike) -> Array:
 
 def _check_shape(name: str, x: Array, wanted: tuple[int, ...], of: str) -> None:
     if x.shape != wanted:
-        refuse(name, f"shape {x.shape}", f"{wanted}, the shape of {of} with these q, k and v")
+        refuse(name, f"shape {x.shape}", f"{wanted}, the shape of {of} for these q, k and v")
 
 
 def as_inputs(

@@ -73,7 +73,7 @@ class CacheArguments:
             self.window = min(at_least("window", self.window, 1), UNLIMITED)
         self.keep_first = min(at_least("keep_first", self.keep_first, 0), UNLIMITED)
         if self.keep_first and self.window is None:
-            refuse("keep_first", str(self.keep_first), "0 where there is no window")
+            refuse("keep_first", f"{self.keep_first} without `window=`", "both, or 0")
         self.max_rollback = min(at_least("max_rollback", self.max_rollback, 0), UNLIMITED)
 
     def __str__(self) -> str:
@@ -109,8 +109,8 @@ class CacheArguments:
         if new[1].shape[2] != given:
             refuse("v", f"{new[1].shape[2]} tokens", f"{given} as in k")
         if given > most:
-            expected = f"at most the window's {most} at once; `append_and_attend` takes any number"
-            refuse("k", f"{given} tokens", expected)
+            expected = f"at most {most}, the size of the window"
+            refuse("k", f"{given} tokens", expected, "`append_and_attend` takes any number")
         counts = None if lengths is None else self.check_numbers("lengths", lengths, given)
         if counts is not None and counts.count(given) == len(counts):
             counts = None
@@ -119,7 +119,7 @@ class CacheArguments:
     def _check_new(self, name: str, x: ArrayLike, dim: int, layout: str) -> Array:
         array = as_array(name, x)
         if array.dtype != self.dtype:
-            refuse_kind(name, dtype_name(array), f"{self.dtype.name} as the cache")
+            refuse_kind(name, dtype_name(array), f"{self.dtype.name}, the dtype of the cache")
         heads, tokens = (1, 2) if layout == "bhld" else (2, 1)
         shape = array.shape
         if len(shape) != 4 or (shape[0], shape[heads], shape[3]) != (
@@ -134,21 +134,23 @@ class CacheArguments:
         check_layout(layout)
         queries = q if type(q) is np.ndarray else as_array("q", q)
         if queries.dtype != self.dtype:
-            refuse_kind("q", dtype_name(queries), f"{self.dtype.name} as the cache")
+            refuse_kind("q", dtype_name(queries), f"{self.dtype.name}, the dtype of the cache")
         shape = queries.shape
         if len(shape) != 4 or shape[0] != self.batch or shape[3] != self.head_dim:
             axes = "heads, length" if layout == "bhld" else "length, heads"
             refuse("q", f"shape {shape}", f"({self.batch}, {axes}, {self.head_dim})")
         heads = shape[1 if layout == "bhld" else 2]
         if heads % self.kv_heads != 0:
-            refuse("q", f"{heads} heads", f"a multiple of the cache's {self.kv_heads}")
+            expected = f"a multiple of the cache's {self.kv_heads} KV heads"
+            refuse("q", f"{heads} heads", expected)
         return queries
 
     def check_numbers(self, name: str, values: int | ArrayLike, most: int) -> list[int]:
         """Return an int from 0 on for each sequence."""
         array = snapshot(name, values)
         if array.ndim > 0 and array.shape != (self.batch,):
-            refuse(name, f"shape {array.shape}", f"an int, or ({self.batch},)")
+            expected = f"an int, or shape ({self.batch},), one int per sequence"
+            refuse(name, f"shape {array.shape}", expected)
         numbers = ints_per_batch(name, array, (self.batch,), 0, most)
         assert numbers is not None
         return list(map(int, numbers))
@@ -171,9 +173,9 @@ def check_pairs(
     mask_ = tail_mask_ = bias_ = None
     if isinstance(mask, BlockMaskStore):
         if mask.shape[-2:] != (rows, most):
-            expected = f"one of {(rows, most)}, the queries and the tokens so far: a slice "
-            expected += "`mask[first:last, :tokens]` of the mask of a whole text"
-            refuse("mask", f"a BlockMask of shape {mask.shape}", expected)
+            expected = f"one with {(rows, most)} queries and tokens so far"
+            advice = "pass the slice `mask[first:last, :tokens]` of the mask of the whole text"
+            refuse("mask", f"a BlockMask of shape {mask.shape}", expected, advice)
         mask = mask.to_dense()
     if mask is not None:
         mask_ = as_array("mask", mask)
@@ -182,10 +184,10 @@ def check_pairs(
         mask_ = _with_all_axes("mask", mask_, pairs)
     if tail_mask is not None:
         tail_mask_ = as_array("tail_mask", tail_mask)
-        check_tail_mask(tail_mask_, most, f"{most}, the tokens so far")
+        check_tail_mask(tail_mask_, most, f"{most}, the number of tokens so far")
         check_meaning_of_axes(tail_mask_, (batch,), heads, rows, "T", "tail_mask")
         of_tail = batch, heads, rows, tail_mask_.shape[-1]
-        tail_mask_ = _with_all_axes("tail_mask", tail_mask_, of_tail, "T being the last tokens")
+        tail_mask_ = _with_all_axes("tail_mask", tail_mask_, of_tail, "where T counts last tokens")
     if bias is not None:
         bias_ = as_array("bias", bias)
         check_bias(bias_, q.dtype)
@@ -195,7 +197,7 @@ def check_pairs(
 
 
 def _with_all_axes(
-    name: str, x: Array, pairs: tuple[int, ...], keys: str = "T tokens so far"
+    name: str, x: Array, pairs: tuple[int, ...], keys: str = "where T counts all tokens so far"
 ) -> Array:
     missing = len(pairs) - x.ndim
     fits = missing >= 0 and all(
@@ -208,13 +210,13 @@ def _with_all_axes(
 
 
 def check_unknown(method: str, options: dict[str, Any]) -> None:
-    """Refuse what a method of `KVCache` does not take; None is nothing."""
+    """Refuse options that a method of `KVCache` does not take, unless they are None."""
     for name in ("kv_lengths", "k_scale", "v_scale"):
         if options.pop(name, None) is not None:
-            refuse_kind(name, "an array", "none: the cache knows its keys")
+            refuse_kind(name, "an array", "None", "the cache keeps its own lengths and scales")
     for name in ("q_offset", "q_lengths"):
         if options.pop(name, None) is not None:
-            refuse_kind(name, "numbers", "none: the queries are those of the tokens in k")
+            refuse_kind(name, "numbers", "None", "the queries belong to the tokens in k")
     if options:
         refuse_unknown(f"KVCache.{method}", options, INFERENCE_ELSEWHERE)
 

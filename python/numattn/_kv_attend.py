@@ -94,10 +94,10 @@ def _check_sight(tokens: Tokens, queries: Queries) -> None:
         rows = queries.rows if queries.counts is None else queries.counts[i]
         if needed < oldest and rows > 0:
             seen = (
-                f"{rows} queries from position {position} on, which see tokens from {needed} on, "
-                f"but the cache has those from {oldest} on"
+                f"{rows} queries from position {position} on, which attend to tokens from "
+                f"{needed} on, while the cache keeps tokens from {oldest} on"
             )
-            refuse("q", seen, f"positions from {oldest + tokens.window - 1} on")
+            refuse("q", seen, f"queries from position {oldest + tokens.window - 1} on")
 
 
 def _attend_to_recent(tokens: Tokens, queries: Queries, options: Options) -> Any:

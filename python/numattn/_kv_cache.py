@@ -221,7 +221,7 @@ class KVCache(KVStore):
         if unknown:
             check_unknown("attend", unknown)
         if window is not None and self._window is not None:
-            refuse("window", repr(window), "none: the cache has one")
+            refuse("window", repr(window), "None", "the cache has its own window")
         tokens = self._tokens
         array = self._arguments.check_queries(q, layout)
         queries = place(tokens, array, layout, q_offset, q_lengths)
@@ -356,13 +356,13 @@ class KVCache(KVStore):
         if unknown:
             check_unknown("append_and_attend", unknown)
         if window is not None and self._window is not None:
-            refuse("window", repr(window), "none: the cache has one")
+            refuse("window", repr(window), "None", "the cache has its own window")
         kind, tokens = self._arguments, self._tokens
         queries = kind.check_queries(q, layout)
         new, counts = kind.check_tokens(k, v, lengths, layout, UNLIMITED)
         given, rows = new[0].shape[2], queries.shape[2 if layout == "bhld" else 1]
         if rows != given:
-            refuse("q", f"{rows} queries", f"{given}, as many as tokens in k")
+            refuse("q", f"{rows} queries", f"{given}, one per token in k")
         if mask is not None or tail_mask is not None or bias is not None:
             added = [given] * len(tokens.lengths) if counts is None else counts
             after = [n + more for n, more in zip(tokens.lengths, added, strict=True)]

@@ -32,7 +32,8 @@ def append_in_pieces(
     starts = range(0, max(most, 1), size)
     if not flag("is_causal", options.is_causal) and len(starts) > 1:
         seen = f"False for {most} tokens, more than the window's {size}"
-        refuse("is_causal", seen, "True: the first ones are gone when the last ones come")
+        advice = "the cache forgets the first tokens before the last ones are appended"
+        refuse("is_causal", seen, "True", advice)
     after = [length + count for length, count in zip(tokens.lengths, counts, strict=True)]
     options = with_one_mask(options, after, max(after, default=0))
     return_lse = flag("return_lse", options.return_lse)

@@ -181,13 +181,14 @@ class KVStore:
         """
         chosen = snapshot("indices", indices)
         if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
-            seen = f"dtype {chosen.dtype}, shape {chosen.shape}"
+            seen = f"an array of dtype {chosen.dtype} and shape {chosen.shape}"
             refuse_kind("indices", seen, "a list of ints")
         batch = self._arguments.batch
         outside = (chosen < -batch) | (chosen >= batch)
         if outside.any():
             at = int(np.argmax(outside))
-            refuse("indices", f"{chosen[at]} at {at}", f"numbers of {batch} sequences")
+            expected = f"{-batch} to {batch - 1}, the indices of {batch} sequences"
+            refuse("indices", f"{chosen[at]} at {at}", expected)
         sequences = [int(i) % batch for i in chosen]
         return _with_tokens(self, self._tokens.selected(sequences, SPARE_PLACES))
 
@@ -282,7 +283,8 @@ class KVStore:
             tokens = self._make_tokens(arrays, numbers, state["padded"])
             others = dict(state["others"])
         except (KeyError, TypeError, ValueError) as error:
-            refuse("state", f"what is none of a KVCache ({error!r})", "what was pickled")
+            expected = "the state of a pickled KVCache"
+            refuse("state", f"something else ({error!r})", expected)
         seen, wanted = [(x.shape, x.dtype) for x in arrays], self._arguments.arrays(tokens.used)
         if seen != wanted:
             refuse("state", f"arrays of {seen}", f"arrays of {wanted}")
@@ -338,14 +340,14 @@ def _checked_caches(caches: Iterable[_Store]) -> list[_Store]:
     except TypeError:
         refuse_kind("caches", type(caches).__name__, "a list of KVCache")
     if not found:
-        refuse("caches", "none", "at least one")
+        refuse("caches", "an empty list", "at least one KVCache")
     for i, each in enumerate(found):
         if not isinstance(each, KVStore):
             refuse_kind("caches", f"{type(each).__name__} at {i}", "a KVCache")
         for name in SHARED:
             value, wanted = (getattr(x._arguments, name) for x in (each, found[0]))
             if value != wanted:
-                refuse("caches", f"{name}={value} at {i}", f"{wanted} as the first")
+                refuse("caches", f"{name}={value} at {i}", f"{wanted}, as in the first")
     return found
 
 

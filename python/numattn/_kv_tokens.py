@@ -109,9 +109,9 @@ class Tokens:
             if self.keep_first < wanted < min(length, shortest):
                 refuse(
                     "n",
-                    f"{wanted} for sequence {i}, whose length is {length}",
-                    f"at least {shortest}, which max_rollback={self.max_rollback} leaves, or at "
-                    f"most {self.keep_first} to begin anew",
+                    f"{wanted} for sequence {i} of {length} tokens",
+                    f"at least {shortest} with max_rollback={self.max_rollback}, or at most "
+                    f"{self.keep_first} to start again",
                 )
         lengths = [min(pair) for pair in zip(lengths, self.lengths, strict=True)]
 

@@ -258,9 +258,9 @@ class MultiHeadAttention(LayerParameters):
         }  # fmt: skip
         if cache is not None:
             if context is not None:
-                refuse_kind("context", "one", "None beside a cache")
+                refuse_kind("context", f"{type(context).__name__} with `cache=`", "one of them")
             if wants_weights:
-                refuse("return_weights", "True", "False beside a cache")
+                refuse("return_weights", "True with `cache=`", "one of them")
             return self._with_cache(x, lengths, positions, options, cache)
         with Workspace() as workspace:
             if isinstance(context, ContextCache):
@@ -467,13 +467,15 @@ alibi_slopes, sinks, num_threads
         >>> losses[-1] < losses[0] / 2
         True
         """
-        for name, expected in NOT_DIFFERENTIATED.items():
+        for name, refusal in NOT_DIFFERENTIATED.items():
             if name in unknown:
-                refuse_kind(name, type(unknown[name]).__name__, expected)
+                seen, (expected, advice) = type(unknown[name]).__name__, refusal
+                refuse_kind(name, seen, expected, advice)
         if unknown:
             refuse_unknown("MultiHeadAttention.vjp", unknown, VJP_ELSEWHERE)
         if isinstance(context, ContextCache):
-            refuse_kind("context", "a ContextCache", "what it was made of, which gets gradients")
+            expected = "the context itself, which gets gradients"
+            refuse_kind("context", "a ContextCache", expected)
         inputs, options = self._checked_call(
             x, context, lengths, positions,
             {
@@ -506,7 +508,8 @@ alibi_slopes, sinks, num_threads
         checked = self._checked_options(options, is_causal=False)
         if context is None:
             if self._context_dims != (self._embed_dim, self._embed_dim):
-                refuse_kind("context", "None", f"embeddings of {self._context_dims[0]} elements")
+                expected = f"embeddings of {self._context_dims[0]} elements, the context_dim"
+                refuse_kind("context", "None", expected)
             keys = values = x
         else:
             keys, values = self._contexts(context)
@@ -535,9 +538,8 @@ alibi_slopes, sinks, num_threads
         self._refuse_rotary("a ContextCache")
         self._rotation(x, positions)  # which refuses positions
         if lengths is not None:
-            refuse_kind(
-                "lengths", "numbers", "None beside a ContextCache: `context_cache` takes them"
-            )
+            advice = "pass them to `context_cache`"
+            refuse_kind("lengths", "numbers with a ContextCache", "None", advice)
         k, v = cache._k, cache._v
         self._check_fits("context", k.dtype, (k.shape[-2], k.shape[-1], v.shape[-1]))
         batch_shape(x.shape[:-2], k.shape[:-3], v.shape[:-3])
@@ -561,33 +563,36 @@ alibi_slopes, sinks, num_threads
         self._refuse_rotary("an array")
         pair = context if isinstance(context, tuple) else (context, context)
         if len(pair) != 2:
-            refuse("context", f"{len(pair)} arrays", "one, or two: for keys and for values")
+            expected = "one, or two for keys and values"
+            refuse("context", f"{len(pair)} arrays", expected)
         dims = self._context_dims
         keys = self._checked("context", pair[0], dims[0])
         values = self._checked("context", pair[1], dims[1])
         if keys.shape[-2] != values.shape[-2]:
             shapes = f"keys {keys.shape} and values {values.shape}"
-            refuse("context", shapes, "as many tokens for values as for keys")
+            refuse("context", shapes, "the same number of tokens in both")
         return keys, (values if isinstance(context, tuple) else keys)
 
     def _refuse_rotary(self, seen: str) -> None:
         if self._rotary is not None:
-            refuse("context", seen, "None: rotary positions are those of one text")
+            advice = "rotary embedding needs positions within one text"
+            refuse("context", f"{seen} for a rotary layer", "None", advice)
 
     def _refuse_context_dim(self) -> None:
         """Refuse a layer whose keys and values cannot be made of `x`."""
         if self._context_dims != (self._embed_dim, self._embed_dim):
-            seen = f"{self._context_dims} beside embed_dim {self._embed_dim}"
-            expected = "the same in a layer with a KVCache; `context_cache` keeps a context's keys"
-            refuse("context_dim", seen, expected)
+            seen = f"{self._context_dims} with embed_dim {self._embed_dim}"
+            advice = "`context_cache` keeps the keys and values of a context"
+            refuse("context_dim", seen, "embed_dim for a layer with a KVCache", advice)
 
     def _check_fits(self, name: str, dtype: np.dtype[Any], sizes: tuple[int, int, int]) -> None:
         """Check that keys and values of a cache are such as the layer makes."""
         if dtype != self._dtype:
-            refuse_kind(name, f"dtype {dtype.name}", f"{self._dtype.name} as the layer")
+            expected = f"{self._dtype.name}, the dtype of the layer"
+            refuse_kind(name, f"dtype {dtype.name}", expected)
         if sizes != (self._kv_heads, self._head_dim, self._value_dim):
             names = "kv_heads, head_dim and value_dim"
-            expected = f"({self._kv_heads}, {self._head_dim}, {self._value_dim}) as the layer"
+            expected = f"({self._kv_heads}, {self._head_dim}, {self._value_dim}), as in the layer"
             refuse(name, f"{names} {sizes}", expected)
 
     def _with_cache(
@@ -602,7 +607,7 @@ alibi_slopes, sinks, num_threads
         self._check_fits("cache", cache._arguments.dtype, sizes)
         batch = len(cache.lengths)
         if x.ndim != 3 or x.shape[0] != batch:
-            expected = f"({batch}, length, {self._embed_dim}) as the cache's batch"
+            expected = f"({batch}, length, {self._embed_dim}) for a cache of {batch} sequences"
             refuse("x", f"shape {x.shape}", expected)
         valid = ints_per_batch("lengths", lengths, (batch,), 0, x.shape[1])
         if positions is None and self._rotary is not None:
@@ -618,7 +623,8 @@ alibi_slopes, sinks, num_threads
     def _rotation(self, x: Array, positions: ArrayLike | None) -> Rotation | None:
         if self._rotary is None:
             if positions is not None:
-                refuse_kind("positions", "an array", "None: this layer has no rotary embedding")
+                advice = "this layer has no rotary embedding"
+                refuse_kind("positions", "an array", "None", advice)
             return None
         shape = (*x.shape[:-2], self._heads, x.shape[-2], self._head_dim)
         return make_rotation(shape, self._dtype, positions, **self._rotary)
@@ -683,7 +689,7 @@ alibi_slopes, sinks, num_threads
     def _checked(self, name: str, x: ArrayLike, dim: int) -> Array:
         array = as_array(name, x)
         if array.dtype != self._dtype:
-            refuse_kind(name, dtype_name(array), f"{self._dtype.name} as the layer")
+            refuse_kind(name, dtype_name(array), f"{self._dtype.name}, the dtype of the layer")
         if array.ndim < 2 or array.shape[-1] != dim:
             refuse(name, f"shape {array.shape}", f"(..., length, {dim})")
         if array.ndim >= MAX_AXES:
@@ -699,7 +705,7 @@ def _check_positions(x: Array, options: Mapping[str, Any]) -> None:
     if positional and x.shape[-2] > 1:
         given = " and ".join(positional)
         seen = (
-            f"lengths of the context beside {given} and {x.shape[-2]} tokens of x, which leave "
-            "open at which positions these are"
+            f"lengths of the context with {given} and {x.shape[-2]} tokens of x, which do not say "
+            "at which positions the tokens are"
         )
-        refuse("lengths", seen, f"a `mask` or a `bias` instead of {given}")
+        refuse("lengths", seen, f"`mask=` or `bias=` instead of {given}")

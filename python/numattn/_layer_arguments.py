@@ -53,7 +53,7 @@ ELSEWHERE = {
     "position_ids": "`positions=`",
     "tree_mask": "`tail_mask=`",
     "medusa_attn_mask": "`tail_mask=`",
-    "window_size": "`window=(left, right)`, None where flash-attn has -1",
+    "window_size": "`window=(left, right)`, with None for flash-attn's -1",
     "local_window_size": "`window=(left, right)`",
     "logits_soft_cap": "`softcap=`",
     "return_attn_probs": "`return_weights=`",
@@ -65,7 +65,7 @@ ELSEWHERE = {
     "s_aux": "`sinks=`",
     "dropout": "`dropout=` of `MultiHeadAttention.vjp`, for training",
     "dropout_p": "`dropout=` of `MultiHeadAttention.vjp`, for training",
-    "enable_gqa": "leave it out: grouped heads are the layer's `kv_heads`",
+    "enable_gqa": "leave it out: the layer's `kv_heads` says which heads are grouped",
 }
 
 # The same for `vjp`.
@@ -76,10 +76,10 @@ VJP_ELSEWHERE = {
     "position_bias": "`bias=`, with `bias_gradient=True` if it is learned",
 }
 
-# What calls have and `vjp` has not.
+# Options of calls that `vjp` does not have: what is expected, and advice.
 NOT_DIFFERENTIATED = {
-    "cache": "nothing: a text is differentiated as a whole, with `is_causal=True`",
-    "return_weights": "nothing: `layer(x, return_weights=True)` gives the weights",
+    "cache": ("no cache", "differentiate the whole text at once, with `is_causal=True`"),
+    "return_weights": ("no such option", "`layer(x, return_weights=True)` returns the weights"),
 }
 
 # What PyTorch's layer and models' configurations call the options of a layer.
@@ -157,12 +157,12 @@ def norm_epsilon(value: object, dtype: np.dtype[Any]) -> float:
     # Smaller ones have few digits or none, and a vector of zeros would be divided by 0.
     least, largest = float(np.finfo(dtype).tiny), float(np.finfo(dtype).max)
     if not least <= number <= largest:
-        refuse("norm_epsilon", repr(value), f"{least:.2g} to {largest:.2g} in {dtype.name}")
+        refuse("norm_epsilon", repr(value), f"{least:.2g} to {largest:.2g} for {dtype.name}")
     return number
 
 
 def rotary_options(rotary: object, head_dim: int) -> dict[str, Any] | None:
-    """Return all options of `make_rotation`, checked by using them; None for no rotation."""
+    """Return all options of `make_rotation`, checked by a trial call; None for no rotation."""
     if isinstance(rotary, (bool, np.bool_)):
         rotary = {} if rotary else None
     if rotary is None:
@@ -190,7 +190,8 @@ def _plain_scaling(name: str, scaling: object) -> dict[str, Any]:
     try:
         given = dict(scaling)  # type: ignore[call-overload]
     except (TypeError, ValueError):
-        refuse_kind(name, type(scaling).__name__, "a mapping such as {'type': 'linear', ...}")
+        expected = "a mapping, such as {'rope_type': 'linear', ...}"
+        refuse_kind(name, type(scaling).__name__, expected)
     return {key: _plain_value(f"{name}[{key!r}]", value) for key, value in given.items()}
 
 
@@ -213,5 +214,5 @@ def batch_shape(
     try:
         return np.broadcast_shapes(of_x, of_keys, of_values)
     except ValueError:
-        shapes = f"leading axes {of_keys} of keys and {of_values} of values beside {of_x} of x"
-        refuse("context", shapes, "ones that broadcast")
+        shapes = f"leading axes {of_keys} of keys and {of_values} of values with {of_x} of x"
+        refuse("context", shapes, "leading axes that broadcast")

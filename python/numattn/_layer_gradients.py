@@ -119,7 +119,7 @@ def _like_out(call: Call, dout: ArrayLike) -> Array:
     array = as_array("dout", dout)
     weight = call.parameters["o_weight"]
     if array.dtype != weight.dtype:
-        refuse_kind("dout", dtype_name(array), f"{weight.dtype.name} as the layer")
+        refuse_kind("dout", dtype_name(array), f"{weight.dtype.name}, the dtype of the layer")
     shape = (*call.of_heads.shape[:-2], weight.shape[-1])
     if array.shape != shape:
         refuse("dout", f"shape {array.shape}", f"{shape}, the shape of out")

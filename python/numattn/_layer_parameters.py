@@ -93,7 +93,8 @@ class LayerParameters:
         if self._heads % self._kv_heads:
             refuse("kv_heads", str(kv_heads), f"a divisor of num_heads, which is {num_heads}")
         if head_dim is None and self._embed_dim % self._heads:
-            refuse("embed_dim", str(embed_dim), f"a multiple of num_heads {num_heads}, or head_dim")
+            expected = f"a multiple of num_heads, which is {num_heads}"
+            refuse("embed_dim", str(embed_dim), expected, "or pass `head_dim=`")
         self._head_dim = at_least(
             "head_dim", self._embed_dim // self._heads if head_dim is None else head_dim, 1
         )
@@ -365,7 +366,7 @@ class LayerParameters:
             matrices, num_heads, kv_heads, inputs_first
         )
         if (q_norm is None) != (k_norm is None):
-            refuse("q_norm, k_norm", "one of them", "both or none")
+            refuse("q_norm, k_norm", "only one of them", "both or none")
         if dtype is None:
             is_double = matrices["q_weight"].dtype == np.float64
             dtype = np.float64 if is_double else np.float32

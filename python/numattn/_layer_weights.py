@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from ._checks import REFUSALS, as_array, at_least, flag, is_real, refuse, refuse_kind
+from ._checks import (
+    REFUSALS,
+    as_array,
+    at_least,
+    flag,
+    is_real,
+    not_converted,
+    refuse,
+    refuse_kind,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -61,7 +70,7 @@ def check_shapes(
 
 def refuse_missing(name: str, given: Mapping[str, tuple[int, ...]]) -> NoReturn:
     there = ", ".join(f"{n} {shape}" for n, shape in given.items())
-    refuse(name, f"nothing among {there or 'no arrays'}", "an array of that name")
+    refuse(name, f"no such array, only {there or 'none at all'}", "an array of that name")
 
 
 def converted(name: str, x: Array, dtype: np.dtype[Any]) -> Array:
@@ -69,8 +78,8 @@ def converted(name: str, x: Array, dtype: np.dtype[Any]) -> Array:
     with np.errstate(all="ignore"):
         copy = np.array(x, dtype, order="C")
     if x.dtype != dtype and np.any(np.isinf(copy) & np.isfinite(x)):
-        wider = "a dtype that holds them" if dtype.itemsize == 2 else "dtype float64"
-        refuse(name, f"numbers too large for {dtype.name}", f"smaller ones, or {wider}")
+        wider = "a wider dtype" if dtype.itemsize == 2 else "dtype float64"
+        refuse(name, f"values too large for {dtype.name}", f"smaller values, or {wider}")
     return copy
 
 
@@ -110,7 +119,7 @@ def opened(
         with package.safe_open(filename, framework="numpy") as file:
             metadata = file.metadata() or {}
             if kind not in metadata:
-                refuse("metadata", f"no {kind}", "a layer's sizes")
+                refuse("metadata", f"no {kind!r}", f"the sizes of a layer as {kind!r}")
             description = (check or checked_sizes)(_description(kind, metadata[kind]))
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             for name, x in slices.items():
@@ -133,7 +142,7 @@ def _description(kind: str, text: str) -> dict[str, Any]:
     try:
         description = json.loads(text)
     except (ValueError, RecursionError) as error:
-        refuse(kind, f"no JSON ({error})", "JSON")
+        refuse(kind, f"text that is not JSON ({error})", "JSON")
     if not isinstance(description, dict):
         refuse_kind(kind, type(description).__name__, "a mapping")
     return description
@@ -143,7 +152,7 @@ def check_names(kind: str, description: dict[str, Any], options: tuple[str, ...]
     """Check that a layer's options are there, and no others."""
     for name in options:
         if name not in description:
-            refuse(name, "nothing", "it among a layer's sizes")
+            refuse(name, "nothing", "a value among the sizes of the layer")
     for name in description:
         if name not in options:
             refuse(kind, repr(name), "only " + ", ".join(options))
@@ -169,7 +178,7 @@ def _safetensors() -> Any:
         import safetensors.numpy
     except ImportError:
         raise ImportError(
-            "saving and loading layers needs safetensors: pip install 'numattn[weights]'"
+            "saving and loading a layer needs safetensors: pip install 'numattn[weights]'"
         ) from None
     return safetensors
 
@@ -193,9 +202,9 @@ def with_inputs_first(matrices: dict[str, Array], transposed: bool | None) -> bo
     if all(x.shape[0] == x.shape[1] for x in matrices.values()):
         refuse_kind(
             "transposed",
-            "None for square matrices, whose shapes do not tell inputs from outputs",
-            "False if they are (out, in), as of torch.nn.Linear, or True if they are (in, out), as "
-            "of GPT-2's Conv1D",
+            "None for square matrices, whose shapes do not show which axis holds the inputs",
+            "False for (out, in), as in torch.nn.Linear, or True for (in, out), as in GPT-2's "
+            "Conv1D",
         )
     return False
 
@@ -216,18 +225,20 @@ def sizes(
         refuse(name, f"shape {matrices[name].shape}", expected)
 
     if shapes["q_weight"][0] % heads:
-        refuse_outputs("q_weight", f"{rows} for {heads} heads")
+        refuse_outputs("q_weight", f"a multiple of {heads} heads as {rows}")
     head_dim = shapes["q_weight"][0] // heads
     if kv_heads is None:
         groups = max(shapes["k_weight"][0] // head_dim, 1)
     else:
         groups = at_least("kv_heads", kv_heads, 1)
     if shapes["k_weight"][0] != groups * head_dim:
-        refuse_outputs("k_weight", f"{groups * head_dim} {rows}: {groups} heads of {head_dim}")
+        expected = f"{groups * head_dim} {rows} for {groups} heads of {head_dim} elements"
+        refuse_outputs("k_weight", expected)
     if kv_heads is None and heads % groups:
-        refuse_outputs("k_weight", f"{rows} for a divisor of the {heads} heads of {head_dim}")
+        expected = f"{rows} for a number of heads that divides the {heads} query heads"
+        refuse_outputs("k_weight", expected)
     if shapes["v_weight"][0] % groups:
-        refuse_outputs("v_weight", f"{rows} for {groups} heads")
+        refuse_outputs("v_weight", f"a multiple of {groups} heads as {rows}")
     return (
         shapes["q_weight"][1],
         heads,
@@ -251,7 +262,7 @@ def numbers(name: str, x: ArrayLike) -> Array:
 def _float_matrix(name: str, x: ArrayLike) -> Array:
     array = numbers(name, x)
     if array.ndim != 2 or array.size == 0:
-        refuse(name, f"shape {array.shape}", "two axes, none of them empty")
+        refuse(name, f"shape {array.shape}", "two axes, neither of them empty")
     return array
 
 
@@ -261,9 +272,9 @@ def _from_tensor(name: str, x: Any) -> Array:
         try:
             x = x.detach().cpu()
             x = (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
-        except REFUSALS as error:  # of no memory, or in 8 bits
-            seen = f"{type(x).__name__} that refuses to become an array ({error})"
-            refuse_kind(name, seen, "a tensor with numbers, converted to float32")
+        except REFUSALS as error:  # a tensor without memory, or of 8 bits
+            advice = "convert it to float32 first"
+            refuse_kind(name, not_converted(x, error), "a tensor with values", advice)
     return as_array(name, x)
 
 
@@ -280,11 +291,13 @@ def _refuse_parts(module: Any, state: Mapping[str, Any], is_state: bool) -> None
     if is_state:
         prefix = f"{parts[0]}."
         start = f"{{name.removeprefix({prefix!r}): x for name, x in state.items() "
-        expected = f"the weights of one attention: {start}if name.startswith({prefix!r})}}"
-        refuse("module", f"names that begin with {', '.join(map(repr, parts))}", expected)
+        seen = f"names that begin with {', '.join(map(repr, parts))}"
+        advice = f"pass {start}if name.startswith({prefix!r})}}"
+        refuse("module", seen, "the weights of one attention layer", advice)
     paths = [re.sub(r"\.(\d+)", r"[\1]", f"module.{name}") for name in parts]
     names = " or ".join(f"`{path}`" for path in paths[:3])
-    refuse_kind("module", type(module).__name__, f"a torch.nn.MultiheadAttention: pass {names}")
+    expected = "a torch.nn.MultiheadAttention"
+    refuse_kind("module", type(module).__name__, expected, f"pass {names}")
 
 
 def _refuse_separate(module: Any, state: Mapping[str, Any], is_state: bool) -> None:
@@ -297,7 +310,7 @@ def _refuse_separate(module: Any, state: Mapping[str, Any], is_state: bool) -> N
             return f"module[{name!r}]"
         return re.sub(r"\.(\d+)", r"[\1]", f"module.{name}")
 
-    expected = "in_proj_weight and out_proj.weight, as of a torch.nn.MultiheadAttention"
+    expected = "in_proj_weight and out_proj.weight, as in a torch.nn.MultiheadAttention"
     for name in (name for name in names if name.removesuffix(".weight") in there):
         prefix, dot, last = name.removesuffix(".weight").rpartition(".")
         for of_q, *others in _SEPARATE_NAMES:
@@ -311,14 +324,14 @@ def _refuse_separate(module: Any, state: Mapping[str, Any], is_state: bool) -> N
             call = f"`from_weights({', '.join(paths)}, num_heads=..., transposed=False)`"
             bias = " and their biases" if f"{parts[0]}.bias" in names else ""
             seen = f"{name!r} in a {type(module).__name__}"
-            refuse("module", seen, f"{expected}; pass separate matrices{bias} to {call}")
+            refuse("module", seen, expected, f"pass separate matrices{bias} to {call}")
         if last in _JOINED_NAMES:
             seen = f"{name!r} in a {type(module).__name__}"
             is_wide = np.argmax(getattr(state[name], "shape", (0,))) == 1  # of a Conv1D
             axes = "(in, out)" if is_wide else "(out, in)"
             take = f"split `{path(name)}` into matrices {axes} of q, k and v for"
             call = f"`from_weights(..., transposed={bool(is_wide)})`"
-            refuse("module", seen, f"{expected}; {take} {call}")
+            refuse("module", seen, expected, f"{take} {call}")
 
 
 def _present(arrays: Mapping[str, Array], name: str) -> Array:
@@ -341,25 +354,27 @@ def of_torch(module: Any, num_heads: int | None) -> dict[str, Any]:
         _refuse_separate(module, state, is_state)
     for name in state:
         if name not in _TORCH_NAMES:
-            expected = "only " + ", ".join(_TORCH_NAMES) + " (`from_weights` takes others)"
-            refuse("module", repr(name), expected)
+            expected = "only " + ", ".join(_TORCH_NAMES)
+            advice = "`from_weights` takes matrices with other names"
+            refuse("module", repr(name), expected, advice)
     for name in ("bias_k", "bias_v"):
         if state.get(name) is not None:
             refuse("module", f"{name} (add_bias_kv=True)", "a module without it")
     if not getattr(module, "batch_first", True):
-        expected = (
-            "batch_first=True, because the layer takes (batch, length, embed_dim): pass "
-            "`module.state_dict(), module.num_heads`, and call the layer with x.swapaxes(0, 1)"
+        expected = "batch_first=True, because the layer takes (batch, length, embed_dim)"
+        advice = (
+            "pass `module.state_dict(), module.num_heads`, and call the layer with "
+            "`x.swapaxes(0, 1)`"
         )
-        refuse("module", "batch_first=False", expected)
+        refuse("module", "batch_first=False", expected, advice)
     heads_of_module = getattr(module, "num_heads", None)
     if num_heads is None:
         if heads_of_module is None:
-            refuse_kind("num_heads", "None", "the number of heads beside a state_dict")
+            refuse_kind("num_heads", "None with a state_dict", "the number of heads")
         num_heads = heads_of_module
     num_heads = at_least("num_heads", num_heads, 1)
     if heads_of_module not in (None, num_heads):
-        refuse("num_heads", str(num_heads), f"{heads_of_module} as in the module")
+        refuse("num_heads", str(num_heads), f"{heads_of_module}, as in the module")
     arrays = _torch_arrays(state, num_heads)
     if "in_proj_weight" in arrays:
         weights = np.split(arrays["in_proj_weight"], 3)
@@ -391,7 +406,7 @@ def _torch_arrays(state: Mapping[str, Any], num_heads: int) -> dict[str, Array]:
         if x.shape != expected:
             refuse(name, f"shape {x.shape}", str(expected))
         if first == "in_proj_weight" and name.endswith("_proj_weight") and name != first:
-            refuse("module", f"{first} and {name}", "one of them")
+            refuse("module", f"{first} and {name}", "only one of them")
     if embed_dim % num_heads:
         refuse("num_heads", str(num_heads), f"a divisor of embed_dim, which is {embed_dim}")
     return arrays

@@ -22,7 +22,7 @@ def is_here() -> bool:
 
 if not is_here():
     raise ImportError(
-        "numattn was imported into a subinterpreter, where NumPy does not work: expected the main "
+        "numattn was imported in a subinterpreter, where NumPy does not work; expected the main "
         "interpreter. Use threads, which run in parallel while numattn computes, or processes "
-        "(multiprocessing). mod_wsgi: set WSGIApplicationGroup to %{GLOBAL}."
+        "(multiprocessing). With mod_wsgi, set WSGIApplicationGroup to %{GLOBAL}."
     )

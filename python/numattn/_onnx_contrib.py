@@ -39,14 +39,14 @@ class _ContribOp(OpRun):
 def _refuse_given(**inputs: object) -> None:
     for name, value in inputs.items():
         if value is not None:
-            refuse(name, "an input", "none: numattn does not have it")
+            refuse(name, "an input", "none", "numattn does not support it")
 
 
 def _refuse_other(attributes: dict[str, tuple[object, object]]) -> None:
     """Refuse attributes, by their names, that differ from what numattn does."""
     for name, (value, only) in attributes.items():
         if value != only:
-            refuse(name, repr(value), f"{only!r}: numattn does nothing else")
+            refuse(name, repr(value), f"{only!r}, the only value that numattn supports")
 
 
 class MultiHeadAttention(_ContribOp):
@@ -79,7 +79,7 @@ class MultiHeadAttention(_ContribOp):
         if unidirectional and new_k.shape[2] != q.shape[2]:
             # ONNX Runtime's last query sees all keys then.
             seen = f"1 with {q.shape[2]} queries and {new_k.shape[2]} new keys"
-            refuse("unidirectional", seen, "0, or as many new keys as queries")
+            refuse("unidirectional", seen, "0, or the same number of new keys and queries")
         k = after_past("key", past_key, new_k, past_value)
         v = after_past("value", past_value, new_v, past_key)
         options: dict[str, Any] = {
@@ -90,7 +90,7 @@ class MultiHeadAttention(_ContribOp):
         }
         if key_padding_mask is not None:
             if mask_filter_value > _MOST_FILTER_VALUE:
-                expected = f"at most {_MOST_FILTER_VALUE}, which leaves masked keys no weight"
+                expected = f"at most {_MOST_FILTER_VALUE}, so that masked keys have no weight"
                 refuse("mask_filter_value", str(mask_filter_value), expected)
             options |= _padding(key_padding_mask, q, k.shape[2])
         out = attend(q, k, v, True, options)
@@ -105,7 +105,7 @@ def _unpacked(
     """View q, k and v as (B, H, L, D)."""
     if key is None:
         if query.ndim != 5 or query.shape[2:4] != (heads, 3) or value is not None:
-            expected = f"(B, L, {heads}, 3, D), or `key` beside it"
+            expected = f"(B, L, {heads}, 3, D), or `key` with it"
             refuse("query", f"shape {query.shape} without key", expected)
         q, k, v = (query[:, :, :, i].swapaxes(1, 2) for i in range(3))
         return q, k, v
@@ -202,7 +202,7 @@ class GroupQueryAttention(_ContribOp):
             q, new_k, new_v = _split_packed(query, num_heads, kv_num_heads)
         else:
             if value is None:
-                refuse("value", "None beside key", "both or none")
+                refuse("value", "None with key", "both or none")
             q = heads_of("query", query, num_heads)
             new_k, new_v = (
                 heads_of(name, x, kv_num_heads) for name, x in (("key", key), ("value", value))
@@ -268,7 +268,7 @@ class _Tokens:
     ) -> None:  # fmt: skip
         batch, _, self.length, _ = q.shape
         if new.shape[2] not in (0, self.length):
-            expected = f"{self.length} tokens as in query, or none"
+            expected = f"{self.length} tokens, as in query, or none"
             refuse("key", f"{new.shape[2]} tokens", expected)
         self.appends = new.shape[2] > 0
         self.is_first = query_seqlens is None and self.length == total
@@ -281,8 +281,8 @@ class _Tokens:
         there = 0 if past is None else past.shape[2]
         needed = int((self.past if self.appends else self.kept).max(initial=0))
         if self.past.min(initial=0) < 0 or needed > there:
-            seen = f"past tokens {self.past.tolist()} and a past_key of {there}"
-            refuse("seqlens_k", seen, "a past_key that holds the tokens before this step")
+            seen = f"{self.past.tolist()} past tokens and a past_key of {there} tokens"
+            refuse("seqlens_k", seen, "a past_key that holds all tokens before this step")
         self.capacity = max(there, total)
 
     def positions(self, given: Array | None) -> Array:

@@ -27,7 +27,7 @@ def heads_of(name: str, x: Array, heads: int | None) -> Array:
     """View (B, H, L, D) of an input of three axes, (B, L, H * D), or of four."""
     if x.ndim == 4:
         if heads and heads != x.shape[1]:
-            refuse(name, f"shape {x.shape}", f"{heads} heads, as the attribute says")
+            refuse(name, f"shape {x.shape}", f"{heads} heads, as in the attribute")
         return x
     if x.ndim != 3 or not heads or x.shape[-1] % heads:
         expected = "(B, H, L, D), or (B, L, H * D) and the number of heads as an attribute"
@@ -44,13 +44,13 @@ def flat(x: Array) -> Array:
 def check_past(name: str, past: Array | None, new: Array, other: Array | None) -> None:
     """Refuse a cache that new tokens do not fit; `other` is the cache of the other kind."""
     if (past is None) != (other is None):
-        refuse("past_key, past_value", "one of both", "both or none")
+        refuse("past_key, past_value", "only one of them", "both or none")
     if past is None:
         return
     fits = past.ndim == 4 and past.shape[:2] == new.shape[:2] and past.shape[3] == new.shape[3]
     if not fits or past.dtype != new.dtype:
-        seen = f"{new.dtype} {new.shape} beside a past of {past.dtype} {past.shape}"
-        refuse(name, seen, "(B, H, L, D) in both, the same but for L")
+        seen = f"{new.dtype} {new.shape} with a past of {past.dtype} {past.shape}"
+        refuse(name, seen, "the same dtype and (B, H, L, D) in both, except for L")
 
 
 def after_past(name: str, past: Array | None, new: Array, other: Array | None) -> Array:
@@ -65,7 +65,7 @@ def per_item(name: str, values: Array, batch: int, low: int, high: int) -> NDArr
     if numbers.dtype.kind not in "iu":
         refuse_kind(name, f"dtype {numbers.dtype}", "ints")
     if numbers.shape != (batch,):
-        refuse(name, f"shape {values.shape}", f"one number for each of {batch} batch items")
+        refuse(name, f"shape {values.shape}", f"one number per batch item, ({batch},)")
     if numbers.size and not low <= numbers.min() <= numbers.max() <= high:
         refuse(name, f"{numbers.min()} to {numbers.max()}", f"{low} to {high}")
     return numbers.astype(np.int64)
@@ -127,10 +127,10 @@ def rotated(x: Array, cos: Array, sin: Array, positions: Array | None, interleav
     if positions is not None:
         if cos.ndim != 2 or positions.shape != (len(x), x.shape[2]):
             seen = f"shape {positions.shape} with tables of shape {cos.shape}"
-            refuse("position_ids", seen, f"({len(x)}, {x.shape[2]}), and tables of two axes")
+            refuse("position_ids", seen, f"({len(x)}, {x.shape[2]}) and tables of two axes")
         if positions.size and not 0 <= positions.min() <= positions.max() < len(cos):
             seen = f"{positions.min()} to {positions.max()}"
-            refuse("position_ids", seen, f"0 to {len(cos) - 1}, for which there are angles")
+            refuse("position_ids", seen, f"0 to {len(cos) - 1}, the rows of the tables")
         cos, sin = cos[positions], sin[positions]
     precision = precision_of(x.dtype)
     rotation = Rotation(rounded(cos, precision), rounded(sin, precision), interleaved)

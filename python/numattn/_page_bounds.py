@@ -40,13 +40,13 @@ _MASKS = (
     "medusa_attn_mask", "custom_mask", "tree_attn_bias", "qq_bias",
 )  # fmt: skip
 _WINDOWS = ("window", "window_size", "local_window_size", "sliding_window")
-_NO_GAPS = "pages that are left out leave gaps between the keys, and {} count all of them"
+_NO_GAPS = "{} count all keys, and the pages that are left out leave gaps between them"
 _LEFT_OUT = {
-    **dict.fromkeys(_MASKS, "the bounds of a page do not know what is masked in it"),
+    **dict.fromkeys(_MASKS, "the bounds of a page do not take masks into account"),
     **dict.fromkeys(_WINDOWS, _NO_GAPS.format("windows")),
     "alibi_slopes": _NO_GAPS.format("distances"),
     **dict.fromkeys(("q_offset", "q_lengths"), "the queries are the last tokens of each item"),
-    "layout": 'q is (B, Hq, Lq, D); pass `q.swapaxes(1, 2)` of "blhd"',
+    "layout": 'q is (B, Hq, Lq, D); pass `q.swapaxes(1, 2)` for "blhd"',
     "out": "the result is a new array",
 }
 
@@ -406,16 +406,17 @@ class PageBounds:
         least = min(least_count(q.shape[2], page_size), most)
         wanted = integer("count", count)
         if wanted < least:
-            always = f"the first page, and those that {q.shape[2]} tokens may touch"
-            refuse("count", str(wanted), f"at least {least}: {always}")
+            always = f"the first page and the pages that {q.shape[2]} tokens may touch"
+            refuse("count", str(wanted), f"at least {least}, for {always}")
         valid = self._valid_in(table, lengths)
         unknown = valid > 0
         unknown[unknown] = valid[unknown] > self._valid_keys[table[unknown]]
         if unknown.any():
             where = tuple(map(int, np.argwhere(unknown)[0]))
             page = int(table[where])
-            seen = f"page {page} at {where}, with bounds of {self._valid_keys[page]} valid keys"
-            refuse("block_table", seen, "an `update` after keys were written")
+            seen = f"page {page} at {where}, whose bounds cover {self._valid_keys[page]} valid keys"
+            expected = f"bounds of {valid[where]} valid keys"
+            refuse("block_table", seen, expected, "call `update` after writing keys")
         grouped = q.reshape(len(q), kv_heads, q.shape[1] // kv_heads, *q.shape[2:])
         return choose_pages(grouped, self._bounds, table, lengths, page_size, min(wanted, most))
 
@@ -428,21 +429,21 @@ class PageBounds:
 
     def _check_pages(self, k: Array) -> None:
         if k.dtype not in (self._dtype, np.int8):
-            wanted = f"{self._dtype.name} as of these bounds, or int8"
+            wanted = f"{self._dtype.name}, the dtype of these bounds, or int8"
             refuse_kind("k_pages", dtype_name(k), wanted)
         if k.shape != self._shape:
-            refuse("k_pages", f"shape {k.shape}", f"{self._shape} as of these bounds")
+            refuse("k_pages", f"shape {k.shape}", f"{self._shape}, as in these bounds")
 
     def _check_queries(self, q: Array) -> None:
         if q.dtype != self._dtype:
-            refuse_kind("q", dtype_name(q), f"{self._dtype.name} as of these bounds")
+            refuse_kind("q", dtype_name(q), f"{self._dtype.name}, the dtype of these bounds")
         if q.ndim != 4:
             refuse("q", f"shape {q.shape}", "(B, Hq, Lq, D)")
         _, _, kv_heads, head_dim = self._shape
         if q.shape[3] != head_dim:
-            refuse("q", f"shape {q.shape}", f"head_dim {head_dim} as of these bounds")
+            refuse("q", f"shape {q.shape}", f"head_dim {head_dim}, as in these bounds")
         if q.shape[1] % kv_heads:
-            refuse("q", f"{q.shape[1]} heads", f"a multiple of {kv_heads}, the KV heads")
+            refuse("q", f"{q.shape[1]} heads", f"a multiple of the {kv_heads} KV heads")
 
 
 def _refuse_options(names: dict[str, Any]) -> NoReturn:

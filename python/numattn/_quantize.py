@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 # What other libraries call the arguments.
 _ELSEWHERE = {
-    "axis": "leave it out: the last axis has the vectors, and `layout=` says where the tokens are",
-    "dim": "leave it out: the last axis has the vectors, and `layout=` says where the tokens are",
+    "axis": "leave it out: vectors are along the last axis, and `layout=` says where tokens are",
+    "dim": "leave it out: vectors are along the last axis, and `layout=` says where tokens are",
     "per_channel": "`channel_scale=`",
-    "num_bits": "leave it out: there are 8",
+    "num_bits": "leave it out: quantize_kv always uses 8 bits",
 }
 # 127 times it is still a number of float32.
 _LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))
@@ -153,11 +153,7 @@ def quantize_kv(
     if not flag("channel_scale", channel_scale):
         return _rounded(wide)
     if wide.ndim < 2:
-        refuse(
-            "x",
-            f"shape {wide.shape}",
-            "(..., L, D) with channel_scale, whose factors are over the tokens",
-        )
+        refuse("x", f"shape {wide.shape} with channel_scale", "(..., L, D)")
     tokens = -3 if layout == "blhd" and wide.ndim > 2 else -2
     with np.errstate(all="ignore"):
         sizes = np.abs(wide).max(axis=tokens, keepdims=True, initial=0)
@@ -177,7 +173,7 @@ def _finite_vectors(name: str, x: ArrayLike) -> NDArray[Any]:
     """Return vectors of float32 or float64, whose numbers a scale of float32 can hold."""
     array = as_array(name, x)
     if not is_accepted(array.dtype) or array.ndim < 1:
-        seen = f"{dtype_name(array)}, shape {array.shape}"
+        seen = f"{dtype_name(array)} and shape {array.shape}"
         refuse_kind(name, seen, "vectors of " + ", ".join(ACCEPTED_DTYPES))
     with np.errstate(all="ignore"):
         wide = array.astype(np.float64 if array.dtype == np.float64 else np.float32, copy=False)
@@ -185,7 +181,8 @@ def _finite_vectors(name: str, x: ArrayLike) -> NDArray[Any]:
         wrong = ~(largest <= np.finfo(np.float32).max)
     if wrong.any():
         where = tuple(map(int, np.argwhere(wrong)[0]))
-        refuse(name, f"{largest[where]} in the vector at {where}", "finite numbers of float32")
+        expected = "finite numbers within float32"
+        refuse(name, f"{largest[where]} in the vector at {where}", expected)
     return wide
 
 

@@ -56,14 +56,15 @@ def rope_type(scaling: Mapping[str, Any] | None, base: float | None) -> tuple[Ro
             given = dict(scaling)
         except (TypeError, ValueError):
             seen = type(scaling).__name__
-            refuse_kind("scaling", seen, "a mapping such as {'rope_type': 'linear', ...}")
+            refuse_kind("scaling", seen, "a mapping, such as {'rope_type': 'linear', ...}")
     names = {given.pop(key) for key in ("rope_type", "type") if given.get(key) is not None}
     for key in ("rope_type", "type"):
         given.pop(key, None)
     if len(names) > 1:
-        refuse("scaling", f"rope_type and type {sorted(map(repr, names))}", "one of them")
+        seen = f"different rope_type and type ({', '.join(sorted(map(repr, names)))})"
+        refuse("scaling", seen, "only one of them")
     if not names and scaling is not None and not set(_COMMON) & set(given):
-        refuse("scaling", "no 'rope_type'", "one of " + ", ".join(map(repr, _TYPES)))
+        refuse("scaling", "no 'rope_type'", "'rope_type': one of " + ", ".join(map(repr, _TYPES)))
     name = names.pop() if names else "default"
     if name not in _TYPES:
         refuse("scaling", f"rope_type {name!r}", "one of " + ", ".join(map(repr, _TYPES)))
@@ -77,15 +78,14 @@ def rope_type(scaling: Mapping[str, Any] | None, base: float | None) -> tuple[Ro
     values = {key: _value(key, given.get(key), default, name) for key, default in known.items()}
     if name == "llama3" and not values["low_freq_factor"] < values["high_freq_factor"]:
         seen = "low_freq_factor {low_freq_factor} and high_freq_factor {high_freq_factor}"
-        refuse("scaling", seen.format(**values), "the former to be less")
+        refuse("scaling", seen.format(**values), "a low_freq_factor below high_freq_factor")
     base_ = _base(base, theta)
     if name == "yarn":
         if base_ <= 1:  # whose logarithm it divides by
             refuse("base", f"{base_:g}", "more than 1 with rope_type 'yarn'")
         if values["factor"] is None and values["max_position_embeddings"] is None:
-            refuse(
-                "scaling", "no 'factor'", "it, or 'max_position_embeddings', for rope_type 'yarn'"
-            )
+            expected = "one of them for rope_type 'yarn'"
+            refuse("scaling", "neither 'factor' nor 'max_position_embeddings'", expected)
     if name == "longrope" and values["original_max_position_embeddings"] <= 1:
         seen = f"{values['original_max_position_embeddings']:g}"
         refuse("scaling['original_max_position_embeddings']", seen, "more than 1 token")
@@ -104,14 +104,15 @@ def _base(base: float | None, theta: object) -> float:
                 refuse(name, str(value), "a positive number")
     if len(set(numbers.values())) > 1:
         seen = " and ".join(f"{name} {value}" for name, value in numbers.items())
-        refuse("base", seen, "one number: pass one of them")
+        refuse("base", seen, "only one of them, or the same number")
     return next(iter(numbers.values()), _BASE)
 
 
 def _share(value: object) -> float:
     share = real("scaling['partial_rotary_factor']", value)
     if not 0 < share <= 1:
-        refuse("scaling['partial_rotary_factor']", str(value), "more than 0, at most 1")
+        expected = "a number above 0 and at most 1"
+        refuse("scaling['partial_rotary_factor']", str(value), expected)
     return share
 
 
@@ -121,16 +122,18 @@ def _value(key: str, value: Any, default: Any, type_name: str) -> Any:
         value = None
     if value is None:
         if default is _REQUIRED:
-            refuse("scaling", f"no {key!r}", f"it, for rope_type {type_name!r}")
+            refuse("scaling", f"no {key!r}", f"{key!r} for rope_type {type_name!r}")
         return default
     if key == "truncate":
         return flag(name, value)
     if key in ("short_factor", "long_factor"):
         factors = as_array(name, value)
         if factors.ndim != 1 or not is_real(factors.dtype):
-            refuse_kind(name, f"dtype {factors.dtype}, shape {factors.shape}", "a list of numbers")
+            seen = f"an array of dtype {factors.dtype} and shape {factors.shape}"
+            refuse_kind(name, seen, "a list of numbers")
         if not np.all(np.isfinite(factors) & (factors > 0)):
-            refuse(name, "a number that is not positive and finite", "positive numbers")
+            seen = "a number that is not finite or not positive"
+            refuse(name, seen, "finite positive numbers")
         return tuple(factors.astype(np.float64).tolist())
     number = real(name, value)
     if not number > 0:
@@ -213,17 +216,14 @@ def _longrope(values: dict[str, Any], base: float, rotary_dim: int, length: int)
     name = "long_factor" if length > trained else "short_factor"
     if len(values[name]) != rotary_dim // 2:
         seen = f"{len(values[name])} numbers"
-        refuse(f"scaling[{name!r}]", seen, f"{rotary_dim // 2}, one for each pair")
+        refuse(f"scaling[{name!r}]", seen, f"{rotary_dim // 2}, one per pair")
     stretch, factor = values["factor"], values["attention_factor"]
     if stretch is None and values["max_position_embeddings"] is not None:
         stretch = values["max_position_embeddings"] / trained
     if factor is None:
         if stretch is None:
-            refuse(
-                "scaling",
-                "neither 'attention_factor' nor 'factor'",
-                "one of them, or 'max_position_embeddings'",
-            )
+            seen = "none of 'attention_factor', 'factor' and 'max_position_embeddings'"
+            refuse("scaling", seen, "one of them")
         factor = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(trained))
     return Waves(_plain(base, rotary_dim) / np.array(values[name]), factor)
 

@@ -226,7 +226,8 @@ def make_rotation(
             waves = kind.waves(rotated, seen)
         else:
             if base is not None or scaling is not None:
-                refuse_kind("frequencies", "an array", "None beside base or scaling")
+                seen = "an array with base or scaling"
+                refuse_kind("frequencies", seen, "only one of them")
             waves = Waves(_own_frequencies(frequencies, dim, rotary_dim), 1.0)
         cos, sin = (
             _tables.of(waves, length, precision) if p is None else _angles(waves, p, precision)
@@ -239,10 +240,10 @@ def _rotated(dim: int, rotary_dim: int | None, share: float) -> int:
     by_share = int(dim * share)
     rotated = by_share if rotary_dim is None else integer("rotary_dim", rotary_dim)
     if share < 1 and rotated != by_share:
-        seen = f"{rotated} beside a partial_rotary_factor of {share}"
-        refuse("rotary_dim", seen, f"None, or {by_share}, that share of {dim}")
+        seen = f"{rotated} with a partial_rotary_factor of {share}"
+        refuse("rotary_dim", seen, f"None, or {by_share}, which is that share of {dim}")
     if not 2 <= rotated <= dim or rotated % 2:
-        refuse("rotary_dim", str(rotated), f"an even number from 2 to {dim}, the size of a vector")
+        refuse("rotary_dim", str(rotated), f"an even number from 2 to {dim}, the head_dim")
     return rotated
 
 
@@ -254,9 +255,10 @@ def _own_frequencies(
         refuse_kind("frequencies", f"dtype {array.dtype.name}", "real numbers")
     pairs = dim // 2 if rotary_dim is None else integer("rotary_dim", rotary_dim) // 2
     if array.ndim != 1 or not 1 <= array.size <= dim // 2:
-        refuse("frequencies", f"shape {array.shape}", f"at most {dim // 2}, one for each pair")
+        expected = f"(n,) with n of at most {dim // 2}, one number per pair"
+        refuse("frequencies", f"shape {array.shape}", expected)
     if rotary_dim is not None and array.size != pairs:
-        refuse("frequencies", f"{array.size} numbers", f"{pairs}, half of rotary_dim")
+        refuse("frequencies", f"{array.size} numbers", f"{pairs}, which is half of rotary_dim")
     if not np.isfinite(array).all():
         refuse("frequencies", "a number that is not finite", "finite numbers")
     return array.astype(np.float64)
@@ -271,11 +273,12 @@ def _positions(positions: ArrayLike, batch: tuple[int, ...], length: int) -> NDA
         refuse("positions", "a number that is not finite", "finite numbers")
     expected = (*batch, length)
     if p.ndim == 0 or p.shape[-1] != length or p.ndim > len(expected):
-        refuse("positions", f"shape {p.shape}", f"what broadcasts to {expected}, length {length}")
+        wanted = f"one that broadcasts to {expected} and ends with {length}, the length"
+        refuse("positions", f"shape {p.shape}", wanted)
     try:
         np.broadcast_to(p, expected)
     except ValueError:
-        refuse("positions", f"shape {p.shape}", f"what broadcasts to {expected}")
+        refuse("positions", f"shape {p.shape}", f"one that broadcasts to {expected}")
     return p
 
 

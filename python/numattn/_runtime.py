@@ -69,7 +69,7 @@ def _why_missing(error: ImportError) -> tuple[str, str]:
     """Return why the compiled kernels could not be imported, and what to do."""
     loader = globals()["__spec__"].loader
     if type(loader) is zipimport.zipimporter:
-        reason = f"nothing compiled can be imported from a zip archive, {loader.archive}"
+        reason = f"Python cannot load compiled modules from a zip archive, here {loader.archive}"
         return reason, _ARCHIVE_ADVICE
     return str(error), _COMPILER_ADVICE
 
@@ -78,7 +78,8 @@ def _load_native() -> tuple[ModuleType | None, str]:
     """Return the compiled module, or None, and the reason of the choice."""
     wanted = os.environ.get("NUMATTN_BACKEND", "")
     if wanted not in ("", *BACKENDS):
-        raise ValueError(f"NUMATTN_BACKEND={wanted!r}: expected {' or '.join(BACKENDS)}")
+        expected = " or ".join(BACKENDS)
+        raise ValueError(f"NUMATTN_BACKEND: got {wanted!r}, expected {expected}")
     if wanted == "numpy":
         return None, "NUMATTN_BACKEND=numpy"
     try:
@@ -88,9 +89,9 @@ def _load_native() -> tuple[ModuleType | None, str]:
         if wanted == "native":
             message = f"NUMATTN_BACKEND=native, but the compiled kernels are missing ({reason}): "
             raise ImportError(message + advice) from error
-        message = f"numattn: the compiled kernels are missing ({reason}); using NumPy, which gives "
-        message += "the same answers but is many times slower. To get them, "
-        message += advice + ". NUMATTN_BACKEND=numpy silences this."
+        message = f"numattn: the compiled kernels are missing ({reason}); numattn computes in "
+        message += "NumPy, with the same answers, but many times slower. To get the kernels, "
+        message += advice + ". Set NUMATTN_BACKEND=numpy to silence this warning."
         warnings.warn(message, RuntimeWarning, stacklevel=4)
         return None, f"the compiled kernels are missing ({reason})"
     return _core, (wanted and "NUMATTN_BACKEND=native") or "the compiled kernels are there"
@@ -101,7 +102,7 @@ def _choose_isa() -> str:
     wanted = os.environ.get("NUMATTN_ISA", "")
     names = list(ISA_LEVELS or ({} if native is None else native.isa_names()))
     if wanted and names and wanted not in names:
-        raise ValueError(f"NUMATTN_ISA={wanted!r}: expected one of {', '.join(names)}")
+        raise ValueError(f"NUMATTN_ISA: got {wanted!r}, expected one of {', '.join(names)}")
     if native is None:
         if wanted and os.environ.get("NUMATTN_BACKEND") != "numpy":
             raise RuntimeError(f"NUMATTN_ISA={wanted}, but {backend_reason}")

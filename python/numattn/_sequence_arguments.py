@@ -71,12 +71,12 @@ def check_varlen(
     key_starts = _starts("cu_seqlens_k", cu_seqlens_k, k_.shape[1], "k")
     if len(query_starts) != len(key_starts):
         seen = f"{len(key_starts)} numbers"
-        refuse("cu_seqlens_k", seen, f"{len(query_starts)} as in cu_seqlens_q")
+        refuse("cu_seqlens_k", seen, f"{len(query_starts)}, as in cu_seqlens_q")
     batch = (len(query_starts) - 1,)
     tail_mask_ = None if tail_mask is None else as_array("tail_mask", tail_mask)
     if tail_mask_ is not None:
         longest = int(np.diff(key_starts).max(initial=0))
-        check_tail_mask(tail_mask_, longest, f"{longest}, the keys of the longest sequence")
+        check_tail_mask(tail_mask_, longest, f"{longest}, the length of the longest sequence")
     checked = check_options(dtype, q_.shape[0], q_.shape[-1], **options)
     result = result_lse = None
     if makes_results:
@@ -129,17 +129,18 @@ def _starts(name: str, starts: ArrayLike, total: int, what: str) -> NDArray[np.i
     outside = (array < 0) | (array > total)
     if outside.any():
         at = int(np.argmax(outside))
-        refuse(name, f"{array[at]} at {at}", f"0 to {total}, the rows of {what}")
+        refuse(name, f"{array[at]} at {at}", f"0 to {total}, the number of rows of {what}")
     numbers = array.astype(np.int64)
     decreasing = np.diff(numbers) < 0
     if decreasing.any():
         at = int(np.argmax(decreasing))
-        seen = f"{numbers[at]} and then {numbers[at + 1]} at {at + 1}"
+        seen = f"{numbers[at + 1]} after {numbers[at]} at {at + 1}"
         refuse(name, seen, "numbers that do not decrease")
     for at, wanted in ((0, 0), (-1, total)):
         if numbers[at] != wanted:
             where = "first" if at == 0 else "last"
-            refuse(name, f"{numbers[at]} as the {where}", f"{wanted} ({what} has {total} rows)")
+            seen = f"{numbers[at]} as the {where} number"
+            refuse(name, seen, f"{wanted} ({what} has {total} rows)")
     return numbers
 
 
@@ -179,10 +180,10 @@ def check_paged(
     k_, v_ = (given[name].swapaxes(1, 2) for name in ("k_pages", "v_pages"))
     pages, page_size = given["k_pages"].shape[:2]
     if page_size == 0:
-        refuse("k_pages", f"shape {given['k_pages'].shape}", "pages of one key at least")
+        refuse("k_pages", f"shape {given['k_pages'].shape}", "pages of at least one key")
     if given["v_pages"].shape[:2] != (pages, page_size):
         seen = "{} pages of {} keys".format(*given["v_pages"].shape[:2])
-        refuse("v_pages", seen, f"{pages} of {page_size} as in k_pages")
+        refuse("v_pages", seen, f"{pages} of {page_size}, as in k_pages")
     check_shapes(q_, k_, v_, given)
     batch = q_.shape[:1]
 
@@ -190,7 +191,7 @@ def check_paged(
     most = numbers.shape[1] * page_size
     tail_mask_ = None if tail_mask is None else as_array("tail_mask", tail_mask)
     if tail_mask_ is not None:
-        check_tail_mask(tail_mask_, most, f"Lk = {most}, for which there are pages")
+        check_tail_mask(tail_mask_, most, f"Lk = {most}, the room of the block table")
         check_meaning_of_axes(tail_mask_, batch, q_.shape[1], q_.shape[2], "T", "tail_mask")
     checked = check_options(dtype, q_.shape[1], q_.shape[-1], **options)
     positional = ("is_causal", "window", "alibi_slopes")
@@ -242,14 +243,14 @@ def check_table(
         refuse("block_table", f"shape {table.shape}", f"({batch[0]}, pages of a sequence)")
     lengths = ints_per_batch("kv_lengths", kv_lengths, batch, 0, table.shape[1] * page_size)
     if lengths is None:
-        refuse_kind("kv_lengths", "None", "the number of valid keys of each batch item")
+        refuse_kind("kv_lengths", "None", "the number of valid keys per batch item")
     numbers = np.array(table, np.int64, order="C")
     # Only pages with valid keys are read, and only they have to be there.
     is_read = np.arange(table.shape[1]) * page_size < lengths[:, np.newaxis]
     outside = is_read & ((table < 0) | (table >= pages))
     if outside.any():
         where = tuple(map(int, np.argwhere(outside)[0]))
-        refuse("block_table", f"{table[where]} at {where}", f"0 to {pages - 1}")
+        refuse("block_table", f"{table[where]} at {where}", f"a page from 0 to {pages - 1}")
     return numbers, lengths
 
 

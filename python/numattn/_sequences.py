@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 # What `attention` has, and these functions have not.
 SEQUENCES_ELSEWHERE = {
     **ELSEWHERE,
-    "mask": "`tail_mask=`, of the last keys alone: there is no mask of all keys here",
-    "block_mask": "`tail_mask=`, of the last keys alone: there is no mask of all keys here",
-    "attn_mask": "`tail_mask=`, of the last keys alone: there is no mask of all keys here",
-    "attention_mask": "the sequences' lengths, or `tail_mask=` of the last keys alone",
+    "mask": "`tail_mask=` for the last keys (there is no mask of all keys here)",
+    "block_mask": "`tail_mask=` for the last keys (there is no mask of all keys here)",
+    "attn_mask": "`tail_mask=` for the last keys (there is no mask of all keys here)",
+    "attention_mask": "pass the sequences' lengths, or `tail_mask=` for the last keys",
 }
 PAGED_ELSEWHERE = {**SEQUENCES_ELSEWHERE, **NO_DROPOUT}
 

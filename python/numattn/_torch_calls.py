@@ -147,13 +147,15 @@ def call(
         seed = torch.randint(2**63 - 1, (), device="cpu")
         options = {**options, "rng": int(seed) if is_eager else seed}
     if isinstance(options["mask"], BlockMaskStore) and not is_eager:
-        refuse_kind("mask", "a BlockMask in a recorded program", "a tensor: `to_dense()` of it")
+        seen = "a BlockMask in a recorded program"
+        refuse_kind("mask", seen, "a tensor", "pass `torch.from_numpy(mask.to_dense())`")
     for name, x in options.items():
         if isinstance(x, torch.Tensor):
             check_fits(name, x)
             if name not in ("bias", "sinks") and needs_gradient(x):
                 seen = "a tensor that requires a gradient"
-                refuse_kind(name, seen, f"`{name}.detach()`: there is no gradient of it")
+                advice = f"pass `{name}.detach()`"
+                refuse_kind(name, seen, "a tensor without gradient", advice)
     if not is_eager or needs_gradient(q, k, v, options["bias"], options["sinks"]):
         run = Attention.apply if is_eager or is_transformed() else _torch_operator.attention
         out, _, lse = run(q, k, v, *_as_given(options, q), torch.is_grad_enabled())
@@ -170,7 +172,7 @@ def call(
 def check_fits(name: str, x: object) -> None:
     seen = unfit(x)
     if seen is not None:
-        refuse_kind(name, seen, "a plain tensor of PyTorch on the CPU")
+        refuse_kind(name, seen, "a plain torch.Tensor on the CPU")
 
 
 def _as_array(x: Any) -> Any:
@@ -184,7 +186,7 @@ def _as_given(options: Options, q: torch.Tensor) -> list[Any]:
     if window is None:
         window = (None, None)
     elif not isinstance(window, (tuple, list)):
-        sides = "(left, right): keys before and after the query, None for no limit"
+        sides = "(left, right), the keys before and after the query, with None for no limit"
         refuse_kind("window", f"{window!r} ({type(window).__name__})", sides)
     elif len(window) != 2:
         refuse("window", repr(window), "two sides, (left, right)")

@@ -34,8 +34,8 @@ def differentiate(
     """Return a gradient for each argument of `_torch_passes.forward`, in its order."""
     if not ctx.keeps:
         raise RuntimeError(
-            "numattn::attention: got a gradient of a call with keeps=False, which is recorded "
-            "under torch.no_grad(); expected keeps=True, which is recorded outside of it"
+            "numattn::attention: got a backward pass through a call with keeps=False, as recorded "
+            "under torch.no_grad(), expected keeps=True; record the program outside torch.no_grad()"
         )
     q, k, v, kept, lse, *tensors = ctx.saved_tensors
     given = {**ctx.others, **dict(zip(ctx.tensors, tensors, strict=True))}
@@ -54,8 +54,8 @@ def differentiate(
 
 def refuse_second_derivatives(*_: Any) -> NoReturn:
     raise RuntimeError(
-        "numattn.torch: got a derivative of gradients, expected first derivatives alone; PyTorch's "
-        "own function has second ones, with torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        "numattn.torch: got a derivative of gradients, expected first derivatives only; for second "
+        "derivatives use PyTorch's function in torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
     )
 
 

@@ -47,7 +47,8 @@ def reason_against(
         if seen is not None:
             return Reason(name, seen, "plain tensors on the CPU")
     if has_tangent(*with_mask.values()):
-        return Reason("query, key, value", "derivatives in forward mode", "those in reverse mode")
+        seen = "forward-mode derivatives"
+        return Reason("query, key, value", seen, "reverse-mode derivatives (backward)")
     if query.dtype not in DTYPES:
         return Reason("query", f"dtype {query.dtype}", DTYPE_NAMES)
     dtypes = {name: after_autocast(x.dtype) for name, x in tensors.items()}
@@ -78,9 +79,9 @@ def _why_not_shapes(
     elif enable_gqa:
         heads, key_heads, value_heads = _heads(*tensors)
         if key_heads == 0 or value_heads == 0 or heads % key_heads or heads % value_heads:
-            wanted = "numbers of heads that divide the query's"
+            wanted = "numbers of heads that divide the number of query heads"
         elif key_heads != value_heads and 1 not in (key_heads, value_heads):
-            wanted = "as many heads of key as of value, or 1"
+            wanted = "the same number of heads in key and value, or 1"
     elif 0 in _heads(*tensors):
         wanted = "at least one head"
     if wanted is None:
@@ -140,18 +141,18 @@ def _why_not_mask(
     return Reason(
         "attn_mask, query, key, value",
         tuple(x.shape for x in tensors),
-        "a mask of two axes at least that broadcasts to (..., Lq, Lk)",
+        "a mask of at least two axes that broadcasts to (..., Lq, Lk)",
     )
 
 
 def _why_not_numbers(dropout_p: object, is_causal: object, scale: Any) -> Reason | None:
     if not isinstance(dropout_p, (float, int)) or not 0 <= dropout_p < 1:
-        return Reason("dropout_p", dropout_p, "0 to 1, without 1")
+        return Reason("dropout_p", dropout_p, "numbers of at least 0 and less than 1")
     if not isinstance(is_causal, bool):
         return Reason("is_causal", is_causal, "True or False")
     is_number = scale is None or isinstance(scale, (float, int, torch.SymFloat, torch.SymInt))
     if not is_number or not (scale is None or abs(scale) < _LARGEST_SCALE):
-        return Reason("scale", scale, f"None or a number below {_LARGEST_SCALE:.0e} in size")
+        return Reason("scale", scale, f"None, or a magnitude below {_LARGEST_SCALE:.0e}")
     return None
 
 

@@ -105,6 +105,6 @@ class Weights(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise RuntimeError(
-            "attention weights of numattn have no gradient: use attn_implementation='eager' where "
-            "a loss depends on `attentions`"
+            "numattn's attention weights have no gradient; use attn_implementation='eager' if the "
+            "loss depends on `attentions`"
         )

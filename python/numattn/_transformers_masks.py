@@ -194,8 +194,8 @@ def warn_of_no_interface(config_class: type) -> None:
     ]
     if models and not any("ALL_ATTENTION_FUNCTIONS" in names for names in models):
         warnings.warn(
-            f"{config_class.__name__}: its model computes attention by itself, so numattn is not "
-            "used",
+            f"{config_class.__name__}: this model does not use transformers' attention interface, "
+            "so it computes attention without numattn",
             stacklevel=3,
         )
 

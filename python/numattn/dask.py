@@ -17,8 +17,8 @@ except ImportError as error:
     raise ImportError("numattn.dask needs dask: pip install 'numattn[dask]'") from error
 if getattr(da, "ARRAY_EXPR_ENABLED", False):
     raise ImportError(
-        "numattn.dask: got dask's setting array.query-planning, whose arrays have no graph to add "
-        "to; expected it off: unset DASK_ARRAY__QUERY_PLANNING"
+        "numattn.dask: got dask's setting array.query-planning=True, whose arrays have no graph to "
+        "extend, expected False; unset DASK_ARRAY__QUERY_PLANNING"
     )
 
 from . import _dask_backward, _dask_forward, _dask_problem
@@ -33,13 +33,13 @@ __all__ = ["Gradients", "attention", "attention_backward"]
 
 # What `numattn.attention` has, and chunks do not.
 _NOT_HERE = {
-    "tail_mask": "`mask=` of all keys",
-    "out": "`dask.array.store` for results that go to an array",
-    "k_scale": "floats: `k` times its scales",
-    "v_scale": "floats: `v` times its scales",
-    "dropout": "There is none here: which weights are dropped depends on all arrays. "
+    "tail_mask": "`mask=` for all keys",
+    "out": "use `dask.array.store` to write the result to an array",
+    "k_scale": "multiply `k` by its scales and pass floats",
+    "v_scale": "multiply `v` by its scales and pass floats",
+    "dropout": "chunks have no dropout, because which weights are dropped depends on all arrays; "
     "`numattn.attention` has it",
-    "rng": "There is no dropout here",
+    "rng": "chunks have no dropout",
 }
 
 

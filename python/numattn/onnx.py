@@ -75,7 +75,7 @@ class Attention(OpRun):
         if softmax_precision is not None and softmax_precision not in _PRECISIONS:
             refuse("softmax_precision", str(softmax_precision), f"one of {_PRECISIONS}")
         if past_key is not None and nonpad_kv_seqlen is not None:
-            refuse("nonpad_kv_seqlen", "lengths beside past_key", "one of both")
+            refuse("nonpad_kv_seqlen", "lengths with past_key", "only one of them")
         q = heads_of("Q", Q, q_num_heads)
         new_k, new_v = heads_of("K", K, kv_num_heads), heads_of("V", V, kv_num_heads)
         k = after_past("K", past_key, new_k, past_value)
@@ -146,7 +146,7 @@ class RotaryEmbedding(OpRun):
         x = heads_of("X", X, num_heads)
         check_angles(cos_cache, sin_cache, rotary_embedding_dim or x.shape[-1], x.shape[-1])
         if position_ids is None and cos_cache.shape[:-1] != (len(x), x.shape[2]):
-            expected = f"({len(x)}, {x.shape[2]}, ...) where there are no position_ids"
+            expected = f"({len(x)}, {x.shape[2]}, ...) without position_ids"
             refuse("cos_cache", f"shape {cos_cache.shape}", expected)
         out = rotated(x, cos_cache, sin_cache, position_ids, bool(interleaved))
         return (out if X.ndim == 4 else flat(out),)

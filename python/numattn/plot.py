@@ -218,11 +218,12 @@ def plot_heads(
     else:
         titles = _strings("titles", titles)
         if len(titles) != heads:
-            expected = f"{heads}, one for each head of weights of shape {patterns.shape}"
+            expected = f"{heads}, one per head of weights of shape {patterns.shape}"
             refuse("titles", f"{len(titles)} titles", expected)
     if layers:
         if columns is not None:
-            refuse("columns", repr(columns), "None for weights with layers, which are the rows")
+            seen = f"{columns!r} for weights with layers"
+            refuse("columns", seen, "None", "each layer is a row")
         columns = heads
     else:
         columns = _columns(columns, heads)
@@ -334,7 +335,7 @@ def plot_lines(
         refuse_kind("tokens", "None", "a sequence of str")
     queries, keys = _tokens(tokens, key_tokens, pattern.shape)
     if real("threshold", threshold) < 0:
-        refuse("threshold", repr(threshold), "a number that is not negative")
+        refuse("threshold", repr(threshold), "a number of at least 0")
     plt = _pyplot()
     from matplotlib.collections import LineCollection
     from matplotlib.colors import to_rgb
@@ -415,10 +416,11 @@ def plot_block_mask(mask: BlockMask, *, title: str | None = None, ax: Axes | Non
     (32, 32)
     """
     if not isinstance(mask, BlockMask):
-        refuse_kind("mask", type(mask).__name__, "a BlockMask (`plot_pattern` draws arrays)")
+        advice = "`plot_pattern` draws arrays"
+        refuse_kind("mask", type(mask).__name__, "a BlockMask", advice)
     if len(mask.shape) != 2 or 0 in mask.shape:
-        expected = "(Lq, Lk) with queries and keys: `mask[0, 3]` of batch item 0 and head 3"
-        refuse("mask", f"shape {mask.shape}", expected)
+        advice = "pass for example `mask[0, 3]` for batch item 0 and head 3"
+        refuse("mask", f"shape {mask.shape}", "(Lq, Lk), neither of them 0", advice)
     shares = mask.shares_of_blocks()
     plt = _pyplot()
     query_count, key_count = mask.shape
@@ -552,7 +554,7 @@ def _weights(x: ArrayLike, axes: dict[int, str]) -> Array:
         array = array.astype(np.float32 if array.dtype.itemsize <= 2 else np.float64, copy=False)
     for wrong, expected in (
         (~np.isfinite(array), "finite numbers"),
-        (array < 0, "weights, which are not negative (the softmax of logits)"),
+        (array < 0, "numbers of at least 0, as a softmax returns them"),
     ):
         if wrong.any():
             where = tuple(map(int, np.argwhere(wrong)[0]))
@@ -566,7 +568,8 @@ def _masked(mask: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     try:
         attended = np.broadcast_to(array, shape)
     except ValueError:
-        refuse("mask", f"shape {array.shape}", f"one that broadcasts to {shape} as of weights")
+        expected = f"one that broadcasts to {shape}, the shape of weights"
+        refuse("mask", f"shape {array.shape}", expected)
     return ~attended
 
 
@@ -580,7 +583,7 @@ def _tokens(
         _check_count("tokens", len(queries), shape, shape[-2], "queries")
         if key_tokens is None:
             if shape[-1] != len(queries):
-                expected = f"key_tokens too, for the {shape[-1]} keys of weights of shape "
+                expected = f"`key_tokens=` too, for the {shape[-1]} keys of weights of shape "
                 refuse("tokens", f"{len(queries)} tokens", expected + str(shape))
             keys = queries
     if key_tokens is not None:
@@ -645,7 +648,7 @@ def _pyplot() -> ModuleType:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        message = f"numattn.plot draws with Matplotlib, which is missing ({error}): "
+        message = f"numattn.plot needs Matplotlib, which is missing ({error}): "
         raise ImportError(message + "pip install 'numattn[plot]'") from error
     return plt
 

@@ -140,8 +140,8 @@ def scaled_dot_product_attention(
     if reason is not None:
         if strict:
             raise NotImplementedError(
-                f"numattn.torch.scaled_dot_product_attention: {reason}; without strict=True it "
-                "goes to PyTorch's own function"
+                f"numattn.torch.scaled_dot_product_attention: {reason}; without strict=True, "
+                "PyTorch's function computes the call"
             )
         return _of_pytorch(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -322,7 +322,7 @@ kv_lengths, q_lengths, layout, num_threads
             refuse_kind(name, f"dtype {x.dtype}", DTYPE_NAMES)
     if has_tangent(q, k, v, bias, sinks):
         names = "q, k, v, bias, sinks"
-        refuse_kind(names, "derivatives in forward mode", "derivatives in reverse mode (backward)")
+        refuse_kind(names, "forward-mode derivatives", "reverse-mode derivatives (backward)")
     check_layout(layout)
     returns_lse = flag("return_lse", return_lse)
     if torch.is_autocast_enabled("cpu"):

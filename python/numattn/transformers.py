@@ -89,13 +89,13 @@ def register(name: str = "numattn") -> None:
     """  # fmt: skip
     if "q_offset" not in inspect.signature(sdpa_mask).parameters:
         message = (
-            f"transformers {transformers.__version__} makes masks in another way than "
-            "numattn.transformers knows: use transformers 5.24 or a later one"
+            f"numattn.transformers: got transformers {transformers.__version__}, whose masks it "
+            "does not know, expected 5.24 or later"
         )
         raise ImportError(message)
     known = AttentionInterface()
     if name == "eager" or (name in known and known[name] is not attention_forward):
-        message = f"name: got {name!r}, which transformers has, expected a name of its own"
+        message = f"name: got {name!r}, which transformers already uses, expected another name"
         raise ValueError(message)
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, make_mask)
@@ -161,14 +161,14 @@ def attention_forward(
     for name, meaning in NOT_COMPUTED.items():
         if others.get(name) is not None:
             raise NotImplementedError(
-                f"{name}: got {meaning}, which numattn does not compute: use "
+                f"{name}: got {meaning}, which numattn does not support, expected None; use "
                 "attn_implementation='eager' with this model"
             )
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.device.type != "cpu":
             message = (
-                f"{name}: got a tensor on {tensor.device}, expected one on the CPU, where numattn "
-                "computes: use attn_implementation='sdpa' on other devices"
+                f"{name}: got a tensor on {tensor.device}, expected one on the CPU; use "
+                "attn_implementation='sdpa' on other devices"
             )
             raise ValueError(message)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (batch, length, heads, head_dim)

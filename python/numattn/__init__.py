@@ -1,20 +1,36 @@
 """Scaled dot-product attention for NumPy on CPUs: fast, exact to a stated bound, linear in memory.
 
-`attention` computes it; `attention_varlen` and `attention_paged` do for sequences that follow one
-another in one array or lie in pages; `merge_states` merges attention over sets of keys, and
-`quantize_kv` rounds keys and values to 8 bits. `BlockMask` is a mask by blocks of queries and keys.
-`attention_vjp`, `attention_backward` and `attention_varlen_backward` give its `Gradients`.
-`KVCache` keeps keys and values while text is generated; `PageBounds` says which pages of a long
-text matter to a query. `set_num_threads` and `get_num_threads` say with how many threads, and
-`show_runtime` and `runtime_info` tell what this process runs on. `qk_scores`, `masked_softmax` and
-`aggregate_values` are the stages by themselves, `attention_weights` and `attention_received` what
-they give. `MultiHeadAttention` is the layer of a model around attention, with `LayerGradients` and
-`ContextCache`, which keeps the keys and values of what it attends to in every step;
-`TransformerBlock` is a whole block of one, with `BlockGradients`. `rotary_embedding` and
-`alibi_slopes` are their positions, `parameter_count` their size. `numattn.plot` draws.
+Attention:
+
+- `attention` computes it for arrays. `attention_varlen` takes sequences of different lengths, one
+  after another in one array, and `attention_paged` takes keys and values in pages.
+- `BlockMask` is a mask by blocks of queries and keys, for long contexts.
+- `merge_states` merges attention over disjoint sets of keys.
+- `quantize_kv` rounds keys and values to 8 bits.
+
+Gradients: `attention_vjp`, `attention_backward` and `attention_varlen_backward` return `Gradients`.
+
+Generating text: `KVCache` keeps the keys and values of the tokens so far. `PageBounds` chooses the
+pages of a long text that matter to a query.
+
+Stages: `qk_scores`, `masked_softmax` and `aggregate_values` compute each step separately.
+`attention_weights` and `attention_received` return the pattern of attention.
+
+Models:
+
+- `MultiHeadAttention` is a layer around attention, with `LayerGradients`. `ContextCache` keeps the
+  keys and values of a context for cross-attention.
+- `TransformerBlock` is a whole block, with `BlockGradients`.
+- `rotary_embedding` and `alibi_slopes` encode positions. `parameter_count` counts parameters.
+
+Runtime: `set_num_threads` and `get_num_threads` set and return the number of threads.
+`show_runtime` and `runtime_info` say what numattn runs on in this process.
+
+`numattn.plot` draws attention. `numattn.dask`, `numattn.torch`, `numattn.transformers` and
+`numattn.onnx` work with these packages.
 """
 
-# The first import of all: it fails where NumPy is not to be imported.
+# Import this first: it fails where NumPy must not be imported.
 from . import _main_interpreter as _main_interpreter  # isort: skip
 from . import _threadpoolctl
 from ._alibi import alibi_slopes

@@ -13,30 +13,30 @@ if TYPE_CHECKING:
 
 
 def alibi_slopes(num_heads: int) -> NDArray[Any]:
-    """Return the slopes that ALiBi was published with, for `attention`'s `alibi_slopes`.
+    """Return the slopes of the ALiBi paper [1]_, for the argument `alibi_slopes` of `attention`.
 
-    For a power of two n they are ``2 ** (-8 / n)`` and its powers up to the n-th. For any other
-    number they are the slopes of the largest power of two below it, then every other slope of twice
-    that many heads.
+    For n heads, a power of two, they are ``2 ** (-8 / n)`` and its powers up to the n-th. For any
+    other number they are the slopes of the largest power of two below it, followed by every other
+    slope of twice that many heads.
 
     Parameters
     ----------
     num_heads : int
-        Query heads, at least one.
+        Number of query heads, at least 1.
 
     Returns
     -------
     ndarray of float64, shape (num_heads,)
-        Positive numbers, in natural logarithms for each token of distance.
+        Positive numbers, in natural logarithms per token of distance.
 
     Raises
     ------
     TypeError, ValueError
-        If `num_heads` is no int, or less than one.
+        If `num_heads` is not an int, or less than 1.
 
     See Also
     --------
-    attention : takes them as ``alibi_slopes=``.
+    attention : takes the slopes as ``alibi_slopes=``.
 
     References
     ----------
@@ -52,7 +52,7 @@ def alibi_slopes(num_heads: int) -> NDArray[Any]:
     array([0.0625    , 0.00390625, 0.25      ])
     """
     heads = at_least("num_heads", num_heads, 1)
-    power = 1 << heads.bit_length() - 1  # the largest power of two that is not larger
+    power = 1 << heads.bit_length() - 1  # the largest power of two up to `heads`
     slopes = _of_power_of_two(power)
     return np.concatenate([slopes, _of_power_of_two(2 * power)[::2]])[:heads]
 

@@ -1,8 +1,8 @@
-"""The arguments of `attention`: checked once, for every backend, and brought into one form.
+"""Checks of the arguments of `attention`, once for every backend, and their common form.
 
-Whatever the user passed, a backend sees arrays with the axes ``(batch..., heads, rows, columns)``
-whose batch axes are all the same (broadcast ones have a stride of 0). Ragged and paged problems,
-which differ in where the rows are, are checked in `_sequence_arguments`.
+Whatever the user passed, a backend gets arrays with the axes ``(batch..., heads, rows, columns)``,
+all with the same batch axes (broadcast axes have a stride of 0). `_sequence_arguments` checks
+ragged and paged problems, whose rows are elsewhere in memory.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# The side of a window that excludes nothing, and the largest position a query may have: sums of
-# the two and an array's length fit into 64 bits.
+# A side of a window that excludes nothing, and the largest position of a query. Their sum plus the
+# length of an array fits into 64 bits.
 UNBOUNDED = 2**62
 MAX_POSITION = 2**60
 
-# Beyond any memory; only arrays with strides of 0 have such an axis.
+# More than any memory holds. Only arrays with strides of 0 have such an axis.
 MAX_DIM = 2**40
 
-# What NumPy broadcasts.
+# The most axes that NumPy broadcasts.
 MAX_AXES = 32
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -61,17 +61,17 @@ _LOG2_E = math.log2(math.e)
 
 @dataclass(slots=True)
 class Arguments:
-    """What one call computes, in the form that backends take."""
+    """The arguments of one call, in the form that backends take."""
 
     q: Array  # (batch..., Hq, Lq, D); ragged: (Hq, total of Lq, D)
     k: Array  # (batch..., Hkv, Lk, D); ragged: (Hkv, total of Lk, D); paged: (pages, Hkv, size, D)
-    # (batch..., Hkv, Lk, Dv), ragged and paged as k; None for a stage without values
+    # (batch..., Hkv, Lk, Dv), ragged and paged like k; None for a stage without values
     v: Array | None
     out: Array | None  # (batch..., Hq, Lq, Dv); None without v
     lse: Array | None  # (batch..., Hq, Lq)
     mask: Array | None  # (batch..., Hq, Lq, Lk) bool
-    # (batch..., Hq, Lq, T) bool, of the last T valid keys; ragged: (Hq, total of Lq, T). None where
-    # there is a mask, which has both then.
+    # (batch..., Hq, Lq, T) bool, for the last T valid keys; ragged: (Hq, total of Lq, T). None if
+    # there is a mask, which then includes the tail mask.
     tail_mask: Array | None
     mask_blocks: MaskBlocks | None  # instead of a mask
     bias: Array | None  # (batch..., Hq, Lq, Lk) float
@@ -85,16 +85,16 @@ class Arguments:
     alibi_slopes: NDArray[np.float64] | None  # (Hq,)
     sinks: NDArray[np.float64] | None  # (Hq,)
     num_threads: int | None
-    result: Array | None  # `out` as the caller gets it
+    result: Array | None  # `out` in the layout of the caller
     result_lse: Array | None
-    k_scale: Array | None = None  # where k is int8: as k without its last axis
+    k_scale: Array | None = None  # if k is int8: like k without its last axis
     v_scale: Array | None = None
     query_starts: NDArray[np.int64] | None = None  # ragged: (B + 1,)
     key_starts: NDArray[np.int64] | None = None
     block_table: NDArray[np.int64] | None = None  # paged: (B, pages of an item)
     dropout: float = 0.0
     dropout_seed: int = 0
-    first_item: int = 0  # the number of the first batch item, as dropout counts
+    first_item: int = 0  # the index of the first batch item, for dropout
 
 
 def check_options(
@@ -111,7 +111,7 @@ def check_options(
     dropout: float = 0.0,
     rng: int | None = None,
 ) -> dict[str, Any]:
-    """Check what all entry points understand alike; return it by the names of `Arguments`."""
+    """Check the options that all entry points share; return them by the names of `Arguments`."""
     window_left, window_right = _window(window)
     if flag("is_causal", is_causal):
         window_right = 0
@@ -162,10 +162,11 @@ def check(
     scales_are_finite: bool = False,
     makes_results: bool = True,
 ) -> Arguments:
-    """Check the arguments of `attention`; TypeError for kinds, ValueError for values.
+    """Check the arguments of `attention`; raise TypeError for types and ValueError for values.
 
-    Without `v` there is no `out` either: what stages have in common with `attention`. A caller who
-    knows that all scales are finite says so, and one who has results of its own that it makes none.
+    Stages use it too, and without `v` there is no `out` either. `scales_are_finite`: the caller
+    knows that all scales are finite. Without `makes_results`, the caller has its own results, and
+    none are allocated.
     """
     check_layout(layout)
     arrays = {"q": as_array("q", q), "k": as_array("k", k)}
@@ -266,7 +267,7 @@ def check(
 
 
 def common_dtype(arrays: dict[str, Array]) -> np.dtype[Any]:
-    """Return q's dtype, which k and v (or their pages) have too, unless they are int8."""
+    """Return the dtype of q, after checking that k and v (or their pages) have it or are int8."""
     arrays = {name: x for name, x in arrays.items() if name == "q" or x.dtype != np.int8}
     for name, x in arrays.items():
         check_dtype(name, x)
@@ -282,9 +283,9 @@ def common_dtype(arrays: dict[str, Array]) -> np.dtype[Any]:
 def key_scales(
     name: str, x: Array, scale: ArrayLike | None, argument: str | None = None
 ) -> Array | None:
-    """Check the scales of an array of int8, one float for each key: of x's shape less an axis.
+    """Check the scales of an int8 array: one float per key, of the shape ``x.shape[:-1]``.
 
-    `argument` is their name, by default x's with ``_scale``.
+    `argument` is the name of the scales. Default: the name of x, with ``_scale``.
     """
     argument = argument or f"{name}_scale"
     if x.dtype != np.int8:
@@ -300,7 +301,7 @@ def key_scales(
         refuse_kind(argument, dtype_name(scales), "float32")
     if scales.shape != x.shape[:-1]:
         refuse(argument, f"shape {scales.shape}", f"{x.shape[:-1]}, one scale per key")
-    with np.errstate(all="ignore"):  # an infinite one is refused if it is read
+    with np.errstate(all="ignore"):  # `check_scales` refuses an infinite scale that is read
         return scales.astype(np.float32, copy=False)
 
 
@@ -316,8 +317,7 @@ def check_mask(
 
 
 def check_tail_mask(tail_mask: Array, most: int, meaning: str) -> None:
-    """Refuse a wrong mask of the last T valid keys; T is at most `most`, which `meaning` says in
-    words."""
+    """Refuse a wrong mask of the last T valid keys; `meaning` explains `most`, the largest T."""
     check_mask(tail_mask, "use `tail_mask == 0` if it is a bias of 0 and -inf", "tail_mask")
     if tail_mask.ndim == 0:
         refuse("tail_mask", "shape ()", "(..., Hq, Lq, T), one column for each of the last T keys")
@@ -327,11 +327,10 @@ def check_tail_mask(tail_mask: Array, most: int, meaning: str) -> None:
 
 
 def expanded_tail(tail_mask: Array, kv_lengths: NDArray[np.int64] | None, key_length: int) -> Array:
-    """Return what a mask (batch..., Hq, Lq, T) of the last valid keys says of all keys, an array
-    that broadcasts to (batch..., Hq, Lq, Lk).
+    """Expand a mask (batch..., Hq, Lq, T) of the last valid keys to all keys.
 
-    Of fewer than T valid keys they are the last columns. What lies beyond valid keys may be
-    anything.
+    The result broadcasts to (batch..., Hq, Lq, Lk). If fewer than T keys are valid, the last
+    columns apply to them. Elements for keys that are not valid are arbitrary.
     """
     last = tail_mask.shape[-1]
     if last == 0:
@@ -345,7 +344,7 @@ def expanded_tail(tail_mask: Array, kv_lengths: NDArray[np.int64] | None, key_le
 
 
 def _once(x: Array) -> Array:
-    """Return x without the repetitions of axes that were broadcast, the last one excepted."""
+    """Return x with a length of 1 along axes that were broadcast, except the last one."""
     return x[tuple(slice(0, 1 if stride == 0 else None) for stride in x.strides[:-1])]
 
 
@@ -357,10 +356,10 @@ def check_meaning_of_axes(
     keys: str = "Lk",
     name: str = "mask",
 ) -> None:
-    """Warn of a mask or bias that lacks axes and fits, if its first axes are like the batch's.
+    """Warn if a mask or bias with fewer axes broadcasts, but its first axes also match the batch.
 
-    They may have been meant to be the batch's. It is no error: a correct program must not fail at
-    one batch size.
+    The caller may have meant the batch. This is not an error, because a correct program must not
+    fail at one batch size.
     """
     axes = len(x.shape)
     missing = len(batch) + 3 - axes
@@ -383,7 +382,7 @@ def positional_options(
     window: tuple[int | None, int | None] | None,
     alibi_slopes: ArrayLike | None = None,
 ) -> list[str]:
-    """Return the names of those that need to know where queries are, as the caller gave them."""
+    """Return the names of the given options that depend on the positions of queries."""
     are_given = {
         "is_causal": flag("is_causal", is_causal),
         "window": _window(window) != (UNBOUNDED, UNBOUNDED),
@@ -395,8 +394,10 @@ def positional_options(
 def check_positions(
     query_length: int, kv_lengths: object, q_offset: object, q_lengths: object, given: list[str]
 ) -> None:
-    """Refuse lengths of keys that leave open where the queries are; `given` are the
-    `positional_options`."""
+    """Refuse `kv_lengths` if the positions of the queries matter but are not known.
+
+    `given` are the `positional_options`.
+    """
     if query_length <= 1 or kv_lengths is None or q_offset is not None or q_lengths is not None:
         return
     if given:
@@ -411,7 +412,7 @@ def check_positions(
 
 
 def check_scales(name: str, scales: Array | None, is_read: Callable[[], Array]) -> None:
-    """Refuse scales that are not finite where `is_read`, which broadcasts to them."""
+    """Refuse scales that are read and not finite; `is_read` returns which are, to be broadcast."""
     if scales is None or np.isfinite(scales).all():
         return
     wrong = ~np.isfinite(scales) & is_read()
@@ -452,7 +453,7 @@ def lse_heads_first(lse: Array, one_head: bool, layout: str) -> Array:
 
 
 def check_shapes(q: Array, k: Array, v: Array | None, given: dict[str, Array]) -> None:
-    """`given` are the arrays as the user passed them, by name: q, k and, if it is there, v."""
+    """Check that shapes fit; `given` are the arrays as the user passed them, by name: q, k, v."""
     shapes = ", ".join(f"{name} {x.shape}" for name, x in given.items())
     k_name, v_name = [*given, "v"][1:3]
     if q.shape[-1] != k.shape[-1]:
@@ -493,7 +494,7 @@ def _broadcast_pairs(
 
 
 def broadcast_pairs(name: str, x: Array, pairs: tuple[int, ...], axes: str) -> Array:
-    """Broadcast a mask or bias to `pairs`, whose axes are called so in an error."""
+    """Broadcast a mask or bias to `pairs`; `axes` names the axes in an error."""
     try:
         return _broadcast(x, pairs)
     except ValueError:
@@ -508,7 +509,7 @@ def outputs(
     dtype: np.dtype[Any],
     shape: tuple[int, ...],
 ) -> tuple[Array, Array | None]:
-    """Return out, or a view of the caller's, and lse; `shape` is out's with the heads first."""
+    """Return out (a view of the caller's if given) and lse; `shape` is that of out, heads first."""
     shape = shape_in_layout(shape, one_head, layout)
     out = np.empty(shape, dtype) if out is None else check_out(out, shape, dtype, True)
     if not return_lse:
@@ -517,7 +518,7 @@ def outputs(
 
 
 def shape_in_layout(shape: tuple[int, ...], one_head: bool, layout: str) -> tuple[int, ...]:
-    """Return how the caller sees an array of this shape, whose heads come before its rows."""
+    """Return the shape in the caller's layout of an array with this shape, heads before rows."""
     if one_head:
         return shape[1:]
     if layout == "blhd":
@@ -539,7 +540,7 @@ def _check_scale_fits(scale: float, softcap: float, dtype: np.dtype[Any]) -> Non
 
 
 def _dropout(dropout: float, rng: int | None) -> tuple[float, int]:
-    """Return the share that is dropped, and the seed: 0 where nothing is dropped."""
+    """Return the share that is dropped, and the seed, which is 0 if nothing is dropped."""
     share = real("dropout", dropout)
     if not 0 <= share < 1:
         refuse("dropout", repr(dropout), "the share of weights to drop, at least 0 and less than 1")

@@ -1,4 +1,4 @@
-"""The public function."""
+"""The public function `attention`."""
 
 from __future__ import annotations
 
@@ -68,34 +68,35 @@ def attention(
     v_scale: ArrayLike | None = None,
     **unknown: Any,
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
-    r"""Scaled dot-product attention, ``softmax(scale * q @ k.T) @ v`` with options.
+    r"""Scaled dot-product attention, ``softmax(scale * q @ k.T) @ v``, with options.
 
     The options apply in this order: scale, softcap, bias and ALiBi, masks (``mask``,
-    ``tail_mask``, ``is_causal``, ``window``, ``kv_lengths``), sinks, and after the softmax dropout.
-    Query row ``i`` has the position ``p = i + q_offset`` among the keys, and key ``j`` the position
-    ``j``. The logits are never held in memory as a whole.
+    ``tail_mask``, ``is_causal``, ``window``, ``kv_lengths``), sinks and, after the softmax,
+    dropout. Query ``i`` has the position ``p = i + q_offset`` among the keys, and key ``j`` has the
+    position ``j``. The full matrix of logits is never held in memory.
 
     Parameters
     ----------
     q : array_like, shape (..., Hq, Lq, D)
-        Queries. Two axes are one head, three are heads; leading axes of `q`, `k` and `v` broadcast
-        by NumPy's rules. Any strides are read in place.
+        Queries. With two axes, the array is one head; with three, it has no batch axes. Leading
+        axes of `q`, `k` and `v` broadcast by NumPy's rules. Arrays with any strides are read in
+        place.
     k : array_like, shape (..., Hkv, Lk, D)
-        Keys. Hq has to be a multiple of Hkv: query head ``h`` reads head ``h // (Hq // Hkv)``.
+        Keys. Hq must be a multiple of Hkv: query head ``h`` reads head ``h // (Hq // Hkv)``.
     v : array_like, shape (..., Hkv, Lk, Dv)
         Values.
     mask : array_like of bool or BlockMask, optional
-        True where a query attends to a key; see `BlockMask` for masks of long contexts. Broadcasts
-        to (..., Hq, Lq, Lk), whatever the layout.
-        Axes are aligned at the end, as by NumPy: pass a batch's mask (B, Lk) as
-        ``mask[:, None, None, :]``, and (B, Lq, Lk) as ``mask[:, None]``. A UserWarning says which
-        reading was taken where sizes allow both: where an array that lacks axes has first axes
-        like the whole batch, such as (B,), or (B1, B2) with two batch axes.
+        True where a query attends to a key. Broadcasts to (..., Hq, Lq, Lk), whatever the layout.
+        Use a `BlockMask` for long contexts. Axes are aligned at the end, as in NumPy: pass a
+        batch's mask (B, Lk) as ``mask[:, None, None, :]``, and (B, Lq, Lk) as ``mask[:, None]``. If
+        the first axes of an array with fewer axes also match the whole batch shape, such as (B,),
+        or (B1, B2) with two batch axes, a UserWarning says which reading was taken.
     tail_mask : array_like of bool, optional
-        A mask of the last T valid keys of each batch item alone; all keys before them are seen. It
-        broadcasts to (..., Hq, Lq, T) as `mask` does to (..., Hq, Lq, Lk), but its last axis has to
-        be there: it says what T is, 0 to Lk. Fewer valid keys than T take the last columns. For
-        trees of drafts, whose tokens are the last ones; holds together with `mask`.
+        A mask of only the last T valid keys of each batch item; all earlier keys are attended to.
+        Broadcasts to (..., Hq, Lq, T) as `mask` does to (..., Hq, Lq, Lk), except that its last
+        axis must have its full length T, from 0 to Lk. If an item has fewer than T valid keys, they
+        take the last columns. Use it for trees of drafts, whose tokens come last. It can be
+        combined with `mask`.
     bias : array_like of float, optional
         Added to the logits, in natural logarithms; -inf masks. Broadcasts like `mask`, with
         the same warning. float32 or the dtype of `q`.
@@ -103,10 +104,10 @@ def attention(
         Attend to the keys ``j <= p``.
     q_offset : int or array_like of int, optional
         Position of the first query among the keys, one for all or one per batch item (broadcast to
-        the leading axes). Default: the number of valid keys less the number of valid queries, which
-        aligns the last query with the last key, as decoding with a cache needs.
+        the leading axes). Default: the number of valid keys minus the number of valid queries,
+        which aligns the last query with the last key, as decoding with a cache needs.
     window : tuple (left, right), optional
-        Attend to the keys ``p - left <= j <= p + right``; both inclusive, None for no limit.
+        Attend to the keys ``p - left <= j <= p + right``, both ends included. None means no limit.
     scale : float, optional
         Factor of the dot products. Default: ``1 / sqrt(D)``.
     softcap : float, optional
@@ -114,98 +115,106 @@ def attention(
     alibi_slopes : array_like of float, shape (Hq,), optional
         Add ``-slope * abs(p - j)`` to the logits.
     sinks : array_like of float, shape (Hq,), optional
-        For each query head a logit, in natural logarithms, of a key without a value: it takes part
-        in the denominator and in `lse`, and in nothing else.
+        One logit per query head, in natural logarithms, of a key without a value. It counts only in
+        the denominator of the softmax and in `lse`.
     kv_lengths : int or array_like of int, optional
-        Number of valid keys, for all or per batch item; keys from there on are not attended to.
-        Where positions matter (`is_causal`, `window`, `alibi_slopes`), `q_lengths` or `q_offset`
-        has to say where several queries are.
+        Number of valid keys, for all or per batch item; later keys are not attended to. If
+        positions matter (`is_causal`, `window`, `alibi_slopes`) and there are several queries, also
+        pass `q_lengths` or `q_offset`, which say where the queries are.
     q_lengths : int or array_like of int, optional
-        Number of valid queries, for all or per batch item. Nothing is computed for the others:
-        they get zeros, and -inf as lse. A batch padded on the right is ``q_lengths=n,
-        kv_lengths=n``.
+        Number of valid queries, for all or per batch item. The other queries are not computed:
+        their result is 0, and their lse -inf. For a batch padded on the right, pass
+        ``q_lengths=n, kv_lengths=n``.
     dropout : float in [0, 1), default 0
-        The share of the weights that is dropped, for training: these add nothing to the result,
-        and the others are multiplied by ``1 / (1 - dropout)``. `lse` does not know of it.
+        Share of the weights that is dropped, for training. Dropped weights add nothing to the
+        result, and the others are multiplied by ``1 / (1 - dropout)``. `lse` is not affected.
     rng : int, optional
-        A seed, 0 to ``2**64 - 1``, that decides which weights are dropped; needed with `dropout`,
-        and the same for `attention` and its backward (see Notes).
+        A seed from 0 to ``2**64 - 1`` that decides which weights are dropped. Required with
+        `dropout`; pass the same seed to `attention` and its backward pass (see Notes).
     layout : {"bhld", "blhd"}, default "bhld"
-        "blhd" takes and gives (..., L, H, D).
+        "blhd" takes and returns (..., L, H, D).
     return_lse : bool, default False
         Also return the log-sum-exp of each query's logits.
     out : ndarray, optional
-        Where to write the result, of its shape and dtype; may have any strides, but share no memory
-        with an input. With 16-bit inputs it may be of float32: then the result is not rounded.
+        Array to write the result to, of its shape and dtype. It may have any strides, but must not
+        share memory with an input. With 16-bit inputs it may be float32: then the result is not
+        rounded.
     num_threads : int, optional
-        Threads for this call, the calling one included. Default: `get_num_threads`. The result does
-        not depend on it, to the bit.
+        Threads for this call, including the calling thread. Default: `get_num_threads`. The result
+        has the same bits for any number.
     k_scale, v_scale : array_like of float32, shape (..., Hkv, Lk), optional
-        With `k` or `v` of int8, as `quantize_kv` gives them: each key's row is multiplied by its
-        scale. In the layout "blhd", (..., Lk, Hkv).
+        For `k` or `v` of dtype int8, the scales that `quantize_kv` returns: each key's row is
+        multiplied by its scale. In the layout "blhd", (..., Lk, Hkv).
 
     Returns
     -------
     out : ndarray, shape (..., Hq, Lq, Dv)
-        In the layout and dtype of `q`. A query that attends to nothing gets zeros.
+        In the layout and dtype of `q`. It is 0 for a query that attends to nothing.
     lse : ndarray, shape ``out.shape[:-1]``
-        Only with ``return_lse=True``. Natural logarithm, float32 (float64 for float64 input); -inf
-        for a query that attends to nothing, its sink if it has one.
+        Only with ``return_lse=True``. Natural logarithm, float32 (float64 for float64 inputs). For
+        a query that attends to nothing it is the sink of its head, or -inf without sinks.
 
     Raises
     ------
     TypeError
-        If an argument is of the wrong kind, such as an integer array or a float mask.
+        If an argument has the wrong type or dtype, such as an integer array or a float mask.
     ValueError
-        If a shape or a value does not fit, or `kv_lengths` leave open where the queries are. Both
+        If a shape or a value does not fit, or `kv_lengths` do not say where the queries are. Both
         errors name the argument, what came and what was expected.
     MemoryError
         If there is no memory for the result or the threads' scratch.
 
     See Also
     --------
-    attention_varlen : sequences of different lengths without padding.
-    attention_paged : keys and values in pages.
+    attention_varlen : attention for sequences of different lengths without padding.
+    attention_paged : attention to keys and values in pages.
     KVCache : keys and values of the tokens so far.
-    BlockMask : a mask by blocks, of which empty ones cost nothing.
-    merge_states : attention over disjoint sets of keys, merged.
-    quantize_kv : keys and values in 8 bits.
-    set_num_threads : with how many threads.
+    BlockMask : a mask by blocks, whose empty blocks cost nothing.
+    merge_states : merge attention over disjoint sets of keys.
+    quantize_kv : round keys and values to 8 bits.
+    set_num_threads : set the default number of threads.
 
     Notes
     -----
-    `q`, `k` and `v` have one dtype: float16, bfloat16 (of ``ml_dtypes``), float32 or float64; `k`
-    and `v` may be int8 with scales instead.
-    16-bit floats are computed in float32 and rounded at the end. Finite values, be they the largest
-    ones, give a finite result where the logits are finite. For that, the dot products (also before
-    `scale`, and their partial sums) and what scale and bias make of them have to be within float32
-    (float64 for float64); elements of `q` and `k` up to ``1.8e19 / sqrt(D)`` keep the products
-    there. Beyond it a logit may be infinite or NaN: one of -inf has no weight, any other may make
-    the query's result and lse infinite or NaN.
+    **Dtypes.** `q`, `k` and `v` have one dtype: float16, bfloat16 (from ``ml_dtypes``), float32 or
+    float64. `k` and `v` may instead be int8 with scales. 16-bit floats are computed in float32 and
+    rounded at the end. On CPUs with AVX512_BF16 the weights of bfloat16 values are rounded to
+    bfloat16 too (not their sum). Products and sums below 1.2e-38 count as 0 there, so values below
+    about 1e-36 lose digits.
 
-    On CPUs with AVX512_BF16 the weights of bfloat16 values are rounded to bfloat16 too (not their
-    sum), and products and sums below 1.2e-38 count as 0, so that values below some 1e-36 lose
-    digits.
+    **Finite results.** If the logits are finite, finite values, even the largest ones, produce a
+    finite result. For finite logits, these must stay within float32 (float64 for float64 inputs):
+    the dot products, also before `scale`, their partial sums, and the logits after scale and bias.
+    Elements of `q` and `k` up to ``1.8e19 / sqrt(D)`` keep the products in range. Beyond it a logit
+    may be infinite or NaN: a logit of -inf has no weight, and any other may make the query's result
+    and lse infinite or NaN.
 
-    Dropout gives each weight a number of its own, and drops it where the number is below
+    **Masked keys.** A masked key is never read into a result, even if it is NaN. A NaN that is
+    attended to shows in the result, also if its weight is dropped.
+
+    **Dropout.** Each weight has its own random number, and is dropped if that number is below
     ``dropout * 2**32``, rounded down. For key ``j``, query ``i`` (counted from 0, whatever
-    `q_offset`), query head ``h`` and batch item ``b`` (in row-major order of the leading axes) it
-    is word ``j % 4`` of Philox4x32 with ten rounds [4]_, under the key ``(rng % 2**32,
-    rng // 2**32)`` at the counter ``(j // 4, i, h, b)``. So `attention` and its backward drop the
-    same weights, whatever the layout, the dtype, the threads and the backend. A result that grows
-    beyond the largest number may be infinite.
+    `q_offset`), query head ``h`` and batch item ``b`` (in row-major order of the leading axes) the
+    number is word ``j % 4`` of Philox4x32 with ten rounds [4]_, with the key ``(rng % 2**32,
+    rng // 2**32)`` and the counter ``(j // 4, i, h, b)``. `attention` and its backward pass
+    therefore drop the same weights, whatever the layout, dtype, number of threads and backend. With
+    dropout, a result that exceeds the largest number may be infinite.
 
-    A masked key is never read into a result, be it NaN; a NaN that is attended to shows, also where
-    its weight is dropped. For the same machine and ISA level the bits of a result of the compiled
-    kernels depend on the inputs' values alone: not on the number of threads, the other batch items
-    (but, with dropout, on how many are before), the arrays' strides or how the caller's thread
-    rounds. Their scratch memory is proportional to the number of threads, plus a byte for each tile
-    of a dense mask (96 keys by 8, 16 or 64 queries on generic, AVX2 or AVX-512, half as many in
-    float64), and where few queries attend to many keys the size of their result for every 1536 keys
-    that are read; NumPy's is linear in the lengths.
+    **Determinism.** On the same machine and ISA level, the bits that the compiled kernels compute
+    depend only on the values of the inputs. They do not depend on the number of threads, the other
+    batch items, the strides of the arrays or the rounding mode of the calling thread. With dropout
+    they also depend on the number of batch items before.
+
+    **Memory.** The scratch memory of the kernels is proportional to the number of threads, plus:
+
+    - one byte for each tile of a dense mask: 96 keys by 8, 16 or 64 queries on generic, AVX2 or
+      AVX-512, half as many in float64;
+    - if few queries attend to many keys, the size of their result for every 1536 keys read.
+
+    The scratch memory of the NumPy backend is linear in the lengths.
 
     The method is the online softmax of Milakov and Gimelshein [1]_ over blocks of keys, as in
-    FlashAttention [2]_. The attention itself is that of Vaswani et al. [3]_.
+    FlashAttention [2]_. Attention was introduced by Vaswani et al. [3]_.
 
     References
     ----------
@@ -252,19 +261,19 @@ def attention(
 
 
 def attend(*arguments: Any) -> Any:
-    """Do what `attention` does with all of its arguments by their places, and one more: whether all
-    scales are known to be finite."""
+    """Do what `attention` does, with all its arguments positional, and one more argument: whether
+    all scales are known to be finite."""
     if _runtime.attention_common is not None:
         result = _runtime.attention_common(*arguments)
         if result is not None:
             return result
-    if arguments[2] is None:  # which `check` takes for a stage without values
+    if arguments[2] is None:  # `check` would take None for a stage without values
         refuse_kind("v", "None", "an array")
     return compute(_arguments.check(*arguments))
 
 
 def compute(arguments: _arguments.Arguments) -> Any:
-    """Run the backend on checked arguments; return what the caller gets."""
+    """Run the backend on checked arguments and return the result for the caller."""
     _runtime.computations.attention(arguments)
     if arguments.result_lse is None:
         return arguments.result

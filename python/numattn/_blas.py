@@ -1,4 +1,4 @@
-"""The BLAS of NumPy, which benchmarks compare with: nothing may slow it down."""
+"""NumPy's BLAS at full speed, because benchmarks compare with it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import subprocess
 import sys
 from typing import Any
 
-# They make OpenBLAS take the kernels or the block sizes of another CPU, at half the speed.
+# With these variables OpenBLAS uses kernels or block sizes of another CPU, at half the speed.
 _SLOWING = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 
 
 def restart_at_full_speed() -> None:
-    """Run this program again, and end with its exit code, if a variable slows NumPy's BLAS.
+    """If a variable slows down NumPy's BLAS, run this program again without it and exit.
 
-    OpenBLAS reads these variables once, when NumPy is imported. Programs call this first; what
-    they start inherits the environment.
+    OpenBLAS reads these variables once, when NumPy is imported. Call this before importing NumPy.
+    The new process and its children inherit the cleaned environment.
     """
     if any(name in os.environ for name in _SLOWING):
         environment = {name: x for name, x in os.environ.items() if name not in _SLOWING}
@@ -27,7 +27,7 @@ def restart_at_full_speed() -> None:
 
 def describe() -> str:
     """Return NumPy's BLAS, its version, its kernels and its number of threads."""
-    import numpy as np  # here: this module is also read by programs without NumPy
+    import numpy as np  # here, because programs without NumPy import this module too
 
     if importlib.util.find_spec("threadpoolctl") is None:
         blas: Any = np.show_config(mode="dicts")

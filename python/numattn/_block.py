@@ -1,4 +1,4 @@
-"""A block of a model: attention and a feed-forward network, with norms and residuals."""
+"""A transformer block: attention and a feed-forward network, with norms and residuals."""
 
 from __future__ import annotations
 
@@ -38,60 +38,62 @@ _PREFIX = "attention."
 
 
 class TransformerBlock:
-    """A transformer block: attention and a feed-forward network, each added to what came in.
+    """A transformer block: attention and a feed-forward network, each with a residual connection.
 
     With ``norm_first=True`` (GPT-2, Llama), ``h = x + attention(norm1(x))`` and ``out = h +
-    feed_forward(norm2(h))``; else (BERT), ``h = norm1(x + attention(x))`` and ``out = norm2(h +
-    feed_forward(h))``. A model is a list of blocks.
+    feed_forward(norm2(h))``. Otherwise (BERT), ``h = norm1(x + attention(x))`` and ``out = norm2(h
+    + feed_forward(h))``. A model is a list of blocks.
 
     Parameters
     ----------
     embed_dim : int
-        Elements of an embedding, in and out.
+        Number of elements of an embedding, in and out.
     num_heads : int
-        Query heads.
+        Number of query heads.
     hidden_dim : int, optional
-        Elements between the matrices of the feed-forward network. Default: ``4 * embed_dim``.
+        Number of elements between the matrices of the feed-forward network. Default:
+        ``4 * embed_dim``.
     norm : {"layer", "rms"}, default "layer"
-        LayerNorm, or the norm by the root mean square, which has no bias.
+        LayerNorm, or the root-mean-square norm, which has no bias.
     norm_first : bool, default True
-        Where the norms are; see above.
+        Apply the norms before attention and the feed-forward network instead of after them.
     activation : {"gelu", "gelu_tanh", "silu", "relu", "relu_squared"}, default "gelu"
         The function ``f`` between the matrices. "gelu" is ``a * P(X <= a)`` for a standard normal
-        X, "gelu_tanh" its approximation in GPT-2 and Gemma, "silu" is ``a / (1 + exp(-a))``, and
+        X, "gelu_tanh" is its approximation in GPT-2 and Gemma, "silu" is ``a / (1 + exp(-a))``, and
         "relu_squared" is ``max(a, 0)**2``.
     gated : bool, default False
-        The network is ``down(f(gate(x)) * up(x))`` (SwiGLU in Llama) rather than
-        ``down(f(up(x)))``.
+        Compute ``down(f(gate(x)) * up(x))`` (SwiGLU in Llama) instead of ``down(f(up(x)))``.
     norm_epsilon : float, default 1e-5
-        What `norm1` and `norm2` add to the variance or the mean square.
+        Number that the two norms add to the variance or the mean square.
     kv_heads, head_dim, value_dim, rotary, qk_norm
-        As of `MultiHeadAttention`.
+        As in `MultiHeadAttention`.
     bias : bool, default True
         Add a learned vector after each matrix and in each LayerNorm.
     dtype : dtype, default float32
-        Of the parameters and of x: float16, bfloat16 (of ``ml_dtypes``), float32 or float64.
+        Dtype of the parameters and of x: float16, bfloat16 (from ``ml_dtypes``), float32 or
+        float64.
     rng : numpy.random.Generator or int, optional
-        What random matrices are drawn with, from a normal distribution of variance 1 / (elements
-        in); biases begin at 0, weights of norms at 1.
+        Generator or seed for the random matrices. Their elements are drawn from a normal
+        distribution with variance 1 / (number of inputs). Biases start at 0, and weights of norms
+        at 1.
 
     Attributes
     ----------
     attention : MultiHeadAttention
         The block's attention.
     num_parameters : int
-        Numbers in all parameters.
+        Number of elements in all parameters.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is of the wrong kind, or dimensions do not divide.
+        If an argument has the wrong type, or one dimension does not divide another.
 
     See Also
     --------
-    MultiHeadAttention : attention alone, and cross-attention.
-    KVCache : keys and values of the tokens so far, one cache for each block.
-    parameter_count : how many numbers the matrices of attention hold.
+    MultiHeadAttention : a layer of attention, also for cross-attention.
+    KVCache : keys and values of the tokens so far, one cache per block.
+    parameter_count : count the parameters of attention.
 
     Notes
     -----
@@ -101,16 +103,17 @@ class TransformerBlock:
     Transformer Architecture", ICML 2020; gates as in Shazeer, "GLU Variants Improve Transformer",
     2020; "relu_squared" from So et al., "Primer", NeurIPS 2021.
 
-    "gelu" keeps the digits of small results: it is within a few units in the last place (of larger
-    results; (4 + a**2) of them for tails). Norms take vectors of any finite size. NaN
-    and infinity go where arithmetic takes them, whatever ``np.seterr`` says. There is no dropout,
-    except of attention's weights in `vjp`.
+    "gelu" keeps the digits of small results: the error is a few units in the last place, and
+    ``4 + a**2`` units for the small results of the tail. Norms take vectors of any finite
+    magnitude. NaN and infinity propagate as in arithmetic, whatever ``np.seterr`` says. There is no
+    dropout, except for attention's weights in `vjp`.
 
-    Kernels compute all of it. Bits, and memory that a thread keeps, are as of `MultiHeadAttention`.
+    Kernels compute the whole block. What `MultiHeadAttention` says about bits, and about the memory
+    that a thread keeps, holds here too.
 
-    With 16-bit floats all sums are in float32. What a step gives is rounded once: a norm with its
-    weight and bias, the product with a matrix and its bias, the activation with its gate, a sum of
-    what came in and what was made of it; and in `vjp` their gradients.
+    With 16-bit floats all sums are in float32. The result of each step is rounded once: a norm with
+    its weight and bias, the product with a matrix and its bias, the activation with its gate, and a
+    residual sum. In `vjp` their gradients are rounded once too.
 
     Examples
     --------
@@ -180,7 +183,7 @@ class TransformerBlock:
         read: Callable[[str], Array],
         are_transposed: bool = False,
     ) -> Self:
-        """Make a block of copies of its own arrays, as `MultiHeadAttention._of_arrays` does."""
+        """Make a block from copies of arrays, as `MultiHeadAttention._of_arrays` does."""
         block = cls.__new__(cls)
         shapes = options.shapes(attention.embed_dim)
         _layer_weights.check_shapes(given, shapes, are_transposed)
@@ -201,16 +204,28 @@ class TransformerBlock:
     # ---- parameters -----------------------------------------------------------------------------
 
     def parameters(self) -> dict[str, Array]:
-        """Return the block's own arrays by name: what is written into them counts.
+        """Return the block's own arrays by name: writing to them changes the block.
 
-        ``norm1_weight``, ``norm1_bias`` (embed_dim,); all of `MultiHeadAttention.parameters`,
-        with ``attention.`` before their names; ``norm2_weight``, ``norm2_bias``; ``up_weight``
-        and ``gate_weight`` (embed_dim, hidden_dim), ``down_weight`` (hidden_dim, embed_dim), and
-        their biases.
+        They are, as far as the block has them:
+
+        - ``norm1_weight`` and ``norm1_bias``, (embed_dim,);
+        - all of `MultiHeadAttention.parameters`, with ``attention.`` before their names;
+        - ``norm2_weight`` and ``norm2_bias``, (embed_dim,);
+        - ``up_weight`` and ``gate_weight``, (embed_dim, hidden_dim), ``down_weight``, (hidden_dim,
+          embed_dim), and their biases.
+
+        Returns
+        -------
+        dict of ndarray
+            The arrays, not copies.
+
+        See Also
+        --------
+        save : write them to a file, with the options of the block.
 
         Examples
         --------
-        A file of a whole model, and the model that it makes:
+        Write a whole model to a file, and read it again:
 
         >>> import numattn as na
         >>> blocks = [na.TransformerBlock(64, 4, rng=i) for i in range(2)]
@@ -232,7 +247,7 @@ class TransformerBlock:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all parameters."""
+        """Number of elements in all parameters."""
         return sum(x.size for x in self.parameters().values())
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -241,7 +256,7 @@ class TransformerBlock:
         Parameters
         ----------
         path : str or path-like
-            Where to write it; a file that is there is replaced.
+            File to write. An existing file is replaced.
 
         Raises
         ------
@@ -250,12 +265,12 @@ class TransformerBlock:
         OSError
             If the file cannot be written.
         TypeError
-            If `path` is no path.
+            If `path` is not a path.
 
         See Also
         --------
-        load : read it.
-        parameters : for files of a whole model.
+        load : read the file.
+        parameters : return the arrays, for files of a whole model.
         """
         description = {"attention": self.attention._describe(), **self._options._asdict()}
         _layer_weights.save(path, description, self.parameters(), KIND)
@@ -267,7 +282,12 @@ class TransformerBlock:
         Parameters
         ----------
         path : str or path-like
-            The file.
+            File to read.
+
+        Returns
+        -------
+        TransformerBlock
+            A block with these parameters and options.
 
         Raises
         ------
@@ -276,14 +296,14 @@ class TransformerBlock:
         OSError
             If the file cannot be read.
         ValueError
-            If it is no such file: its options are missing, unknown or of the wrong kind, or its
-            arrays are not what they say.
+            If `save` did not write the file: options are missing, unknown or of the wrong type, or
+            the arrays do not match them.
         TypeError
-            If `path` is no path.
+            If `path` is not a path.
 
         See Also
         --------
-        save : write it.
+        save : write the file.
         """
         with _layer_weights.opened(path, KIND, checked_description) as (shapes, read, description):
             names = [name for name in shapes if name.startswith(_PREFIX)]
@@ -329,51 +349,59 @@ class TransformerBlock:
         dtype: DTypeLike | None = None,
         **unknown: Any,
     ) -> Self:
-        """Make a block of separate matrices as Hugging Face models hold them.
+        """Make a block from separate matrices, as Hugging Face models hold them.
 
         Parameters
         ----------
         num_heads : int
-            Query heads.
+            Number of query heads.
         q_weight, k_weight, v_weight, o_weight : array_like, shape (elements out, elements in)
-            As of `MultiHeadAttention.from_weights`, tensors of PyTorch included.
-        up_weight, down_weight : array_like
-            (hidden_dim, embed_dim) and (embed_dim, hidden_dim).
+            As in `MultiHeadAttention.from_weights`; PyTorch tensors are accepted too.
+        up_weight : array_like, shape (hidden_dim, embed_dim)
+            First matrix of the feed-forward network.
+        down_weight : array_like, shape (embed_dim, hidden_dim)
+            Last matrix of the feed-forward network.
         norm1_weight, norm2_weight : array_like, shape (embed_dim,)
-            Of the norm of attention and of the feed-forward network.
+            Weights of the norms of attention and of the feed-forward network.
         gate_weight : array_like, shape (hidden_dim, embed_dim), optional
-            Of a gated block: what the activation is applied to. Default: the block is not gated.
+            Matrix whose product goes through the activation in a gated block. Default: the block is
+            not gated.
         q_bias, k_bias, v_bias, o_bias : array_like, optional
-            Missing ones are 0 where any is given.
+            If any of them is given, the missing ones are 0.
         up_bias, gate_bias, down_bias : array_like, optional
-            The same.
+            If any of them is given, the missing ones are 0.
         norm1_bias, norm2_bias : array_like, shape (embed_dim,), optional
-            The same, for ``norm="layer"``.
+            For ``norm="layer"``. If one of them is given, the missing one is 0.
         q_norm, k_norm : array_like, shape (head_dim,), optional
             Weights of the norms of queries and keys; both or none.
         transposed : bool, default False
             All matrices are (elements in, elements out), as in GPT-2's ``Conv1D``.
         kv_heads, rotary
-            As of `MultiHeadAttention.from_weights`.
+            As in `MultiHeadAttention.from_weights`.
         norm, norm_first, activation, norm_epsilon
-            As of the class.
+            As in the class.
         dtype : dtype, optional
-            Default: the dtype of `q_weight`, float32 for 16-bit floats.
+            Dtype of the block. Default: the dtype of `q_weight`, or float32 for 16-bit floats.
+
+        Returns
+        -------
+        TransformerBlock
+            A block with copies of these weights.
 
         Raises
         ------
         TypeError
-            If an argument is of the wrong kind, such as a masked array or complex numbers.
+            If an argument has the wrong type, such as a masked array or complex numbers.
         ValueError
             If shapes do not fit, or a number is too large for `dtype`.
 
         See Also
         --------
-        MultiHeadAttention.from_weights : attention alone.
+        MultiHeadAttention.from_weights : the same for a layer of attention.
 
         Examples
         --------
-        A block of GPT-2, whose matrices of q, k and v are one:
+        A block of GPT-2, which holds the matrices of q, k and v as one:
 
         >>> import numpy as np
         >>> import numattn as na
@@ -477,41 +505,47 @@ class TransformerBlock:
         return_weights: bool = False,
         **options: Any,
     ) -> Array | tuple[Array, Array]:
-        """Return what the block makes of embeddings.
+        """Apply the block to embeddings.
 
         Parameters
         ----------
         x : array_like, shape (..., L, embed_dim)
-            Embeddings, of the block's dtype.
+            Embeddings, in the block's dtype.
         lengths : int or array_like of int, optional
-            How many tokens are valid, for all or per batch item, the others being padding on the
-            right. Nobody attends to padding, it goes through no feed-forward network, and its rows
-            of `out` are 0, whatever is in `x` there. Default: all.
+            Number of valid tokens, for all or per batch item; the others are padding on the right.
+            Padding is not attended to and skips the feed-forward network, and its rows of `out` are
+            0, whatever `x` holds there. Default: all.
         return_weights : bool, default False
             Also return attention's weights (..., heads, L, L).
         **options
-            Of `MultiHeadAttention`, as they are: is_causal, mask, tail_mask, bias, positions,
-            window, scale, softcap, alibi_slopes, sinks, num_threads, and cache, a `KVCache` of the
-            block's own, which ``block.attention.new_cache(batch)`` makes. num_threads counts for
-            all of the block.
+            Options of `MultiHeadAttention`, with the same meaning: is_causal, mask, tail_mask,
+            bias, positions, window, scale, softcap, alibi_slopes, sinks, num_threads and cache.
+            num_threads applies to the whole block. cache is a `KVCache` for this block only; make
+            it with ``block.attention.new_cache(batch)``.
 
         Returns
         -------
         out : ndarray, shape (..., L, embed_dim)
+            In the dtype of the block.
         weights : ndarray, shape (..., heads, L, L)
-            Only with ``return_weights=True``; float32 where the block has 16 bits.
+            Only with ``return_weights=True``. In the dtype of the block, or float32 for 16-bit
+            blocks.
 
         Raises
         ------
         TypeError
-            If an argument is of the wrong kind, or a context is given: cross-attention is
-            `MultiHeadAttention`'s.
+            If an argument has the wrong type, or if a context is given: for cross-attention use
+            `MultiHeadAttention`.
         ValueError
-            If a shape or a value does not fit. A cache is then as it was.
+            If a shape or a value does not fit. A cache is then unchanged.
+
+        See Also
+        --------
+        vjp : the result and a function for the gradients, for training.
 
         Examples
         --------
-        Token after token, with a cache for each block:
+        One token at a time, with a cache for each block:
 
         >>> import numpy as np
         >>> import numattn as na
@@ -548,48 +582,50 @@ class TransformerBlock:
         lengths: int | ArrayLike | None = None,
         **options: Unpack[BlockVjpOptions],
     ) -> tuple[Array, Callable[[ArrayLike], BlockGradients]]:
-        """Return the block's result, and the function that gives gradients.
+        """Apply the block, and return its result and a function that computes gradients.
 
         Parameters
         ----------
         x, lengths
-            As of a call.
+            As in a call of the block.
         **options
-            Of `MultiHeadAttention.vjp`: all of a call's but cache, bias_gradient, and dropout with
-            rng, which is of attention's weights alone.
+            Options of `MultiHeadAttention.vjp`: all options of a call except cache, and also
+            bias_gradient, dropout and rng. Dropout applies only to attention's weights.
 
         Returns
         -------
         out : ndarray, shape (..., L, embed_dim)
-            The result of the call, to the bit where nothing is dropped, but for what
-            `MultiHeadAttention.vjp` says of 16 bits.
+            The result of the call. Without dropout it has the same bits, except for 16-bit floats
+            as described in `MultiHeadAttention.vjp`.
         vjp : callable
-            ``vjp(dout)`` takes a scalar's gradient with respect to `out`, of its shape and of the
-            block's dtype, and returns `BlockGradients`: those with respect to `x`, all parameters
-            and the sinks, and with `bias_gradient` the bias. It may be called any number of times,
-            also by several threads.
+            ``vjp(dout)`` takes the gradient of a scalar with respect to `out`, in its shape and in
+            the block's dtype. It returns `BlockGradients`: the gradients with respect to `x`, all
+            parameters and the sinks and, with `bias_gradient`, the bias. It may be called any
+            number of times, also by several threads.
 
         Raises
         ------
         TypeError, ValueError
-            As of a call and, from `vjp`, if `dout` is of the wrong kind or shape.
+            As in a call of the block. `vjp` raises them if `dout` has the wrong type, dtype or
+            shape.
 
         See Also
         --------
-        MultiHeadAttention.vjp : attention alone.
+        MultiHeadAttention.vjp : the same for a layer of attention.
 
         Notes
         -----
-        `vjp` keeps what `MultiHeadAttention.vjp` keeps, what goes into the norms and what comes out
-        of the first matrices of the feed-forward network; values of the activation are computed
-        again. Whoever writes to `x`, masks or parameters before `vjp` is called gets other
-        gradients: take all gradients before the step that changes the parameters.
+        `vjp` keeps everything that `MultiHeadAttention.vjp` keeps, the inputs of the norms, and the
+        products with the first matrices of the feed-forward network. It computes the values of the
+        activation again. It does not copy `x`, masks and parameters, and writing to them changes
+        the gradients: take all gradients before the step that changes the parameters.
 
-        Padding gets the gradient 0, and neither what it holds nor `dout` there shows in the others.
+        The gradient of padding is 0. Neither the values of padding nor `dout` there affect the
+        other gradients.
 
         Examples
         --------
-        Gradient descent: two blocks learn to give the token before each one.
+        Gradient descent: two blocks learn to return the token before each token.
 
         >>> import numpy as np
         >>> import numattn as na

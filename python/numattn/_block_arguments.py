@@ -1,4 +1,4 @@
-"""The options of a block, checked, and what other libraries call them."""
+"""Checks of the options of a block, and the names that other libraries use for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 KIND = "numattn.TransformerBlock"
 _NORMS = ("layer", "rms")
 
-# What PyTorch's TransformerEncoderLayer and models' configurations call the options of a block.
+# The names of a block's options in PyTorch's TransformerEncoderLayer and in models' configurations.
 OPTIONS_ELSEWHERE = {
     **LAYER_OPTIONS_ELSEWHERE,
     "d_model": "`embed_dim=`",
@@ -56,7 +56,7 @@ _CONTEXT_NAMES = ("context", "encoder_hidden_states", "key_value_states", "memor
 
 
 class BlockOptions(NamedTuple):
-    """The options of a block that are not its attention's."""
+    """The options of a block, without those of its attention."""
 
     hidden_dim: int
     norm: str
@@ -105,7 +105,7 @@ def _one_of(name: str, value: Any, known: tuple[str, ...], elsewhere: Mapping[st
 
 
 def checked_description(description: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a block and of its attention, from a file, and the dtype of both."""
+    """Check the description of a block from a file; return its options and its attention's."""
     check_names(KIND, description, ("attention", *BlockOptions._fields))
     of_attention = description["attention"]
     if not isinstance(of_attention, dict):

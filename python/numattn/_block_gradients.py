@@ -26,17 +26,18 @@ class BlockGradients(NamedTuple):
     Attributes
     ----------
     x : ndarray
-        In the shape of `x`.
+        With respect to `x`, in its shape.
     parameters : dict of ndarray
-        By the names of `TransformerBlock.parameters`, in their shapes.
+        With respect to the parameters, by the names of `TransformerBlock.parameters` and in their
+        shapes.
     bias : ndarray or None
-        In the shape of the call's `bias`; None unless ``bias_gradient=True``.
+        With respect to the call's `bias`, in its shape; None unless ``bias_gradient=True``.
     sinks : ndarray or None
-        In the shape of the call's `sinks`; None without them.
+        With respect to the call's `sinks`, in their shape; None without sinks.
 
     See Also
     --------
-    TransformerBlock.vjp : the function that gives them.
+    TransformerBlock.vjp : returns a function that computes them.
 
     Examples
     --------
@@ -56,18 +57,18 @@ class BlockGradients(NamedTuple):
 
 
 class Valid(NamedTuple):
-    """Which tokens of (..., L, elements) are no padding."""
+    """Which tokens of (..., L, elements) are valid, and not padding."""
 
     shape: tuple[int, ...]
     rows: Array | slice  # an array of bool, or all
 
     def of(self, x: Array) -> Array:
-        """Return the rows that are valid: a view of all, or a copy."""
+        """Return the valid rows: a view if all are valid, else a copy."""
         rows: Array = x.reshape(-1, self.shape[-1])[self.rows]
         return rows
 
     def spread(self, rows: Array) -> Array:
-        """Return an array of the shape, 0 where padding is."""
+        """Return an array of the full shape, with 0 for padding."""
         if isinstance(self.rows, slice):
             return rows.reshape(self.shape)
         out = np.zeros(self.shape, rows.dtype)
@@ -76,7 +77,7 @@ class Valid(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a call of a block leaves for its gradients. Arrays have valid rows alone."""
+    """What a call of a block keeps for its gradients. Arrays have only the valid rows."""
 
     names: tuple[str, ...]
     norm_first: bool

@@ -1,4 +1,4 @@
-"""Masks by blocks of queries and keys."""
+"""`BlockMask`: masks by blocks of queries and keys."""
 
 from __future__ import annotations
 
@@ -22,47 +22,49 @@ if TYPE_CHECKING:
 
 
 class BlockMask(BlockMaskPatterns):
-    """Which keys a query may attend to, block by block.
+    """A mask of queries and keys, stored block by block.
 
-    Blocks in which nobody attends cost no time, and blocks in which all do cost what they cost
-    without a mask. Only the others, the mixed ones, keep a bit for each pair; equal mixed blocks
-    share them. Masks are made by the class methods and cannot be changed.
+    Empty blocks, in which no query attends to a key, cost no time. Full blocks, in which all pairs
+    attend, cost as much as without a mask. Only mixed blocks keep a bit for each pair, and equal
+    mixed blocks share their bits. Make masks with the class methods; they cannot be changed.
 
     Attributes
     ----------
     shape : tuple of int, (..., Lq, Lk)
-        What a dense mask of the same content has. The axes before the last two are of the batch
-        and, last, of the query heads; they broadcast as a dense mask does.
+        Shape of the same mask as a dense array. The axes before the last two are those of the batch
+        and of the query heads; they broadcast like the axes of a dense mask.
     block_size : tuple of int, (queries, keys)
-        At most 16,777,216 pairs. The last blocks may be partial.
+        Size of a block, at most 16,777,216 pairs. The last blocks may be partial.
     density : float
         Share of all pairs of a query and a key that attend; 0 for a mask without pairs.
     nbytes : int
-        Bytes of memory that the mask takes: 4 for each block, and the bits of different mixed
+        Bytes of memory that the mask takes: 4 for each block, and the bits of distinct mixed
         blocks.
 
     See Also
     --------
-    attention : takes a dense mask too, as an array of bools.
+    attention : takes a BlockMask, or a dense mask as an array of bool.
 
     Notes
     -----
-    Small blocks describe a mask closely, large ones cost less memory: with blocks of 64 by 64, a
-    mask of 65,536 queries and keys has 4 MiB of blocks, and one of a million has 1 GiB.
+    Small blocks follow a mask more closely, and large ones take less memory. With blocks of 64 by
+    64, the blocks of a mask of 65,536 queries and keys take 4 MiB, and those of a mask of a million
+    take 1 GiB.
 
-    A mask says of row q of a call's queries and row k of its keys, whatever the call's `q_offset`,
-    `kv_lengths` or `q_lengths` are. `is_causal` and `window` follow these.
+    A mask refers to row q of the queries and row k of the keys of a call, whatever `q_offset`,
+    `kv_lengths` and `q_lengths` are. `is_causal` and `window` do depend on these.
 
-    Masks can be compared with ``==``, hashed, copied and pickled. Equal are masks with the same
-    pairs, shape and block size.
+    Masks can be compared with ``==``, hashed, copied and pickled. Two masks are equal if they have
+    the same pairs, shape and block size.
 
-    The function that `from_mask_mod` takes is PyTorch's of FlexAttention (Dong et al., "Flex
-    Attention: A Programming Model for Generating Optimized Attention Kernels", 2024), with arrays
-    of NumPy in place of scalars.
+    The function that `from_mask_mod` takes is that of PyTorch's FlexAttention (Dong et al., "Flex
+    Attention: A Programming Model for Generating Optimized Attention Kernels", 2024), but it gets
+    NumPy arrays instead of scalars.
 
     Examples
     --------
-    Sixteen packed texts of 64 tokens, each of which attends to itself and to what is before:
+    Sixteen packed texts of 64 tokens. Each token attends to itself and to the tokens before it in
+    the same text:
 
     >>> import numpy as np
     >>> import numattn as na
@@ -87,22 +89,23 @@ class BlockMask(BlockMaskPatterns):
         heads: int | None = None,
         block_size: tuple[int, int] = (64, 64),
     ) -> Self:
-        """Make a mask of a function that says which query attends to which key.
+        """Make a mask from a function that says which query attends to which key.
 
         Parameters
         ----------
         mask_mod : callable
-            ``mask_mod(batch, head, q, k)`` takes four read-only arrays of ints that broadcast to
-            (batch items, heads, queries, keys), and returns bools of four axes that do too:
-            True = attend. ``q`` and ``k`` are rows of the arrays: where there are fewer queries
-            than keys, ``k <= q + Lk - Lq`` is what `causal` makes.
+            ``mask_mod(batch, head, q, k)`` takes four read-only arrays of int that broadcast to
+            (batch items, heads, queries, keys). It returns bools of four axes that broadcast to
+            the same shape: True = attend. ``q`` and ``k`` are row indices. With fewer queries than
+            keys, ``k <= q + Lk - Lq`` is the mask that `causal` makes.
         Lq, Lk : int
             Number of queries and of keys.
         batch : int, optional
             Number of batch items. By default the mask does not depend on them, and `mask_mod` gets
             0 for `batch`.
         heads : int, optional
-            Number of query heads, as `batch`.
+            Number of query heads. By default the mask does not depend on them, and `mask_mod` gets
+            0 for `head`.
         block_size : tuple of int, default (64, 64)
             Queries and keys of a block.
 
@@ -114,18 +117,17 @@ class BlockMask(BlockMaskPatterns):
         Raises
         ------
         TypeError, ValueError
-            If `mask_mod` is no function, or returns anything else; or if a size is not an int, or
-            negative.
+            If `mask_mod` is not a function or returns anything but such bools, or if a size is not
+            an int or is negative.
 
         See Also
         --------
-        from_dense : an array of bools.
-        causal, window, documents : made without asking for each pair.
+        from_dense : make a mask from an array of bool.
+        causal, window, documents : ready masks, made without evaluating each pair.
 
         Notes
         -----
-        `mask_mod` is called for some thousand keys at a time, so that the whole mask is never in
-        memory.
+        `mask_mod` is called for a few thousand keys at a time. The whole mask is never in memory.
 
         Examples
         --------
@@ -165,12 +167,12 @@ class BlockMask(BlockMaskPatterns):
 
     @classmethod
     def from_dense(cls, mask: ArrayLike, block_size: tuple[int, int] = (64, 64)) -> Self:
-        """Make a mask of an array of bools.
+        """Make a mask from an array of bool.
 
         Parameters
         ----------
         mask : array_like of bool, shape (..., Lq, Lk)
-            True = attend, as the `mask` of `attention`. The last two axes do not broadcast.
+            True = attend, as in `attention`. The last two axes do not broadcast.
         block_size : tuple of int, default (64, 64)
             Queries and keys of a block.
 
@@ -182,13 +184,13 @@ class BlockMask(BlockMaskPatterns):
         Raises
         ------
         TypeError, ValueError
-            If the mask is not bool or has fewer than two axes, or the block size is not a pair of
-            positive ints.
+            If the mask is not bool or has fewer than two axes, or if the block size is not a pair
+            of positive ints.
 
         See Also
         --------
-        to_dense : the way back.
-        from_mask_mod : for masks that are too large for an array.
+        to_dense : convert a mask to an array.
+        from_mask_mod : make masks that are too large for an array.
 
         Examples
         --------
@@ -214,12 +216,12 @@ class BlockMask(BlockMaskPatterns):
     def from_blocks(
         cls, keep: ArrayLike, Lq: int, Lk: int, block_size: tuple[int, int] = (64, 64)
     ) -> Self:
-        """Make a mask of whole blocks.
+        """Make a mask from one bool per block.
 
         Parameters
         ----------
         keep : array_like of bool, shape (..., ceil(Lq / queries), ceil(Lk / keys))
-            True where all queries of a block attend to all its keys; elsewhere none does.
+            True for a full block, whose queries attend to all its keys; False for an empty one.
         Lq, Lk : int
             Number of queries and of keys.
         block_size : tuple of int, default (64, 64)
@@ -233,12 +235,12 @@ class BlockMask(BlockMaskPatterns):
         Raises
         ------
         TypeError, ValueError
-            If `keep` is not bool, or not of this shape; or if a size is not an int, or negative.
+            If `keep` is not bool or has another shape, or if a size is not an int or is negative.
 
         See Also
         --------
-        from_bsr : the blocks of each row by their indices.
-        random_blocks : drawn at random.
+        from_bsr : make a mask from the indices of the blocks in each row.
+        random_blocks : draw blocks at random.
 
         Examples
         --------
@@ -271,21 +273,21 @@ class BlockMask(BlockMaskPatterns):
         block_size: tuple[int, int] = (64, 64),
         data: ArrayLike | None = None,
     ) -> Self:
-        """Make a mask of the blocks that each row of blocks has, in the format BSR.
+        """Make a mask from the indices of the blocks in each row, in BSR format.
 
         Parameters
         ----------
         indptr : array_like of int, shape (ceil(Lq / queries) + 1,)
-            Where the blocks of each row begin among `indices`, and last where they end.
+            Where the blocks of each row begin in `indices`, followed by the number of indices.
         indices : array_like of int, shape (n,)
-            For each block which block of keys it has, ascending in each row.
+            For each block the index of its block of keys, increasing within each row.
         Lq, Lk : int
             Number of queries and of keys.
         block_size : tuple of int, default (64, 64)
             Queries and keys of a block.
         data : array_like of bool, shape (n, queries, keys), optional
-            Which pairs of each block attend; what is beyond Lq and Lk does not count. By default
-            all do.
+            Which pairs of each block attend; elements beyond Lq and Lk are ignored. By default all
+            pairs attend.
 
         Returns
         -------
@@ -295,19 +297,20 @@ class BlockMask(BlockMaskPatterns):
         Raises
         ------
         TypeError, ValueError
-            If `indptr` or `indices` are not ints, of another shape, not ascending or out of range;
-            if `data` is not bool or of another shape; or if a size is not an int, or negative.
+            If `indptr` or `indices` are not ints, have another shape, or are not sorted or out of
+            range; if `data` is not bool or has another shape; or if a size is not an int or is
+            negative.
 
         See Also
         --------
-        from_blocks : a bool for each block.
+        from_blocks : make a mask from one bool per block.
 
         Notes
         -----
-        This is the format of ``scipy.sparse.bsr_array``: a matrix ``m`` of bools becomes
-        ``from_bsr(m.indptr, m.indices, *m.shape, m.blocksize, m.data)``, after
-        ``m.sum_duplicates()`` where its indices are not sorted. FlashInfer has `indptr`, `indices`
-        and, for `data`, ``mask``.
+        This is the format of ``scipy.sparse.bsr_array``. Convert a matrix ``m`` of bool with
+        ``from_bsr(m.indptr, m.indices, *m.shape, m.blocksize, m.data)``. If its indices are not
+        sorted, call ``m.sum_duplicates()`` first. FlashInfer's names are `indptr`, `indices` and,
+        for `data`, ``mask``.
 
         Examples
         --------
@@ -361,16 +364,16 @@ class BlockMask(BlockMaskPatterns):
         return cls._normal((), lengths, block_size, blocks, pack(attends))
 
     def __and__(self, other: Self) -> Self:
-        """Return the mask of the pairs that attend in both masks; other axes broadcast."""
+        """Return the mask of the pairs that attend in both masks; leading axes broadcast."""
         return both(self, other)
 
     def __or__(self, other: Self) -> Self:
-        """Return the mask of the pairs that attend in one of the masks; other axes broadcast."""
+        """Return the mask of the pairs that attend in either mask; leading axes broadcast."""
         return either(self, other)
 
     def __invert__(self) -> Self:
         """Return the mask of the pairs that do not attend."""
         return inverse(self)
 
-    # Arrays of bools, which come here from NumPy's operators, are refused with a hint.
+    # NumPy's operators pass arrays of bool to these, which refuse them with a hint.
     __rand__, __ror__ = __and__, __or__

@@ -1,7 +1,7 @@
-"""The arrays of a block mask: kinds of blocks, and bits of those that are mixed.
+"""The arrays of a block mask: the kind of each block, and the bits of mixed blocks.
 
-Here a *tile* is a dense array of bools that covers whole blocks, of which those at the end of the
-queries or the keys may be partial.
+Here a *tile* is a dense array of bool that covers whole blocks. Blocks at the end of the queries or
+the keys may be partial.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ EMPTY, FULL = -2, -1
 
 
 def blocks_of(length: int, block: int) -> int:
-    """Return how many blocks a length takes."""
+    """Return the number of blocks for a length."""
     return -(-length // block)
 
 
 def bytes_of(block_keys: int) -> int:
-    """Return the bytes of a block's row of bits."""
+    """Return the number of bytes in one row of a block's bits."""
     return blocks_of(block_keys, 8)
 
 
@@ -37,7 +37,7 @@ def no_bits(block_size: Size) -> Array:
 
 
 def pack(attends: Array) -> Array:
-    """Return bools as bits, the first key in the lowest one."""
+    """Return bools as bits, with the first key in the lowest bit."""
     return np.packbits(attends, axis=-1, bitorder="little")
 
 
@@ -68,11 +68,10 @@ def kinds_of_blocks(lengths: Size, block_size: Size) -> Array:
 
 
 def normal_form(blocks: Array, bits: Array, lengths: Size, block_size: Size) -> tuple[Array, Array]:
-    """Return arrays that masks with the same content share.
+    """Return the normal form of two arrays, which is equal for masks with the same content.
 
-    `blocks` holds EMPTY, FULL, or which element of `bits` a block has. The bits of a block may say
-    anything of pairs beyond the lengths, be all 0 or all 1, or be there several times or for
-    nobody.
+    `blocks` holds EMPTY, FULL, or the index of a block in `bits`. The bits may be arbitrary for
+    pairs beyond the lengths, all 0 or all 1, repeated, or unused.
     """
     blocks = np.array(blocks, np.int32, order="C")
     is_mixed = blocks >= 0
@@ -89,7 +88,7 @@ def normal_form(blocks: Array, bits: Array, lengths: Size, block_size: Size) -> 
 
 
 def distinct(bits: Array) -> tuple[Array, Array]:
-    """Return the different blocks among bits, sorted, and the place of each block among them."""
+    """Return the distinct blocks among bits, sorted, and the index of each block among them."""
     count, *shape = bits.shape
     if count == 0:
         return bits, np.zeros(0, np.int32)
@@ -100,9 +99,9 @@ def distinct(bits: Array) -> tuple[Array, Array]:
 
 
 def classify(tile: Array, block_size: Size) -> tuple[Array, Array]:
-    """Return the blocks of a tile (..., queries, keys), and the bits of those that are mixed.
+    """Return the blocks of a tile (..., queries, keys), and the bits of the mixed blocks.
 
-    Equal mixed blocks share their bits. The queries are whole blocks, or one that is partial.
+    Equal mixed blocks share their bits. The queries are whole blocks, or one partial block.
     """
     *leading, query_count, key_count = tile.shape
     block_queries, block_keys = min(block_size[0], query_count), block_size[1]
@@ -152,7 +151,7 @@ class Tiles:
         self._count = 0
 
     def put(self, leading: tuple[slice, ...], queries: slice, keys: slice, tile: Array) -> None:
-        """Put a tile to where its queries and keys are."""
+        """Insert the tile of some queries and keys."""
         blocks, bits = classify(tile, self._block_size)
         blocks[blocks >= 0] += self._count
         places = (
@@ -168,8 +167,8 @@ class Tiles:
         return normal_form(self._blocks, bits, self._lengths, self._block_size)
 
 
-# What NumPy evaluates at a time. Rows of fewer than some 2700 keys are compared three times as
-# slowly, and arrays of much more than 256 KiB are given back to the system again and again.
+# What NumPy evaluates at a time. It compares rows of fewer than about 2700 keys three times as
+# slowly, and returns arrays of much more than 256 KiB to the system each time.
 _KEYS_AT_A_TIME = 4096
 _PAIRS_AT_A_TIME = 64 * 4096
 
@@ -177,13 +176,13 @@ _PAIRS_AT_A_TIME = 64 * 4096
 def places_of_tiles(
     leading: tuple[int, ...], lengths: Size, block_size: Size
 ) -> Iterator[tuple[tuple[slice, ...], slice, slice]]:
-    """Return where the tiles of a mask are: leading axes, queries, keys."""
+    """Yield the place of each tile of a mask: leading axes, queries, keys."""
     block_queries, block_keys = block_size
     keys_at_a_time = max(1, _KEYS_AT_A_TIME // block_keys) * block_keys
     keys_at_a_time = min(keys_at_a_time, lengths[1]) or 1
     at_a_time = max(1, _PAIRS_AT_A_TIME // keys_at_a_time)
     queries_at_a_time = max(1, at_a_time // block_queries) * block_queries
-    # A last block that is partial is a tile by itself.
+    # A partial last block is a separate tile.
     whole = lengths[0] - lengths[0] % block_queries
     parts = [*_parts(0, whole, queries_at_a_time), *_parts(whole, lengths[0], block_queries)]
     items_at_a_time = max(1, at_a_time // min(queries_at_a_time, lengths[0] or 1))
@@ -205,7 +204,7 @@ def _parts(begin: int, end: int, size: int) -> Iterator[slice]:
 def pairs_of_blocks(
     blocks: Array, bits: Array, lengths: Size, block_size: Size
 ) -> tuple[Array, Array]:
-    """Return how many pairs of each block attend, and how many there are, without leading axes."""
+    """Return the number of attending pairs per block, and of all pairs, without leading axes."""
     of_mixed = np.bitwise_count(bits).sum(axis=(1, 2), dtype=np.int64)
     attending = np.append(of_mixed, [0, 0])[blocks]  # EMPTY and FULL are the last two
     all_pairs = np.outer(*map(sizes_of_blocks, lengths, block_size))

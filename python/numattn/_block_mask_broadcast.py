@@ -1,4 +1,4 @@
-"""A mask by blocks in the form that backends take."""
+"""Block masks in the form that backends take."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class MaskBlocks:
     """The blocks of a mask (batch..., Hq, Lq, Lk)."""
 
-    numbers: Array  # (batch..., Hq, blocks of queries, blocks of keys), as BlockMask._blocks
-    bits: Array  # as BlockMask._bits
+    numbers: Array  # (batch..., Hq, blocks of queries, blocks of keys), like BlockMask._blocks
+    bits: Array  # like BlockMask._bits
     block_size: tuple[int, int]
 
     def part(self, queries: slice, keys: slice) -> Array:

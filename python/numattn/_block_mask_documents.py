@@ -32,16 +32,16 @@ class BlockMaskDocuments(BlockMaskStore):
         key_lengths: ArrayLike | None = None,
         block_size: tuple[int, int] = (64, 64),
     ) -> Self:
-        """Make a mask of packed texts, each of which attends to itself.
+        """Make a mask of packed texts, each of which attends only to itself.
 
         Parameters
         ----------
         lengths : array_like of int, shape (n,)
-            The queries of each text, in their order.
+            Number of queries of each text, in order.
         Lq, Lk : int, optional
-            Number of queries and of keys, which the lengths have to add up to.
+            Number of queries and of keys. If given, the lengths must add up to them.
         key_lengths : array_like of int, shape (n,), optional
-            The keys of each text; by default as many as queries.
+            Number of keys of each text. Default: `lengths`.
         block_size : tuple of int, default (64, 64)
             Queries and keys of a block.
 
@@ -53,13 +53,13 @@ class BlockMaskDocuments(BlockMaskStore):
         Raises
         ------
         TypeError, ValueError
-            If the lengths are not ints, negative or of another shape, or do not add up to `Lq` and
-            `Lk`; or if a size is not an int.
+            If the lengths are not ints, are negative, have another shape, or do not add up to `Lq`
+            and `Lk`; or if a size is not an int.
 
         See Also
         --------
-        document_ids : the text of each token.
-        attention_varlen : packed texts without a mask.
+        document_ids : the same, from the text of each token.
+        attention_varlen : attention for packed texts without a mask.
 
         Examples
         --------
@@ -94,32 +94,32 @@ class BlockMaskDocuments(BlockMaskStore):
         *,
         block_size: tuple[int, int] = (64, 64),
     ) -> Self:
-        """Make a mask by which a query attends to the keys of the same text.
+        """Make a mask whose queries attend to the keys of the same text.
 
         Parameters
         ----------
         ids : array_like of int, shape (..., Lq)
-            The text of each query, in any order. What is negative is padding: it attends to
-            nothing, and nobody to it.
+            The text of each query, in any order. Negative ids are padding, which attends to nothing
+            and is not attended to.
         key_ids : array_like of int, shape (..., Lk), optional
-            The text of each key; by default `ids`.
+            The text of each key. Default: `ids`.
         block_size : tuple of int, default (64, 64)
             Queries and keys of a block.
 
         Returns
         -------
         BlockMask
-            Of shape (Lq, Lk), or (..., 1, Lq, Lk) where the ids have batch axes.
+            Of shape (Lq, Lk), or (..., 1, Lq, Lk) if the ids have batch axes.
 
         Raises
         ------
         TypeError, ValueError
-            If the ids are not ints or have no axis, or batch axes that differ; or if the block size
+            If the ids are not ints, have no axes or have different batch axes; or if the block size
             is not a pair of positive ints.
 
         See Also
         --------
-        documents : the length of each text.
+        documents : the same, from the length of each text.
 
         Examples
         --------
@@ -144,9 +144,9 @@ class BlockMaskDocuments(BlockMaskStore):
 
     @classmethod
     def _same(cls, ids: Array, key_ids: Array, block_size: Size) -> Self:
-        """Return a mask (Lq, Lk) of ids, negative ones of padding."""
+        """Return a mask (Lq, Lk) from ids; negative ids are padding."""
         lengths = len(ids), len(key_ids)
-        # Of padding a query equals no key.
+        # Different ids, so that padding queries do not attend to padding keys.
         ids, key_ids = np.maximum(ids, -1), np.where(key_ids < 0, -2, key_ids)
         low, high = extremes_of_blocks(ids, block_size[0])
         key_low, key_high = extremes_of_blocks(key_ids, block_size[1])

@@ -1,4 +1,4 @@
-"""Blocks that are evaluated only where they are mixed."""
+"""Evaluation of only those blocks that may be mixed."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def evaluated(
     keep: Callable[[Array, Array], Array],
     alike: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[Array, Array]:
-    """Return the normal form of blocks that are EMPTY, FULL, or what `keep` says of their pairs.
+    """Return the normal form of blocks that are EMPTY, FULL, or to be evaluated with `keep`.
 
-    `keep` takes queries (n, block_queries, 1) and keys (n, 1, block_keys). `alike` takes the
-    first query and key of each block, and gives equal numbers to blocks of equal pairs. With
-    it, indices may be beyond the lengths.
+    `keep` takes queries (n, block_queries, 1) and keys (n, 1, block_keys), and returns which pairs
+    attend. `alike` takes the first query and key of each block, and returns equal numbers for
+    blocks with equal pairs. With `alike`, the indices that `keep` gets may be beyond the lengths.
     """
     is_open = blocks >= 0
     rows, columns = np.nonzero(is_open)
@@ -59,7 +59,7 @@ def evaluated(
 
 
 def ends_of_blocks(lengths: Size, block_size: Size) -> tuple[Array, Array, Array, Array]:
-    """Return the first and last queries, as a column, and keys of blocks."""
+    """Return the first and last queries of blocks, as columns, and their first and last keys."""
     ends = []
     for length, block in zip(lengths, block_size, strict=True):
         first = np.arange(blocks_of(length, block)) * block

@@ -1,4 +1,4 @@
-"""What a function says of pairs of queries and keys."""
+"""Calls of a user's function of queries and keys."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MaskFunction:
         self._indices = lru_cache(maxsize=64)(_indices)
 
     def bools(self, place: tuple[slice, ...]) -> Array:
-        """Return what it says of batch items, heads, queries and keys."""
+        """Call it for some batch items, heads, queries and keys."""
         indices = [self._indices(part.start, part.stop, axis) for axis, part in enumerate(place)]
         try:
             said = self._mask_mod(*indices)
@@ -44,7 +44,7 @@ def _checked(said: object, shape: tuple[int, ...]) -> Array:
     if attends.dtype != np.bool_:
         seen = f"{dtype_name(attends)} as its result"
         refuse_kind("mask_mod", seen, "bool (True = attend)")
-    # Fewer axes would fit where queries happen to be as many as keys, and fit nowhere else.
+    # With fewer axes the result would fit only if there are as many queries as keys, by chance.
     fits = attends.ndim in (0, 4) and all(
         n in (1, wanted) for n, wanted in zip(attends.shape, shape, strict=False)
     )
@@ -62,9 +62,9 @@ _NOTE = (
 
 
 class _Indices(np.ndarray):
-    """Indices of 64 bits, which are compared with one another in 32: three times as fast.
+    """64-bit indices that are compared with each other in 32 bits, three times as fast.
 
-    Whatever else is computed with them is what 64 bits give, and a plain array.
+    All other operations use 64 bits and return plain arrays.
     """
 
     _narrow: Array | None
@@ -95,5 +95,5 @@ def _indices(begin: int, end: int, axis: int) -> _Indices:
     indices = wide.view(_Indices)
     if end < 2**31:
         indices._narrow = wide.astype(np.int32)
-    indices.setflags(write=False)  # as both have to remain the same
+    indices.setflags(write=False)  # both arrays must stay equal
     return indices

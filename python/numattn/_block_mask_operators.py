@@ -1,4 +1,4 @@
-"""Operators of block masks: and, or, not, and several in one."""
+"""Operators of block masks: and, or, not, and stacking."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _combined(
     neutral: int,
     absorbing: int,
 ) -> Mask:
-    """Return a mask whose blocks are the other one's where one is neutral."""
+    """Combine two masks; where one has a `neutral` block, the result has the other's block."""
     if not isinstance(b, BlockMaskStore):
         advice = "convert an array with `BlockMask.from_dense`"
         refuse_kind(f"BlockMask {sign}", type(b).__name__, "a BlockMask", advice)
@@ -64,7 +64,7 @@ def _combined(
     np.copyto(blocks, blocks_a, where=blocks_b == neutral)
     numbered = blocks_b + (blocks_b >= 0) * np.int32(count_a)
     np.copyto(blocks, numbered, where=blocks_a == neutral)
-    # Blocks that are mixed in both masks, each pair of bits once.
+    # For blocks that are mixed in both masks, combine each distinct pair of bits once.
     are_mixed = (blocks_a >= 0) & (blocks_b >= 0)
     couples = blocks_a[are_mixed].astype(np.int64) * count_b + blocks_b[are_mixed]
     couples, place = np.unique(couples, return_inverse=True)
@@ -77,7 +77,7 @@ def _combined(
 
 
 def stacked(masks: Sequence[Mask], leading: tuple[int, ...]) -> Mask:
-    """Return one mask (*leading, Lq, Lk) of at least one mask (Lq, Lk)."""
+    """Return one mask (*leading, Lq, Lk) from at least one mask (Lq, Lk)."""
     first = masks[0]
     begins = np.cumsum([0, *(len(mask._bits) for mask in masks)])
     blocks = np.stack(

@@ -34,15 +34,15 @@ class BlockMaskPatterns(BlockMaskDocuments):
         *,
         block_size: tuple[int, int] = (64, 64),
     ) -> Self:
-        """Make a mask by which a query attends to no key after it.
+        """Make a causal mask: no query attends to a key after it.
 
         Parameters
         ----------
         Lq, Lk : int
             Number of queries and of keys.
         q_offset : int, optional
-            Position of the first query among the keys; by default ``Lk - Lq``: the last query is
-            beside the last key.
+            Position of the first query among the keys. Default: ``Lk - Lq``, which aligns the last
+            query with the last key.
         block_size : tuple of int, default (64, 64)
             Queries and keys of a block.
 
@@ -54,12 +54,12 @@ class BlockMaskPatterns(BlockMaskDocuments):
         Raises
         ------
         TypeError, ValueError
-            If a size or the position is not an int, or out of range.
+            If a size or the position is not an int, or is out of range.
 
         See Also
         --------
-        attention : takes ``is_causal=True`` too, which needs no mask.
-        window : neither what is far away.
+        attention : takes ``is_causal=True``, which needs no mask.
+        window : also limit how far back queries attend.
 
         Examples
         --------
@@ -81,7 +81,7 @@ class BlockMaskPatterns(BlockMaskDocuments):
         *,
         block_size: tuple[int, int] = (64, 64),
     ) -> Self:
-        """Make a mask by which a query attends to the keys near it.
+        """Make a mask whose queries attend to the keys near them.
 
         Parameters
         ----------
@@ -89,10 +89,10 @@ class BlockMaskPatterns(BlockMaskDocuments):
             Number of queries and of keys.
         left, right : int or None
             A query at position ``p`` attends to the keys ``p - left`` to ``p + right``, both
-            included; None is no limit.
+            included. None means no limit.
         q_offset : int, optional
-            Position of the first query among the keys; by default ``Lk - Lq``: the last query is
-            beside the last key.
+            Position of the first query among the keys. Default: ``Lk - Lq``, which aligns the last
+            query with the last key.
         block_size : tuple of int, default (64, 64)
             Queries and keys of a block.
 
@@ -104,13 +104,13 @@ class BlockMaskPatterns(BlockMaskDocuments):
         Raises
         ------
         TypeError, ValueError
-            If a size, a limit or the position is not an int, or out of range.
+            If a size, a limit or the position is not an int, or is out of range.
 
         See Also
         --------
-        attention : takes ``window=(left, right)`` too, which needs no mask.
-        dilated : with gaps between the keys.
-        global_and_window : with some tokens that see all.
+        attention : takes ``window=(left, right)``, which needs no mask.
+        dilated : a window with gaps between the keys.
+        global_and_window : a window and tokens that attend to everything.
 
         Examples
         --------
@@ -139,7 +139,7 @@ class BlockMaskPatterns(BlockMaskDocuments):
         *,
         block_size: tuple[int, int] = (64, 64),
     ) -> Self:
-        """Make a mask by which a query attends to every second, third, ... key near it.
+        """Make a mask whose queries attend to every second, third, ... key near them.
 
         Parameters
         ----------
@@ -147,12 +147,13 @@ class BlockMaskPatterns(BlockMaskDocuments):
             Number of queries and of keys.
         left, right : int or None
             A query at position ``p`` attends to the keys ``p + n * dilation`` for ``-left <= n <=
-            right``: so many on each side of itself; None is no limit.
+            right``, that is, up to `left` keys before and `right` keys after itself. None means no
+            limit.
         dilation : int
-            How far these are apart; 1 is a plain window.
+            Distance between these keys; 1 is a plain window.
         q_offset : int, optional
-            Position of the first query among the keys; by default ``Lk - Lq``: the last query is
-            beside the last key.
+            Position of the first query among the keys. Default: ``Lk - Lq``, which aligns the last
+            query with the last key.
         block_size : tuple of int, default (64, 64)
             Queries and keys of a block.
 
@@ -164,16 +165,16 @@ class BlockMaskPatterns(BlockMaskDocuments):
         Raises
         ------
         TypeError, ValueError
-            If a size, a limit, the dilation or the position is not an int, or out of range.
+            If a size, a limit, the dilation or the position is not an int, or is out of range.
 
         See Also
         --------
-        window : without gaps.
+        window : a window without gaps.
 
         Notes
         -----
-        The dilated window of Beltagy et al., "Longformer: The Long-Document Transformer", 2020.
-        Blocks larger than the dilation are all mixed.
+        This is the dilated window of Beltagy et al., "Longformer: The Long-Document Transformer",
+        2020. If blocks are larger than the dilation, all of them are mixed.
 
         Examples
         --------
@@ -192,12 +193,12 @@ class BlockMaskPatterns(BlockMaskDocuments):
         blocks = band.blocks(lengths, block_size)
         if step > 1:
             blocks[blocks == FULL] = 0
-        # Which blocks the limits would not cut, if the last ones were whole.
+        # Which blocks the limits do not cut, as if the last blocks were whole.
         rows, columns = grid_of(lengths, block_size)
         inner = band.blocks((rows * block_size[0], columns * block_size[1]), block_size) == FULL
 
         def alike(q: Array, k: Array) -> Array:
-            """Blocks that are not cut repeat after each step."""
+            """Return a number per block; blocks that are not cut repeat after each step."""
             repeats = inner[q // block_size[0], k // block_size[1]]
             return np.asarray(np.where(repeats, sum(lengths) + (k - q) % step, k - q))
 
@@ -217,17 +218,17 @@ class BlockMaskPatterns(BlockMaskDocuments):
         *,
         block_size: tuple[int, int] = (64, 64),
     ) -> Self:
-        """Make a causal mask whose first keys all queries attend to.
+        """Make a causal mask with a prefix of keys that all queries attend to.
 
         Parameters
         ----------
         Lq, Lk : int
             Number of queries and of keys.
         prefix_length : int or array_like of int, shape (...)
-            How many keys that are; one number for each batch item, if it is an array.
+            Number of keys in the prefix; an array has one number per batch item.
         q_offset : int, optional
-            Position of the first query among the keys; by default ``Lk - Lq``: the last query is
-            beside the last key.
+            Position of the first query among the keys. Default: ``Lk - Lq``, which aligns the last
+            query with the last key.
         block_size : tuple of int, default (64, 64)
             Queries and keys of a block.
 
@@ -239,16 +240,16 @@ class BlockMaskPatterns(BlockMaskDocuments):
         Raises
         ------
         TypeError, ValueError
-            If a size, a prefix length or the position is not an int, or out of range.
+            If a size, a prefix length or the position is not an int, or is out of range.
 
         See Also
         --------
-        causal : without a prefix.
+        causal : a causal mask without a prefix.
 
         Notes
         -----
-        The prefix language model of Raffel et al., "Exploring the Limits of Transfer Learning with
-        a Unified Text-to-Text Transformer", 2020.
+        This is the prefix language model of Raffel et al., "Exploring the Limits of Transfer
+        Learning with a Unified Text-to-Text Transformer", 2020.
 
         Examples
         --------
@@ -296,7 +297,9 @@ class BlockMaskPatterns(BlockMaskDocuments):
         *,
         block_size: tuple[int, int] = (64, 64),
     ) -> Self:
-        """Make a mask of a window, and of tokens that attend to all and that all attend to.
+        """Make a mask of a window and global tokens.
+
+        A global token attends to all keys, and all queries attend to it.
 
         Parameters
         ----------
@@ -304,13 +307,13 @@ class BlockMaskPatterns(BlockMaskDocuments):
             Number of queries and of keys.
         left, right : int or None
             A query at position ``p`` attends to the keys ``p - left`` to ``p + right``, both
-            included; None is no limit.
+            included. None means no limit.
         global_tokens : int or array_like of int, shape (n,)
-            An int: the first so many keys, and the queries at their positions. An array: the
-            positions of such keys and queries, in any order.
+            An int n makes the first n keys, and the queries at their positions, global. An array
+            holds the positions of global keys and queries, in any order.
         q_offset : int, optional
-            Position of the first query among the keys; by default ``Lk - Lq``: the last query is
-            beside the last key.
+            Position of the first query among the keys. Default: ``Lk - Lq``, which aligns the last
+            query with the last key.
         block_size : tuple of int, default (64, 64)
             Queries and keys of a block.
 
@@ -322,17 +325,17 @@ class BlockMaskPatterns(BlockMaskDocuments):
         Raises
         ------
         TypeError, ValueError
-            If a size, a limit or a position is not an int, or out of range.
+            If a size, a limit or a position is not an int, or is out of range.
 
         See Also
         --------
-        window : without such tokens.
-        random_blocks : the third part of BigBird.
+        window : a window without global tokens.
+        random_blocks : the third part of BigBird's pattern.
 
         Notes
         -----
-        The pattern of Beltagy et al., "Longformer: The Long-Document Transformer", 2020. With
-        ``& BlockMask.causal(Lq, Lk)`` it is a window with attention sinks.
+        This is the pattern of Beltagy et al., "Longformer: The Long-Document Transformer", 2020.
+        With ``& BlockMask.causal(Lq, Lk)`` it is a window with attention sinks.
 
         Examples
         --------
@@ -376,18 +379,19 @@ class BlockMaskPatterns(BlockMaskDocuments):
         heads: int | None = None,
         block_size: tuple[int, int] = (64, 64),
     ) -> Self:
-        """Make a mask by which each block of queries attends to some blocks of keys at random.
+        """Make a mask whose blocks of queries attend to random blocks of keys.
 
         Parameters
         ----------
         Lq, Lk : int
             Number of queries and of keys.
         count : int
-            How many blocks of keys, all different.
+            Number of distinct blocks of keys for each block of queries.
         rng : numpy.random.Generator or int
-            Where the random numbers come from, or a seed.
+            Generator of the random numbers, or a seed.
         heads : int, optional
-            Number of query heads, each with blocks of its own. By default all have the same.
+            Number of query heads, each with different blocks. By default all heads have the same
+            blocks.
         block_size : tuple of int, default (64, 64)
             Queries and keys of a block.
 
@@ -399,12 +403,12 @@ class BlockMaskPatterns(BlockMaskDocuments):
         Raises
         ------
         TypeError, ValueError
-            If a size or the count is not an int, negative, or more than there are blocks; or if
-            `rng` is neither a generator nor a seed.
+            If a size or the count is not an int or is negative, if there are fewer than `count`
+            blocks of keys, or if `rng` is neither a generator nor a seed.
 
         See Also
         --------
-        global_and_window : the two other parts of BigBird.
+        global_and_window : the other two parts of BigBird's pattern.
 
         Notes
         -----
@@ -435,7 +439,7 @@ class BlockMaskPatterns(BlockMaskDocuments):
 
 
 class _Band:
-    """The keys from so many steps before a query to so many after it."""
+    """The keys within given distances before and after a query, in steps."""
 
     def __init__(self, left: int | None, right: int | None, q_offset: int, step: int = 1) -> None:
         before, after = _side("left", left), _side("right", right)

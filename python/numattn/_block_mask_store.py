@@ -1,4 +1,4 @@
-"""What a block mask holds, and what it tells of it."""
+"""The storage of a block mask: its arrays, attributes, parts and dense form."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Size = tuple[int, int]
 
 
-# Of a block. A mixed block takes a bit for each, and more while it is made.
+# The most pairs in a block. A mixed block takes one bit per pair, and more while it is made.
 _MOST_PAIRS = 2**24
 
 
@@ -35,14 +35,14 @@ class BlockMaskStore:
     # The kernels read these two arrays, C-contiguous and read-only:
     #
     # `_blocks`, int32, (leading axes of `shape`..., blocks of queries, blocks of keys): -2 for an
-    # empty block, -1 for a full one, of which all pairs within Lq and Lk attend, and otherwise the
-    # place of its bits in `_bits`.
+    # empty block, -1 for a full one, in which all pairs within Lq and Lk attend, and otherwise the
+    # index of its bits in `_bits`.
     #
-    # `_bits`, uint8, (different mixed blocks, block_queries, ceil(block_keys / 8)): key j of a row
-    # is bit j % 8 of byte j // 8. What lies beyond Lq and Lk is 0.
+    # `_bits`, uint8, (distinct mixed blocks, block_queries, ceil(block_keys / 8)): key j of a row
+    # is bit j % 8 of byte j // 8. Bits beyond Lq and Lk are 0.
     #
-    # They are in normal form: a block without pairs is -2, one with all of them -1; mixed blocks
-    # are sorted, no two are equal, and each belongs to a block. So equal masks have equal arrays.
+    # They are in normal form: a block without attending pairs is -2, a block with all pairs is -1,
+    # and mixed blocks are sorted, distinct and used. So equal masks have equal arrays.
     __slots__ = ("_bits", "_block_size", "_blocks", "_shape")
 
     # NumPy's operators leave `array & mask` to the mask, which refuses it.
@@ -61,7 +61,7 @@ class BlockMaskStore:
 
     @classmethod
     def _of(cls, shape: tuple[int, ...], block_size: Size, blocks: Array, bits: Array) -> Self:
-        """Return a mask of arrays in normal form, which it keeps."""
+        """Return a mask that keeps these arrays, which are in normal form."""
         mask = cls.__new__(cls)
         mask._shape, mask._block_size = shape, block_size
         mask._blocks, mask._bits = np.ascontiguousarray(blocks), np.ascontiguousarray(bits)
@@ -73,14 +73,14 @@ class BlockMaskStore:
     def _normal(
         cls, leading: tuple[int, ...], lengths: Size, block_size: Size, blocks: Array, bits: Array
     ) -> Self:
-        """Return a mask of arrays that `normal_form` accepts."""
+        """Return a mask from arrays that `normal_form` accepts."""
         arrays = normal_form(blocks, bits, lengths, block_size)
         return cls._of((*leading, *lengths), block_size, *arrays)
 
     def __bool__(self) -> bool:
         raise TypeError("a BlockMask has no truth value: combine masks with `&`, `|` and `~`")
 
-    # As it has __getitem__, Python would count through it.
+    # Otherwise Python would iterate with __getitem__.
     __iter__ = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -109,16 +109,16 @@ class BlockMaskStore:
         return int(attending.sum()) / (math.prod(self._shape) or 1)
 
     def shares_of_blocks(self) -> NDArray[np.float64]:
-        """Return which share of each block's pairs attends.
+        """Return the share of attending pairs in each block.
 
         Returns
         -------
         ndarray of float64, shape (..., ceil(Lq / queries), ceil(Lk / keys))
-            0 for an empty block and 1 for a full one, also a partial one.
+            0 for an empty block and 1 for a full one, even if it is partial.
 
         See Also
         --------
-        numattn.plot.plot_block_mask : draws them.
+        numattn.plot.plot_block_mask : draw the shares.
 
         Examples
         --------
@@ -161,16 +161,16 @@ class BlockMaskStore:
     # ---- as arrays of bools --------------------------------------------------------------------
 
     def to_dense(self) -> NDArray[np.bool_]:
-        """Return the mask as an array of bools.
+        """Return the mask as an array of bool.
 
         Returns
         -------
         ndarray of bool, shape (..., Lq, Lk)
-            True where a query attends to a key. It takes a byte for each pair.
+            True where a query attends to a key. It takes one byte per pair.
 
         See Also
         --------
-        rows : some queries of it, for masks that are too large.
+        rows : return some queries, for masks that are too large.
 
         Examples
         --------
@@ -183,27 +183,27 @@ class BlockMaskStore:
         return self.rows(0, self._shape[-2])
 
     def rows(self, begin: int, end: int) -> NDArray[np.bool_]:
-        """Return what some queries attend to, as an array of bools.
+        """Return some queries of the mask as an array of bool.
 
         Parameters
         ----------
         begin, end : int
-            The queries `begin` to ``end - 1``, as ``0 <= begin <= end <= Lq``.
+            The queries `begin` to ``end - 1``, with ``0 <= begin <= end <= Lq``.
 
         Returns
         -------
         ndarray of bool, shape (..., end - begin, Lk)
-            True where a query attends to a key. Beyond it the call needs memory for the queries of
-            two blocks.
+            True where a query attends to a key. In addition the call needs memory for the queries
+            of two blocks.
 
         Raises
         ------
         TypeError, ValueError
-            If the queries are not ints, or not within the mask.
+            If the queries are not ints, or are outside the mask.
 
         See Also
         --------
-        to_dense : all queries.
+        to_dense : return all queries.
 
         Examples
         --------
@@ -221,27 +221,27 @@ class BlockMaskStore:
     def __getitem__(self, index: Any) -> Self:
         """Return the mask of some batch items, heads, queries and keys, as ``[..., q0:q1, k0:k1]``.
 
-        Queries and keys take slices of step 1, other axes ints too, and ``np.newaxis`` makes one.
-        It is cheap where the slices begin at blocks; where not, the pairs are put into other
-        blocks.
+        Queries and keys take slices of step 1. Other axes also take ints, and ``np.newaxis`` adds
+        an axis. Slicing is cheap if the slices begin at blocks. Otherwise the pairs are sorted into
+        new blocks.
 
         Returns
         -------
         BlockMask
-            With the blocks' size of this one.
+            With the same block size.
 
         Raises
         ------
         TypeError, ValueError
-            If there are more indices than axes, or others than these.
+            If there are more indices than axes, or an index is of another kind.
 
         See Also
         --------
-        rows : some queries as an array of bools.
+        rows : return some queries as an array of bool.
 
         Examples
         --------
-        While tokens are generated, a query's part of the mask of a whole text:
+        The part of a text's mask for one query, while tokens are generated:
 
         >>> import numattn as na
         >>> whole = na.BlockMask.window(1000, 1000, 255, 0)
@@ -268,29 +268,29 @@ class BlockMaskStore:
         return self._of((*shape, *lengths), self._block_size, *tiles.normal_form())
 
     def is_empty(self, q0: int, q1: int, k0: int, k1: int) -> bool:
-        """Return whether some queries attend to none of some keys.
+        """Return whether none of some queries attends to any of some keys.
 
         Parameters
         ----------
         q0, q1 : int
-            The queries `q0` to ``q1 - 1``, as ``0 <= q0 <= q1 <= Lq``.
+            The queries `q0` to ``q1 - 1``, with ``0 <= q0 <= q1 <= Lq``.
         k0, k1 : int
-            The keys `k0` to ``k1 - 1``, as ``0 <= k0 <= k1 <= Lk``.
+            The keys `k0` to ``k1 - 1``, with ``0 <= k0 <= k1 <= Lk``.
 
         Returns
         -------
         bool
-            True if no pair of them attends, in any batch item and head. It is exact, also where the
-            ranges cut blocks, whose bits are read then.
+            True if no pair attends, in any batch item and head. The answer is exact even if the
+            ranges cut blocks, whose bits are then read.
 
         Raises
         ------
         TypeError, ValueError
-            If the queries or keys are not ints, or not within the mask.
+            If the queries or keys are not ints, or are outside the mask.
 
         See Also
         --------
-        rows : which keys a query attends to.
+        rows : return which keys a query attends to.
 
         Examples
         --------
@@ -317,7 +317,7 @@ class BlockMaskStore:
         inner = blocks[..., inner_rows, inner_columns]
         if (blocks == FULL).any() or (inner != EMPTY).any():
             return False
-        # Of mixed blocks at the edges, what the ranges leave of them.
+        # The parts of mixed blocks that are within the ranges.
         *_, row, column = np.nonzero(blocks >= 0)
         queries = (row + first_row)[:, np.newaxis] * block_queries + np.arange(block_queries)
         keys = (column + first_column)[:, np.newaxis] * block_keys + np.arange(block_keys)
@@ -363,7 +363,7 @@ def _range(name: str, begin: object, end: object, length: int) -> tuple[int, int
 
 
 def check_block_size(block_size: object) -> Size:
-    """Return a pair of ints of Python that are positive."""
+    """Return the block size as a pair of positive Python ints."""
     if not isinstance(block_size, (tuple, list)):
         seen = f"{block_size!r} ({type(block_size).__name__})"
         refuse_kind("block_size", seen, "(queries, keys), the size of a block")
@@ -385,7 +385,7 @@ def check_bools(name: str, array: Array) -> None:
 
 
 def ints(name: str, values: ArrayLike) -> NDArray[np.int64]:
-    """Return a copy of ints; a list without any is one too."""
+    """Return a copy as int64; an empty list is accepted too."""
     array = snapshot(name, values)
     if array.dtype.kind not in "iu" and array.shape != (0,):
         refuse_kind(name, dtype_name(array), "ints")
@@ -395,5 +395,5 @@ def ints(name: str, values: ArrayLike) -> NDArray[np.int64]:
 
 
 def grid_of(lengths: Size, block_size: Size) -> Size:
-    """Return how many blocks the queries and the keys take."""
+    """Return the number of blocks of the queries and of the keys."""
     return blocks_of(lengths[0], block_size[0]), blocks_of(lengths[1], block_size[1])

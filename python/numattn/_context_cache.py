@@ -1,4 +1,4 @@
-"""Keys and values of a context that a layer attends to in every step."""
+"""`ContextCache`: keys and values of a context that a layer attends to in every step."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
 
 
 class ContextCache:
-    """The keys and values that a layer makes of a context, computed once.
+    """The keys and values that a layer computes from a context, kept for many calls.
 
-    `MultiHeadAttention.context_cache` makes it, and calls of the same layer take it in place of the
-    context. Another layer makes other keys and values of a context: each has a cache of its own.
+    `MultiHeadAttention.context_cache` makes it. Pass it to calls of the same layer instead of the
+    context. Other layers compute other keys and values, so each layer needs its own cache.
 
     Attributes
     ----------
     k, v : ndarray, shape (..., kv_heads, Lk, head_dim or value_dim)
         Read-only views of keys and values.
     lengths : ndarray of int64, or None
-        How many tokens of the context are valid, in the shape of its leading axes; None for all.
+        Number of valid tokens of the context, in the shape of its leading axes; None for all.
     nbytes : int
         Bytes of memory that keys and values take.
 
     See Also
     --------
-    MultiHeadAttention.context_cache : makes it.
-    KVCache : grows with the text; for self-attention.
+    MultiHeadAttention.context_cache : make a ContextCache.
+    KVCache : a cache for self-attention, which grows with the text.
 
     Examples
     --------
@@ -44,7 +44,7 @@ class ContextCache:
     """
 
     def __init__(self, k: Array, v: Array, lengths: NDArray[np.int64] | None) -> None:
-        # (..., Lk, kv_heads, dim), as the products with the matrices are.
+        # (..., Lk, kv_heads, dim), the layout of the products with the matrices.
         self._k, self._v, self._lengths = k, v, lengths
 
     @property
@@ -59,7 +59,7 @@ class ContextCache:
 
     @property
     def lengths(self) -> NDArray[np.int64] | None:
-        """How many tokens of the context are valid, None for all."""
+        """Number of valid tokens of the context, None for all."""
         return None if self._lengths is None else _read_only(self._lengths.view())
 
     @property

@@ -1,4 +1,4 @@
-"""How many CPUs this process may use, and what limits them."""
+"""The number of CPUs that this process may use, and what limits it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _WHOSE_QUOTA = "job" if sys.platform == "win32" else "cgroup"
-# What limits the threads of one of several processes: joblib (loky) obeys the first one, and sets
-# the second one in its workers, as other schedulers do; NumPy's BLAS and PyTorch follow it too.
+# Variables that limit the threads of one of several processes. joblib (loky) obeys the first, and
+# sets the second in its workers, like other schedulers. NumPy's BLAS and PyTorch obey the second.
 _SHARES = ("LOKY_MAX_CPU_COUNT", "OMP_NUM_THREADS")
 
 
 def usable() -> tuple[int, str]:
-    """Return how many CPUs this process may use, by affinity and quota, and which one decided."""
+    """Return how many CPUs affinity and quota let this process use, and which of them decides."""
     cpus, reason = _affinity(), "the CPUs that this process may use"
     limit = quota()
     if limit is not None and limit < cpus:
@@ -30,11 +30,11 @@ def usable() -> tuple[int, str]:
 
 
 def fair_share() -> tuple[int, str]:
-    """Return how many of the usable CPUs this process should use beside others, and why."""
+    """Return how many of the usable CPUs this process should use next to others, and why."""
     number, reason = usable()
     for variable in _SHARES:
-        # OMP_NUM_THREADS may be a list, one number for each level of nesting. What is no number is
-        # for others to refuse.
+        # OMP_NUM_THREADS may be a list with one number per level of nesting. Values that are not
+        # numbers are ignored here: other libraries refuse them.
         match = re.fullmatch(r"\s*0*([1-9][0-9]{0,8})\s*(,.*)?", os.environ.get(variable, ""))
         if match and int(match[1]) < number:
             number, reason = int(match[1]), variable
@@ -51,17 +51,17 @@ def _affinity() -> int:
 
 
 def quota() -> int | None:
-    """Return the CPUs that the quotas of this process are worth, rounded up, or None."""
+    """Return the number of CPUs that the quota of this process allows, rounded up, or None."""
     if sys.platform == "win32":
         return _cpus_windows.quota(ctypes.WinDLL("kernel32"), os.cpu_count() or 1)
     return cgroup_quota()
 
 
 def cgroup_quota(proc: Path = Path("/proc/self")) -> int | None:
-    """Return the CPUs that the quotas of this process's cgroups are worth, rounded up, or None.
+    """Return the number of CPUs that this process's cgroups allow, rounded up, or None.
 
-    Both versions of cgroups, and all ancestors that this process sees: the smallest quota is what
-    the kernel enforces. `proc` is where the kernel describes the process.
+    Reads both versions of cgroups, and all ancestors that this process sees: the kernel enforces
+    the smallest quota. `proc` is the folder in which the kernel describes the process.
     """
     try:
         quotas = [x for folder in _cgroups(proc) for x in _quotas(folder)]

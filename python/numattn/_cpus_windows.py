@@ -1,6 +1,6 @@
-"""How many CPUs Windows lets this process use.
+"""The number of CPUs that Windows lets this process use.
 
-`kernel32` is the library of that name.
+`kernel32` is the Windows library of that name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 _THIS_PROCESS = ctypes.c_void_p(-1)
 _OWN_JOB = None
-# What QueryInformationJobObject is asked for, and the flags of its answer.
+# The class of information to query with QueryInformationJobObject, and the flags of its answer.
 _CPU_RATE_CONTROL = 15
 _IS_LIMITED, _IS_A_CAP, _HAS_TWO_RATES = 0x1, 0x4, 0x10
 
@@ -20,9 +20,9 @@ class _CpuRate(ctypes.Structure):
 
 
 def affinity(kernel32: Any, cpus: int) -> int:
-    """Return how many of the machine's CPUs the process's affinity leaves.
+    """Return how many of the machine's CPUs the process's affinity allows.
 
-    Windows tells of one group of up to 64 CPUs alone. A process without a limit may use all groups.
+    Windows reports only one group of up to 64 CPUs. A process without a limit may use all groups.
     """
     own, group = ctypes.c_size_t(), ctypes.c_size_t()
     found = kernel32.GetProcessAffinityMask(_THIS_PROCESS, ctypes.byref(own), ctypes.byref(group))
@@ -32,9 +32,10 @@ def affinity(kernel32: Any, cpus: int) -> int:
 
 
 def quota(kernel32: Any, cpus: int) -> int | None:
-    """Return the CPUs that the cap of this process's job is worth, rounded up, or None.
+    """Return the number of CPUs that the cap of this process's job allows, rounded up, or None.
 
-    A container is such a job. `cpus`: those of the machine, of which the cap is a part.
+    A container is such a job. `cpus` is the number of CPUs of the machine; the cap is a share of
+    them.
     """
     answer = _CpuRate()
     found = kernel32.QueryInformationJobObject(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Results:
-    """What `attention_backward` takes beside the inputs, chunked as the result is."""
+    """The results and their gradients that `attention_backward` takes, chunked like the result."""
 
     out: da.Array
     lse: da.Array
@@ -47,7 +47,7 @@ class Results:
 
 
 def check_results(problem: Problem, dout: Any, out: Any, lse: Any, dlse: Any) -> Results:
-    """Check what `attention` gave, and the gradients with respect to it."""
+    """Check the results of `attention`, and the gradients with respect to them."""
 
     def result(name: str, x: Any, is_lse: bool) -> da.Array:
         of_dask = given(name, x)
@@ -71,7 +71,7 @@ def attention_backward(problem: Problem, results: Results) -> dict[str, da.Array
         inputs["bias"] = problem.bias
     dtypes = [x.dtype for x in inputs.values()], problem.checked.sinks
     token = tokenize(problem.token, results.arrays, list(inputs), dtypes)
-    # Where chunks of k and v belong to each other, so do their gradients.
+    # If chunks of k and v match, so do their gradients.
     is_one = problem.k.numblocks == problem.v.numblocks
     groups = [("q",), *([("k", "v")] if is_one else [("k",), ("v",)])]
     groups += [("bias",)] if "bias" in inputs else []
@@ -109,7 +109,7 @@ def attention_backward(problem: Problem, results: Results) -> dict[str, da.Array
 def _pairs(
     problem: Problem, results: Results, name: str, groups: list[tuple[str, ...]]
 ) -> tuple[Tasks, dict[Any, list[Key]]]:
-    """Return a task for each pair of chunks, and which of them add to a chunk of a group."""
+    """Return a task for each pair of chunks, and the tasks that add to each chunk of a group."""
     tasks: Tasks = {}
     added_to: dict[Any, list[Key]] = defaultdict(list)
     key_starts = starts(problem.chunks.keys)
@@ -151,7 +151,7 @@ def _of_sinks(problem: Problem, results: Results, token: str) -> da.Array:
 
 @dataclass
 class _Sums:
-    """Sums of arrays in tuples, in trees; rounded to the dtypes at last."""
+    """Sums of arrays in tuples, in trees, rounded to the dtypes at the end."""
 
     chunks: list[tuple[tuple[int, ...], ...]]
     dtypes: list[np.dtype[Any]]
@@ -159,7 +159,7 @@ class _Sums:
     split_every: int
 
     def add_to(self, tasks: Tasks, key: Key, parts: list[Key]) -> None:
-        """Add the tasks that sum up parts; where there is none the sum is 0."""
+        """Add the tasks that sum up parts; without parts the sum is 0."""
         if not parts:
             shapes = [
                 tuple(sizes[i] for sizes, i in zip(chunks, key[1:], strict=True))

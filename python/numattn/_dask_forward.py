@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def attention(problem: Problem, return_lse: bool) -> da.Array | tuple[da.Array, da.Array]:
-    """Return the result, and its log-sum-exp if it is wanted."""
+    """Return the result and, if wanted, its log-sum-exp."""
     token = tokenize(problem.token, return_lse)
     name = f"attention-both-{token}" if return_lse else f"attention-{token}"
     tasks: Tasks = {}
@@ -41,8 +41,8 @@ def attention(problem: Problem, return_lse: bool) -> da.Array | tuple[da.Array, 
 
 
 def _add_result(problem: Problem, tasks: Tasks, of: Meeting, key: Key, gives: str) -> None:
-    """Add the tasks for one chunk of the result: folds of some chunks of keys each, and a tree that
-    merges their states."""
+    """Add the tasks for one chunk of the result: folds over chunks of keys, and a tree that merges
+    their states."""
     if not of.keys:
         tasks[key] = Task(key, _dask_tasks.without_keys, of.rows, gives)
         return

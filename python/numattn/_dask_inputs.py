@@ -1,6 +1,6 @@
-"""The arrays of `numattn.dask`: checked by their shapes and dtypes, and chunked to fit each other.
+"""The arrays of `numattn.dask`: checks of shapes and dtypes, and chunks that fit each other.
 
-Nothing is computed here: `attention`'s own checks look at arrays of the same shapes that have one
+Nothing is computed here: `attention`'s own checks get arrays of the same shapes that have only one
 element in memory.
 """
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     Given = da.Array | NDArray[Any]
     Sizes = tuple[int, ...]
 
-# Arguments that every task holds: numbers for each batch item or head.
+# Arguments that every task holds: numbers per batch item or head.
 SMALL = ("q_offset", "kv_lengths", "q_lengths", "alibi_slopes", "sinks")
 
 
 def given(name: str, x: object) -> Given:
-    """Return an array of dask whose chunks are known, or of NumPy."""
+    """Return a dask array with chunks of known size, or a NumPy array."""
     if not isinstance(x, da.Array):
         return as_array(name, x)  # type: ignore[arg-type]
     if any(math.isnan(n) for n in x.shape):
@@ -47,7 +47,7 @@ def given(name: str, x: object) -> Given:
 
 
 def check_inputs(arrays: dict[str, Given]) -> None:
-    """Refuse q, k and v of which none is of dask, or one is of 8 bits."""
+    """Refuse q, k and v if none is a dask array, or one has 8 bits."""
     if not any(isinstance(x, da.Array) for x in arrays.values()):
         names = ", ".join(arrays)
         refuse_kind(
@@ -63,7 +63,7 @@ def check_inputs(arrays: dict[str, Given]) -> None:
 
 
 def check_small(options: dict[str, Any]) -> None:
-    """Refuse numbers that would have to be computed now."""
+    """Refuse dask arrays where numbers are needed when the graph is built."""
     for name in SMALL:
         if isinstance(options[name], da.Array):
             advice = f"pass `{name}.compute()`"
@@ -71,13 +71,13 @@ def check_small(options: dict[str, Any]) -> None:
 
 
 def of_one_element(x: Given) -> NDArray[Any]:
-    """Return an array of this shape and dtype for checks, without its memory."""
+    """Return an array of this shape and dtype for checks, with one element in memory."""
     return np.broadcast_to(np.zeros((), x.dtype), x.shape)
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """The sizes of the chunks along each axis that a pair of query and key has."""
+    """The sizes of the chunks along each axis of the pairs of queries and keys."""
 
     batch: tuple[Sizes, ...]
     heads: Sizes  # of queries
@@ -109,13 +109,13 @@ class Chunks:
         return tuple(s if n == sum(s) else (n,) for n, s in zip(x.shape, sizes, strict=True))
 
     def in_layout(self, head: Any, row: Any) -> tuple[Any, ...]:
-        """Return what belongs to the axes of heads and rows, as the result has them."""
+        """Return the items for the axes of heads and rows in the order of the result's axes."""
         if self.one_head:
             return (row,)
         return (head, row) if self.layout == "bhld" else (row, head)
 
     def of_result(self, index: tuple[int, ...]) -> tuple[int, ...]:
-        """Return which chunk of the result has this index of batch axes, heads and queries."""
+        """Return the index of the result's chunk for an index of batch axes, heads and queries."""
         return (*index[:-2], *self.in_layout(*index[-2:]), 0)
 
     def result(self, head_dim: int) -> tuple[Sizes, ...]:
@@ -123,14 +123,14 @@ class Chunks:
 
 
 def starts(sizes: Sizes) -> list[int]:
-    """Return where each chunk begins, and at last the length of the axis."""
+    """Return where each chunk begins, followed by the length of the axis."""
     return [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
 
 
 def choose_chunks(q: Given, k: Given, v: Given, arguments: Arguments, layout: str) -> Chunks:
-    """Take the chunks of q for the result and of k for the keys; the others follow.
+    """Take the chunks of q for the result and of k for the keys; the other arrays follow.
 
-    What NumPy's arrays leave open is taken from the other arrays.
+    If one of them is a NumPy array, its chunks come from the other arrays.
     """
     batch_shape = arguments.q.shape[:-3]
     query_heads, kv_heads = arguments.q.shape[-3], arguments.k.shape[-3]
@@ -177,10 +177,10 @@ def _batch_chunks(
 
 
 def fitting_heads(heads: Sizes, kv_heads: Sizes) -> tuple[Sizes, Sizes, Sizes]:
-    """Return chunks of query heads, of KV heads, and which of these each of those reads.
+    """Return chunks of query heads and of KV heads, and the KV chunk that each query chunk reads.
 
-    Chunks of query heads are kept where they have whole groups, or parts of one group. Where
-    they do not, they follow the chunks of the KV heads.
+    Chunks of query heads are kept if each has whole groups or a part of one group. Otherwise they
+    follow the chunks of the KV heads.
     """
     group = max(1, sum(heads) // max(1, sum(kv_heads)))
     ranges = [(a // group, -(-b // group)) for a, b in pairwise(starts(heads))]
@@ -196,7 +196,7 @@ def fitting_heads(heads: Sizes, kv_heads: Sizes) -> tuple[Sizes, Sizes, Sizes]:
 
 
 def chunked(x: Given, chunks: tuple[Sizes, ...]) -> da.Array:
-    """Return an array of dask with these chunks."""
+    """Return a dask array with these chunks."""
     array: da.Array = (
         x.rechunk(chunks) if isinstance(x, da.Array) else da.from_array(x, chunks=chunks)
     )
@@ -204,6 +204,6 @@ def chunked(x: Given, chunks: tuple[Sizes, ...]) -> da.Array:
 
 
 def key_of(x: da.Array, index: tuple[int, ...]) -> tuple[Any, ...]:
-    """Return the key of a chunk: `index` is of the broadcast array, aligned at the end."""
+    """Return the key of a chunk; `index` refers to the broadcast array, aligned at the end."""
     own = index[len(index) - x.ndim :]
     return (x.name, *(0 if n == 1 else i for i, n in zip(own, x.numblocks, strict=True)))

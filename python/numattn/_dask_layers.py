@@ -1,4 +1,4 @@
-"""Tasks in trees and layers, which become arrays of dask."""
+"""Tasks in trees and layers, and dask arrays made from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def inner_key(key: Key, depth: int, n: int) -> Key:
-    """Return the key of a task that works for another one, in the layer of such tasks."""
+    """Return the key of a partial task for the task `key`, in the layer of partial tasks."""
     return (inner_name(key[0]), *key[1:], depth, n)
 
 
@@ -33,8 +33,10 @@ def groups(parts: Sequence[Any], most: int) -> Iterator[tuple[Any, ...]]:
 
 
 def tree(parts: Sequence[Key], key: Key, split_every: int) -> Iterator[tuple[Key, tuple[Key, ...]]]:
-    """Yield the nodes of a tree over parts: their keys, of which the last one is `key`, and what
-    they merge."""
+    """Yield the nodes of a tree over parts: the key of each, and the parts that it merges.
+
+    The key of the last node is `key`.
+    """
     for depth in itertools.count(1):
         if len(parts) == 1:
             return
@@ -46,12 +48,12 @@ def tree(parts: Sequence[Key], key: Key, split_every: int) -> Iterator[tuple[Key
 
 
 def graph_of(inputs: Sequence[da.Array], name: str, tasks: Tasks) -> HighLevelGraph:
-    """Return a graph with tasks that read these arrays."""
+    """Return the graph of these arrays, extended by tasks that read them."""
     return with_tasks(HighLevelGraph.merge(*(x.dask for x in inputs)), name, tasks)
 
 
 def with_tasks(below: HighLevelGraph, name: str, tasks: Tasks) -> HighLevelGraph:
-    """Return a graph with the tasks in layers: of this name, and of what works for it."""
+    """Extend a graph by tasks in layers: a layer of this name, and one of its partial tasks."""
     layers: dict[str, Any] = {name: {}}
     reads: dict[str, set[str]] = {name: set()}
     for key, task in tasks.items():
@@ -71,8 +73,8 @@ def picked(
     chunks: tuple[tuple[int, ...], ...],
     dtype: np.dtype[Any],
 ) -> da.Array:
-    """Return the n-th arrays of the tuples in a layer as an array of dask; the keys of the layer
-    have this number of its axes."""
+    """Return the n-th arrays of the tuples in a layer as a dask array; keys of the layer have only
+    the first `axes` axes of the array."""
     tasks: Tasks = {}
     for index in np.ndindex(*map(len, chunks)):
         key = (name, *index)

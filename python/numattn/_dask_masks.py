@@ -1,4 +1,4 @@
-"""The mask of a chunk of queries and a chunk of keys."""
+"""Masks of chunks of queries and chunks of keys."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 
 class ArrayMask:
-    """A mask of bools that broadcasts to all pairs. What is in memory is looked at: where it leaves
-    nothing there is no task. An array of dask is not computed for that."""
+    """A mask of bools that broadcasts to all pairs.
+
+    If a mask in memory excludes all pairs of two chunks, there is no task for them. A dask array is
+    not computed to find out.
+    """
 
     def __init__(self, mask: Given, chunks: Chunks) -> None:
         self.array = chunked(mask, chunks.of_pairs(mask))
@@ -28,7 +31,7 @@ class ArrayMask:
         return str(self.array.name)
 
     def is_empty(self, place: tuple[slice, ...]) -> bool:
-        """Whether it is known that nobody attends to anybody there; `place` has all axes."""
+        """Return whether it is known that no pair attends there; `place` has all axes."""
         mask = self._in_memory
         if mask is None:
             return False
@@ -42,15 +45,18 @@ class ArrayMask:
         return self._known[name]
 
     def part(self, index: tuple[int, ...]) -> Any:
-        """Return what a task takes as the mask of these chunks."""
+        """Return the mask of these chunks, as a task takes it."""
         return TaskRef(key_of(self.array, index))
 
 
 class MaskOfBlocks:
-    """A `BlockMask`, whose parts go into the tasks. Blocks that it leaves empty in all batch items
-    and heads of a chunk make no task."""
+    """A `BlockMask`, whose parts go into the tasks.
 
-    array = None  # of dask, which would have to be computed
+    If it excludes all pairs of two chunks, in all their batch items and heads, there is no task for
+    them.
+    """
+
+    array = None  # no dask array has to be computed
 
     def __init__(self, mask: BlockMaskStore, chunks: Chunks) -> None:
         self._mask = mask
@@ -66,7 +72,7 @@ class MaskOfBlocks:
         return str(tokenize(mask.shape, mask.block_size, mask._blocks, mask._bits))
 
     def is_empty(self, place: tuple[slice, ...]) -> bool:
-        """Whether nobody attends to anybody there; `place` has all axes."""
+        """Return whether no pair attends there; `place` has all axes."""
         *items, queries, keys = place[len(place) - len(self._mask.shape) :]
         own = tuple(
             (0, 1) if n == 1 else (part.start, part.stop)
@@ -81,7 +87,7 @@ class MaskOfBlocks:
         return self._known[own, limits]
 
     def part(self, index: tuple[int, ...]) -> Any:
-        """Return what a task takes as the mask of these chunks."""
+        """Return the mask of these chunks, as a task takes it."""
         own = index[len(index) - len(self._starts) :]
         return self._mask[
             tuple(

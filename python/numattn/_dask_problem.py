@@ -1,4 +1,4 @@
-"""What `numattn.dask` spreads over tasks: arrays, and which of their chunks meet."""
+"""The problem that `numattn.dask` spreads over tasks: arrays, and which of their chunks meet."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     Index = tuple[int, ...]
 
-# The options that a task takes as they were given: they say nothing of single heads or items.
+# Options that a task takes unchanged, because they do not differ by head or batch item.
 _OF_ALL = ("is_causal", "window", "softcap", "num_threads")
 
 
@@ -56,7 +56,7 @@ class Meeting:
 
 @dataclass
 class Problem:
-    """Attention of chunked arrays, checked."""
+    """Checked attention over chunked arrays."""
 
     q: da.Array
     k: da.Array
@@ -87,7 +87,7 @@ class Problem:
         return self.chunks.result(int(self.v.shape[-1]))
 
     def result_index(self, of: Meeting) -> Index:
-        """Return which chunk of the result belongs to a chunk of queries."""
+        """Return the index of the result's chunk for a chunk of queries."""
         return self.chunks.of_result((*of.batch, of.head, of.query))
 
     @cached_property
@@ -95,14 +95,14 @@ class Problem:
         a = self.arguments
         small = (a.q_offset, a.kv_lengths, a.q_lengths, a.alibi_slopes, a.sinks, a.scale)
         arrays = (self.q, self.k, self.v, self.mask, self.bias)
-        # Which chunks meet makes other tasks of the same name: of a mask in memory, other ones than
-        # of the same mask as an array of dask.
+        # Tasks depend on which chunks meet: a mask in memory makes other tasks than the same mask
+        # as a dask array.
         meet = [of.keys for of in self.meetings]
         return str(tokenize(arrays, self.options, small, self.split_every, meet))
 
     @cached_property
     def meetings(self) -> list[Meeting]:
-        """All chunks of queries, in the order of the result's chunks heads first."""
+        """All chunks of queries, in the order of the result's chunks, heads first."""
         return list(self._meetings())
 
     def _meetings(self) -> Iterator[Meeting]:
@@ -151,7 +151,7 @@ class Problem:
 
     def _near(self, positions: Positions) -> NDArray[np.bool_]:
         """Return for each chunk of queries and of keys whether lengths, causal limits and windows
-        leave a pair, in any batch item."""
+        allow a pair in any batch item."""
         a = self.arguments
         q_starts, k_starts = (np.array(starts(s)) for s in (self.chunks.queries, self.chunks.keys))
         near = np.zeros((len(q_starts) - 1, len(k_starts) - 1), np.bool_)
@@ -172,7 +172,7 @@ class Problem:
         return near
 
     def query_part(self, x: da.Array, of: Meeting) -> TaskRef:
-        """Return the chunk of q, or of an array as the result is, for a chunk of queries."""
+        """Return the chunk of q, or of an array like the result, for a chunk of queries."""
         return self._row_part(x, of.batch, of.head, of.query)
 
     def k_part(self, of: Meeting, key: int) -> TaskRef:
@@ -206,7 +206,7 @@ def check(
     split_every: int | None,
     bias_gradient: bool = False,
 ) -> Problem:
-    """Check what `numattn.dask.attention` takes, and choose the chunks."""
+    """Check the arguments of `numattn.dask.attention`, and choose the chunks."""
     q, k, v = (given(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     check_inputs({"q": q, "k": k, "v": v})
     check_small(options)

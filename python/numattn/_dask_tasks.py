@@ -1,8 +1,7 @@
-"""What the tasks of `numattn.dask` compute with their chunks, which are NumPy arrays here.
+"""The computations of `numattn.dask`'s tasks, on chunks that are NumPy arrays.
 
-A *state* is attention to some of the keys: the result, in float32 where the chunks have 16 bits,
-and its log-sum-exp. States of disjoint keys are merged as `merge_states` does it, some rows at a
-time.
+A *state* is attention to some of the keys: the result, in float32 for 16-bit chunks, and its
+log-sum-exp. `merge_states` merges states of disjoint keys, some rows at a time.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ _FEWEST_QUERIES, _MOST_QUERIES = 512, 4096
 
 @dataclass(frozen=True)
 class Positions:
-    """Where the sequences of a chunk's batch items are, counted in the whole arrays."""
+    """Positions and lengths of the sequences of a chunk's batch items, in the whole arrays."""
 
     q_offset: NDArray[np.int64]
     kv_lengths: NDArray[np.int64] | None
     q_lengths: NDArray[np.int64] | None
 
     def within(self, query: int, queries: int, key: int, keys: int) -> dict[str, Any]:
-        """Return these options of `attention` for so many queries and keys from the given ones."""
+        """Return these options of `attention` for a number of queries and keys from given ones."""
         offset = self.q_offset + (query - key)
         lengths = {
             "kv_lengths": None if self.kv_lengths is None else self.kv_lengths - key,
@@ -59,7 +58,7 @@ class Positions:
 
 @dataclass(frozen=True)
 class Rows:
-    """The queries of a chunk: what all tasks for them need to know."""
+    """What all tasks for a chunk of queries need to know."""
 
     shape: tuple[int, ...]  # of their result, in the layout
     dtype: np.dtype[Any]
@@ -67,7 +66,7 @@ class Rows:
     positions: Positions
     options: dict[str, Any]  # of `attention`, the layout among them
     sinks: NDArray[np.float64] | None
-    axes: int  # of masks, which have them all so that none is taken for another
+    axes: int  # of masks: all axes are there, so that none is taken for another
 
     @property
     def row_axis(self) -> int:
@@ -88,8 +87,10 @@ def fold(
     rows: Rows, q: Array, k: Sequence[Array], v: Sequence[Array], masks: Sequence[Array],
     biases: Sequence[Array], keys: Sequence[slice], with_sinks: bool, gives: str,
 ) -> Any:  # fmt: skip
-    """Attend to some chunks of keys, one after the other, with some of the queries at a time: so
-    there is one result of the size of a chunk, and little else."""
+    """Attend to some chunks of keys in turn, with some of the queries at a time.
+
+    So memory holds one result of the size of a chunk, and little else.
+    """
     out, lse = _empty(rows, gives)
     at_once = min(max(rows.length // 8, _FEWEST_QUERIES), _MOST_QUERIES)
     for first in range(0, rows.length, at_once):
@@ -128,7 +129,7 @@ def merge(rows: Rows, states: Sequence[State], gives: str) -> Any:
 
 
 def without_keys(rows: Rows, gives: str) -> Any:
-    """Return what queries get that attend to no key of any chunk."""
+    """Return the result of queries that attend to no key of any chunk."""
     out, lse = _without_keys(rows)
     return _given(out.astype(rows.dtype, copy=False), lse, gives)
 
@@ -176,14 +177,14 @@ def _of_axis(x: Array, layout: str, part: slice) -> tuple[Any, ...]:
 
 
 def _of_queries(rows: Rows, x: Array, part: slice) -> Array:
-    """Return what of a mask or bias is for some queries, with all axes."""
+    """Return the part of a mask or bias for some queries, with all axes."""
     x = _all_axes(rows, x)
     return x if x.shape[-2] == 1 else x[..., part, :]
 
 
 def _all_axes(rows: Rows, x: Array) -> Array:
-    """Return a mask or bias with all of its axes: chunks may have the sizes of other axes."""
-    if isinstance(x, BlockMaskStore):  # which is not taken for anything else
+    """Return a mask or bias with all axes: a chunk's sizes may equal those of other axes."""
+    if isinstance(x, BlockMaskStore):  # its axes are not ambiguous
         return x
     return x.reshape((1,) * (rows.axes - x.ndim) + x.shape)
 
@@ -205,7 +206,8 @@ def pair_gradients(
     rows: Rows, groups: Sequence[Sequence[str]], q: Array, k: Array, v: Array, bias: Array | None,
     mask: Array | None, keys: slice, out: Array, lse: Array, dout: Array, dlse: Array | None,
 ) -> list[tuple[Array, ...]]:  # fmt: skip
-    """Return what a chunk of queries and a chunk of keys add to the gradients, not rounded."""
+    """Return the contribution of a chunk of queries and a chunk of keys to the gradients, without
+    rounding."""
     bias_gradient = any("bias" in group for group in groups)
     problem = _gradient_arguments.check(
         q,
@@ -232,7 +234,8 @@ def pair_gradients(
 def sink_gradients(
     rows: Rows, out: Array, lse: Array, dout: Array, dlse: Array | None
 ) -> tuple[Array]:
-    """Return what a chunk of queries adds to the gradient of the sinks: it needs no keys."""
+    """Return the contribution of a chunk of queries to the gradient of the sinks; it needs no
+    keys."""
     q = np.broadcast_to(np.zeros((), rows.dtype), rows.shape)
     no_keys = q[_of_axis(q, rows.options["layout"], slice(0, 0))]
     problem = _gradient_arguments.check(
@@ -252,12 +255,12 @@ def add(parts: Sequence[tuple[Array, ...]], dtypes: Sequence[np.dtype[Any]]) -> 
         total = arrays[0]
         with np.errstate(all="ignore"):
             for n, other in enumerate(arrays[1:]):
-                # Sums of arrays without axes are no arrays.
+                # NumPy returns a scalar for the sum of arrays without axes.
                 total = np.asarray(total + other) if n == 0 else np.add(total, other, out=total)
             totals.append(total.astype(dtype, copy=False))
     return tuple(totals)
 
 
 def zeros(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype[Any]]) -> tuple[Array, ...]:
-    """Return the gradients of chunks that no pair has."""
+    """Return the gradients of chunks without any pair."""
     return tuple(np.zeros(s, d) for s, d in zip(shapes, dtypes, strict=True))

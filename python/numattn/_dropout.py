@@ -1,7 +1,8 @@
-"""Which weights dropout keeps, in NumPy: the same ones as in the compiled kernels.
+"""The weights that dropout keeps, in NumPy: the same as in the compiled kernels.
 
-Each weight draws a number of its own, which a seed and the weight's place decide. So forward and
-backward drop the same weights without a mask in memory, whatever the blocks and threads.
+Each weight has its own random number, which depends on a seed and on the place of the weight. So
+forward and backward drop the same weights without a mask in memory, whatever the blocks and
+threads.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _counters(places: slice) -> Array:
 
 
 def philox(counter: tuple[Array, ...], key: tuple[int, int]) -> tuple[Array, ...]:
-    """Return the four words of counters, arrays of uint64 that broadcast; all have 32 bits."""
+    """Return the four 32-bit words of Philox for counters, arrays of uint64 that broadcast."""
     a, b, c, d = counter
     for _ in range(10):
         first, second = a * 0xD2511F53, c * 0xCD9E8D57

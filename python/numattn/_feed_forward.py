@@ -1,4 +1,4 @@
-"""The feed-forward network of a block: each token by itself, through two or three matrices."""
+"""The feed-forward network of a block, which takes each token through two or three matrices."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
 
 
 class Inner(NamedTuple):
-    """What the first matrices give, (rows, hidden_dim)."""
+    """The products with the first matrices, (rows, hidden_dim)."""
 
     up: Array
     gate: Array | None
 
     @property
     def activated(self) -> Array:
-        """What the activation is applied to."""
+        """The array that the activation is applied to."""
         return self.up if self.gate is None else self.gate
 
     @property
     def times(self) -> Array | None:
-        """What its values are multiplied by."""
+        """The array that the activation's values are multiplied by, None without a gate."""
         return None if self.gate is None else self.up
 
 
 class FeedForward(NamedTuple):
-    """``down(f(up(x)))``, or, gated, ``down(f(gate(x)) * up(x))``."""
+    """``down(f(up(x)))`` or, if gated, ``down(f(gate(x)) * up(x))``."""
 
     activation: str
     is_gated: bool
@@ -59,7 +59,7 @@ class FeedForward(NamedTuple):
     def inner(
         self, rows: Array, empty: Callable[[tuple[int, ...], np.dtype[Any]], Array] = np.empty
     ) -> Inner:
-        """Return what the first matrices give, in arrays that `empty` makes."""
+        """Return the products with the first matrices, in arrays that `empty` makes."""
         shape = (len(rows), self.parameters["up_weight"].shape[1])
         names = ("up", "gate") if self.is_gated else ("up",)
         made = {name: empty(shape, rows.dtype) for name in names}
@@ -68,15 +68,15 @@ class FeedForward(NamedTuple):
         return Inner(made["up"], made.get("gate"))
 
     def of_inner(self, inner: Inner) -> Array:
-        """Return the result, and leave `inner` as it is."""
+        """Return the result, and leave `inner` unchanged."""
         return self._down(self._hidden(inner, np.empty_like(inner.up)))
 
     def take_back(self, d: Array, rows: Array, inner: Inner, found: dict[str, Array]) -> Array:
-        """Return the gradient with respect to the rows; add the parameters' to `found`."""
+        """Return the gradient with respect to the rows; add those of the parameters to `found`."""
         d_up = self._back("down", d)
         d_gate = None if inner.gate is None else np.empty_like(d_up)
         hidden = np.empty_like(d_up)
-        # The activation is computed again rather than kept.
+        # The activation is computed again instead of being kept.
         _runtime.computations.activate_back(
             self.activation, d_up, inner.activated, inner.times, hidden,
             d_up if d_gate is None else d_gate, None if d_gate is None else d_up,
@@ -87,7 +87,7 @@ class FeedForward(NamedTuple):
         if d_gate is None:
             return self._back("up", d_up)
         self._find("gate", rows, d_gate, found)
-        # One sum, rounded once.
+        # Sum both branches before rounding once.
         of_up, of_gate = np.empty((2, *rows.shape), precision_of(rows.dtype))
         self._back("up", d_up, of_up)
         of_up += self._back("gate", d_gate, of_gate)
@@ -95,7 +95,7 @@ class FeedForward(NamedTuple):
         return d_rows
 
     def _hidden(self, inner: Inner, out: Array) -> Array:
-        """Write what goes into the last matrix to `out`, which may be what is activated."""
+        """Write the input of the last matrix to `out`, which may be the activation's input."""
         _runtime.computations.activate(
             self.activation, inner.activated, inner.times, out, self.num_threads
         )

@@ -1,5 +1,5 @@
-"""The arguments of the gradients of attention, checked, in the form that backends take; and the
-gradients in the shapes and dtypes of the inputs."""
+"""Checks of the arguments of the gradients, in the form that backends take, and the gradients in
+the shapes and dtypes of the inputs."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class GradientArguments:
-    """What one call computes, in the form that backends take."""
+    """The arguments of one call, in the form that backends take."""
 
-    forward: Arguments  # whose out and lse are only read here
-    dout: Array  # as forward.out; in the dtype of q, or float32
-    dlse: Array | None  # as forward.lse
-    # Zeros, to which a backend adds: float32 (float64 for float64), writable, without overlaps, of
+    forward: Arguments  # out and lse are inputs here
+    dout: Array  # like forward.out, in the dtype of q or float32
+    dlse: Array | None  # like forward.lse
+    # Zeros that a backend adds to: float32 (float64 for float64), writable, without overlaps, with
     # unit stride along the last axis. (batch..., Hq, Lq, D), (batch..., Hkv, Lk, D) and
-    # (batch..., Hkv, Lk, Dv); ragged as q, k and v of `forward`.
+    # (batch..., Hkv, Lk, Dv); ragged like q, k and v of `forward`.
     dq: Array
     dk: Array
     dv: Array
-    # (batch..., Hq, Lq, Lk), a view with strides of 0 where the bias is broadcast along batch,
-    # heads or queries, or along keys alone, to which a backend adds; None if it is not wanted.
+    # (batch..., Hq, Lq, Lk), which a backend adds to; None if it is not wanted. It is a view with
+    # strides of 0 where the bias is broadcast along batch, heads or queries, or only along keys.
     dbias: Array | None
 
 
 @dataclass(slots=True)
 class Problem:
-    """Attention as it was called, of which gradients are wanted."""
+    """A call of attention whose gradients are wanted."""
 
-    forward: Arguments  # out and lse are None until there are some
-    # As the caller gave them: what shape and dtype the gradients have.
+    forward: Arguments  # out and lse are None until `set_results`
+    # The arrays of the caller, which determine the shapes and dtypes of the gradients.
     q: Array
     k: Array
     v: Array
@@ -53,7 +53,7 @@ class Problem:
 
     @property
     def precision(self) -> type[np.floating[Any]]:
-        """What the gradients are summed in, and the dtype of lse."""
+        """The dtype in which gradients are summed, which is also that of lse."""
         return np.float64 if self.q.dtype.itemsize == 8 else np.float32
 
     @property
@@ -67,7 +67,7 @@ def check(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, bias_gradient: bool, bias: ArrayLike | None,
     sinks: ArrayLike | None, layout: str, **options: Any,
 ) -> Problem:  # fmt: skip
-    """Check what `attention` takes."""
+    """Check the arguments of `attention`."""
     q_, k_, v_ = _floats(q, k, v)
     forward = _arguments.check(
         q_, k_, v_, bias=bias, sinks=sinks, layout=layout, **options, return_lse=True, out=None,
@@ -92,7 +92,7 @@ def check_varlen(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, cu_seqlens_q: ArrayLike, cu_seqlens_k: ArrayLike,
     sinks: ArrayLike | None, **options: Any,
 ) -> Problem:  # fmt: skip
-    """Check what `attention_varlen` takes."""
+    """Check the arguments of `attention_varlen`."""
     q_, k_, v_ = _floats(q, k, v)
     forward = _sequence_arguments.check_varlen(
         q_, k_, v_, cu_seqlens_q, cu_seqlens_k, sinks=sinks, **options, k_scale=None, v_scale=None,
@@ -102,7 +102,7 @@ def check_varlen(
 
 
 def _floats(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[Array, Array, Array]:
-    """Return q, k and v as arrays, which are not of 8 bits."""
+    """Return q, k and v as arrays; refuse 8-bit ones."""
 
     def floats(name: str, x: ArrayLike) -> Array:
         array = as_array(name, x)
@@ -110,13 +110,13 @@ def _floats(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[Array, Array, Arr
             refuse_kind(name, "dtype int8", "floats", "8-bit keys and values have no gradients")
         return array
 
-    if v is None:  # which `_arguments.check` takes for a stage without values
+    if v is None:  # `_arguments.check` would take None for a stage without values
         refuse_kind("v", "None", "an array")
     return floats("q", q), floats("k", k), floats("v", v)
 
 
 def dtype_of_sinks(sinks: ArrayLike | None) -> np.dtype[Any] | None:
-    """Return the dtype of the gradient of sinks that have been checked."""
+    """Return the dtype of the gradient of checked sinks."""
     if sinks is None:
         return None
     dtype = as_array("sinks", sinks).dtype
@@ -124,7 +124,7 @@ def dtype_of_sinks(sinks: ArrayLike | None) -> np.dtype[Any] | None:
 
 
 def set_results(problem: Problem, out: ArrayLike, lse: ArrayLike) -> None:
-    """Check what `attention` gave."""
+    """Check the results of `attention`."""
     problem.forward.out = like_out(problem, "out", out)
     problem.forward.lse = like_lse(problem, "lse", lse)
 
@@ -132,7 +132,7 @@ def set_results(problem: Problem, out: ArrayLike, lse: ArrayLike) -> None:
 def with_gradients(
     problem: Problem, dout: ArrayLike, dlse: ArrayLike | None = None
 ) -> GradientArguments:
-    """Check the gradients with respect to the results, and make the inputs'."""
+    """Check the gradients with respect to the results, and allocate those of the inputs."""
     dout_ = like_out(problem, "dout", dout)
     dlse_ = None if dlse is None else like_lse(problem, "dlse", dlse)
     a = problem.forward
@@ -154,8 +154,11 @@ def with_gradients(
 
 
 def _zeros_of_pairs(problem: Problem, bias_shape: tuple[int, ...]) -> Array:
-    """Return zeros with an element for each of the bias; where keys share one, an element for each
-    query, because threads compute different keys of a query head at once."""
+    """Return zeros with one element per element of the bias.
+
+    If all keys share an element, there is one per query instead, because threads compute different
+    keys of a query head at once.
+    """
     a = problem.forward
     pairs = (*a.q.shape[:-1], a.k.shape[-2])
     bias_shape = (1,) * (len(pairs) - len(bias_shape)) + bias_shape
@@ -196,8 +199,10 @@ def _check_shape(name: str, x: Array, wanted: tuple[int, ...], of: str) -> None:
 def as_inputs(
     problem: Problem, g: GradientArguments, rounds: bool = True
 ) -> tuple[Array, Array, Array, Array | None]:
-    """Return the gradients of q, k, v and the bias in the shapes of the inputs, and in their dtypes
-    unless somebody else goes on adding to them."""
+    """Return the gradients of q, k, v and the bias in the shapes of the inputs.
+
+    They have the inputs' dtypes, unless `rounds` is False because more is added to them.
+    """
     gradients = [
         _as_input(problem, g.dq, problem.q),
         _as_input(problem, g.dk, problem.k),

@@ -26,15 +26,18 @@ class Gradients(NamedTuple):
     Attributes
     ----------
     q, k, v : ndarray
-        In the shapes, dtype and layout of the inputs.
+        With respect to q, k and v, in their shapes, dtype and layout.
     bias : ndarray or None
-        In the shape and dtype of `bias`; None where it was not asked for.
+        With respect to `bias`, in its shape and dtype; None unless ``bias_gradient=True``.
     sinks : ndarray, shape (Hq,), or None
-        In the dtype of `sinks` if that is a float, else float64; None without sinks.
+        With respect to `sinks`, in their dtype if it is a float dtype, else float64; None without
+        sinks.
 
     See Also
     --------
-    attention_backward, attention_varlen_backward, attention_vjp
+    attention_backward : compute gradients from the results of `attention`.
+    attention_varlen_backward : the same for sequences of different lengths without padding.
+    attention_vjp : compute attention, and return a function for its gradients.
 
     Examples
     --------
@@ -82,78 +85,78 @@ def attention_backward(
     num_threads: int | None = None,
     **unknown: Any,
 ) -> Gradients:
-    """Gradients of a scalar with respect to the inputs of `attention`.
+    """Compute the gradients of a scalar with respect to the inputs of `attention`.
 
-    The scalar is whatever was computed from the results: what is passed are its gradients with
-    respect to these. The weights are computed again from `lse`, a block at a time, and never held
-    in memory as a whole.
+    The scalar is any function of the results, such as a loss. Pass its gradients with respect to
+    the results. The weights are computed again from `lse`, one block at a time; the full matrix is
+    never held in memory.
 
     Parameters
     ----------
     dout : array_like, shape (..., Hq, Lq, Dv)
-        Gradient with respect to `out`, in its shape. In the dtype of `q`, or float32 with 16-bit
-        inputs.
+        Gradient with respect to `out`, in the dtype of `q`, or float32 for 16-bit inputs.
     q : array_like, shape (..., Hq, Lq, D)
-        Queries, as they were given to `attention`.
+        Queries, as passed to `attention`.
     k : array_like, shape (..., Hkv, Lk, D)
         Keys.
     v : array_like, shape (..., Hkv, Lk, Dv)
         Values. None of the three may be int8.
     out : array_like, shape (..., Hq, Lq, Dv)
-        The result of `attention`. With 16-bit inputs it had better be float32, as ``attention(...,
-        out=x)`` gives it for an `x` of float32 (see Notes).
+        The result of `attention`. For 16-bit inputs pass it in float32 (see Notes): call
+        ``attention(..., out=x)`` with an `x` of float32. The dtype of `q` is accepted too.
     lse : array_like, shape ``out.shape[:-1]``
-        The log-sum-exp of `attention` with ``return_lse=True``: float32 (float64 for float64).
+        The log-sum-exp that `attention` returns with ``return_lse=True``: float32 (float64 for
+        float64 inputs).
     dlse : array_like, shape ``out.shape[:-1]``, optional
         Gradient with respect to `lse`, in its dtype. Default: none.
     bias_gradient : bool, default False
         Also return the gradient with respect to `bias`.
     mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, \
 kv_lengths, q_lengths, dropout, rng, layout
-        What `attention` was given; with the same seed `rng` the same weights are dropped. There are
-        no gradients with respect to `scale`, `softcap` and `alibi_slopes`.
+        As passed to `attention`; the same seed `rng` drops the same weights. There are no gradients
+        with respect to `scale`, `softcap` and `alibi_slopes`.
     num_threads : int, optional
-        As in `attention`. The gradients do not depend on it, to the bit.
+        As in `attention`. The gradients have the same bits for any number.
 
     Returns
     -------
     Gradients
-        A named tuple of ``q, k, v, bias, sinks``, in the shapes of the inputs: summed over the axes
-        along which an input was broadcast, and over the query heads that share a head of `k` and
-        `v`. `bias` is None without `bias_gradient`, `sinks` without sinks.
+        A named tuple of ``q, k, v, bias, sinks``, in the shapes of the inputs. Gradients are summed
+        over the axes along which an input was broadcast, and over the query heads that share a head
+        of `k` and `v`. `bias` is None without `bias_gradient`, and `sinks` is None without sinks.
 
     Raises
     ------
     TypeError
-        If an argument is of the wrong kind: as in `attention`, and if the dtype of `dout`, `out`,
+        If an argument has the wrong type, as in `attention`, or if the dtype of `dout`, `out`,
         `lse` or `dlse` does not fit.
     ValueError
-        If a shape or a value does not fit, or with `bias_gradient` without a bias. Both errors name
-        the argument, what came and what was expected.
+        If a shape or a value does not fit, or if `bias_gradient` is True without a bias. Both
+        errors name the argument, what came and what was expected.
     MemoryError
         If there is no memory for the gradients or the threads' scratch.
 
     See Also
     --------
-    attention_vjp : computes attention and keeps what its gradients need.
-    attention_varlen_backward : sequences of different lengths without padding.
-    attention : what it is the derivative of.
+    attention_vjp : compute attention, and keep what its gradients need.
+    attention_varlen_backward : the same for sequences of different lengths without padding.
+    attention : the function that is differentiated.
 
     Notes
     -----
-    Gradients are summed in float32 (float64 for float64) and rounded once, to the dtype of the
-    inputs. Scratch memory is linear in the lengths; with 16-bit inputs, and along axes that are
-    broadcast, it has the gradients in float32 and in full.
+    Gradients are summed in float32 (float64 for float64 inputs) and rounded once to the dtype of
+    the inputs. Scratch memory is linear in the lengths. For 16-bit inputs, and along axes that are
+    broadcast, it holds the full gradients in float32.
 
-    The row sums of `dout` times `out` are what sums over all keys would be. A rounded `out` makes
-    them wrong in the same direction for all keys of a query, and training may drift: so 16-bit
-    inputs have an `out` of float32 beside them.
+    The sum over each row of ``dout * out`` replaces a sum over all keys. If `out` has been rounded,
+    this sum is wrong in the same direction for all keys of a query, and training may drift.
+    Therefore pass `out` in float32 for 16-bit inputs.
 
-    Masked keys get the gradient 0, and a NaN there never shows: not in a row of `k` or `v` for the
-    queries that do not attend to it, and not in a row of `q`, `dout` or `out` for the keys that it
-    does not attend to. Rows beyond `q_lengths` are not looked at. A NaN that is attended to shows.
+    Masked keys get the gradient 0. A NaN in a row of `k` or `v` does not affect queries that do not
+    attend to the row, and a NaN in a row of `q`, `dout` or `out` does not affect keys that the row
+    does not attend to. Rows beyond `q_lengths` are not read. A NaN that is attended to shows.
 
-    The method is the backward pass of FlashAttention [1]_, the row sums included.
+    The method is the backward pass of FlashAttention [1]_, including the row sums.
 
     References
     ----------
@@ -171,7 +174,7 @@ kv_lengths, q_lengths, dropout, rng, layout
     >>> gradients.q.shape, gradients.v.shape
     ((8, 100, 64), (8, 100, 64))
 
-    The first query sees the first key alone, whose weight is 1 whatever the query:
+    The first query attends only to the first key, whose weight is 1 whatever the query:
 
     >>> bool(np.allclose(gradients.q[:, 0], 0, atol=1e-6))
     True
@@ -212,49 +215,50 @@ def attention_varlen_backward(
     num_threads: int | None = None,
     **unknown: Any,
 ) -> Gradients:
-    """Gradients of a scalar with respect to the inputs of `attention_varlen`.
+    """Compute the gradients of a scalar with respect to the inputs of `attention_varlen`.
 
     Parameters
     ----------
     dout : array_like, shape (total_q, Hq, Dv)
-        Gradient with respect to `out`. In the dtype of `q`, or float32 with 16-bit inputs.
+        Gradient with respect to `out`, in the dtype of `q`, or float32 for 16-bit inputs.
     q : array_like, shape (total_q, Hq, D)
-        The queries of all sequences, as they were given to `attention_varlen`.
+        The queries of all sequences, as passed to `attention_varlen`.
     k : array_like, shape (total_k, Hkv, D)
         Their keys.
     v : array_like, shape (total_k, Hkv, Dv)
         Their values.
     out : array_like, shape (total_q, Hq, Dv)
-        The result of `attention_varlen`; with 16-bit inputs it had better be float32.
+        The result of `attention_varlen`; for 16-bit inputs pass it in float32, as in
+        `attention_backward`.
     lse : array_like, shape (total_q, Hq)
-        Its log-sum-exp: float32 (float64 for float64).
+        Its log-sum-exp: float32 (float64 for float64 inputs).
     cu_seqlens_q, cu_seqlens_k : array_like of int, shape (B + 1,)
-        Where each sequence begins, and at last the total length.
+        Where each sequence begins, followed by the total length.
     dlse : array_like, shape (total_q, Hq), optional
         Gradient with respect to `lse`, in its dtype. Default: none.
     tail_mask, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, dropout, rng, \
 num_threads
-        What `attention_varlen` was given.
+        As passed to `attention_varlen`.
 
     Returns
     -------
     Gradients
-        A named tuple of ``q, k, v, bias, sinks``, in the shapes of the inputs; `bias` is None, and
-        so is `sinks` without sinks.
+        A named tuple of ``q, k, v, bias, sinks``, in the shapes of the inputs. `bias` is None, and
+        `sinks` is None without sinks.
 
     Raises
     ------
     TypeError, ValueError
-        As `attention_backward`; also if cumulative lengths decrease or do not span the arrays.
+        As in `attention_backward`, and if cumulative lengths decrease or do not span the arrays.
 
     See Also
     --------
-    attention_backward : what holds of both.
-    attention_varlen : what it is the derivative of.
+    attention_backward : the same for padded batches; its Notes apply here too.
+    attention_varlen : the function that is differentiated.
 
     Examples
     --------
-    Two sentences of 3 and 5 tokens, with 2 heads of 4:
+    Two sentences of 3 and 5 tokens, with 2 heads of 4 elements:
 
     >>> import numpy as np
     >>> import numattn as na
@@ -334,12 +338,12 @@ def attention_vjp(
     num_threads: int | None = None,
     **unknown: Any,
 ) -> tuple[NDArray[Any] | tuple[NDArray[Any], NDArray[Any]], Callable[..., Gradients]]:
-    """Attention, and the function that gives its gradients.
+    """Compute attention, and return its result and a function that computes gradients.
 
     Parameters
     ----------
     q : array_like, shape (..., Hq, Lq, D)
-        Queries, as in `attention`.
+        Queries.
     k : array_like, shape (..., Hkv, Lk, D)
         Keys.
     v : array_like, shape (..., Hkv, Lk, Dv)
@@ -350,8 +354,8 @@ def attention_vjp(
 kv_lengths, q_lengths, dropout, layout, num_threads
         As in `attention`.
     rng : int or numpy.random.Generator, optional
-        A seed, as in `attention`, or a generator from which one is drawn if there is dropout. Both
-        passes use that seed.
+        A seed, as in `attention`, or a generator from which a seed is drawn if there is dropout.
+        Both passes use the same seed.
     return_lse : bool, default False
         Also return the log-sum-exp of each query's logits.
 
@@ -360,24 +364,24 @@ kv_lengths, q_lengths, dropout, layout, num_threads
     out : ndarray, shape (..., Hq, Lq, Dv)
         The result of `attention`; ``(out, lse)`` with ``return_lse=True``.
     vjp : callable
-        ``vjp(dout, dlse=None)`` returns `Gradients`, as `attention_backward` does for gradients
-        with respect to `out` and `lse`. It may be called any number of times, also by several
+        ``vjp(dout, dlse=None)`` takes the gradients with respect to `out` and `lse`, and returns
+        `Gradients` like `attention_backward`. It may be called any number of times, also by several
         threads.
 
     Raises
     ------
     TypeError, ValueError
-        As `attention` and, from `vjp`, as `attention_backward`.
+        As in `attention`. `vjp` raises them as in `attention_backward`.
 
     See Also
     --------
-    attention_backward : the gradients by themselves; what holds of them.
+    attention_backward : compute gradients from saved results; its Notes apply here too.
 
     Notes
     -----
-    `vjp` keeps `q`, `k`, `v`, `mask`, `tail_mask` and `bias` themselves, and no copies of them:
-    whoever writes to one of these arrays before `vjp` is called gets other gradients. Of the
-    results it keeps copies, in float32 with 16-bit inputs: they may be written to.
+    `vjp` does not copy `q`, `k`, `v`, `mask`, `tail_mask` and `bias`: writing to one of these
+    arrays before `vjp` is called changes the gradients. It copies the results, in float32 for
+    16-bit inputs, so you may write to `out` and `lse`.
 
     Examples
     --------
@@ -412,7 +416,7 @@ kv_lengths, q_lengths, dropout, layout, num_threads
         out = kept.astype(problem.q.dtype)
 
     def vjp(dout: ArrayLike, dlse: ArrayLike | None = None) -> Gradients:
-        """Return the gradients of a loss, from those with respect to the results."""
+        """Return the gradients of a loss, given its gradients with respect to the results."""
         return _differentiate(problem, dout, dlse)
 
     return ((out, lse.copy()) if returns_lse else out), vjp
@@ -429,14 +433,14 @@ def _differentiate(problem: Problem, dout: ArrayLike, dlse: ArrayLike | None) ->
 
 
 def gradient_of_sinks(g: GradientArguments) -> NDArray[np.float64]:
-    """Return for each query head the sum over its rows of what the sink takes from the others."""
+    """Return the gradient of each query head's sink, summed over its rows."""
     a = g.forward
     assert a.sinks is not None
     assert a.out is not None
     assert a.lse is not None
-    # In float64, which einsum converts to a few elements at a time.
+    # In float64: einsum converts a few elements at a time.
     row_sums = np.einsum("...d,...d->...", g.dout, a.out, dtype=np.float64)
-    # Of a query that attends to nothing dout may be NaN.
+    # dout may be NaN for a query that attends to nothing.
     row_sums = np.where(a.out.any(axis=-1), row_sums, 0.0)
     if g.dlse is not None:
         row_sums -= g.dlse

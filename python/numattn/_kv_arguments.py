@@ -1,4 +1,4 @@
-"""What a cache is made with and what it is given, checked."""
+"""Checks of the arguments of a cache and of its methods."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# A window, and what can be taken back, where nothing is forgotten.
+# The window and the max_rollback of a cache that forgets nothing.
 UNLIMITED = 2**62
 
-# What caches have in common whose sequences can be in one.
+# Attributes that caches must share to be concatenated.
 SHARED = (
     "kv_heads", "head_dim", "value_dim", "dtype", "quantize", "window", "keep_first",
     "max_rollback",
@@ -77,7 +77,7 @@ class CacheArguments:
         self.max_rollback = min(at_least("max_rollback", self.max_rollback, 0), UNLIMITED)
 
     def __str__(self) -> str:
-        """Return what to write in parentheses: sizes, dtype, and what differs from its default."""
+        """Return the text in parentheses of a repr: sizes, dtype, and non-default options."""
         shown = [str(self.batch), str(self.kv_heads), str(self.head_dim)]
         if self.value_dim != self.head_dim:
             shown.append(str(self.value_dim))
@@ -89,7 +89,7 @@ class CacheArguments:
         return ", ".join(shown)
 
     def arrays(self, capacity: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
-        """Return shapes and dtypes of keys, values, and scales of both, for so many tokens."""
+        """Return shapes and dtypes of keys, values and their scales, for `capacity` tokens."""
         rows = (self.batch, self.kv_heads, capacity)
         stored = np.dtype(np.int8) if self.quantize else self.dtype
         found: list[tuple[tuple[int, ...], np.dtype[Any]]]
@@ -99,7 +99,7 @@ class CacheArguments:
     def check_tokens(
         self, k: ArrayLike, v: ArrayLike, lengths: int | ArrayLike | None, layout: str, most: int
     ) -> tuple[list[Array], list[int] | None]:
-        """Return keys and values to append, heads first, and how many tokens each sequence gets,
+        """Return keys and values to append, heads first, and the number of tokens per sequence,
         None for all."""
         new = [
             self._check_new("k", k, self.head_dim, layout),
@@ -146,7 +146,7 @@ class CacheArguments:
         return queries
 
     def check_numbers(self, name: str, values: int | ArrayLike, most: int) -> list[int]:
-        """Return an int from 0 on for each sequence."""
+        """Return an int from 0 to `most` for each sequence."""
         array = snapshot(name, values)
         if array.ndim > 0 and array.shape != (self.batch,):
             expected = f"an int, or shape ({self.batch},), one int per sequence"
@@ -164,8 +164,10 @@ def check_pairs(
     layout: str,
     lengths: list[int],
 ) -> tuple[Array | None, Array | None, Array | None]:
-    """Return masks and bias with axes (batch, Hq, Lq, T), each so long or 1, for sequences of these
-    lengths. T of a tail mask is its own."""
+    """Return masks and bias with all axes (batch, Hq, Lq, T), each of full length or 1.
+
+    T is the largest of `lengths`, except for a tail mask, which has its own T.
+    """
     batch, *rest = q.shape[:3]
     heads, rows = rest if layout == "bhld" else rest[::-1]
     most = max(lengths, default=0)

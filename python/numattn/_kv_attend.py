@@ -1,4 +1,4 @@
-"""Attention to the tokens that a cache keeps."""
+"""Attention to the tokens in a cache."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# Of a query. Less the position of a token, it is one that `attention` takes.
+# The largest position of a query: minus the position of a token, `attention` still takes it.
 _MOST = MAX_POSITION // 2
 
 
 class Options(NamedTuple):
-    """The options of `attention` that a cache does not set by itself."""
+    """The options of `attention` that a cache does not set itself."""
 
     mask: Array | None  # (batch or 1, Hq or 1, Lq or 1, T or 1): columns are positions of the text
     tail_mask: Array | None  # columns are each sequence's last T tokens
@@ -40,7 +40,7 @@ class Options(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Queries, and where they are."""
+    """Queries and their positions."""
 
     q: Array
     rows: int
@@ -55,7 +55,7 @@ def place(
     q_offset: int | ArrayLike | None,
     q_lengths: int | ArrayLike | None,
 ) -> Queries:
-    """Find out where the queries are: `KVCache.attend` says it."""
+    """Find the positions of the queries, as described in `KVCache.attend`."""
     rows = q.shape[2 if layout == "bhld" else 1]
     if q_offset is None and q_lengths is None:
         if tokens.padded != rows:
@@ -71,7 +71,7 @@ def place(
 
 
 def attend_to_tokens(tokens: Tokens, queries: Queries, options: Options) -> Any:
-    """Attend to all tokens that the window of a query and `keep_first` let it see."""
+    """Attend to all tokens within the window of a query, and to the first ones (`keep_first`)."""
     nearest = tokens.keep_first + tokens.window
     if max(tokens.lengths, default=0) <= nearest and (
         max(queries.first, default=0) + queries.rows <= nearest
@@ -80,7 +80,7 @@ def attend_to_tokens(tokens: Tokens, queries: Queries, options: Options) -> Any:
         return _attend_to(
             tokens, everything, tokens.places, queries, queries.first, options.window, options
         )
-    if queries.first != tokens.before:  # tokens appended last see what they need
+    if queries.first != tokens.before:  # the cache has all that tokens appended last need
         _check_sight(tokens, queries)
     if tokens.keep_first == 0:
         return _attend_to_recent(tokens, queries, options)
@@ -108,15 +108,15 @@ def _attend_to_recent(tokens: Tokens, queries: Queries, options: Options) -> Any
     recent = slice(tokens.keep_first, max(tokens.used, tokens.keep_first))
     window = (tokens.window - 1, None)
     options = _of_tokens(options, begins, lengths)
-    if options.tail_mask is not None:  # whose last tokens are recent ones; no sequence has more
+    if options.tail_mask is not None:  # only its last columns are for recent tokens
         more = max(options.tail_mask.shape[3] - max(lengths, default=0), 0)
         options = options._replace(tail_mask=options.tail_mask[..., more:])
     return _attend_to(tokens, recent, lengths, queries, first, window, options)
 
 
 def _of_tokens(options: Options, begins: list[int], lengths: list[int]) -> Options:
-    """Leave the columns of mask and bias that belong to `lengths` tokens of each sequence, from the
-    position ``begins[sequence]`` on."""
+    """Keep only the columns of mask and bias for `lengths` tokens of each sequence, from position
+    ``begins[sequence]`` on."""
     if options.mask is None and options.bias is None:
         return options
     return options._replace(
@@ -125,7 +125,7 @@ def _of_tokens(options: Options, begins: list[int], lengths: list[int]) -> Optio
 
 
 def with_one_mask(options: Options, lengths: list[int], first: int) -> Options:
-    """Make one mask of both, of the `first` tokens of sequences of these lengths."""
+    """Combine both masks into one, for the `first` tokens of sequences of these lengths."""
     mask, tail_mask = options.mask, options.tail_mask
     if tail_mask is None:
         return options
@@ -150,7 +150,7 @@ def _columns(x: Array | None, begins: list[int], lengths: list[int]) -> Array | 
 
 
 def _attend_in_two_parts(tokens: Tokens, queries: Queries, options: Options) -> Any:
-    """Attend to the first tokens and to the others, and merge; the sinks belong to the others."""
+    """Attend to the first tokens and to the others, and merge; sinks go with the others."""
     return_lse, out = flag("return_lse", options.return_lse), options.out
     if out is not None:
         check_out(out, (*queries.q.shape[:3], tokens.arrays[1].shape[3]), queries.q.dtype)
@@ -173,17 +173,19 @@ def _attend_in_two_parts(tokens: Tokens, queries: Queries, options: Options) -> 
 
 
 def _merged(a: Array, lse_a: Array, b: Array, lse_b: Array) -> tuple[Array, Array]:
-    """Do what `merge_states` does for any results, with these: 20 microseconds instead of 90 for a
-    query of 32 heads."""
+    """Merge two states like `merge_states`, with fewer checks.
+
+    This takes 20 microseconds instead of 90 for a query of 32 heads.
+    """
     largest = np.maximum(lse_a, lse_b)
-    base = np.maximum(largest, np.finfo(largest.dtype).min)  # where both attended to nothing
+    base = np.maximum(largest, np.finfo(largest.dtype).min)  # if both attended to nothing
     share_a, share_b = np.exp(lse_a - base), np.exp(lse_b - base)
     total = share_a + share_b
     lse = largest + np.log(total)
     total = np.maximum(total, 1)
     merged = a * (share_a / total)[..., np.newaxis]
     merged += b * (share_b / total)[..., np.newaxis]
-    # Rounding alone carries it out of what lies between both, be it beyond the largest number.
+    # Only rounding can carry it outside the range between both, even beyond the largest number.
     merged = np.maximum(merged, np.minimum(a, b))
     return np.minimum(merged, np.maximum(a, b)), lse
 
@@ -197,8 +199,8 @@ def _attend_to(
     window: tuple[int | None, int | None] | None,
     options: Options,
 ) -> Any:
-    """Attend to some places, of which each sequence has `lengths`, with queries from the place
-    `first` on."""
+    """Attend to some places, `lengths` of them in each sequence, with queries from place `first`
+    on."""
     arrays = [x[:, :, places] for x in tokens.arrays]
     if options.layout == "blhd":
         arrays = [x.swapaxes(1, 2) for x in arrays]

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens so far, for generating text one token after the other."""
+"""`KVCache`: keys and values of the tokens so far, for generating text token by token."""
 
 from __future__ import annotations
 
@@ -18,66 +18,67 @@ if TYPE_CHECKING:
 
 
 class KVCache(KVStore):
-    """The keys and values that a batch of growing sequences has had so far.
+    """The keys and values so far of a batch of growing sequences.
 
     Parameters
     ----------
     batch : int
         Number of sequences, which may have different lengths.
     kv_heads, head_dim : int
-        Heads of keys and values, and elements of a key.
+        Number of heads of keys and values, and of elements of a key.
     value_dim : int, optional
-        Elements of a value. Default: `head_dim`.
+        Number of elements of a value. Default: `head_dim`.
     dtype : dtype, default float32
-        Of what is appended and of the queries: float16, bfloat16, float32 or float64.
+        Dtype of keys, values and queries: float16, bfloat16, float32 or float64.
     quantize : bool, default False
-        Keep 8 bits for each number, with a scale for each token and head (`quantize_kv`).
+        Keep keys and values in 8 bits, with one scale per token and head (see `quantize_kv`).
     capacity : int, default 0
-        Tokens that there is room for at first. The cache grows by itself.
+        Number of tokens to allocate memory for at first. The cache grows automatically.
     window : int, optional
-        Each token sees so many tokens, itself included. What no query can need any more is
-        forgotten: memory stays constant.
+        Number of tokens that each token attends to, including itself. The cache forgets tokens that
+        no query needs any more, so memory stays constant.
     keep_first : int, default 0
-        With `window`: the first tokens, which are never forgotten and always seen.
+        With `window`: number of first tokens that are never forgotten and always attended to.
     max_rollback : int, default 16
-        With `window`: how many tokens `truncate` can take back, counted from the largest length
-        that a sequence has had. Room for `keep_first` and twice ``window + max_rollback`` tokens is
-        all that the cache takes. Without a window all tokens can be taken back.
+        With `window`: number of tokens that `truncate` can remove, counted from the largest length
+        that a sequence has had. The cache takes memory for at most
+        ``keep_first + 2 * (window + max_rollback)`` tokens. Without a window, `truncate` can remove
+        all tokens.
 
     Attributes
     ----------
     lengths : ndarray of int64, shape (batch,)
-        Tokens appended to each sequence so far, forgotten ones included.
+        Number of tokens appended to each sequence so far, including forgotten ones.
     nbytes : int
-        Bytes of memory that keys, values and scales take, free places included.
+        Bytes of memory that keys, values and scales take, including unused memory.
     k, v : ndarray, shape (batch, kv_heads, tokens, head_dim or value_dim)
-        Read-only views of what is kept; with `keep_first` those come first. What lies beyond a
-        shorter sequence is not defined.
+        Read-only views of the tokens that are kept, starting with the `keep_first` ones. Elements
+        beyond a shorter sequence are undefined.
     k_scale, v_scale : ndarray of float32, shape (batch, kv_heads, tokens), or None
-        Their scales, where the cache keeps 8 bits.
+        Scales of keys and values, if the cache keeps 8 bits.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is of the wrong kind or size.
+        If an argument has the wrong type or size.
 
     See Also
     --------
-    attention : what `attend` computes.
-    attention_paged : keys and values in pages, which sequences may share.
-    quantize_kv : how numbers become 8 bits.
+    attention : the function that `attend` computes.
+    attention_paged : attention to keys and values in pages, which sequences may share.
+    quantize_kv : round keys and values to 8 bits.
 
     Notes
     -----
     Appending copies each token once, and on average about twice more when the memory grows or a
-    window moves on. A failed or interrupted append leaves the cache as it was. Copies (`select`,
-    `concatenate`, `copy`, the module `copy`, pickles) hold the tokens that are kept and zeros:
-    nothing that was forgotten, and no free places to speak of.
+    window moves on. If an append fails or is interrupted, the cache is unchanged. Copies (`select`,
+    `concatenate`, `copy`, the module `copy`, pickles) contain only the tokens that are kept, and
+    almost no unused memory, which is zero.
 
-    With `keep_first`, once a sequence is longer than those and the window, results are merged from
-    two parts, and float16 and bfloat16 ones rounded once more. The first tokens beside a window are
-    the attention sinks of Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
-    ICLR 2024; positions here are those of the whole text.
+    With `keep_first`, once a sequence is longer than these tokens and the window, the result is
+    merged from two parts, and a float16 or bfloat16 result is rounded once more. First tokens that
+    are kept next to a window are the attention sinks of Xiao et al., "Efficient Streaming Language
+    Models with Attention Sinks", ICLR 2024. Here positions are those in the whole text.
 
     Examples
     --------
@@ -88,7 +89,7 @@ class KVCache(KVStore):
     >>> cache = na.KVCache(1, 2, 8)
     >>> cache.append(k[:, :, :6], v[:, :, :6])  # the prompt
     >>> steps = [cache.attend(q[:, :, :6])]
-    >>> for i in range(6, 10):  # then one token after the other
+    >>> for i in range(6, 10):  # then one token at a time
     ...     cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
     ...     steps.append(cache.attend(q[:, :, i : i + 1]))
     >>> whole = na.attention(q, k, v, is_causal=True)
@@ -141,55 +142,58 @@ class KVCache(KVStore):
         num_threads: int | None = None,
         **unknown: Any,
     ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
-        """Attend to what the cache holds.
+        """Attend to the tokens in the cache.
 
-        Where the queries are, if neither `q_offset` nor `q_lengths` says it: after an `append` with
-        `lengths` that gave some sequence fewer tokens than others could get, as many queries as it
-        had tokens, padding included, are those of these tokens. The first query's position is the
-        length before, and queries of padding get zeros. In all other cases, also after `truncate`,
-        the last query is at the end of its sequence.
+        By default the last query is at the end of its sequence. The exception is a padded `append`,
+        whose `lengths` gave some sequences fewer tokens than it had. If `attend` follows with as
+        many queries as that append had tokens, including padding, they are the queries of these
+        tokens: the position of the first one is the length before the append, and the result for
+        padding is 0. This ends with `truncate`. `q_offset` and `q_lengths` override it.
 
         Parameters
         ----------
         q : array_like, shape (batch, Hq, Lq, head_dim)
-            Queries, in the cache's dtype. Hq is a multiple of the cache's heads.
-        mask : array_like of bool, optional
+            Queries, in the cache's dtype. Hq must be a multiple of the cache's `kv_heads`.
+        mask : array_like of bool or BlockMask, optional
             True where a query attends to a token. Broadcasts to (batch, Hq, Lq, T), whatever the
             layout, where T is ``lengths.max()`` and column ``j`` is the token at position ``j`` of
             the text. Columns of tokens that a window has forgotten, or that are beyond a shorter
-            sequence, count for nothing.
+            sequence, are ignored.
         tail_mask : array_like of bool, optional
-            A mask of the last T tokens of each sequence alone, as of `attention`: a tree of drafts,
-            appended last. Broadcasts to (batch, Hq, Lq, T); T is what its last axis says, at most
-            ``lengths.max()``.
+            A mask of only the last T tokens of each sequence, as in `attention`, for a tree of
+            drafts that was appended last. Broadcasts to (batch, Hq, Lq, T), where T is the length
+            of its last axis, at most ``lengths.max()``.
         bias : array_like of float, optional
-            Added to the logits, as of `attention`. Broadcasts like `mask`.
+            Added to the logits, as in `attention`. Broadcasts like `mask`.
         is_causal : bool, default True
-            As of `attention`; holds together with masks.
+            As in `attention`. It can be combined with masks.
         q_offset : int or array_like of int, shape (batch,), optional
-            Position of the first query. All queries are valid then, unless `q_lengths` is given.
+            Position of the first query. All queries are then valid, unless `q_lengths` is given.
         window : tuple (left, right), optional
-            As of `attention`. Not if the cache has a window.
+            As in `attention`. Not allowed if the cache has a window.
         q_lengths : int or array_like of int, shape (batch,), optional
-            Number of valid queries. The last valid one is at the end, unless `q_offset` is given.
+            Number of valid queries. The last valid query is at the end of its sequence, unless
+            `q_offset` is given.
         scale, softcap, alibi_slopes, sinks, layout, return_lse, out, num_threads
-            As of `attention`.
+            As in `attention`.
 
         Returns
         -------
         out : ndarray, shape (batch, Hq, Lq, value_dim)
-            And the lse with ``return_lse=True``, as `attention`.
+            In the layout and dtype of `q`.
+        lse : ndarray, shape ``out.shape[:-1]``
+            Only with ``return_lse=True``, as in `attention`.
 
         Raises
         ------
         TypeError, ValueError
-            As `attention`, and if a query needs tokens that the window has forgotten. Those that
-            were appended last can be asked, and the last ``max_rollback + 1``.
+            As in `attention`, and if a query needs tokens that the window has forgotten. Queries of
+            the tokens appended last, and of the last ``max_rollback + 1`` tokens, never need them.
 
         See Also
         --------
-        attention : what each option means.
-        append_and_attend : both at once, for prompts of any length.
+        attention : describes each option.
+        append_and_attend : append and attend in one call, for prompts of any length.
 
         Examples
         --------
@@ -207,7 +211,7 @@ class KVCache(KVStore):
         >>> cache.lengths, cache.attend(q[:, :, 5:]).shape
         (array([6, 4]), (2, 4, 1, 8))
 
-        The same prompts padded on the left, where a mask says which tokens are padding:
+        The same prompts padded on the left, with a mask that excludes the padding:
 
         >>> left = na.KVCache(2, 4, 8)
         >>> for x in (k, v):
@@ -292,10 +296,11 @@ class KVCache(KVStore):
         num_threads: int | None = None,
         **unknown: Any,
     ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
-        """Append tokens and attend with their queries, also more of them than the window.
+        """Append tokens and attend with their queries, even if they exceed the window.
 
-        The same as `append` and then `attend`; more tokens than a cache's window are appended and
-        attend in pieces of so many, one after the other, so that every query sees what it should.
+        This is the same as `append` followed by `attend`. If there are more tokens than the cache's
+        window, they are appended and attend in pieces as large as the window, so that the cache
+        still has the tokens that each query needs.
 
         Parameters
         ----------
@@ -304,42 +309,45 @@ class KVCache(KVStore):
         k, v : array_like, shape (batch, kv_heads, tokens, head_dim or value_dim)
             Their keys and values.
         lengths : int or array_like of int, shape (batch,), optional
-            How many of the tokens each sequence gets; the others are padding, whose queries get
-            zeros. Default: all.
+            Number of tokens that each sequence gets; the others are padding, whose result is 0.
+            Default: all.
         mask, bias : array_like, optional
-            As of `attend`, with the T that ``lengths.max()`` is afterwards.
+            As in `attend`, where T is ``lengths.max()`` after the call.
         tail_mask : array_like of bool, optional
-            As of `attend`, of the last T tokens of each sequence afterwards.
+            As in `attend`, for the last T tokens of each sequence after the call.
         is_causal : bool, default True
-            As of `attention`. False only for what fits into the window: of more, the first tokens
-            are gone when the last ones come.
+            As in `attention`. False is allowed only if the tokens fit into the window, because the
+            cache forgets the first tokens before it appends the last ones.
         layout : {"bhld", "blhd"}, default "bhld"
-            Of `q`, `k`, `v` and the result: "blhd" is (batch, tokens, heads, dim).
+            Layout of `q`, `k`, `v` and the result: "blhd" is (batch, tokens, heads, dim).
         window, scale, softcap, alibi_slopes, sinks, return_lse, out, num_threads
-            As of `attend`.
+            As in `attend`.
 
         Returns
         -------
         out : ndarray, shape (batch, Hq, tokens, value_dim)
-            And the lse with ``return_lse=True``, as `attention`.
+            In the layout and dtype of `q`.
+        lse : ndarray, shape ``out.shape[:-1]``
+            Only with ``return_lse=True``, as in `attention`.
 
         Raises
         ------
         TypeError, ValueError
-            As `append` and `attend`. The cache is then as it was, as after any other exception.
+            As in `append` and `attend`. The cache is then unchanged, as after any other exception.
 
         See Also
         --------
-        append, attend : one after the other.
+        append : only append tokens.
+        attend : only attend.
 
         Notes
         -----
-        What can be asked for and taken back afterwards is as if the pieces had been appended by
-        themselves. Pieces of padding alone are left out.
+        Afterwards, queries and `truncate` work as if the pieces had been appended separately.
+        Pieces that contain only padding are left out.
 
         Examples
         --------
-        A prompt of 20 tokens for a cache that keeps 6 of them, and the first one:
+        A prompt of 20 tokens for a cache that keeps a window of 6 tokens and the first one:
 
         >>> import numpy as np
         >>> import numattn as na

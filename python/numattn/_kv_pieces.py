@@ -1,4 +1,4 @@
-"""Tokens appended and attended to at once, in pieces where a window asks for it."""
+"""Append tokens and attend to them, in pieces if they exceed the window."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 def append_in_pieces(
     tokens: Tokens, q: Array, new: list[Array], counts: list[int] | None, options: Options
 ) -> tuple[Tokens, Any]:
-    """Return the tokens with the first `counts` of the new ones, by default all, and attention of
-    their queries, of which there are as many as new tokens."""
+    """Append the first `counts` of the new tokens, by default all, and attend with their queries.
+
+    Return the tokens after that, and the result. There is one query for each new token.
+    """
     given, size = new[0].shape[2], tokens.window
     if given <= size:
         return _append_piece(tokens, q, new, counts, options)
     if counts is None:
         counts = [given] * len(tokens.lengths)
-    # Pieces of padding alone are left out, so that what came last can be asked for again.
+    # Leave out pieces of only padding, so that the last tokens can be attended from again.
     most = max(counts, default=0)
     starts = range(0, max(most, 1), size)
     if not flag("is_causal", options.is_causal) and len(starts) > 1:

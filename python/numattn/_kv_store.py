@@ -1,4 +1,4 @@
-"""Keys and values of a batch of growing sequences: taken in, taken back and copied."""
+"""Storage of the keys and values of growing sequences: append, truncate and copy."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# Of what a pickle holds.
+# The version of the pickled state.
 _STATE_VERSION = 1
 
 _Store = TypeVar("_Store", bound="KVStore")
 
 
 class KVStore:
-    """What a `KVCache` keeps of its sequences; attention is its own."""
+    """The storage of a `KVCache`, which adds attention."""
 
     def __init__(
         self,
@@ -48,18 +48,18 @@ class KVStore:
         )  # fmt: skip
         try:
             arrays = [np.zeros(*each) for each in self._arguments.arrays(self._arguments.capacity)]
-        except ValueError as error:  # sizes whose product is beyond 64 bits
+        except ValueError as error:  # the product of the sizes exceeds 64 bits
             raise MemoryError(str(error)) from None
         self._tokens = self._make_tokens(arrays)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens appended to each sequence so far, forgotten ones included."""
+        """Number of tokens appended to each sequence so far, including forgotten ones."""
         return np.array(self._tokens.lengths, np.int64)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that keys, values and scales take, free places included."""
+        """Bytes of memory that keys, values and scales take, including unused memory."""
         return sum(x.nbytes for x in self._tokens.arrays)
 
     @property
@@ -95,25 +95,25 @@ class KVStore:
         Parameters
         ----------
         k, v : array_like, shape (batch, kv_heads, tokens, head_dim or value_dim)
-            Keys and values in the cache's dtype; in the layout "blhd" (batch, tokens, kv_heads,
+            Keys and values in the cache's dtype. In the layout "blhd", (batch, tokens, kv_heads,
             head_dim or value_dim).
         lengths : int or array_like of int, shape (batch,), optional
-            How many of the tokens each sequence gets; the others are padding, and may be anything.
+            Number of tokens that each sequence gets; the others are padding, with arbitrary values.
             Default: all.
         layout : {"bhld", "blhd"}, default "bhld"
-            Of `k` and `v`.
+            Layout of `k` and `v`.
 
         Raises
         ------
         TypeError, ValueError
-            If something does not fit; the cache is then as it was. With a window, no more tokens
-            than it at once: what lies further back would be gone before a query could see it.
+            If something does not fit, or if there are more tokens than the window: the cache would
+            forget the first ones before a query could attend to them. The cache is then unchanged.
 
         See Also
         --------
-        attend : attends to what was appended.
-        append_and_attend : takes texts longer than the window.
-        truncate : takes tokens back.
+        attend : attend to the tokens in the cache.
+        append_and_attend : append and attend in one call, also for texts longer than the window.
+        truncate : remove tokens from the end.
         """
         most = self._tokens.window
         check_layout(layout)
@@ -121,20 +121,23 @@ class KVStore:
         self._tokens = self._tokens.appended(self._stored(new, counts), counts)
 
     def truncate(self, n: int | ArrayLike) -> None:
-        """Forget all but the first tokens of every sequence, as if the others had not come yet.
+        """Remove tokens from the end of every sequence, as if they had not been appended.
 
         Parameters
         ----------
         n : int or array_like of int, shape (batch,)
-            How many tokens to keep, of all sequences or of each. Shorter sequences stay as they
-            are.
+            Number of tokens to keep, for all or per sequence. Shorter sequences are unchanged.
 
         Raises
         ------
         TypeError, ValueError
-            If `n` is no such number, or if a cache with a window would have to take back more than
-            `max_rollback` tokens, counted from the largest length that the sequence has had. It can
-            always begin anew, with no token or with up to `keep_first`.
+            If `n` is not such a number, or if a cache with a window would have to remove more than
+            `max_rollback` tokens, counted from the largest length that the sequence has had. A
+            sequence can always start again, with 0 to `keep_first` tokens.
+
+        See Also
+        --------
+        reset : remove all tokens.
 
         Examples
         --------
@@ -154,30 +157,31 @@ class KVStore:
         self._tokens = self._tokens.truncated(self._arguments.check_numbers("n", n, 2**63 - 1))
 
     def reset(self) -> None:
-        """Forget all tokens, but keep the memory."""
+        """Remove all tokens, but keep the memory."""
         self._tokens = self._make_tokens(self._tokens.arrays)
 
     def select(self, indices: ArrayLike) -> Self:
-        """Return a cache of copies of some sequences, as beam search needs them.
+        """Return a new cache with copies of some sequences, as needed for beam search.
 
         Parameters
         ----------
         indices : array_like of int, shape (n,)
-            The sequences, in any order and as often as wanted.
+            Indices of the sequences, in any order. They may repeat.
 
         Returns
         -------
         cache : KVCache
-            Of the same class. Other attributes than a cache's own are the same objects.
+            A cache of the same class. Attributes that a subclass adds are not copied: both caches
+            refer to the same objects.
 
         Raises
         ------
         TypeError, ValueError
-            If `indices` is no list of ints, or one of them is no sequence.
+            If `indices` is not a list of ints, or if one of them is out of range.
 
         See Also
         --------
-        concatenate : the sequences of several caches in one.
+        concatenate : join the sequences of several caches.
         """
         chosen = snapshot("indices", indices)
         if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
@@ -194,41 +198,42 @@ class KVStore:
 
     @staticmethod
     def concatenate(caches: Iterable[_Store]) -> _Store:
-        """Return a cache of copies of the sequences of several caches, one after the other.
+        """Return a new cache with copies of the sequences of several caches, in order.
 
-        A server that generates for many lets sequences leave by `select` when they end, and join by
-        `concatenate` when their prompts are in.
+        A server can use it for continuous batching: remove sequences that have ended with `select`,
+        and add sequences whose prompts have been processed with `concatenate`.
 
         Parameters
         ----------
         caches : iterable of KVCache
-            At least one. Their batches may differ, and nothing else that they were made with but
-            `capacity`.
+            At least one cache. They must have been made with the same arguments, except for `batch`
+            and `capacity`.
 
         Returns
         -------
         cache : KVCache
-            Of the first one's class. Other attributes than a cache's own are the first one's
-            objects.
+            A cache of the first one's class. Attributes that a subclass adds refer to the objects
+            of the first cache.
 
         Raises
         ------
         TypeError
-            If `caches` are no caches.
+            If `caches` contains something else.
         ValueError
-            If there are none, or one differs from the first: the error says in what.
+            If there are no caches, or if one differs from the first. The error says how.
 
         See Also
         --------
-        select : some sequences of a cache.
+        select : copy some sequences of a cache.
 
         Notes
         -----
-        Lengths, and what can be taken back, are each sequence's own as before. Where queries are
-        after an `append` with `lengths` (see `attend`) is kept if one `append` could have brought
-        all sequences what their own ones did; else the last query is at the end of its sequence.
+        Each sequence keeps its length, and `truncate` can remove as many of its tokens as before.
+        After a padded `append`, the positions of the next queries are kept (see `attend`) if a
+        single `append` could have brought all sequences their last tokens. Otherwise the last query
+        is at the end of its sequence.
 
-        Every token that is kept is copied once: let those that came meanwhile join together.
+        Every token that is kept is copied once, so it is cheaper to add several sequences at once.
 
         Examples
         --------
@@ -250,7 +255,7 @@ class KVStore:
         return _with_tokens(parts[0], tokens)
 
     def copy(self) -> Self:
-        """Return a cache with the same tokens in memory of its own."""
+        """Return a new cache with copies of the same tokens."""
         return self.select(np.arange(self._arguments.batch))
 
     def __copy__(self) -> Self:
@@ -278,7 +283,7 @@ class KVStore:
             numbers = [
                 self._arguments.check_numbers("state", each, UNLIMITED) for each in state["numbers"]
             ]
-            # Arrays that came in buffers of their own may be read-only.
+            # Arrays that were pickled out of band may be read-only.
             arrays = [np.require(x, requirements=["W"]) for x in state["arrays"]]
             tokens = self._make_tokens(arrays, numbers, state["padded"])
             others = dict(state["others"])
@@ -308,7 +313,7 @@ class KVStore:
         numbers: Sequence[list[int]] | None = None,
         padded: int | None = None,
     ) -> Tokens:
-        """Make tokens of arrays; without numbers there are none yet."""
+        """Make tokens from arrays; without `numbers` there are no tokens yet."""
         kind = self._arguments
         lengths, before, shortest = numbers or [[0] * kind.batch] * 3
         limits = UNLIMITED, 0, UNLIMITED
@@ -317,7 +322,7 @@ class KVStore:
         return Tokens(tuple(arrays), *limits, lengths, before, shortest, padded)
 
     def _stored(self, new: list[Array], counts: list[int] | None) -> list[Array]:
-        """Return keys and values as they are kept: as they are, or of 8 bits with their scales."""
+        """Return keys and values as they are stored: unchanged, or in 8 bits with their scales."""
         if not self._arguments.quantize:
             return new
         if counts is not None:  # padding may be anything
@@ -334,7 +339,7 @@ class KVStore:
 
 
 def _checked_caches(caches: Iterable[_Store]) -> list[_Store]:
-    """Return caches that agree in all that their tokens have in common."""
+    """Return a list of caches, after checking that they can be concatenated."""
     try:
         found = list(caches)
     except TypeError:
@@ -352,7 +357,7 @@ def _checked_caches(caches: Iterable[_Store]) -> list[_Store]:
 
 
 def _with_tokens(cache: _Store, tokens: Tokens) -> _Store:
-    """Return a cache like this one, its own attributes included, of other sequences."""
+    """Return a cache like this one, including added attributes, with other tokens."""
     other = object.__new__(type(cache))
     _set_attributes(other, _attributes(cache))
     other._arguments = replace(cache._arguments, batch=len(tokens.lengths), capacity=0)
@@ -361,7 +366,7 @@ def _with_tokens(cache: _Store, tokens: Tokens) -> _Store:
 
 
 def _attributes(cache: KVStore) -> dict[str, Any]:
-    """Return all attributes, also those that a subclass has in slots."""
+    """Return all attributes, including those that a subclass has in slots."""
     state = object.__getstate__(cache)
     parts = state if isinstance(state, tuple) else (state,)
     return {name: value for part in parts if part for name, value in part.items()}

@@ -1,4 +1,4 @@
-"""The tokens that a cache keeps: their memory, and what a window forgets."""
+"""The tokens in a cache: their memory, and which of them a window forgets."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# Free places of a growing cache and of a selected one: a step of beam search, which selects and
-# appends, copies the tokens once.
+# Unused places in a growing or a selected cache. With them a step of beam search, which selects and
+# appends, copies the tokens only once.
 SPARE_PLACES = 16
 
 
 @dataclass(slots=True)
 class Tokens:
-    """The tokens of a batch of sequences. Changes return new ones, and write free places alone.
+    """The tokens of a batch of sequences. Changes return new objects, and write only unused places.
 
-    Tokens have positions in the text and places in the arrays: the first `keep_first`, then those
-    from position ``begins[sequence]`` on. Numbers of sequences are lists of ints, which are faster
-    than arrays of a few.
+    Tokens have positions in the text and places in the arrays: first the `keep_first` tokens, then
+    the tokens from position ``begins[sequence]`` on. One number per sequence is kept in a list of
+    ints, which is faster than a small array.
     """
 
-    # Keys, values, and scales of both, if there are any: [batch][head][place][element], scales
-    # without the last axis. Free places hold zeros or what was taken back.
+    # Keys, values and, if there are any, scales of both: [batch][head][place][element]; scales have
+    # no last axis. Unused places hold zeros or removed tokens.
     arrays: tuple[Array, ...]
     window: int
     keep_first: int
     max_rollback: int
     lengths: list[int]
     before: list[int]  # lengths before the last append
-    shortest: list[int]  # to which `truncated` may go
-    # How many tokens the last append brought, if some sequences got fewer.
+    shortest: list[int]  # the smallest lengths for `truncated`
+    # The number of tokens in the last append, if some sequences got fewer.
     padded: int | None = None
-    begins: list[int] = field(default_factory=list)  # by default `oldest`
+    begins: list[int] = field(default_factory=list)  # default: `oldest`
 
-    places: list[int] = field(init=False)  # that each sequence takes
-    used: int = field(init=False)  # the most of them
+    places: list[int] = field(init=False)  # the number of places that each sequence takes
+    used: int = field(init=False)  # the largest of them
 
     def __post_init__(self) -> None:
         self.begins = self.begins or self.oldest()
@@ -56,14 +56,14 @@ class Tokens:
         self.used = max(self.places, default=0)
 
     def numbers(self) -> tuple[list[int], list[int], list[int]]:
-        """Return what, with the arrays, makes the tokens what they are."""
+        """Return the numbers that, with the arrays, define the tokens."""
         return self.lengths, self.before, self.shortest
 
     def oldest(self) -> list[int]:
-        """Return the positions from which on all tokens of a sequence are kept.
+        """Return for each sequence the position from which on all tokens are kept.
 
-        They follow from lengths alone, whenever memory moved. The tokens appended last see their
-        windows, and so does the last one after any truncation.
+        It depends only on lengths, not on when memory was moved. The tokens appended last have
+        their whole windows, and so does the last token after any truncation.
         """
         return [
             max(self.keep_first, min(shortest, before + 1) - self.window)
@@ -85,7 +85,7 @@ class Tokens:
         )  # fmt: skip
         capacity = self.arrays[0].shape[2]
         if after.used > capacity:
-            # Twice what has to be kept: a token moves once on average.
+            # Twice what must be kept, so that a token moves once on average.
             most = self.keep_first + 2 * (self.window + self.max_rollback)
             if after.used > most:
                 after = replace(after, begins=[])
@@ -116,7 +116,7 @@ class Tokens:
         lengths = [min(pair) for pair in zip(lengths, self.lengths, strict=True)]
 
         def unless_anew(old: list[int], anew: int) -> list[int]:
-            """Where none but first tokens are left, the others begin anew."""
+            """Return `anew` for sequences that have only first tokens left."""
             return [
                 x if length > self.keep_first else anew
                 for x, length in zip(old, lengths, strict=True)
@@ -132,7 +132,7 @@ class Tokens:
         )
 
     def selected(self, chosen: list[int], spare: int = 0) -> Tokens:
-        """Copy what is kept of some sequences, with so many free places."""
+        """Copy the tokens of some sequences, with `spare` unused places."""
         lengths, before, shortest = ([numbers[i] for i in chosen] for numbers in self.numbers())
         copied = Tokens(
             (), self.window, self.keep_first, self.max_rollback, lengths, before, shortest,
@@ -143,7 +143,7 @@ class Tokens:
 
     @staticmethod
     def joined(parts: Sequence[Tokens], spare: int = 0) -> Tokens:
-        """Copy what is kept of the sequences of all parts, with so many free places."""
+        """Copy the tokens of all sequences of all parts, with `spare` unused places."""
         first = parts[0]
         lengths, before, shortest = (
             list(chain(*numbers)) for numbers in zip(*(x.numbers() for x in parts), strict=True)
@@ -163,7 +163,7 @@ class Tokens:
         return joined
 
     def _moved(self, chosen: Sequence[int], begins: list[int], capacity: int) -> tuple[Array, ...]:
-        """Return copies of the arrays of some sequences, where they begin at `begins`."""
+        """Return copies of the arrays for some sequences, from positions `begins` on."""
         return tuple(self._moved_array(x, chosen, begins, capacity) for x in self.arrays)
 
     def _moved_array(
@@ -184,15 +184,15 @@ class Tokens:
 
 
 def _zeros(x: Array, rows: int, capacity: int) -> Array:
-    """Return zeros as x for other numbers of sequences and places."""
+    """Return zeros like x, for another number of sequences and places."""
     return np.zeros((rows, x.shape[1], capacity, *x.shape[3:]), x.dtype)
 
 
 def _padding_of_all(parts: Sequence[Tokens]) -> int | None:
-    """Return `padded` of sequences that one append could have brought what their own ones did.
+    """Return `padded` for joined sequences if one append could have brought their last tokens.
 
-    There is none where appends differed: as many queries would belong to one part's last tokens and
-    to others of another part.
+    Otherwise return None: the same number of queries would belong to the last tokens of one part,
+    and to other tokens of another part.
     """
     numbers = {part.padded for part in parts} - {None}
     if len(numbers) != 1:

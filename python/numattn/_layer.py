@@ -1,4 +1,4 @@
-"""The attention block of a model: projections around `attention`."""
+"""`MultiHeadAttention`: a layer of projections around `attention`."""
 
 from __future__ import annotations
 
@@ -34,89 +34,92 @@ if TYPE_CHECKING:
 
 
 class MultiHeadAttention(LayerParameters):
-    """Multi-head attention with its learned matrices, as a layer of NumPy arrays.
+    """Multi-head attention with its learned matrices, as a layer for NumPy arrays.
 
-    ``layer(x)`` is self-attention, ``layer(x, context)`` cross-attention.
+    ``layer(x)`` is self-attention, and ``layer(x, context)`` is cross-attention.
 
     Parameters
     ----------
     embed_dim : int
-        Elements of an embedding, in and out.
+        Number of elements of an embedding, in and out.
     num_heads : int
-        Query heads.
+        Number of query heads.
     kv_heads : int, optional
-        Heads of keys and values, a divisor of `num_heads`. Default: `num_heads`.
+        Number of heads of keys and values, a divisor of `num_heads`. Default: `num_heads`.
     head_dim : int, optional
-        Elements of a query and a key. Default: ``embed_dim / num_heads``.
+        Number of elements of a query and a key. Default: ``embed_dim / num_heads``.
     value_dim : int, optional
-        Elements of a value. Default: `head_dim`.
+        Number of elements of a value. Default: `head_dim`.
     context_dim : int or (int, int), optional
-        Elements of an embedding of the context; two numbers where keys and values come from
-        different ones. Default: `embed_dim`.
+        Number of elements of an embedding of the context; a pair if keys and values are made from
+        different embeddings. Default: `embed_dim`.
     bias : bool, default True
-        Add a learned vector after each matrix. (The `bias` of a call is no such vector: it is added
+        Add a learned vector after each matrix. (The `bias` of a call is something else: it is added
         to the logits.)
     rotary : bool or mapping, optional
-        Rotate queries and keys by their positions; a mapping has options of `rotary_embedding`:
+        Rotate queries and keys by their positions. A mapping holds options of `rotary_embedding`:
         base, rotary_dim, interleaved, scaling, frequencies. For self-attention only.
     qk_norm : bool, default False
         Divide each head's queries and keys by their root mean square, and multiply them by a
         learned vector.
     norm_epsilon : float, default 1e-6
-        With `qk_norm`: what is added to the mean of the squares.
+        With `qk_norm`: number added to the mean of the squares.
     dtype : dtype, default float32
-        Of the parameters and of x: float16, bfloat16 (of ``ml_dtypes``), float32 or float64.
+        Dtype of the parameters and of x: float16, bfloat16 (from ``ml_dtypes``), float32 or
+        float64.
     rng : numpy.random.Generator or int, optional
-        What random matrices are drawn with, from a normal distribution of variance 1 / (elements
-        in); biases begin at 0.
+        Generator or seed for the random matrices. Their elements are drawn from a normal
+        distribution with variance 1 / (number of inputs). Biases start at 0.
 
     Attributes
     ----------
     embed_dim, num_heads, kv_heads, head_dim, value_dim : int
-        The sizes, also where they were left out.
+        The sizes, including default ones.
     context_dim : (int, int)
-        Elements of an embedding that keys are made of, and of one for values.
+        Number of elements of the embeddings from which keys and values are made.
     bias, qk_norm : bool
         Whether the layer has them.
     norm_epsilon : float
-        What is added to the mean of the squares.
+        Number added to the mean of the squares.
     rotary : dict or None
-        All options of the rotary embedding, those that were left out included; a copy.
+        A copy of all options of the rotary embedding, including default ones.
     dtype : dtype
-        Of the parameters and of x.
+        Dtype of the parameters and of x.
     num_parameters : int
-        Numbers in all parameters.
+        Number of elements in all parameters.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is of the wrong kind, or dimensions do not divide.
+        If an argument has the wrong type, or one dimension does not divide another.
 
     See Also
     --------
-    attention : attention alone, with more options.
-    KVCache : keys and values of the tokens so far; `new_cache` makes one that fits.
-    ContextCache : keys and values of a context; `context_cache` makes it.
-    rotary_embedding : what `rotary` does to queries and keys.
-    parameter_count : how many numbers such layers hold.
+    attention : attention for arrays of queries, keys and values, with more options.
+    KVCache : keys and values of the tokens so far; `new_cache` makes one for the layer.
+    ContextCache : keys and values of a context; `context_cache` makes one for the layer.
+    rotary_embedding : rotate queries or keys, as `rotary` does.
+    parameter_count : count the parameters of such layers.
 
     Notes
     -----
-    The layer of Vaswani et al., "Attention Is All You Need", NeurIPS 2017. Kernels compute the
-    products with the matrices, which are read where they are: what is written into a parameter
-    counts from the next call on. With the compiled kernels a sequence has the same bits alone and
-    in any batch, padded or not, and for any number of threads. `qk_norm` is the norm of Zhang and
-    Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019. NaN and infinity go where
-    arithmetic takes them, whatever ``np.seterr`` says.
+    This is the layer of Vaswani et al., "Attention Is All You Need", NeurIPS 2017. `qk_norm` is the
+    norm of Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019.
 
-    A thread keeps up to 64 MiB of memory for the next call's q, k and v and attention's result (in
-    a `TransformerBlock` also for the feed-forward network's), until 16 uses in a row need a quarter
-    of it or less.
+    Kernels compute the products with the matrices and read the matrices in place: if you write to a
+    parameter, the next call uses the new values. With the compiled kernels a sequence has the same
+    bits in a batch of one and in any other batch, padded or not, and for any number of threads. NaN
+    and infinity propagate as in arithmetic, whatever ``np.seterr`` says.
 
-    With 16-bit floats all sums are in float32. What a step gives is rounded once: the product with
-    a matrix with its bias and rotation, `qk_norm` with its weight (and a rotation after it),
-    attention. So are gradients: of an `x` that queries, keys and values are made of, their sum is.
-    Parameters are the random numbers of a float32 layer, rounded.
+    A thread keeps up to 64 MiB of memory for q, k, v and the result of attention in the next call
+    (in a `TransformerBlock` also for the arrays of the feed-forward network). It releases the
+    memory once 16 uses in a row need a quarter of it or less.
+
+    With 16-bit floats all sums are in float32. The result of each step is rounded once: the product
+    with a matrix, including its bias and rotation; `qk_norm` with its weight, and a rotation after
+    it; and attention. Gradients are rounded once too. If queries, keys and values are made from the
+    same `x`, its gradient is one sum, rounded once. Parameters are the random numbers of a float32
+    layer, rounded.
 
     Examples
     --------
@@ -179,55 +182,65 @@ class MultiHeadAttention(LayerParameters):
         num_threads: int | None = None,
         **unknown: Any,
     ) -> Array | tuple[Array, Array]:
-        """Attend.
+        """Apply the layer to embeddings.
 
         Parameters
         ----------
         x : array_like, shape (..., L, embed_dim)
-            Embeddings, of the layer's dtype.
+            Embeddings, in the layer's dtype.
         context : array_like, shape (..., Lk, context_dim), two of them, or ContextCache, optional
-            What keys and values are made of: cross-attention. Two are for keys and for values. A
-            `ContextCache` has keys and values already. Default: `x`.
+            Embeddings from which keys and values are made, for cross-attention. A pair is for keys
+            and values. A `ContextCache` already holds keys and values. Default: `x`.
         is_causal : bool, optional
-            Attend to no later token. Default: True with a cache, else False. False with a cache
-            lets the tokens of `x` see each other in both directions, and all tokens before them.
+            Do not attend to later tokens. Default: True with a cache, else False. With a cache,
+            False lets the tokens of `x` attend to each other in both directions, and to all tokens
+            before them.
         mask, tail_mask, bias, window, scale, softcap, alibi_slopes, sinks
-            As of `attention`; mask and bias broadcast to (..., heads, L, Lk). With a cache, they
-            are those of `KVCache.attend`: they broadcast to (batch, heads, L, T), where T counts
-            the longest sequence's tokens after `x` has been appended. A tail mask is of the last T
-            tokens, `x` included. `bias` is added to the logits, such as learned biases of relative
-            positions; the layer's learned vectors are its constructor's `bias`.
+            As in `attention`; mask and bias broadcast to (..., heads, L, Lk). With a cache, as in
+            `KVCache.attend`: mask and bias broadcast to (batch, heads, L, T), where T is the length
+            of the longest sequence after `x` has been appended. A tail mask is for the last T
+            tokens, including `x`. `bias` is added to the logits, for example learned biases of
+            relative positions; it is not the `bias` of the constructor.
         lengths : int or array_like of int, optional
-            How many tokens are valid, for all or per batch item, the others being padding on the
-            right: tokens of `x`, or of the context in cross-attention (a `ContextCache` has its
-            own). Nobody attends to padding, and padding of `x` attends to nothing: its rows of
-            `out` are the output bias. With a cache, only valid tokens are appended. Default: all.
+            Number of valid tokens, for all or per batch item; the others are padding on the right.
+            It counts tokens of `x` or, in cross-attention, of the context (a `ContextCache` has its
+            own lengths). Padding is not attended to. Padding in `x` attends to nothing, so its rows
+            of `out` are the output bias. With a cache, only valid tokens are appended. Default:
+            all.
         positions : array_like of int, shape (L,) or (..., L), optional
-            Where the tokens of `x` are in the text, for a rotary layer: drafts of a tree, for
-            example, of which several have the same place. Masks do not know of it. Default: one
-            after the other, from 0 on or after the tokens of the cache.
+            Positions of the tokens of `x` in the text, for a rotary layer. For example, several
+            drafts in a tree have the same position. Masks do not depend on it. Default:
+            consecutive positions, from 0 on or after the tokens in the cache.
         cache : KVCache, optional
-            The keys and values of the tokens before; those of `x` are appended, also more of them
-            than its window. x is (batch, L, embed_dim) then.
+            Keys and values of the tokens before. Those of `x` are appended, even if they exceed its
+            window. The shape of `x` must be (batch, L, embed_dim).
         return_weights : bool, default False
             Also return the weights (..., heads, L, Lk), which are then held in memory.
         num_threads : int, optional
-            As of `attention`, for all of the call. (The NumPy backend leaves threads to NumPy.)
+            As in `attention`, for the whole call. (The NumPy backend leaves threads to NumPy.)
 
         Returns
         -------
         out : ndarray, shape (..., L, embed_dim)
+            In the dtype of the layer.
         weights : ndarray, shape (..., heads, L, Lk)
-            Only with ``return_weights=True``; float32 where the layer has 16 bits.
+            Only with ``return_weights=True``. In the dtype of the layer, or float32 for 16-bit
+            layers.
 
         Raises
         ------
         TypeError
-            If an argument is of the wrong kind.
+            If an argument has the wrong type.
         ValueError
-            If a shape or a value does not fit, or `lengths` of a context leave open where the
-            tokens of `x` are, which `is_causal`, `window` and `alibi_slopes` need to know. A cache
-            is then as it was.
+            If a shape or a value does not fit, or if `lengths` of a context are combined with
+            `is_causal`, `window` or `alibi_slopes`, which depend on the positions of the tokens of
+            `x` in the context. A cache is then unchanged.
+
+        See Also
+        --------
+        vjp : the result and a function for the gradients, for training.
+        new_cache : make a cache for generating text.
+        context_cache : make keys and values of a context once, for many calls.
 
         Examples
         --------
@@ -241,7 +254,7 @@ class MultiHeadAttention(LayerParameters):
         >>> bool(np.allclose(out[1, :7], layer(x[1, :7], is_causal=True), atol=1e-5))
         True
 
-        The same, token after token:
+        The same, one token at a time:
 
         >>> cache = na.KVCache(2, 4, 16)
         >>> steps = [layer(x[:, i : i + 1], cache=cache) for i in range(10)]
@@ -275,9 +288,9 @@ class MultiHeadAttention(LayerParameters):
             out = self._merged(attention(q, k, v, out=of_heads, **options), num_threads)
             if not wants_weights:
                 return out
-            # The batch may come from the values alone, which weights are not made of.
+            # The batch may come only from the values, which weights do not depend on.
             q = np.broadcast_to(q, (*batch, *q.shape[-3:]))
-            # With all axes: `attention` has warned if they may be meant otherwise.
+            # With all axes: `attention` has warned if they may mean something else.
             for name in ("mask", "tail_mask", "bias"):
                 if options[name] is not None:
                     array = as_array(name, options[name])
@@ -301,21 +314,21 @@ class MultiHeadAttention(LayerParameters):
         batch : int, default 1
             Number of sequences.
         quantize, capacity, window, keep_first, max_rollback
-            As of `KVCache`, which gets the layer's sizes and dtype.
+            As in `KVCache`. The cache gets the layer's sizes and dtype.
 
         Returns
         -------
         KVCache
-            Without tokens.
+            An empty cache.
 
         Raises
         ------
         TypeError, ValueError
-            As `KVCache` does, and if the layer's `context_dim` is not its `embed_dim`.
+            As in `KVCache`, and if the layer's `context_dim` is not its `embed_dim`.
 
         See Also
         --------
-        context_cache : for cross-attention.
+        context_cache : make a cache for cross-attention.
 
         Examples
         --------
@@ -338,32 +351,33 @@ class MultiHeadAttention(LayerParameters):
         context: ArrayLike | tuple[ArrayLike, ArrayLike],
         lengths: int | ArrayLike | None = None,
     ) -> ContextCache:
-        """Make keys and values of a context once, for many calls: ``layer(x, cache)``.
+        """Compute keys and values of a context once, for many calls: ``layer(x, cache)``.
 
         A decoder attends to the same encoded text in each step. Without a cache, each step
-        multiplies all of that text with two matrices.
+        multiplies the whole text by two matrices.
 
         Parameters
         ----------
         context : array_like, shape (..., Lk, context_dim), or two of them
-            As of a call.
+            As in a call of the layer.
         lengths : int or array_like of int, optional
-            How many of its tokens are valid, for all or per batch item. Default: all.
+            Number of valid tokens of the context, for all or per batch item. Default: all.
 
         Returns
         -------
         ContextCache
-            What calls take in place of the context, with the same results. It is of the parameters
-            that the layer has now. `vjp` takes none, because a context has gradients.
+            Pass it to calls instead of the context, with the same results. It is computed with the
+            current parameters of the layer. `vjp` does not take it, because a context has
+            gradients.
 
         Raises
         ------
         TypeError, ValueError
-            As of a call.
+            As in a call of the layer.
 
         See Also
         --------
-        new_cache : for self-attention.
+        new_cache : make a cache for self-attention.
 
         Examples
         --------
@@ -405,52 +419,53 @@ class MultiHeadAttention(LayerParameters):
         num_threads: int | None = None,
         **unknown: Any,
     ) -> tuple[Array, Callable[[ArrayLike], LayerGradients]]:
-        """Attend, and return the function that gives gradients.
+        """Apply the layer, and return its result and a function that computes gradients.
 
         Parameters
         ----------
         x, context, is_causal, mask, tail_mask, bias, lengths, positions, window, scale, softcap, \
 alibi_slopes, sinks, num_threads
-            As of a call. Of these options `bias` and `sinks` have gradients.
+            As in a call of the layer. Of these options `bias` and `sinks` have gradients.
         dropout, rng
-            As of `attention_vjp`: the share of the weights that is dropped, and a seed or a
-            generator. A call has none, because it is for inference.
+            As in `attention_vjp`: the share of the weights that is dropped, and a seed or a
+            generator. Calls have no dropout, because they are for inference.
         bias_gradient : bool, default False
             Whether `vjp` also returns the gradient with respect to `bias`.
 
         Returns
         -------
         out : ndarray, shape (..., L, embed_dim)
-            The result of the call, to the bit where nothing is dropped. (In 16 bits, sequences of
-            at most 16 tokens may be rounded otherwise.)
+            The result of the call. Without dropout it has the same bits, except that in 16 bits
+            sequences of at most 16 tokens may be rounded differently.
         vjp : callable
-            ``vjp(dout)`` takes a scalar's gradient with respect to `out`, of its shape and of the
-            layer's dtype, and returns `LayerGradients`: those with respect to `x`, the context, all
-            parameters and the sinks of the call, and with `bias_gradient` its bias. It may be
-            called any number of times, also by several threads.
+            ``vjp(dout)`` takes the gradient of a scalar with respect to `out`, in its shape and in
+            the layer's dtype. It returns `LayerGradients`: the gradients with respect to `x`, the
+            context, all parameters, the sinks of the call and, with `bias_gradient`, its bias. It
+            may be called any number of times, also by several threads.
 
         Raises
         ------
         TypeError, ValueError
-            As of a call and, from `vjp`, if `dout` is of the wrong kind or shape.
+            As in a call of the layer. `vjp` raises them if `dout` has the wrong type, dtype or
+            shape.
 
         See Also
         --------
-        attention_vjp : attention alone.
+        attention_vjp : the same for attention without projections.
 
         Notes
         -----
-        `vjp` keeps q, k, v and the result of attention, which it needs, and of `x`, the context,
-        masks, `bias` and parameters the arrays themselves. Whoever writes to one of these before
-        `vjp` is called gets other gradients: take all gradients before the step that changes the
-        parameters. Memory is linear in the lengths.
+        `vjp` keeps q, k, v and the result of attention. It does not copy `x`, the context, masks,
+        `bias` and parameters, and writing to them changes the gradients: take all gradients before
+        the step that changes the parameters. Memory is linear in the lengths.
 
-        Padding gets the gradient 0, and what it holds does not show in the others. In rows of `out`
-        that are padding, `dout` counts for ``o_bias`` alone, because nothing else is in them.
+        The gradient of padding is 0, and the values of padding do not affect the other gradients.
+        In rows of `out` that are padding, `dout` affects only ``o_bias``, because these rows
+        contain nothing else.
 
         Examples
         --------
-        Gradient descent: the layer learns to give the token before each one.
+        Gradient descent: the layer learns to return the token before each token.
 
         >>> import numpy as np
         >>> import numattn as na
@@ -503,7 +518,8 @@ alibi_slopes, sinks, num_threads
         positions: ArrayLike | None,
         options: Mapping[str, Any],
     ) -> tuple[Inputs, dict[str, Any]]:
-        """Check a call without a cache; return what it projects, and options of `attention`."""
+        """Check a call without a cache; return the inputs of its projections, and options of
+        `attention`."""
         x = self._checked("x", x, self._embed_dim)
         checked = self._checked_options(options, is_causal=False)
         if context is None:
@@ -532,11 +548,11 @@ alibi_slopes, sinks, num_threads
         options: dict[str, Any],
         cache: ContextCache,
     ) -> tuple[Array, dict[str, Any]]:
-        """Check a call with kept keys and values; return `x`, and options of `attention`."""
+        """Check a call with a `ContextCache`; return `x`, and options of `attention`."""
         x = self._checked("x", x, self._embed_dim)
         checked = self._checked_options(options, is_causal=False)
         self._refuse_rotary("a ContextCache")
-        self._rotation(x, positions)  # which refuses positions
+        self._rotation(x, positions)  # refuses positions
         if lengths is not None:
             advice = "pass them to `context_cache`"
             refuse_kind("lengths", "numbers with a ContextCache", "None", advice)
@@ -548,7 +564,7 @@ alibi_slopes, sinks, num_threads
         return x, checked | {"kv_lengths": cache._lengths}
 
     def _checked_options(self, options: Mapping[str, Any], is_causal: bool) -> dict[str, Any]:
-        """Check options that calls with and without a cache share; `is_causal` is its default."""
+        """Check options that calls with and without a cache share; `is_causal` is the default."""
         given = options["is_causal"]
         is_causal = is_causal if given is None else flag("is_causal", given)
         check_options(
@@ -559,7 +575,7 @@ alibi_slopes, sinks, num_threads
         return {**options, "is_causal": is_causal, "layout": "blhd"}
 
     def _contexts(self, context: ArrayLike | tuple[ArrayLike, ArrayLike]) -> tuple[Array, Array]:
-        """Return what keys and values are made of."""
+        """Return the embeddings from which keys and values are made."""
         self._refuse_rotary("an array")
         pair = context if isinstance(context, tuple) else (context, context)
         if len(pair) != 2:
@@ -579,14 +595,14 @@ alibi_slopes, sinks, num_threads
             refuse("context", f"{seen} for a rotary layer", "None", advice)
 
     def _refuse_context_dim(self) -> None:
-        """Refuse a layer whose keys and values cannot be made of `x`."""
+        """Refuse a layer whose keys and values cannot be made from `x`."""
         if self._context_dims != (self._embed_dim, self._embed_dim):
             seen = f"{self._context_dims} with embed_dim {self._embed_dim}"
             advice = "`context_cache` keeps the keys and values of a context"
             refuse("context_dim", seen, "embed_dim for a layer with a KVCache", advice)
 
     def _check_fits(self, name: str, dtype: np.dtype[Any], sizes: tuple[int, int, int]) -> None:
-        """Check that keys and values of a cache are such as the layer makes."""
+        """Check that keys and values of a cache have the dtype and sizes of the layer."""
         if dtype != self._dtype:
             expected = f"{self._dtype.name}, the dtype of the layer"
             refuse_kind(name, f"dtype {dtype.name}", expected)
@@ -636,7 +652,7 @@ alibi_slopes, sinks, num_threads
         num_threads: int | None,
         empty: Callable[[tuple[int, ...], np.dtype[Any]], Array] = np.empty,
     ) -> list[Array]:
-        """Return q, k or v, (..., length, heads, dim), of what each is made of.
+        """Return q, k or v, (..., length, heads, dim), projected from the arrays in `of`.
 
         `empty` makes their arrays.
         """
@@ -698,7 +714,7 @@ alibi_slopes, sinks, num_threads
 
 
 def _check_positions(x: Array, options: Mapping[str, Any]) -> None:
-    """Refuse options that need positions, which the lengths of a context leave open."""
+    """Refuse options that need positions, which are not known with lengths of a context."""
     positional = positional_options(
         options["is_causal"], options["window"], options["alibi_slopes"]
     )

@@ -1,4 +1,4 @@
-"""The options of a layer and of its calls, checked, and what other libraries call them."""
+"""Checks of the options of a layer and its calls, and the names that other libraries use."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# What PyTorch's layer, Hugging Face's layers and `attention` call the arguments of a call.
+# The names of a call's arguments in PyTorch's layer, Hugging Face's layers and `attention`.
 ELSEWHERE = {
     "attn_mask": "`mask=` if it is bool (True = attend; PyTorch's is True where it masks), `bias=` "
     "if it is float",
@@ -82,7 +82,7 @@ NOT_DIFFERENTIATED = {
     "return_weights": ("no such option", "`layer(x, return_weights=True)` returns the weights"),
 }
 
-# What PyTorch's layer and models' configurations call the options of a layer.
+# The names of a layer's options in PyTorch's layer and in models' configurations.
 OPTIONS_ELSEWHERE = {
     "num_key_value_heads": "`kv_heads=`",
     "num_kv_heads": "`kv_heads=`",
@@ -114,9 +114,9 @@ OPTIONS_ELSEWHERE = {
 
 
 class Inputs(NamedTuple):
-    """What a call makes its queries, keys and values of.
+    """The inputs from which a call makes its queries, keys and values.
 
-    In self-attention all of them are made of one array, `x` itself.
+    In self-attention all three are the same array, `x`.
     """
 
     of: Mapping[str, Array]  # q, k and v
@@ -135,14 +135,14 @@ def random_generator(rng: np.random.Generator | int | None) -> np.random.Generat
 def initial_parameter(
     name: str, shape: tuple[int, ...], dtype: np.dtype[Any], rng: np.random.Generator
 ) -> Array:
-    """Return what a parameter is before it has learned: random for a matrix alone."""
+    """Return the initial value of a parameter, which is random only for a matrix."""
     if name.endswith("_bias"):
         return np.zeros(shape, dtype)
     if len(shape) == 1:  # of a norm
         return np.ones(shape, dtype)
     with np.errstate(under="ignore"):
         drawn = rng.standard_normal(shape) / math.sqrt(shape[0])
-        # A layer of 16 bits has the numbers of one of float32, rounded.
+        # A 16-bit layer has the numbers of a float32 layer, rounded.
         return drawn.astype(precision_of(dtype)).astype(dtype, copy=False)
 
 
@@ -154,7 +154,7 @@ def context_dims(value: object) -> tuple[int, int]:
 
 def norm_epsilon(value: object, dtype: np.dtype[Any]) -> float:
     number, dtype = real("norm_epsilon", value), precision_of(dtype)
-    # Smaller ones have few digits or none, and a vector of zeros would be divided by 0.
+    # Smaller numbers have few digits or none, and a vector of zeros would be divided by 0.
     least, largest = float(np.finfo(dtype).tiny), float(np.finfo(dtype).max)
     if not least <= number <= largest:
         refuse("norm_epsilon", repr(value), f"{least:.2g} to {largest:.2g} for {dtype.name}")
@@ -171,7 +171,7 @@ def rotary_options(rotary: object, head_dim: int) -> dict[str, Any] | None:
         given = dict(rotary)  # type: ignore[call-overload]
     except (TypeError, ValueError):
         refuse_kind("rotary", type(rotary).__name__, "True or a mapping of options")
-    # Numbers of Python, which `save` can write.
+    # Python numbers, which `save` can write.
     plain: dict[Any, Callable[[str, object], Any]] = {
         "base": real, "rotary_dim": integer, "interleaved": flag, "scaling": _plain_scaling,
         "frequencies": _plain_numbers,

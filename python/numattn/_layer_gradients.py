@@ -27,20 +27,22 @@ class LayerGradients(NamedTuple):
     Attributes
     ----------
     x : ndarray
-        In the shape of `x`.
+        With respect to `x`, in its shape.
     context : ndarray, tuple of two ndarrays, or None
-        In the shape of the context; two if it was two, None without one.
+        With respect to the context, in its shape; a pair if the context was a pair, None without a
+        context.
     parameters : dict of ndarray
-        By the names of `MultiHeadAttention.parameters`, in their shapes.
+        With respect to the parameters, by the names of `MultiHeadAttention.parameters` and in their
+        shapes.
     bias : ndarray or None
-        With respect to the `bias` of the call, in its shape and dtype; None where it was not asked
-        for.
+        With respect to the `bias` of the call, in its shape and dtype; None unless
+        ``bias_gradient=True``.
     sinks : ndarray, shape (heads,), or None
-        As of `Gradients`; None without sinks.
+        As in `Gradients`; None without sinks.
 
     See Also
     --------
-    MultiHeadAttention.vjp
+    MultiHeadAttention.vjp : returns a function that computes them.
 
     Examples
     --------
@@ -61,7 +63,7 @@ class LayerGradients(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a call of a layer leaves for its gradients."""
+    """What a call of a layer keeps for its gradients."""
 
     parameters: Mapping[str, Array]  # the layer's own arrays
     norm_epsilon: float
@@ -78,7 +80,7 @@ def differentiate(call: Call, dout: ArrayLike) -> LayerGradients:
     with np.errstate(all="ignore"):
         d_rows, rows = _rows(dout, 1), _rows(call.of_heads, 2)
         d_heads = project_back(d_rows, parameters["o_weight"], num_threads=call.num_threads)
-        # Queries that attend to nothing have a result of 0: no `dout` of theirs changes the matrix.
+        # Queries that attend to nothing have a result of 0, so their `dout` does not count.
         some = _some(rows)
         found["o_weight"] = weight_gradient(rows[some], d_rows[some], call.num_threads)
         _find_bias(call, "o", d_rows, found)
@@ -88,8 +90,7 @@ def differentiate(call: Call, dout: ArrayLike) -> LayerGradients:
         for d in (gradients.q, gradients.k):
             vectors = d.swapaxes(-3, -2)  # heads first
             back.apply(vectors, vectors, call.num_threads)
-    # Of an array that is used several times there is one sum.
-    # In 16 bits it is rounded once, at the end.
+    # An array that is used several times has one sum. In 16 bits it is rounded once, at the end.
     dx = _zeros(of["q"])
     dkeys = dx if of["k"] is of["q"] else _zeros(of["k"])
     dvalues = dkeys if of["v"] is of["k"] else _zeros(of["v"])
@@ -127,16 +128,16 @@ def _like_out(call: Call, dout: ArrayLike) -> Array:
 
 
 def _take_product_back(call: Call, name: str, d: Array, dx: Array, found: dict[str, Array]) -> None:
-    """Add to `dx`, and to what is `found`, what comes from q, k or v, (..., L, heads, dim)."""
+    """Add the gradients that come through q, k or v, (..., L, heads, dim), to `dx` and `found`."""
     weight, num_threads = call.parameters[f"{name}_weight"], call.num_threads
     rows, d_rows, dx_rows = _rows(call.inputs.of[name], 1), _rows(d, 2), _rows(dx, 1)
-    # Padding and tokens that nobody attends to have gradients of 0. What is not finite in them
-    # would make NaN of these.
+    # Padding and tokens that are not attended to have gradients of 0. Values in them that are not
+    # finite would turn these into NaN.
     some = _some(d_rows)
     rows, d_rows = rows[some], d_rows[some]
     norm = call.parameters.get(f"{name}_norm")
     if norm is not None:
-        # The vectors before the norm are computed again rather than kept.
+        # The vectors before the norm are computed again instead of being kept.
         bias = call.parameters.get(f"{name}_bias")
         vectors = project(rows, weight, bias, num_threads=num_threads)
         vectors = vectors.reshape(-1, *d.shape[-2:])
@@ -155,7 +156,7 @@ def _find_bias(call: Call, name: str, d_rows: Array, found: dict[str, Array]) ->
 
 
 def _rows(x: Array, axes: int) -> Array:
-    """View an array whose last axes become one, and all before them another one."""
+    """View an array as a matrix: its last axes become the columns, all others the rows."""
     size = int(np.prod(x.shape[-axes:]))
     return x.reshape(-1, size)
 

@@ -1,4 +1,4 @@
-"""What a layer holds: sizes and parameters, drawn, given, written to files and read from them."""
+"""The sizes and parameters of a layer: random, given, or read from a file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class LayerParameters:
-    """What a `MultiHeadAttention` holds; attention is its own."""
+    """The sizes and parameters of a `MultiHeadAttention`, which adds attention."""
 
     def __init__(
         self,
@@ -69,9 +69,9 @@ class LayerParameters:
         are_transposed: bool = False,
         **sizes: Any,
     ) -> Self:
-        """Make a layer of copies of the arrays that `read` gives by the names of parameters.
+        """Make a layer from copies of the arrays that `read` returns for the names of parameters.
 
-        Nothing is read before their shapes, which are `given`, have been checked.
+        Arrays are read only after the shapes in `given` have been checked.
         """
         layer = cls.__new__(cls)
         shapes = layer._set_sizes(**sizes)
@@ -129,32 +129,32 @@ class LayerParameters:
 
     @property
     def embed_dim(self) -> int:
-        """Elements of an embedding, in and out."""
+        """Number of elements of an embedding, in and out."""
         return self._embed_dim
 
     @property
     def num_heads(self) -> int:
-        """Query heads."""
+        """Number of query heads."""
         return self._heads
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Number of heads of keys and values."""
         return self._kv_heads
 
     @property
     def head_dim(self) -> int:
-        """Elements of a query and a key."""
+        """Number of elements of a query and a key."""
         return self._head_dim
 
     @property
     def value_dim(self) -> int:
-        """Elements of a value."""
+        """Number of elements of a value."""
         return self._value_dim
 
     @property
     def context_dim(self) -> tuple[int, int]:
-        """Elements of an embedding that keys are made of, and of one for values."""
+        """Number of elements of the embeddings from which keys and values are made."""
         return self._context_dims
 
     @property
@@ -169,12 +169,12 @@ class LayerParameters:
 
     @property
     def norm_epsilon(self) -> float:
-        """What `qk_norm` adds to the mean of the squares."""
+        """Number that `qk_norm` adds to the mean of the squares."""
         return self._norm_epsilon
 
     @property
     def rotary(self) -> dict[str, Any] | None:
-        """A copy of all options of the rotary embedding, None without one."""
+        """A copy of all options of the rotary embedding, None without it."""
         return copy.deepcopy(self._rotary)
 
     @property
@@ -185,11 +185,25 @@ class LayerParameters:
     # ---- parameters -----------------------------------------------------------------------------
 
     def parameters(self) -> dict[str, Array]:
-        """Return the layer's own arrays by name: what is written into them counts.
+        """Return the layer's own arrays by name: writing to them changes the layer.
 
-        ``q_weight`` (embed_dim, heads * head_dim), ``k_weight`` and ``v_weight`` (context_dim,
-        kv_heads * head_dim or value_dim), ``o_weight`` (heads * value_dim, embed_dim), so that
-        ``q = x @ q_weight + q_bias``; ``q_norm`` and ``k_norm`` (head_dim,).
+        They are, as far as the layer has them:
+
+        - ``q_weight``, (embed_dim, heads * head_dim);
+        - ``k_weight`` and ``v_weight``, (context_dim, kv_heads * head_dim or value_dim);
+        - ``o_weight``, (heads * value_dim, embed_dim);
+        - ``q_bias``, ``k_bias``, ``v_bias`` and ``o_bias``, such that ``q = x @ q_weight +
+          q_bias``;
+        - ``q_norm`` and ``k_norm``, (head_dim,).
+
+        Returns
+        -------
+        dict of ndarray
+            The arrays, not copies.
+
+        See Also
+        --------
+        save : write them to a file, with the sizes of the layer.
 
         Examples
         --------
@@ -203,7 +217,7 @@ class LayerParameters:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all parameters."""
+        """Number of elements in all parameters."""
         return sum(x.size for x in self._parameters.values())
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -212,7 +226,7 @@ class LayerParameters:
         Parameters
         ----------
         path : str or path-like
-            Where to write it; a file that is there is replaced.
+            File to write. An existing file is replaced.
 
         Raises
         ------
@@ -221,16 +235,16 @@ class LayerParameters:
         OSError
             If the file cannot be written.
         TypeError
-            If `path` is no path.
+            If `path` is not a path.
 
         See Also
         --------
-        load : read it.
+        load : read the file.
         """
         _layer_weights.save(path, self._describe(), self._parameters)
 
     def _describe(self) -> dict[str, Any]:
-        """Return the options that `_of_arrays` makes such a layer with."""
+        """Return the options with which `_of_arrays` makes such a layer."""
         return {
             "embed_dim": self.embed_dim,
             "num_heads": self.num_heads,
@@ -252,7 +266,12 @@ class LayerParameters:
         Parameters
         ----------
         path : str or path-like
-            The file.
+            File to read.
+
+        Returns
+        -------
+        MultiHeadAttention
+            A layer with these parameters and sizes.
 
         Raises
         ------
@@ -261,14 +280,14 @@ class LayerParameters:
         OSError
             If the file cannot be read.
         ValueError
-            If it is no such file: its sizes are missing, unknown or of the wrong kind, or its
-            arrays are not what they say. Nothing of these sizes is allocated then.
+            If `save` did not write the file: sizes are missing, unknown or of the wrong type, or
+            the arrays do not match them. No memory of these sizes is allocated then.
         TypeError
-            If `path` is no path.
+            If `path` is not a path.
 
         See Also
         --------
-        save : write it.
+        save : write the file.
         """
         with _layer_weights.opened(path) as (shapes, read, description):
             return cls._of_arrays(shapes, read, **description)
@@ -295,45 +314,50 @@ class LayerParameters:
         dtype: DTypeLike | None = None,
         **unknown: Any,
     ) -> Self:
-        """Make a layer of separate matrices as Hugging Face models hold them.
+        """Make a layer from separate matrices, as Hugging Face models hold them.
 
         Parameters
         ----------
         q_weight, k_weight, v_weight, o_weight : array_like, shape (elements out, elements in)
-            As of ``torch.nn.Linear``: (heads * head_dim, embed_dim), (kv_heads * head_dim,
+            As in ``torch.nn.Linear``: (heads * head_dim, embed_dim), (kv_heads * head_dim,
             context_dim), (kv_heads * value_dim, context_dim) and (embed_dim, heads * value_dim).
-            The other way round with ``transposed=True``.
+            With ``transposed=True``, their transposes. PyTorch tensors are accepted too.
         num_heads : int
-            Query heads.
+            Number of query heads.
         kv_heads : int, optional
-            Heads of keys and values. Default: what the rows of `k_weight` make with the head_dim of
-            `q_weight`.
+            Number of heads of keys and values. Default: follows from the rows of `k_weight` and the
+            head_dim of `q_weight`.
         transposed : bool, optional
-            Whether the matrices are (elements in, elements out), as of GPT-2's ``Conv1D`` and of
-            `parameters`. It has to be said where all four are square, because the layer would give
-            other numbers, and nothing would show it. Default: False.
+            Whether the matrices are (elements in, elements out), as in GPT-2's ``Conv1D`` and in
+            `parameters`. Required if all four are square, because a wrong guess would silently
+            change the results. Default: False.
         q_bias, k_bias, v_bias, o_bias : array_like, optional
-            Missing ones are 0 where any is given.
+            If any of them is given, the missing ones are 0.
         q_norm, k_norm : array_like, shape (head_dim,), optional
             Weights of the norms of queries and keys; both or none.
         norm_epsilon : float, default 1e-6
-            Of these norms: `rms_norm_eps` of the model's configuration.
+            Number that these norms add: `rms_norm_eps` in the model's configuration.
         rotary : bool or mapping, optional
-            As of the class.
+            As in the class.
         dtype : dtype, optional
-            Default: the dtype of `q_weight`, float32 for 16-bit floats.
+            Dtype of the layer. Default: the dtype of `q_weight`, or float32 for 16-bit floats.
+
+        Returns
+        -------
+        MultiHeadAttention
+            A layer with copies of these weights.
 
         Raises
         ------
         TypeError
-            If an argument is of the wrong kind, such as a masked array or complex numbers, or all
+            If an argument has the wrong type, such as a masked array or complex numbers, or if all
             matrices are square and `transposed` is missing.
         ValueError
             If shapes do not fit, or a number is too large for `dtype`.
 
         See Also
         --------
-        from_torch : the weights of a ``torch.nn.MultiheadAttention``.
+        from_torch : make a layer from a ``torch.nn.MultiheadAttention``.
 
         Examples
         --------
@@ -347,7 +371,7 @@ class LayerParameters:
         >>> na.MultiHeadAttention.from_weights(q, k, v, o, num_heads=8, rotary=True)
         MultiHeadAttention(64, 8, kv_heads=2, head_dim=8, value_dim=8, dtype=float32)
 
-        The matrices of a GPT-2, which are (in, out), and those of queries, keys and values in one:
+        The matrices of GPT-2, which are (in, out), with those of q, k and v joined in one:
 
         >>> c_attn, c_proj = rng.standard_normal((64, 192)), rng.standard_normal((64, 64))
         >>> q, k, v = np.split(c_attn, 3, axis=1)
@@ -396,34 +420,44 @@ class LayerParameters:
     def from_torch(
         cls, module: Any, num_heads: int | None = None, *, dtype: DTypeLike = np.float32
     ) -> Self:
-        """Make a layer of the weights of a ``torch.nn.MultiheadAttention``.
+        """Make a layer from the weights of a ``torch.nn.MultiheadAttention``.
 
         Parameters
         ----------
         module : torch.nn.MultiheadAttention or mapping
-            The module, with ``batch_first=True``, or its ``state_dict()``, also of arrays. Of a
-            model pass the part, such as ``encoder_layer.self_attn``.
+            The module, with ``batch_first=True``, or its ``state_dict()``, of tensors or arrays.
+            Pass the layer rather than a whole model: ``encoder_layer.self_attn``, for example.
         num_heads : int, optional
-            Needed with a state_dict, which does not say. Default: the module's.
+            Number of heads. Required with a state_dict, which does not contain it. Default: the
+            module's.
         dtype : dtype, default float32
-            Of the layer.
+            Dtype of the layer.
+
+        Returns
+        -------
+        MultiHeadAttention
+            A layer with copies of the weights.
 
         Raises
         ------
         TypeError, ValueError
-            If weights are missing, misshapen, or of a kind that has no place here (`bias_k`), or
-            the module has ``batch_first=False``: a layer of it would take other axes than it.
+            If weights are missing, have the wrong shape or are not supported (`bias_k`), or if the
+            module has ``batch_first=False``, whose axes differ from the layer's.
 
         See Also
         --------
-        from_weights : separate matrices, as Hugging Face models hold them.
+        from_weights : make a layer from separate matrices, as Hugging Face models hold them.
 
         Notes
         -----
-        The layer takes (batch, length, embed_dim), as PyTorch does with ``batch_first=True``, has
-        no dropout (but `vjp` has), and gives weights per head. Pass ``lengths`` for PyTorch's
-        ``key_padding_mask``: rows of padding, where PyTorch attends to the valid keys, attend to
-        nothing here. A mask is True where PyTorch's is False; one of floats is a call's `bias`.
+        The layer differs from PyTorch's in these ways:
+
+        - It takes (batch, length, embed_dim), as PyTorch does with ``batch_first=True``.
+        - It has no dropout, except in `vjp`.
+        - It returns weights per head.
+        - Pass ``lengths`` instead of ``key_padding_mask``. Padding attends to nothing here, while
+          it attends to the valid keys in PyTorch.
+        - A mask is True where PyTorch's is False. Pass a float mask as the `bias` of a call.
 
         Examples
         --------

@@ -1,4 +1,4 @@
-"""A layer's weights: written to files, read from them, and taken from other libraries' layers."""
+"""A layer's weights: files of them, and weights from other libraries' layers."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _OPTIONS = (
     "embed_dim", "num_heads", "kv_heads", "head_dim", "value_dim", "context_dim", "bias", "rotary",
     "qk_norm", "dtype", "norm_epsilon",
 )  # fmt: skip
-# Of files that do not say them, which are older.
+# The values for older files, which do not contain these options.
 _LATER_OPTIONS = {"norm_epsilon": 1e-6}
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 _TORCH_NAMES = (
     "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias",
     "out_proj.weight", "out_proj.bias", "bias_k", "bias_v",
 )  # fmt: skip
-# Hugging Face's names of separate matrices: of q, k, v and the output.
+# Hugging Face's names of separate matrices for q, k, v and the output.
 _SEPARATE_NAMES = (
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("q_proj", "k_proj", "v_proj", "out_proj"),
@@ -56,7 +56,7 @@ def check_shapes(
     expected: Mapping[str, tuple[int, ...]],
     are_transposed: bool,
 ) -> None:
-    """Check that there are the arrays of a layer; an error names shapes as the user gave them."""
+    """Check that the arrays of a layer are given; an error shows shapes as the user gave them."""
     for name, shape in expected.items():
         if name not in given:
             refuse_missing(name, given)
@@ -74,7 +74,7 @@ def refuse_missing(name: str, given: Mapping[str, tuple[int, ...]]) -> NoReturn:
 
 
 def converted(name: str, x: Array, dtype: np.dtype[Any]) -> Array:
-    """Return a copy of a dtype, row after row."""
+    """Return a copy in a dtype, in C order."""
     with np.errstate(all="ignore"):
         copy = np.array(x, dtype, order="C")
     if x.dtype != dtype and np.any(np.isinf(copy) & np.isfinite(x)):
@@ -92,7 +92,7 @@ def save(
     parameters: Mapping[str, Array],
     kind: str = _METADATA,
 ) -> None:
-    """Write parameters, and the options of the layer, of some kind, that has them."""
+    """Write parameters, and the options of the layer or block of this kind that has them."""
     arrays = {name: np.ascontiguousarray(x) for name, x in parameters.items()}
     package = _safetensors()
     filename = _file_name(path)
@@ -108,10 +108,10 @@ def opened(
     kind: str = _METADATA,
     check: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Array], dict[str, Any]]]:
-    """Give the shapes of the arrays in a file, what reads one by its name, and the layer's options.
+    """Give the shapes of the arrays in a file, a function that reads one, and the layer's options.
 
-    `check` returns these, checked; by default an attention layer's. Errors of the file, and
-    of a layer made of it, name the file.
+    `check` checks and returns the options; by default those of an attention layer. Errors about the
+    file, and about a layer made from it, name the file.
     """
     package = _safetensors()
     filename = _file_name(path)
@@ -149,7 +149,7 @@ def _description(kind: str, text: str) -> dict[str, Any]:
 
 
 def check_names(kind: str, description: dict[str, Any], options: tuple[str, ...]) -> None:
-    """Check that a layer's options are there, and no others."""
+    """Check that a description has all options of a layer and no others."""
     for name in options:
         if name not in description:
             refuse(name, "nothing", "a value among the sizes of the layer")
@@ -159,7 +159,7 @@ def check_names(kind: str, description: dict[str, Any], options: tuple[str, ...]
 
 
 def checked_sizes(description: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of an attention layer."""
+    """Check and return the options of an attention layer."""
     description = _LATER_OPTIONS | description
     check_names(_METADATA, description, _OPTIONS)
     for name in _OPTIONS[:5]:
@@ -187,15 +187,15 @@ def _safetensors() -> Any:
 
 
 def float_matrices(**matrices: ArrayLike) -> dict[str, Array]:
-    """Return arrays of two axes by their names."""
+    """Return the matrices as arrays of two axes, by name."""
     return {name: _float_matrix(name, x) for name, x in matrices.items()}
 
 
 def with_inputs_first(matrices: dict[str, Array], transposed: bool | None) -> bool:
-    """Whether matrices are (in, out), and not (out, in), as the caller says or their shapes show.
+    """Return whether matrices are (in, out) rather than (out, in).
 
-    Matrices that are not square and are read the wrong way round make a layer of other sizes, which
-    shows in its first call. Square ones make one that gives other numbers.
+    If not all matrices are square, a wrong guess makes a layer of other sizes, which shows in its
+    first call. If all are square, it would silently change the results, so the caller must say.
     """
     if transposed is not None:
         return flag("transposed", transposed)
@@ -212,9 +212,9 @@ def with_inputs_first(matrices: dict[str, Array], transposed: bool | None) -> bo
 def sizes(
     matrices: dict[str, Array], num_heads: int, kv_heads: int | None, inputs_first: bool
 ) -> tuple[int, int, dict[str, Any]]:
-    """Return embed_dim, num_heads, and the other sizes of a layer of matrices.
+    """Return embed_dim, num_heads and the other sizes of a layer with these matrices.
 
-    An error names shapes as the user gave them.
+    An error shows shapes as the user gave them.
     """
     heads = at_least("num_heads", num_heads, 1)
     flip = -1 if inputs_first else 1
@@ -252,7 +252,7 @@ def sizes(
 
 
 def numbers(name: str, x: ArrayLike) -> Array:
-    """Return an array of real numbers, also of a tensor of PyTorch."""
+    """Return an array of real numbers, also from a PyTorch tensor."""
     array = _from_tensor(name, x)
     if not is_real(array.dtype):
         refuse_kind(name, f"dtype {array.dtype.name}", "real numbers")
@@ -267,7 +267,7 @@ def _float_matrix(name: str, x: ArrayLike) -> Array:
 
 
 def _from_tensor(name: str, x: Any) -> Array:
-    """Return an array of what may be a tensor of PyTorch, also of its 16-bit floats."""
+    """Return an array from anything, including PyTorch tensors, also of 16-bit floats."""
     if hasattr(x, "detach"):
         try:
             x = x.detach().cpu()
@@ -282,7 +282,7 @@ def _from_tensor(name: str, x: Any) -> Array:
 
 
 def _refuse_parts(module: Any, state: Mapping[str, Any], is_state: bool) -> None:
-    """Refuse what has attention as a part, and say how to pass that."""
+    """Refuse a module that has attention as a part, and say how to pass that part."""
     ends = (".in_proj_weight", ".q_proj_weight")
     dotted = [name for name in map(str, state) if name.endswith(ends)]
     parts = [name.rpartition(".")[0] for name in dotted]
@@ -301,7 +301,7 @@ def _refuse_parts(module: Any, state: Mapping[str, Any], is_state: bool) -> None
 
 
 def _refuse_separate(module: Any, state: Mapping[str, Any], is_state: bool) -> None:
-    """Refuse a layer of Hugging Face, or a model that has some, and say where its weights go."""
+    """Refuse a Hugging Face layer or model, and say how to pass its weights."""
     names = list(map(str, state))
     there = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
 
@@ -341,7 +341,7 @@ def _present(arrays: Mapping[str, Array], name: str) -> Array:
 
 
 def of_torch(module: Any, num_heads: int | None) -> dict[str, Any]:
-    """Return the arguments of `MultiHeadAttention.from_weights` for a layer of PyTorch."""
+    """Return the arguments of `MultiHeadAttention.from_weights` for a PyTorch layer."""
     if getattr(module, "add_zero_attn", False):
         refuse("module", "add_zero_attn=True", "a module without it")
     is_state = hasattr(module, "keys")
@@ -395,7 +395,7 @@ def of_torch(module: Any, num_heads: int | None) -> dict[str, Any]:
 
 
 def _torch_arrays(state: Mapping[str, Any], num_heads: int) -> dict[str, Array]:
-    """Return the arrays of a state_dict, whose shapes fit each other."""
+    """Return the arrays of a state_dict, after checking that their shapes fit."""
     arrays = {name: numbers(name, x) for name, x in state.items() if x is not None}
     first = "in_proj_weight" if "in_proj_weight" in arrays else "q_proj_weight"
     embed_dim = _float_matrix(first, _present(arrays, first)).shape[1]

@@ -1,6 +1,6 @@
-"""Importing this fails in a subinterpreter, before NumPy is imported there.
+"""Importing this module fails in a subinterpreter, before NumPy is imported there.
 
-NumPy works in one interpreter of a process, the main one. In another one some of its versions
+NumPy works only in the main interpreter of a process. In a subinterpreter some of its versions
 refuse to be imported, some fail in later calls, and some end the process.
 """
 
@@ -11,13 +11,13 @@ import importlib
 
 def is_here() -> bool:
     """Return whether this is the process's main interpreter."""
-    for name in ("_interpreters", "_xxsubinterpreters"):  # from 3.13 on; before
+    for name in ("_interpreters", "_xxsubinterpreters"):  # Python 3.13 and later; before
         try:
             interpreters = importlib.import_module(name)
         except ImportError:
             continue
         return bool(interpreters.get_current() == interpreters.get_main())
-    return True  # Where there is no such module there is one interpreter.
+    return True  # without such a module there is only one interpreter
 
 
 if not is_here():

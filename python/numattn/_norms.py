@@ -1,4 +1,4 @@
-"""The norms of a block's rows, and of queries and keys, with their gradients."""
+"""Norms of a block's rows, and of queries and keys, with their gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Norm(NamedTuple):
-    """A root-mean-square norm, or LayerNorm, which takes the mean away first."""
+    """A root-mean-square norm, or LayerNorm, which subtracts the mean first."""
 
     is_centred: bool
     epsilon: float
@@ -26,7 +26,7 @@ class Norm(NamedTuple):
     def apply(self, rows: Array, out: Array, add: Array | None = None) -> Array:
         """Write the rows of the last axis, normalized, to `out`, which may be `rows`; return it.
 
-        `add` is added to the rows first, which keep the sum.
+        `add` is added to the rows in place first.
         """
         assert add is None or rows.flags.c_contiguous
         _runtime.computations.normalize(

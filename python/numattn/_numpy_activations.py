@@ -1,7 +1,7 @@
 """The functions between the two matrices of a feed-forward network, and their slopes, in NumPy.
 
-Each of `ACTIVATIONS` writes its values of `a` to `out`, which may be `a`, and its slopes where
-these are wanted. `work` are arrays of the same shape, to be overwritten.
+Each function in `ACTIVATIONS` writes its values at `a` to `out`, which may be `a`, and its slopes
+to `slope` unless that is None. `work` are arrays of the same shape that may be overwritten.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 
 
 class Activation(NamedTuple):
-    """A function, and how many arrays it works with."""
+    """A function, and the number of work arrays that it needs."""
 
     function: Callable[[Array, Array, Array | None, Sequence[Array]], None]
     work_arrays: int
 
 
-# Q(x) is the probability that a standard normal variable is more than x. For x >= 0,
-# Q(x) exp(x^2 / 2) (x + 4) is a polynomial in u = (x - 4) / (x + 4), -1 <= u < 1, but for 4e-8 of
-# it (10 coefficients) and 1e-16 (23). They are from its Chebyshev series, highest power first.
+# Q(x) is the probability that a standard normal variable exceeds x. For x >= 0,
+# Q(x) exp(x^2 / 2) (x + 4) is a polynomial in u = (x - 4) / (x + 4), -1 <= u < 1, with a relative
+# error of 4e-8 (10 coefficients) or 1e-16 (23). The coefficients come from its Chebyshev series,
+# highest power first.
 _SMOOTH_TAIL = {
     "float32": (
         -0.00015732057, 0.000129325681, 0.0015637869, -0.00347616789, -0.00751223138, 0.0603952959,
@@ -54,8 +55,8 @@ _FARTHEST = 40.0  # where Q is 0 in float64
 def gelu(a: Array, out: Array, slope: Array | None, work: Sequence[Array]) -> None:
     """Compute a P(X <= a) for a standard normal X.
 
-    The form of the tail is the one of Shepherd and Laframboise, "Chebyshev approximation of
-    (1 + 2x) exp(x^2) erfc x in 0 <= x < infinity", Mathematics of Computation 36, 1981.
+    The form of the tail is from Shepherd and Laframboise, "Chebyshev approximation of (1 + 2x)
+    exp(x^2) erfc x in 0 <= x < infinity", Mathematics of Computation 36, 1981.
     """
     x, gauss, inverse, u, tail = work
     np.abs(a, out=x)
@@ -74,7 +75,7 @@ def gelu(a: Array, out: Array, slope: Array | None, work: Sequence[Array]) -> No
         tail += coefficient
     tail *= inverse  # Q(x) exp(x^2 / 2)
     if slope is not None:
-        # The slope is P + a P'. At -x it is Q(x) - x P'(x); at x it is 1 less that.
+        # The slope is P + a P'. At -x it is Q(x) - x P'(x), and at x it is 1 minus that.
         np.multiply(x, 1 / math.sqrt(2 * math.pi), out=slope)
         np.subtract(tail, slope, out=slope)
         slope *= gauss
@@ -166,7 +167,7 @@ ACTIVATIONS = {
 def activate(
     name: str, a: Array, times: Array | None, out: Array, num_threads: int | None = None
 ) -> None:
-    """Fill `out`, which may be `a`, with f(a), times `times` unless that is None."""
+    """Fill `out`, which may be `a`, with f(a), multiplied by `times` unless that is None."""
     del num_threads
     flat_a, flat_out = a.reshape(-1), out.reshape(-1)
     with quiet():
@@ -181,8 +182,11 @@ def activate_back(
     name: str, d: Array, a: Array, times: Array | None, out: Array, d_a: Array,
     d_times: Array | None, num_threads: int | None = None,
 ) -> None:  # fmt: skip
-    """Fill `out` as `activate`, and `d_a` and `d_times` with what the gradient `d` with respect to
-    `out` gives; either may be `d`. `d_times` is None where `times` is."""
+    """Fill `out` like `activate`, and `d_a` and `d_times` with the gradients of `a` and `times`.
+
+    `d` is the gradient with respect to `out`; `d_a` or `d_times` may be `d`. `d_times` is None if
+    `times` is None.
+    """
     del num_threads
     flat_a, flat_out, flat_d, flat_d_a = (x.reshape(-1) for x in (a, out, d, d_a))
     with quiet():
@@ -202,7 +206,7 @@ def activate_back(
 
 
 def _parts(name: str, elements: Array, more: int) -> Iterator[tuple[Any, ...]]:
-    """Give parts of elements, each with `more` arrays to work with and then the activation's."""
+    """Yield parts of the elements, each with `more` work arrays and those of the activation."""
     arrays = more + ACTIVATIONS[name].work_arrays
     work = np.empty((arrays, chunk_length(elements)), precision_of(elements.dtype))
     for part in chunks(elements):

@@ -1,9 +1,9 @@
-"""What the compiled kernels compute, in NumPy, for where they are not.
+"""The computations of the compiled kernels in NumPy, for systems without these.
 
-It has the same meaning and the same refusals, with memory linear in the sequence lengths.
+The meaning and the errors are the same, and memory is linear in the sequence lengths.
 
-Queries are taken a block of rows at a time, such that a block's logits stay below a fixed
-number; a row sees all of its keys at once.
+Queries are taken one block of rows at a time, so that the number of a block's logits stays below a
+limit. A row is computed with all of its keys at once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def attention(arguments: Arguments) -> None:
     with quiet():
         for problem in plain_problems(arguments):
             if problem.out is not None and problem.out.size > 0:
-                if problem.q_lengths is not None:  # what is not computed
+                if problem.q_lengths is not None:  # for rows that are not computed
                     problem.out[...] = 0
                     if problem.lse is not None:
                         problem.lse[...] = -np.inf
@@ -54,8 +54,8 @@ def attention(arguments: Arguments) -> None:
 
 
 def stage(arguments: Arguments, name: str, out: Array) -> None:
-    """Fill `out` with "logits" or "weights" (batch..., Hq, Lq, Lk), or with what keys have
-    "received" (batch..., Hq, Lk)."""
+    """Fill `out` with "logits" or "weights" (batch..., Hq, Lq, Lk), or with the attention
+    "received" by each key (batch..., Hq, Lk)."""
     with quiet():
         for problem in plain_problems(arguments):
             if name == "received" or problem.q_lengths is not None:
@@ -115,8 +115,8 @@ def multiply(products: list[Product], num_threads: int | None = None) -> None:
 
 
 def _weigh(a: Arguments, kv_heads: slice, logits: Array) -> tuple[Array, Array, Array]:
-    """Return weights that are not divided yet, their sums, and the largest logits; sums and
-    largest logits have an axis of 1 for the keys."""
+    """Return weights before division, their sums, and the largest logits; sums and largest logits
+    have a last axis of length 1."""
     precision = logits.dtype.type
     sink = np.full((*logits.shape[:2], 1, 1), -np.inf, precision)
     if a.sinks is not None:
@@ -133,7 +133,7 @@ def _attend(a: Arguments, batch_item: tuple[int, ...], kv_heads: slice, rows: sl
     query_heads = query_heads_of(a, kv_heads)
     logits, attend, keys = masked_logits(a, batch_item, kv_heads, rows)[:3]
     weights, total, maximum = _weigh(a, kv_heads, logits)
-    # Before the product, which may overflow where the mean does not.
+    # Divide before the product, which may overflow although the mean does not.
     weights /= np.where(total == 0, total.dtype.type(1), total)
     if a.dropout > 0:
         kept = kept_weights(a, batch_item, kv_heads, rows, keys)

@@ -1,5 +1,8 @@
-"""What the computations in NumPy share: problems without sequences and pages, blocks of their rows,
-logits of a block, and products in which masked values count for nothing."""
+"""Parts that the computations in NumPy share.
+
+These are problems without sequences and pages, blocks of their rows, logits of a block, and
+products that ignore masked values.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,15 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# Logits of one block. With what is made from them a block takes some five times their memory.
+# Logits of one block. With the arrays made from them, a block takes about five times their memory.
 _BLOCK_LOGITS = 1 << 20
 
 
 def quiet() -> np.errstate:
-    """NaN and infinity in the input are the user's business; overflow gives inf, as a cast would.
-    So the user's error state says nothing about what happens in here.
+    """Return a context in which NumPy does not warn, whatever the user's error state.
+
+    NaN and infinity in the input are the user's business, and overflow results in inf, as in a
+    cast.
     """
     return np.errstate(all="ignore")
 
@@ -127,9 +132,9 @@ def query_heads_of(a: Arguments, kv_heads: slice) -> slice:
 def masked_logits(
     a: Arguments, batch_item: tuple[int, ...], kv_heads: slice, rows: slice
 ) -> tuple[Array, Array, slice, Array | None]:
-    """Return a block's logits, which of them are attended to, the keys that they are of, and the
-    hyperbolic tangents that softcap has multiplied; axes are [KV head, query head of its group,
-    row, key]."""
+    """Return a block's logits, which of them are attended to, their keys, and the hyperbolic
+    tangents before softcap multiplies them; axes are [KV head, query head of its group, row,
+    key]."""
     query_heads = query_heads_of(a, kv_heads)
     precision = np.float64 if a.q.dtype.itemsize == 8 else np.float32
 
@@ -153,7 +158,7 @@ def masked_logits(
         capped = np.tanh(logits / precision(a.softcap))
         logits = precision(a.softcap) * capped
 
-    # Differences of positions fit into the floats that they are used as.
+    # Differences of positions are exact in the floats that they become.
     distance = (np.arange(rows.start, rows.stop) + (offset - begin))[:, np.newaxis] - np.arange(
         keys.stop - begin
     )
@@ -188,17 +193,17 @@ def kept_weights(
 
 
 def aggregate(weights: Array, v: Array, attend: Array, largest: float = np.inf) -> Array:
-    """Return weights @ v, in which a value that is not attended to is no number at all.
+    """Return weights @ v, ignoring values that are not attended to, even NaN.
 
-    Where weights add up to 1 only rounding can carry a sum of finite values beyond the largest of
-    numbers, which is what `largest` is for.
+    If weights add up to 1, only rounding can carry a sum of finite values beyond the largest
+    number; `largest` limits it.
     """
     finite = np.isfinite(v)
     if finite.all():
         out: Array = np.matmul(weights, v)
         return np.clip(out, -largest, largest, out=out)
-    # A weight of 0 would carry a NaN or an infinity into queries that mask its key. An infinite
-    # weight keeps the sign of an infinite value, which a 0 in its place would make NaN.
+    # A weight of 0 would carry a NaN or an infinity into queries that mask its key. Infinite values
+    # are replaced by tiny ones rather than by 0, because an infinite weight times 0 is NaN.
     least = np.copysign(np.finfo(v.dtype).tiny, v)
     out = np.matmul(weights, np.where(finite, v, np.where(np.isnan(v), 0, least)))
     np.clip(out, -largest, largest, out=out)
@@ -210,10 +215,10 @@ def aggregate(weights: Array, v: Array, attend: Array, largest: float = np.inf) 
 
 
 def _show_non_finite(out: Array, weights: Array, v: Array, attend: Array) -> None:
-    """Add to `out` what attended infinities and NaNs are times their weights."""
+    """Add the products of attended infinities and NaNs with their weights to `out`."""
 
     def meet(chosen: Array, values: Array) -> Array:
-        """Whether a query has chosen a key with such a value; by BLAS, which has no bool."""
+        """Return whether a query has chosen a key with such a value; in floats, for BLAS."""
         if not (chosen.any() and values.any()):
             return np.zeros(out.shape, np.bool_)
         return np.asarray(np.matmul(chosen.astype(np.float32), values.astype(np.float32)) > 0)

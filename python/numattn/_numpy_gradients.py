@@ -1,4 +1,4 @@
-"""The gradients of attention in NumPy, a block of rows at a time: memory linear in the lengths."""
+"""The gradients of attention in NumPy, one block of rows at a time, in linear memory."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _plain_gradients(g: GradientArguments) -> Iterator[GradientArguments]:
 def _add_gradients(
     g: GradientArguments, batch_item: tuple[int, ...], kv_heads: slice, rows: slice
 ) -> None:
-    """Add a block of rows' part of the gradients."""
+    """Add the contribution of a block of rows to the gradients."""
     a = g.forward
     assert a.v is not None
     assert a.out is not None
@@ -87,7 +87,7 @@ def _add_gradients(
     if g.dlse is not None:
         row_sums -= of_rows(g.dlse)
     dlogits = np.matmul(dout, of_keys(a.v).swapaxes(-1, -2))
-    of_values = weights  # what values are multiplied by
+    of_values = weights  # the weights that multiply the values
     if a.dropout > 0:
         kept = kept_weights(a, batch_item, kv_heads, rows, keys)
         growth = precision.type(1 / (1 - a.dropout))
@@ -95,7 +95,7 @@ def _add_gradients(
         dlogits = np.where(kept, dlogits * growth, precision.type(0))
     dlogits -= row_sums
     dlogits *= weights
-    # What is masked may have met a NaN.
+    # Masked elements may have met a NaN.
     dlogits = np.where(attend, dlogits, precision.type(0))
     if g.dbias is not None:
         _add_repeated(g.dbias[batch_item][query_heads, rows, keys], _as_heads(dlogits))
@@ -104,7 +104,7 @@ def _add_gradients(
         dlogits = np.where(attend, dlogits, precision.type(0))
 
     scale = precision.type(a.scale)
-    # A key that is not finite gives a logit of -inf, whose gradient is 0, or NaN already.
+    # The logit of a key that is not finite is -inf, whose gradient is 0, or already NaN.
     k = of_keys(a.k)
     dq = np.matmul(dlogits, np.where(np.isfinite(k), k, precision.type(0))) * scale
     g.dq[batch_item][query_heads, rows] += _as_heads(dq)
@@ -130,7 +130,7 @@ def _by_key(x: Array) -> Array:
 
 
 def _add_repeated(to: Array, x: Array) -> None:
-    """Add to an array in which elements along axes with a stride of 0 are one."""
+    """Add to an array whose elements along axes with a stride of 0 are the same."""
     axes = tuple(axis for axis, stride in enumerate(to.strides) if stride == 0)
     once = to[tuple(slice(0, 1 if axis in axes else None) for axis in range(to.ndim))]
     once += x.sum(axis=axes, keepdims=True)

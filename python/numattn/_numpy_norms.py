@@ -1,4 +1,4 @@
-"""Norms of rows, of the last axis, and their gradients, in NumPy."""
+"""Norms of rows (the last axis) and their gradients, in NumPy."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ def normalize(
     x: Array, add: Array | None, weight: Array, bias: Array | None, epsilon: float,
     is_centred: bool, out: Array, num_threads: int | None = None,
 ) -> None:  # fmt: skip
-    """Add `add` to `x` unless it is None, and fill `out`, which may be `x`, with its rows divided
-    by their root mean squares, or, centred, by their deviations from their means."""
+    """Add `add` to `x` unless it is None, and fill `out`, which may be `x`, with normalized rows.
+
+    Rows are divided by their root mean square. If `is_centred`, their mean is subtracted first.
+    """
     del num_threads
     rows, to = (array.reshape(-1, x.shape[-1]) for array in (x, out))
     precision = precision_of(x.dtype)
@@ -41,8 +43,8 @@ def normalize_back(
     d: Array, x: Array, weight: Array, epsilon: float, is_centred: bool, of_weight: Array,
     of_bias: Array | None, num_threads: int | None = None,
 ) -> None:  # fmt: skip
-    """Turn the gradient `d` with respect to the rows of `normalize` into the one of `x`, in place,
-    and fill `of_weight` and, unless it is None, `of_bias`."""
+    """Turn the gradient `d` with respect to the result of `normalize` into that of `x`, in place;
+    also fill `of_weight` and, unless it is None, `of_bias`."""
     del num_threads
     rows, d_rows = (array.reshape(-1, x.shape[-1]) for array in (x, d))
     precision = precision_of(x.dtype)
@@ -54,7 +56,7 @@ def normalize_back(
             of_weights += (d_part * vectors).sum(axis=0)
             of_biases += d_part.sum(axis=0)
             d_part *= widened(weight)
-            # Without what changes the length of a vector.
+            # Remove the component that changes the length of a vector.
             vectors *= np.mean(d_part * vectors, axis=-1, keepdims=True)
             d_part -= vectors
             d_part /= root
@@ -68,10 +70,10 @@ def normalize_back(
 
 
 def _to_units(vectors: Array, epsilon: float, is_centred: bool) -> tuple[Array, Array]:
-    """Divide each vector by its root mean square, in place, without its mean where it is centred.
+    """Divide each vector by its root mean square, in place; subtract its mean first if centred.
 
-    `epsilon` is added to the mean of the squares. Return the power of two that each is multiplied
-    by, and what it is divided by after that.
+    `epsilon` is added to the mean of the squares. Return the power of two that each vector is
+    multiplied by, and the number that it is divided by after that.
     """
     scale = _scale_down(vectors)
     if is_centred:
@@ -83,10 +85,10 @@ def _to_units(vectors: Array, epsilon: float, is_centred: bool) -> tuple[Array, 
 
 
 def _scale_down(vectors: Array) -> Array:
-    """Multiply huge vectors by a power of two, in place, which makes their elements 1 at most.
+    """Multiply huge vectors by a power of two, in place, so that their elements are at most 1.
 
-    Squares of numbers beyond 1e19 overflow in float32; powers of two change no digit. Return what
-    each vector is multiplied by, or one number for all.
+    Squares of numbers beyond 1e19 overflow in float32, and powers of two change no digits. Return
+    the factor of each vector, or one factor for all.
     """
     limits = np.finfo(vectors.dtype)
     harmless = limits.maxexp // 2 - 16  # sums of 2^31 squares below 2^this do not overflow

@@ -1,6 +1,6 @@
-"""Parts of an array of rows that stay in the cache while several operations go over them.
+"""Parts of an array of rows that stay in the cache during several operations.
 
-Operations on 16-bit floats are in float32, and a part is rounded once, after the last of them.
+Operations on 16-bit floats are in float32, and a part is rounded once, after the last operation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BYTES = 64 * 1024  # an operation has up to seven arrays of this size
 
 
 def chunk_length(rows: Array) -> int:
-    """Return how many rows a chunk has, the last one excepted."""
+    """Return how many rows a chunk has, except the last one."""
     row_bytes = math.prod(rows.shape[1:]) * precision_of(rows.dtype).itemsize
     return max(1, _BYTES // row_bytes)
 
@@ -33,11 +33,11 @@ def chunks(rows: Array) -> Iterator[slice]:
 
 
 def widened(x: Array) -> Array:
-    """Return what to compute with: a copy of 16-bit floats in float32, else the array itself."""
+    """Return the array to compute with: a float32 copy for 16-bit floats, else x itself."""
     return x.astype(precision_of(x.dtype), copy=False)
 
 
 def put_back(computed: Array, x: Array) -> None:
-    """Round what was computed with `widened(x)` to `x`."""
+    """Round the result of a computation with `widened(x)`, and write it to `x`."""
     if computed.dtype != x.dtype:
         x[...] = computed

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# Masked keys get a weight of 0 here; ONNX Runtime adds a number to their logits that leaves none.
+# ONNX Runtime adds a number to the logits of masked keys. Here they get a weight of 0, which is the
+# same only if that number is low enough.
 _MOST_FILTER_VALUE = -1000.0
 
 
@@ -50,7 +51,7 @@ def _refuse_other(attributes: dict[str, tuple[object, object]]) -> None:
 
 
 class MultiHeadAttention(_ContribOp):
-    """MultiHeadAttention of ONNX Runtime; inputs, outputs and attributes are ONNX Runtime's."""
+    """The operator MultiHeadAttention of ONNX Runtime, with its inputs, outputs and attributes."""
 
     def _run(
         self,
@@ -77,7 +78,7 @@ class MultiHeadAttention(_ContribOp):
         if bias is not None:
             q, new_k, new_v = _with_bias(bias, q, new_k, new_v, key is None or key.ndim != 4)
         if unidirectional and new_k.shape[2] != q.shape[2]:
-            # ONNX Runtime's last query sees all keys then.
+            # In ONNX Runtime the last query then attends to all keys.
             seen = f"1 with {q.shape[2]} queries and {new_k.shape[2]} new keys"
             refuse("unidirectional", seen, "0, or the same number of new keys and queries")
         k = after_past("key", past_key, new_k, past_value)
@@ -120,7 +121,7 @@ def _unpacked(
 def _with_bias(
     bias: Array, q: Array, k: Array, v: Array, also_keys: bool
 ) -> tuple[Array, Array, Array]:
-    """Add the biases of the projections; ready keys and values have theirs already."""
+    """Add the biases of the projections; keys and values from a cache already have theirs."""
     heads = q.shape[1]
     sizes = [heads * x.shape[3] for x in (q, k, v)]
     if bias.shape != (sum(sizes),):
@@ -131,7 +132,7 @@ def _with_bias(
 
 
 def _padding(mask: Array, q: Array, keys: int) -> dict[str, Any]:
-    """Return the option that a mask of padding is, by its shape."""
+    """Return the option for a padding mask, which depends on its shape."""
     batch, _, length, _ = q.shape
     if mask.shape == (batch,):
         return {"kv_lengths": per_item("key_padding_mask", mask, batch, 0, keys)}
@@ -143,7 +144,7 @@ def _padding(mask: Array, q: Array, keys: int) -> dict[str, Any]:
 
 
 class GroupQueryAttention(_ContribOp):
-    """GroupQueryAttention of ONNX Runtime; inputs, outputs and attributes are ONNX Runtime's.
+    """The operator GroupQueryAttention of ONNX Runtime, with its inputs, outputs and attributes.
 
     Rows of `output` beyond a sequence's valid tokens are 0.
     """
@@ -246,21 +247,21 @@ class GroupQueryAttention(_ContribOp):
 
 
 def _split_packed(query: Array, heads: int, kv_heads: int) -> tuple[Array, Array, Array]:
-    """View (B, H, L, D) of queries, keys and values that are one array (B, L, all heads * D)."""
+    """View queries, keys and values, packed as (B, L, all heads * D), each as (B, H, L, D)."""
     packed = heads_of("query", query, heads + 2 * kv_heads)
     return packed[:, :heads], packed[:, heads:-kv_heads], packed[:, -kv_heads:]
 
 
 class _Tokens:
-    """Where the tokens of each sequence are."""
+    """The places of the tokens of each sequence in the cache."""
 
     kept: NDArray[np.int64]  # tokens in the cache after this step
     valid: NDArray[np.int64]  # tokens in the call, which may be padded on the right
     past: NDArray[np.int64]  # tokens in the cache before
     length: int  # of the call
     capacity: int  # of the cache
-    appends: bool  # False where the cache has the call's keys already
-    is_first: bool  # a text begins
+    appends: bool  # False if the cache already has the call's keys
+    is_first: bool  # whether a text begins
 
     def __init__(
         self, q: Array, new: Array, past: Array | None, seqlens: Array, total: int,
@@ -290,11 +291,11 @@ class _Tokens:
         places = np.minimum(np.arange(self.length), self.valid[:, np.newaxis] - 1)
         if given is None:
             return np.maximum(self.past[:, np.newaxis] + places, 0)
-        # ONNX Runtime takes the first of all positions alone where a text begins.
+        # If a text begins, ONNX Runtime reads only the first of all positions.
         return np.maximum(given.reshape(-1)[0] + places, 0) if self.is_first else given
 
     def after_past(self, past: Array | None, new: Array) -> Array:
-        """Return the cache with the new tokens in their places; what is beyond them is 0."""
+        """Return the cache with the new tokens in their places, and 0 beyond them."""
         if past is None and self.capacity == self.length:
             return new
         if past is not None and not self.appends:
@@ -311,7 +312,7 @@ class _Tokens:
 
 
 class RotaryEmbedding(_ContribOp):
-    """RotaryEmbedding of ONNX Runtime, whose positions come before the tables."""
+    """The operator RotaryEmbedding of ONNX Runtime, whose positions come before the tables."""
 
     def _run(
         self,

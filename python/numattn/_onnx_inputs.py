@@ -1,4 +1,4 @@
-"""What operators of ONNX graphs have in common: their inputs in the form that numattn takes."""
+"""Inputs that operators of ONNX graphs share, in the form that numattn takes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def wanted(operator: OpRun, output: int) -> bool:
-    """Whether the graph has a name for this output."""
+    """Return whether the graph uses this output."""
     names = operator.onnx_node.output
     return len(names) > output and bool(names[output])
 
 
 def heads_of(name: str, x: Array, heads: int | None) -> Array:
-    """View (B, H, L, D) of an input of three axes, (B, L, H * D), or of four."""
+    """View an input of three axes, (B, L, H * D), or four axes as (B, H, L, D)."""
     if x.ndim == 4:
         if heads and heads != x.shape[1]:
             refuse(name, f"shape {x.shape}", f"{heads} heads, as in the attribute")
@@ -36,13 +36,13 @@ def heads_of(name: str, x: Array, heads: int | None) -> Array:
 
 
 def flat(x: Array) -> Array:
-    """Return (B, L, H * D) of (B, H, L, D)."""
+    """Return an array (B, H, L, D) as (B, L, H * D)."""
     batch, heads, length, dim = x.shape
     return x.swapaxes(1, 2).reshape(batch, length, heads * dim)
 
 
 def check_past(name: str, past: Array | None, new: Array, other: Array | None) -> None:
-    """Refuse a cache that new tokens do not fit; `other` is the cache of the other kind."""
+    """Refuse a cache that does not fit new tokens; `other` is the cache for values or keys."""
     if (past is None) != (other is None):
         refuse("past_key, past_value", "only one of them", "both or none")
     if past is None:
@@ -54,13 +54,13 @@ def check_past(name: str, past: Array | None, new: Array, other: Array | None) -
 
 
 def after_past(name: str, past: Array | None, new: Array, other: Array | None) -> Array:
-    """Return the tokens of a cache, then the new ones; `other` is the cache of the other kind."""
+    """Return the tokens of a cache, then new ones; `other` is the cache for values or keys."""
     check_past(name, past, new, other)
     return new if past is None else np.concatenate((past, new), axis=2)
 
 
 def per_item(name: str, values: Array, batch: int, low: int, high: int) -> NDArray[np.int64]:
-    """Return a whole number for each item of the batch."""
+    """Return one int per batch item."""
     numbers = values.reshape(-1)
     if numbers.dtype.kind not in "iu":
         refuse_kind(name, f"dtype {numbers.dtype}", "ints")
@@ -72,7 +72,7 @@ def per_item(name: str, values: Array, batch: int, low: int, high: int) -> NDArr
 
 
 def mask_or_bias(name: str, mask: Array | None, q: Array, keys: int) -> dict[str, Array]:
-    """Return the option that a mask is: bools say what is attended to, numbers are added."""
+    """Return a mask as an option: `mask` for bools, and `bias` for numbers, which are added."""
     if mask is None:
         return {}
     if not 1 <= mask.ndim <= 4 or mask.shape[-1] > keys:
@@ -87,7 +87,10 @@ def mask_or_bias(name: str, mask: Array | None, q: Array, keys: int) -> dict[str
 
 
 def attend(q: Array, k: Array, v: Array, is_flat: bool, options: dict[str, Any]) -> Array:
-    """Attend by arrays (B, H, L, D); return that, or (B, L, H * D), in the dtype of q."""
+    """Compute attention on arrays (B, H, L, D), in the dtype of q.
+
+    Return (B, H, L, D), or (B, L, H * D) if `is_flat`.
+    """
     dtype = q.dtype
     if v.dtype != dtype:
         common = np.result_type(q, v)
@@ -105,7 +108,7 @@ def attend(q: Array, k: Array, v: Array, is_flat: bool, options: dict[str, Any])
 
 
 def rounded(x: Array, dtype: np.dtype[Any]) -> Array:
-    """Return x in a dtype, the same array where it has it; what is too large becomes infinite."""
+    """Return x in a dtype, without a copy if it has it; numbers that are too large become inf."""
     with np.errstate(all="ignore"):
         return x.astype(dtype, copy=False)
 
@@ -120,9 +123,10 @@ def check_angles(cos: Array, sin: Array, rotary_dim: int, dim: int) -> None:
 
 
 def rotated(x: Array, cos: Array, sin: Array, positions: Array | None, interleaved: bool) -> Array:
-    """Return vectors (B, H, L, D), rotated by (B, L, angles), or by tables at (B, L) positions.
+    """Return vectors (B, H, L, D), rotated by angles (B, L, pairs), or by tables at (B, L)
+    positions.
 
-    The result's strides are like those of `x`.
+    The result has the strides of `x`.
     """
     if positions is not None:
         if cos.ndim != 2 or positions.shape != (len(x), x.shape[2]):

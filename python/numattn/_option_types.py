@@ -1,7 +1,7 @@
-"""The options of functions whose results differ in kind, for type checkers.
+"""The options of functions with overloads, for type checkers.
 
-Each such function has overloads, which have its options from here. A test compares them with those
-of the function itself.
+The result type of these functions depends on an argument, so they have overloads, whose other
+options are listed here. A test compares them with the options of the function itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention of few queries to the pages of a cache that may matter, chosen by bounds."""
+"""`PageBounds`: attention of few queries to the pages of a cache that matter most."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# Numbers of keys that are widened at a time.
+# Elements of keys that are converted to float32 at a time.
 _BLOCK_NUMBERS = 1 << 18
 
-# What attention to some pages does not have, by all names that `_checks` knows for it.
+# Options that attention to some pages does not have, with all names that `_checks` knows for them.
 _MASKS = (
     "mask", "attn_mask", "attention_mask", "bias", "attn_bias", "tail_mask", "tree_mask",
     "medusa_attn_mask", "custom_mask", "tree_attn_bias", "qq_bias",
@@ -52,55 +52,56 @@ _LEFT_OUT = {
 
 
 class PageBounds:
-    """Bounds of the keys in each page of a cache, which say which pages a query may attend to most.
+    """Bounds of the keys in each page of a cache, to find the pages that matter most to a query.
 
-    For each page, KV head and element of the head it keeps the least and the largest key. From
-    these follows an upper bound of the logits of a page: attention to the pages with the largest
-    bounds reads these and no other keys.
+    PageBounds keeps the least and the largest value of each key element, for every page and KV
+    head. They give an upper bound of the logits of a page. `attend` reads only the keys of the
+    pages with the largest bounds.
 
     Parameters
     ----------
     num_pages, page_size, kv_heads, head_dim : int
-        The shape of the pages of keys, as `attention_paged` takes them: ``*k_pages.shape``.
+        The shape of the pages of keys, as in `attention_paged`: ``*k_pages.shape``.
     dtype : dtype_like, default float32
-        Of queries and keys: float16, bfloat16, float32 or float64. Keys may be of int8 beside it.
+        Dtype of queries and keys: float16, bfloat16, float32 or float64. Keys may also be int8.
 
     Attributes
     ----------
     largest, least : ndarray, shape (num_pages, kv_heads, head_dim)
-        Read-only views of the bounds, float32 (float64 for float64); -inf and inf for pages that no
-        `update` has named.
+        Read-only views of the bounds: float32 (float64 for float64 keys). They are -inf and inf for
+        pages that were not part of any `update`.
     valid_keys : ndarray of int64, shape (num_pages,)
-        A read-only view of how many keys of each page the bounds hold for.
+        A read-only view of the number of keys per page that the bounds cover.
     nbytes : int
-        Bytes of memory that bounds take: an eighth of what float32 keys take in pages of 16.
+        Bytes of memory that the bounds take: for pages of 16 float32 keys, an eighth of the memory
+        of the keys.
 
     Raises
     ------
     TypeError, ValueError
-        If a size or the dtype is none.
+        If a size or the dtype is not valid.
 
     See Also
     --------
     attention_paged : attention to all pages.
-    KVCache : keys and values side by side, where a window may limit what is read.
+    KVCache : keys and values in one array, with a window if less should be read.
 
     Notes
     -----
-    The method is Quest, of Tang et al. [1]_: the product of a query and any key of a page is at
+    The method is Quest, by Tang et al. [1]_: the product of a query and any key of a page is at
     most the sum over elements of ``max(q * largest, q * least)``. Leaving out pages is an
-    approximation; what is computed of the chosen ones is exact. A page whose bounds are NaN is
-    taken for one that matters.
+    approximation; attention to the chosen pages is exact. A page whose bounds are NaN is chosen as
+    if it mattered most.
 
-    The memory of pages is read where it lies, in one call for all KV heads. With `sinks`, and where
-    pages and heads of keys and values lie in memory in different proportions, it is a call for each
-    KV head, which may take longer.
+    Pages are read in place, in one call for all KV heads. It takes one call per KV head, which may
+    be slower, with `sinks`, or if the strides of pages and heads have different ratios in keys and
+    values.
 
-    KV heads choose pages of their own. Their rows are read fastest where a page has them head by
-    head: ``np.empty((num_pages, kv_heads, page_size, head_dim)).swapaxes(1, 2)``.
+    Each KV head chooses its own pages. Reading is fastest if each page holds its rows head by head:
+    ``np.empty((num_pages, kv_heads, page_size, head_dim)).swapaxes(1, 2)``.
 
-    `select` and `attend` change nothing and may be called in several threads; `update` may not at
-    the same time.
+    `select` and `attend` change nothing and may be called by several threads. Do not call `update`
+    at the same time.
 
     References
     ----------
@@ -109,7 +110,7 @@ class PageBounds:
 
     Examples
     --------
-    A sequence of 1000 keys in pages of 16, and queries that look for a large one of them:
+    A sequence of 1000 keys in pages of 16, and queries that match one large key:
 
     >>> import numpy as np
     >>> import numattn as na
@@ -127,7 +128,7 @@ class PageBounds:
     >>> bool(np.allclose(out, na.attention_paged(q, k_pages, v_pages, table, length), atol=1e-5))
     True
 
-    After a token has been written, the last page is the only one whose bounds change:
+    After one token has been written, only the bounds of the last page change:
 
     >>> k_pages[62, 8] = v_pages[62, 8] = 1.0
     >>> bounds.update(k_pages, table, [1001], new_tokens=1)
@@ -148,7 +149,8 @@ class PageBounds:
             at_least("head_dim", head_dim, 1),
         )
         self._dtype = accepted_dtype(dtype)
-        # What `_page_selection` multiplies queries with: the largest and the least elements.
+        # The largest and the least elements, side by side: `_page_selection` multiplies queries by
+        # them.
         bounds_shape = (self._shape[0], *self._shape[2:3], 2, self._shape[3])
         self._bounds = np.empty(bounds_shape, precision_of(self._dtype))
         self._bounds[:, :, 0], self._bounds[:, :, 1] = -np.inf, np.inf
@@ -156,22 +158,22 @@ class PageBounds:
 
     @property
     def largest(self) -> Array:
-        """The largest element of the keys of each page."""
+        """The largest values of the elements of each page's keys."""
         return _read_only(self._bounds[:, :, 0])
 
     @property
     def least(self) -> Array:
-        """The least element of the keys of each page."""
+        """The least values of the elements of each page's keys."""
         return _read_only(self._bounds[:, :, 1])
 
     @property
     def valid_keys(self) -> NDArray[np.int64]:
-        """How many keys of each page the bounds hold for."""
+        """Number of keys per page that the bounds cover."""
         return _read_only(self._valid_keys.view())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that bounds take."""
+        """Bytes of memory that the bounds take."""
         return self._bounds.nbytes
 
     def __repr__(self) -> str:
@@ -189,27 +191,32 @@ class PageBounds:
         new_tokens: int | ArrayLike | None = None,
         k_scale: ArrayLike | None = None,
     ) -> None:
-        """Find the bounds of pages anew, after keys were written into them.
+        """Compute the bounds of pages again, after keys have been written to them.
 
         Parameters
         ----------
         k_pages : array_like, shape (num_pages, page_size, kv_heads, head_dim)
-            The pages of keys, of which only the named ones are read.
+            The pages of keys. Only pages that are updated are read.
         block_table, kv_lengths
-            As of `attention_paged`: the pages of each batch item, and how many of its keys are
-            valid. Only these count; a page that sequences of this call share counts with the
-            longest one's, so name all that share a page.
+            As in `attention_paged`: the pages of each batch item, and its number of valid keys.
+            Only valid keys count. If sequences share a page, the page counts with the keys of the
+            longest of them in this call, so pass all sequences that share a page.
         new_tokens : int or array_like of int, shape (B,), optional
-            Name only the pages that hold the last tokens of each batch item, as many as this.
-            Default: all of its pages.
+            Update only the pages with the last `new_tokens` tokens of each batch item. Default:
+            update all of its pages.
         k_scale : array_like of float32, shape (num_pages, page_size, kv_heads), optional
-            With `k_pages` of int8.
+            Scales for `k_pages` of dtype int8.
 
         Raises
         ------
         TypeError, ValueError
-            If pages have another shape or dtype than these bounds, if a page is not there, and for
-            lengths beyond the table.
+            If the pages have another shape or dtype than these bounds, if a page does not exist, or
+            if a length exceeds the block table.
+
+        See Also
+        --------
+        select : choose pages by their bounds.
+        attend : attend to the chosen pages.
         """
         k = as_array("k_pages", k_pages)
         self._check_pages(k)
@@ -233,7 +240,7 @@ class PageBounds:
             self._find_bounds(k, scales, named[of_page[named] == count], count)
 
     def _find_bounds(self, k: Array, scales: Array | None, pages: Array, count: int) -> None:
-        """Find the bounds of pages that have `count` valid keys."""
+        """Compute the bounds of pages with `count` valid keys each."""
         at_once = max(1, _BLOCK_NUMBERS // (count * self._shape[2] * self._shape[3]))
         for begin in range(0, len(pages), at_once):
             some = pages[begin : begin + at_once]
@@ -248,33 +255,38 @@ class PageBounds:
     def select(
         self, q: ArrayLike, block_table: ArrayLike, kv_lengths: int | ArrayLike, count: int
     ) -> NDArray[np.int64]:
-        """Choose for each batch item and KV head the pages with the largest bounds.
+        """Choose the pages with the largest bounds, for each batch item and KV head.
 
-        The first page and those that hold the last Lq tokens are always among them. A page counts
-        with its largest bound for any query of the KV head's group.
+        The first page and the pages with the last Lq tokens are always chosen. The bound of a page
+        is the largest one for any query in the KV head's group.
 
         Parameters
         ----------
         q : array_like, shape (B, Hq, Lq, D)
-            The queries. Where the scale of logits is negative, pass ``-q``.
+            The queries. If the scale of the logits is negative, pass ``-q``.
         block_table, kv_lengths
-            As of `attention_paged`.
+            As in `attention_paged`.
         count : int
-            How many pages to choose: at least the first one and those that Lq tokens may touch
-            (2 for one query), unless there are no more.
+            Number of pages to choose. It must allow for the first page and the pages that Lq tokens
+            may touch (2 pages for one query), unless the block table has fewer pages.
 
         Returns
         -------
         ndarray of int64, shape (B, kv_heads, min(count, max_pages))
-            Places in the block table, in ascending order; -1 where a batch item has fewer pages.
-            Of pages with the same bound the first ones are chosen.
+            Columns of the block table, in ascending order; -1 if a batch item has fewer pages. Of
+            pages with the same bound, the first ones are chosen.
 
         Raises
         ------
         TypeError, ValueError
-            If the arguments do not fit these bounds, or if a page has more keys than bounds are
-            known for: `update` was not called after they were written. Keys that were written in
-            place of others are not noticed.
+            If the arguments do not fit these bounds, or if a page has more keys than its bounds
+            cover, because `update` was not called after writing them. Overwritten keys are not
+            detected.
+
+        See Also
+        --------
+        update : compute the bounds.
+        attend : attend to the chosen pages.
 
         Examples
         --------
@@ -358,27 +370,32 @@ class PageBounds:
         q : array_like, shape (B, Hq, Lq, D)
             The queries of each batch item's last tokens.
         k_pages, v_pages, block_table, kv_lengths
-            As of `attention_paged`.
+            As in `attention_paged`.
         count : int
-            How many pages to attend to, as of `select`. With all pages the result is the one of
-            `attention_paged`, and has its bits where the kernels are compiled.
+            Number of pages to attend to, as in `select`. With all pages the result is that of
+            `attention_paged`, with the same bits if the kernels are compiled.
         is_causal, scale, softcap, sinks, return_lse, num_threads
-            As in `attention`. Choosing pages is left to NumPy and its threads.
+            As in `attention`. NumPy and its threads choose the pages.
         k_scale, v_scale : array_like of float32, shape (num_pages, page_size, kv_heads), optional
-            With pages of int8.
+            Scales for pages of dtype int8.
 
         Returns
         -------
         out : ndarray, shape (B, Hq, Lq, Dv)
             In the dtype of `q`.
         lse : ndarray, shape (B, Hq, Lq)
-            Only with ``return_lse=True``. Natural logarithm, of the chosen keys alone.
+            Only with ``return_lse=True``. Natural logarithm, of only the chosen keys.
 
         Raises
         ------
         TypeError, ValueError
-            As `attention_paged` and `select`; also for options that pages with gaps have not:
-            windows, masks, ALiBi.
+            As in `attention_paged` and `select`, and for options that do not work with gaps between
+            pages: windows, masks and ALiBi.
+
+        See Also
+        --------
+        select : choose the pages without attending to them.
+        attention_paged : attention to all pages.
         """
         if unknown:
             _refuse_options(unknown)
@@ -421,7 +438,7 @@ class PageBounds:
         return choose_pages(grouped, self._bounds, table, lengths, page_size, min(wanted, most))
 
     def _valid_in(self, table: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return how many keys are valid in each page of a table."""
+        """Return the number of valid keys in each page of a table."""
         page_size = self._shape[1]
         before = np.arange(table.shape[1]) * page_size
         valid: NDArray[np.int64] = np.clip(lengths[:, np.newaxis] - before, 0, page_size)

@@ -1,4 +1,4 @@
-"""Pages of keys chosen by upper bounds of their logits, and attention to these pages alone."""
+"""Choice of pages by upper bounds of their logits, and attention to only these pages."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
     Ints = NDArray[np.int64]
 
-# Bounds that are multiplied at a time: they stay in a core's second cache.
+# Elements of bounds that are multiplied at a time: they stay in a core's second-level cache.
 _BLOCK_NUMBERS = 1 << 17
 
 
 def least_count(query_length: int, page_size: int) -> int:
-    """Return how many pages are always chosen, at most: the first one, and the last tokens'."""
+    """Return the most pages that are always chosen: the first one, and those of the last tokens."""
     return 2 + -(-(max(query_length, 1) - 1) // page_size)
 
 
 def choose_pages(
     q: Array, bounds: Array, table: Ints, lengths: Ints, page_size: int, count: int
 ) -> Ints:
-    """Return for each batch item and KV head the places in the table of the chosen pages.
+    """Return the columns of the chosen pages in the table, for each batch item and KV head.
 
-    They ascend, (B, Hkv, count), with -1 where an item has fewer pages. `q` is (B, Hkv, rows, Lq,
-    D), `bounds` (pages, Hkv, 2, D): largest and least elements. `count` is at least `least_count`,
-    or all pages of the table.
+    The result, (B, Hkv, count), is ascending, with -1 if an item has fewer pages. `q` is (B, Hkv,
+    rows, Lq, D), and `bounds` is (pages, Hkv, 2, D), the largest and least elements. `count` is at
+    least `least_count`, or all pages of the table.
     """
     batch, kv_heads, rows, query_length, head_dim = q.shape
     places = np.full((batch, kv_heads, count), -1, np.int64)
     with quiet():
-        # The largest product of an element is with the largest one or with the least.
+        # The largest product with an element is that with its largest or its least value.
         q = q.astype(bounds.dtype, copy=False)
         signed = np.stack([np.maximum(q, 0), np.minimum(q, 0)], axis=-2)
         signed = signed.reshape(batch, kv_heads, rows * query_length, 2 * head_dim)
@@ -50,7 +50,7 @@ def choose_pages(
             pages = -(-length // page_size)
             if pages == 0:
                 continue
-            last = max(max(length - query_length, 0) // page_size, 1)  # chosen from there on
+            last = max(max(length - query_length, 0) // page_size, 1)  # always chosen from here on
             chosen = min(count, pages)
             by_score = chosen - 1 - (pages - last)
             places[i, :, 0] = 0
@@ -65,7 +65,7 @@ def choose_pages(
 
 def _upper_bounds(signed: Array, bounds: Array, pages: Ints) -> Array:
     """Return upper bounds (Hkv, pages) of the products of any row, (Hkv, rows, 2 D), with the keys
-    of each page; infinity where a product is not a number."""
+    of each page; infinity if a product is NaN."""
     flat = bounds.reshape(*bounds.shape[:2], -1)
     order = np.argsort(pages)
     at_once = max(1, _BLOCK_NUMBERS // max(1, flat[:1].size))
@@ -75,7 +75,7 @@ def _upper_bounds(signed: Array, bounds: Array, pages: Ints) -> Array:
         places = order[begin : begin + at_once]
         some = pages[places]
         first, end = int(some[0]), int(some[-1]) + 1
-        if end - first <= 2 * len(some):  # multiplying others too costs less than a copy
+        if end - first <= 2 * len(some):  # multiplying other pages too costs less than a copy
             block, some = flat[first:end], some - first
         else:
             block = np.take(flat, some, axis=0, out=copied[: len(some)], mode="clip")
@@ -87,8 +87,8 @@ def _upper_bounds(signed: Array, bounds: Array, pages: Ints) -> Array:
 
 
 def _largest(scores: Array, count: int) -> Ints:
-    """Return where the `count` largest scores of each row are, in ascending order; of equal scores
-    the first ones."""
+    """Return the indices of the `count` largest scores of each row, in ascending order; of equal
+    scores, the first ones."""
     kept = scores.shape[1] - count
     least = np.partition(scores, kept, axis=1)[:, kept, np.newaxis]
     above, equal = scores > least, scores == least
@@ -113,7 +113,7 @@ def attend_to_pages(a: Arguments, places: Ints) -> None:
 
 
 def _calls(a: Arguments, places: Ints) -> Iterator[Arguments]:
-    """Yield problems whose batch items have one KV head each: all at once, or head after head."""
+    """Yield problems whose batch items have one KV head each: one for all, or one per head."""
     assert a.block_table is not None
     assert a.kv_lengths is not None
     batch, kv_heads, count = places.shape
@@ -161,8 +161,8 @@ def _calls(a: Arguments, places: Ints) -> Iterator[Arguments]:
 
 
 def _common_step(arrays: Iterable[Array]) -> tuple[int, int] | None:
-    """Return ``(a, b)`` such that head ``h`` of page ``p`` is number ``p * a + h * b`` among pages
-    of one head, in all arrays (pages, Hkv, size, ...); None if there is no such numbering."""
+    """Return ``(a, b)`` such that head ``h`` of page ``p`` is page ``p * a + h * b`` of a view as
+    pages of one head, for all arrays (pages, Hkv, size, ...); None if there is no such view."""
     steps = set()
     for x in arrays:
         page, head = x.strides[:2]
@@ -174,7 +174,7 @@ def _common_step(arrays: Iterable[Array]) -> tuple[int, int] | None:
 
 
 def _pages_of_heads(x: Array, step: tuple[int, int]) -> Any:
-    """View pages of one head, (numbers of `_common_step`, 1, size, ...); they may overlap."""
+    """View an array as pages of one head, numbered as in `_common_step`; they may overlap."""
     pages, heads = x.shape[:2]
     numbers = (pages - 1) * step[0] + (heads - 1) * step[1] + 1
     unit = math.gcd(*x.strides[:2])

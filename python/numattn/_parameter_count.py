@@ -1,4 +1,4 @@
-"""The arithmetic of attention's parameters."""
+"""`parameter_count`: counts of attention's parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ._checks import at_least, refuse
 
 
 class ParameterCount(NamedTuple):
-    """How many numbers the matrices of attention hold; biases are not counted."""
+    """The number of elements in the matrices of attention, without biases."""
 
     query: int
     key: int
@@ -44,32 +44,32 @@ def parameter_count(
 ) -> ParameterCount:
     """Count the parameters of attention by matrix, head, block and model.
 
-    A head's value matrix, from embeddings to embeddings, is factored through the size of a value:
-    one matrix takes an embedding down to it, the other one (the head's part of the output matrix)
-    back up.
+    The value matrix of a head, from embeddings to embeddings, is a product of two matrices: one
+    takes an embedding down to a value, and the other, the head's part of the output matrix, takes
+    it back up.
 
     Parameters
     ----------
     embed_dim, num_heads, kv_heads, head_dim, value_dim, context_dim
-        As of `MultiHeadAttention`.
+        As in `MultiHeadAttention`.
     blocks : int, default 1
-        Attention blocks of the model.
+        Number of attention blocks in the model.
 
     Returns
     -------
     ParameterCount
-        A tuple ``(query, key, value, output, head, block, model)``, printed as a table. With fewer
-        heads of keys and values than of queries, `head` is what one query head uses, and `block`
-        counts shared matrices once.
+        A named tuple ``(query, key, value, output, head, block, model)``, which prints as a table.
+        With fewer heads of keys and values than of queries, `head` counts what one query head uses,
+        and `block` counts shared matrices once.
 
     Raises
     ------
     TypeError, ValueError
-        If a number is no positive int, or does not divide.
+        If a number is not a positive int, or does not divide another as it must.
 
     See Also
     --------
-    MultiHeadAttention
+    MultiHeadAttention : the layer; its `num_parameters` includes biases.
 
     Examples
     --------

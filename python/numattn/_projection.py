@@ -1,7 +1,7 @@
 """Products of rows with the matrices of a model, forward and backward.
 
-Rows are arrays (rows, elements); a matrix is (elements in, elements out). 16-bit floats are added
-up in float32, and a result is rounded once, or not at all where `out` is float32.
+Rows are arrays (rows, elements), and a matrix is (elements in, elements out). 16-bit floats are
+summed in float32, and a result is rounded once, or not at all if `out` is float32.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 class Product(NamedTuple):
-    """``out = x @ weight + bias``, with the heads of each row rotated after that.
+    """``out = x @ weight + bias``, followed by a rotation of the heads of each row.
 
-    `cos` and `sin` have two axes. Their rows repeat where the product has more.
+    `cos` and `sin` of the rotation have two axes. Their rows repeat if the product has more rows.
     """
 
     x: Array
@@ -37,7 +37,7 @@ class Product(NamedTuple):
 
 
 def compute(products: Iterable[Product], num_threads: int | None = None) -> None:
-    """Compute products, of arrays of one dtype, at once."""
+    """Compute several products, of arrays with one dtype, in one call."""
     with_steps = []
     for product in products:
         if product.x.shape[1] == 0:
@@ -75,6 +75,6 @@ def weight_gradient(rows: Array, d: Array, num_threads: int | None = None) -> Ar
 
 
 def bias_gradient(d: Array, num_threads: int | None = None) -> Array:
-    """Return the sum of the rows, added up in the order of a product with a matrix."""
+    """Return the sum of the rows, in the order of additions of a product with a matrix."""
     rows = project(np.ones((1, len(d)), d.dtype), d, num_threads=num_threads)
     return rows.reshape(-1)

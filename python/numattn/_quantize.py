@@ -1,4 +1,4 @@
-"""Keys and values in 8 bits."""
+"""`quantize_kv`: keys and values in 8 bits."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     Rounded = tuple[NDArray[np.int8], NDArray[np.float32]]
     RoundedByChannel = tuple[NDArray[np.int8], NDArray[np.float32], NDArray[Any]]
 
-# What other libraries call the arguments.
+# The names of the arguments in other libraries.
 _ELSEWHERE = {
     "axis": "leave it out: vectors are along the last axis, and `layout=` says where tokens are",
     "dim": "leave it out: vectors are along the last axis, and `layout=` says where tokens are",
     "per_channel": "`channel_scale=`",
     "num_bits": "leave it out: quantize_kv always uses 8 bits",
 }
-# 127 times it is still a number of float32.
+# The largest scale: 127 times this number is still finite in float32.
 _LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))
-# Of a channel's size, for its factor: with 1 a large channel has too coarse steps itself, with 0.7
-# it makes those of the others coarser where it is largest. Measured as in the docstring below.
+# A channel's factor is its size to this power. With 1 the steps of a large channel are too coarse,
+# and with 0.7 it makes the steps of the other channels coarser. Measured as in the docstring below.
 _EXPONENT = 0.85
-# The least factor of a channel: queries times it are numbers of all dtypes.
+# The least factor of a channel: queries times this number stay normal in all dtypes.
 _SMALLEST_FACTOR = 2.0**-24
 
 
@@ -65,61 +65,74 @@ def quantize_kv(
     layout: Literal["bhld", "blhd"] = "bhld",
     **unknown: Any,
 ) -> Rounded | RoundedByChannel:
-    """Round keys or values to 8 bits, with a scale for each token and head.
+    """Round keys or values to 8 bits, with one scale per token and head.
 
     Parameters
     ----------
     x : array_like, shape (..., D)
-        Keys or values of float16, bfloat16, float32 or float64; every vector along the last axis
-        gets a scale of its own. With `channel_scale` (..., H, L, D), or (L, D) for one head.
+        Keys or values: float16, bfloat16, float32 or float64. Every vector along the last axis gets
+        its own scale. With `channel_scale`, the shape is (..., H, L, D), or (L, D) for one head.
     channel_scale : bool, default False
-        Also give each of the D channels of a head a factor, from its largest size over all tokens.
-        Keys need it where some of their channels are many times as large as the others, as in many
-        models.
+        Also give each of the D channels of a head a factor, which depends on its largest magnitude
+        over all tokens. Keys need it if some of their channels are many times as large as the
+        others, as in many models.
     layout : {"bhld", "blhd"}, default "bhld"
-        Which axis has the tokens: "blhd" is ``(..., L, H, D)``. Of no effect without
-        `channel_scale`.
+        "blhd" is (..., L, H, D). It has an effect only with `channel_scale`, which needs to know
+        the axis of the tokens.
 
     Returns
     -------
     numbers : ndarray of int8, shape of `x`
-        From -127 to 127.
+        Integers from -127 to 127.
     scale : ndarray of float32, shape ``x.shape[:-1]``
-        ``numbers * scale[..., None]`` is near `x`: within half a scale, which is the largest size
-        in a vector over 127. Vectors of nothing above 1e-36 lose more, being scaled by numbers that
-        float32 has few digits for.
+        ``numbers * scale[..., None]`` approximates `x`. The error is at most half the scale, which
+        is the largest magnitude in a vector divided by 127. It is larger for vectors without any
+        element above 1e-36, because float32 has few digits for their scales.
     channels : ndarray of the dtype of `x`, shape of `x` with 1 for the tokens
-        With `channel_scale` only: ``numbers * scale[..., None] * channels`` is near `x`. From
-        2**-24 to 1; each is the size of its channel over the largest one's, to the power of 0.85.
+        Only with ``channel_scale=True``: ``numbers * scale[..., None] * channels`` approximates
+        `x`. Each factor, from 2**-24 to 1, is the magnitude of its channel divided by that of the
+        largest channel, to the power of 0.85.
 
     Raises
     ------
     TypeError
-        If `x` is of another dtype, or `channel_scale` is no bool.
+        If `x` has another dtype, or `channel_scale` is not a bool.
     ValueError
-        If a number is NaN or infinite, or too large for a scale of float32; or if `x` has no axis
-        for the tokens that `channel_scale` needs.
+        If a number is NaN or infinite, or too large for a float32 scale; or if `x` lacks the axis
+        of tokens that `channel_scale` needs.
 
     See Also
     --------
-    attention : takes the numbers, and the scales as ``k_scale`` and ``v_scale``.
-    KVCache : rounds tokens as they come.
+    attention : takes the numbers, with the scales as ``k_scale`` and ``v_scale``.
+    KVCache : rounds tokens as they are appended, with ``quantize=True``.
 
     Notes
     -----
-    What 8 bits of keys and values cost, as the root mean square of the error over the root mean
-    square of the result (normally distributed float32, 32 query heads, 8 heads of 300 keys, D =
-    128): 0.9 %; 1.2 % with queries twice as large, whose softmax is sharper, and 1.4 % with queries
-    three times as large. Where one channel of the keys is 30 times as large as the others it is
-    10 %, and 14 % where it is 50 times as large, because its size is the scale of all others; with
-    `channel_scale` both are 0.9 %. The largest error over the largest result is 1.0 %, 1.4 %,
-    1.6 %, 17 % and 30 %; with `channel_scale` 1.0 % and 1.3 % for the last two.
+    The table shows the error of attention with 8-bit keys and values, for normally distributed
+    float32 arrays, 32 query heads, 8 heads of 300 keys and D = 128. The first column of numbers is
+    the root mean square of the error divided by that of the result, the second the largest error
+    divided by the largest result.
 
-    The factors cost `attention` nothing: those of the keys are multiplied into the queries, as
-    below, those of values into the result. A `KVCache` of 8 bits can take them from the first
-    tokens: append ``k / channels`` and attend with ``q * channels``. Taking sizes from keys to
-    queries is the idea of G. Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training
-    Quantization for Large Language Models", ICML 2023.
+    ======================================  ======  =======
+    arrays                                     rms  largest
+    ======================================  ======  =======
+    all of unit variance                     0.9 %    1.0 %
+    queries 2 times as large                 1.2 %    1.4 %
+    queries 3 times as large                 1.4 %    1.6 %
+    one channel of keys 30 times as large     10 %     17 %
+    the same with `channel_scale`            0.9 %    1.0 %
+    one channel of keys 50 times as large     14 %     30 %
+    the same with `channel_scale`            0.9 %    1.3 %
+    ======================================  ======  =======
+
+    Larger queries make the softmax more peaked. A large channel makes the scale of all other
+    channels too coarse.
+
+    The factors cost `attention` nothing: multiply those of keys into the queries, as below, and
+    those of values into the result. A `KVCache` with ``quantize=True`` can use the factors of the
+    first tokens: append ``k / channels`` and attend with ``q * channels``. Moving magnitudes from
+    keys to queries is the idea of G. Xiao et al., "SmoothQuant: Accurate and Efficient
+    Post-Training Quantization for Large Language Models", ICML 2023.
 
     Examples
     --------
@@ -133,7 +146,7 @@ def quantize_kv(
     array([[ 1. , -0.5],
            [ 0. ,  0. ]], dtype=float32)
 
-    Keys with a large channel; four query heads share each head of keys:
+    Keys with a large channel, where four query heads share each head of keys:
 
     >>> rng = np.random.default_rng(0)
     >>> q = rng.standard_normal((32, 1, 128), dtype=np.float32)
@@ -165,12 +178,12 @@ def quantize_kv(
 
 
 def quantize_named(name: str, x: ArrayLike) -> Rounded:
-    """Do what `quantize_kv` does for an argument of another name."""
+    """Do what `quantize_kv` does, for an argument with another name."""
     return _rounded(_finite_vectors(name, x))
 
 
 def _finite_vectors(name: str, x: ArrayLike) -> NDArray[Any]:
-    """Return vectors of float32 or float64, whose numbers a scale of float32 can hold."""
+    """Return float32 or float64 vectors, after checking that float32 scales can hold them."""
     array = as_array(name, x)
     if not is_accepted(array.dtype) or array.ndim < 1:
         seen = f"{dtype_name(array)} and shape {array.shape}"

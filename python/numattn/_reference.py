@@ -1,4 +1,4 @@
-"""Attention in float64, short enough to trust; what everything else is compared with."""
+"""Attention in float64, short enough to trust: the reference for everything else."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Problem:
-    """What the options make of arrays: logits of all pairs, heads before rows, no head shared."""
+    """The logits of all pairs after all options, with heads before rows and no shared heads."""
 
     q: Array  # (batch..., Hq, Lq, D)
     k: Array  # (batch..., Hq, Lk, D)
     v: Array
-    logits: Array  # (batch..., Hq, Lq, Lk); -inf where not attended to
+    logits: Array  # (batch..., Hq, Lq, Lk); -inf for pairs that do not attend
     attend: Array
-    capped: Array | None  # tanh of what softcap has divided
-    sink: Array  # (batch..., Hq, Lq, 1); -inf where there is none
-    kept: Array  # what dropout multiplies weights by, broadcasts to (batch..., Hq, Lq, Lk)
+    capped: Array | None  # the tanh in softcap
+    sink: Array  # (batch..., Hq, Lq, 1); -inf without sinks
+    kept: Array  # factors of the weights for dropout, broadcast to (batch..., Hq, Lq, Lk)
     scale: Any
     one_head: bool
     swapped: bool  # whether the caller's arrays have rows before heads
@@ -116,7 +116,7 @@ def philox(x: list[Array], seed: int) -> list[Array]:
 
 
 def _softmax(p: _Problem) -> tuple[Array, Array, Array]:
-    """Return the weights of keys and of the sink, and the logarithm of the sum of exponentials."""
+    """Return the weights of keys and of the sink, and the log-sum-exp."""
     # The sink is a key without a value.
     m = np.concatenate([p.logits, p.sink], axis=-1).max(axis=-1, keepdims=True)
     m = np.where(m == -np.inf, 0, m).astype(p.q.dtype)
@@ -133,7 +133,7 @@ def attention(
     kv_lengths: Any = None, q_lengths: Any = None, dropout: float = 0, rng: Any = None,
     layout: str = "bhld", dtype: Any = np.float64, matmul: Callable[..., Any] = np.matmul,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Return (out, lse). With another `dtype` it is the plain NumPy computation in that dtype."""
+    """Return (out, lse). With another `dtype`, this is the plain NumPy computation in it."""
     p = _problem(
         q, k, v, mask=mask, tail_mask=tail_mask, bias=bias, is_causal=is_causal, q_offset=q_offset,
         window=window, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
@@ -157,9 +157,9 @@ def attention_backward(
 ) -> tuple[Array, Array, Array, Array | None, Array | None]:  # fmt: skip
     """Return the gradients with respect to q, k, v, the bias and the sinks, all of `dtype`.
 
-    From the weights as a whole: by the derivative of a softmax, rows of weights times their
-    gradients are summed. With `out` and `lse` the weights and the row sums are made of these
-    instead, so that their rounding is part of the problem.
+    They are computed from the full weights with the derivative of the softmax. If `out` and `lse`
+    are given, the weights and the row sums are computed from them instead, so that their rounding
+    is part of the problem.
     """
     p = _problem(q, k, v, dtype=dtype, matmul=matmul, **options)
 
@@ -213,7 +213,7 @@ def _heads_first(x: Array, swapped: bool) -> Array:
 
 
 def _like_input(x: Array, given: Array, swapped: bool) -> Array:
-    """Sum a gradient (batch..., Hq, L, D) over what shares an element of the array given."""
+    """Sum a gradient (batch..., Hq, L, D) over the axes along which `given` is shared."""
     heads = _heads_first(given, swapped).shape[-3]
     if heads != x.shape[-3]:
         x = x.reshape(*x.shape[:-3], heads, x.shape[-3] // heads, *x.shape[-2:]).sum(axis=-3)
@@ -230,7 +230,7 @@ def _summed(x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def weighted_sum(weights: Array, v: Array, attend: Array, matmul: Callable[..., Any]) -> Array:
-    """Weights @ v, in which a value that is not attended to is no number at all."""
+    """Return weights @ v, ignoring values that are not attended to, even NaN."""
     if np.isfinite(v).all():
         product: Array = matmul(weights, v)
         return product
@@ -247,13 +247,13 @@ def matmul_by_einsum(a: Array, b: Array) -> Array:
 def error_and_bound(
     actual: Array, plain: list[Array], expected: Array, factor: float = 2
 ) -> tuple[float, float]:
-    """Return the largest error of the finite results, and how large it may be.
+    """Return the largest error of the finite results, and its bound.
 
-    That is `factor` times the error of plain NumPy in the same precision, plus one unit in the last
-    place. Both are the largest of many numbers, so that the arrays should give some thousand: plain
-    NumPy's error of a few can be 0 by luck. How a matmul rounds is the BLAS's choice, which differs
-    between CPUs; so `plain` has several results, the worst of which counts: that of `np.matmul`
-    and that of `matmul_by_einsum`. Where the reference is not finite the result has to be equal.
+    The bound is `factor` times the error of plain NumPy in the same precision, plus one unit in the
+    last place. Both errors are the largest of many, so use arrays of a few thousand results: for a
+    few results plain NumPy's error can be 0 by luck. How a matmul rounds depends on the BLAS and
+    the CPU. Therefore `plain` has several results, from `np.matmul` and `matmul_by_einsum`, and the
+    worst counts. If the reference is not finite, the result must be equal to it.
     """
     finite = np.isfinite(expected)
     if not np.array_equal(actual[~finite].astype(np.float64), expected[~finite], equal_nan=True):

@@ -1,4 +1,4 @@
-"""The frequencies of rotary embedding: the types of scaling that models' configurations name."""
+"""Frequencies of rotary embedding, for the types of scaling in models' configurations."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ if TYPE_CHECKING:
     Frequencies = NDArray[np.float64]
 
 _BASE = 10000.0
-# In any mapping, beside what its type takes.
+# Keys that any mapping may have, in addition to those of its type.
 _COMMON = ("rope_theta", "partial_rotary_factor")
-# In mappings of some models, of no effect; as what other types take.
+# Keys in the mappings of some models that have no effect, like keys of other types.
 _IGNORED = ("finetuned",)
-# Whose 0 means the default.
+# Keys whose value 0 means the default.
 _ZERO_IS_NONE = ("mscale", "mscale_all_dim", "beta_fast", "beta_slow")
 _REQUIRED = object()
 
 
 @dataclass(frozen=True, slots=True)
 class Waves:
-    """What a position is multiplied by, and what cosines and sines are."""
+    """The factors of positions, and the factor of cosines and sines."""
 
-    frequencies: Frequencies  # (rotary_dim / 2,), radians for each position
+    frequencies: Frequencies  # (rotary_dim / 2,), radians per position
     attention_factor: float
 
 
 @dataclass(frozen=True, slots=True)
 class RopeType:
-    """One type of scaling, its numbers checked; `waves` knows the rest when it is known."""
+    """A type of scaling with checked numbers; `waves` takes the rest when it is known."""
 
     name: str
     values: dict[str, Any]
     base: float
 
     def waves(self, rotary_dim: int, length: int) -> Waves:
-        """Return frequencies for texts of so many tokens."""
+        """Return frequencies for texts of `length` tokens."""
         return _TYPES[self.name][1](self.values, self.base, rotary_dim, length)
 
 
@@ -81,7 +81,7 @@ def rope_type(scaling: Mapping[str, Any] | None, base: float | None) -> tuple[Ro
         refuse("scaling", seen.format(**values), "a low_freq_factor below high_freq_factor")
     base_ = _base(base, theta)
     if name == "yarn":
-        if base_ <= 1:  # whose logarithm it divides by
+        if base_ <= 1:  # yarn divides by its logarithm
             refuse("base", f"{base_:g}", "more than 1 with rope_type 'yarn'")
         if values["factor"] is None and values["max_position_embeddings"] is None:
             expected = "one of them for rope_type 'yarn'"
@@ -90,7 +90,7 @@ def rope_type(scaling: Mapping[str, Any] | None, base: float | None) -> tuple[Ro
         seen = f"{values['original_max_position_embeddings']:g}"
         refuse("scaling['original_max_position_embeddings']", seen, "more than 1 token")
     share = 1.0 if share is None else _share(share)
-    if name == "proportional":  # whose pairs are those of whole vectors
+    if name == "proportional":  # its pairs are those of whole vectors
         values["share"], share = share, 1.0
     return RopeType(name, values, base_), share
 
@@ -162,7 +162,7 @@ def _proportional(values: dict[str, Any], base: float, rotary_dim: int, length: 
 
 
 def _dynamic(values: dict[str, Any], base: float, rotary_dim: int, length: int) -> Waves:
-    """Stretch the waves as far as the text is longer than what the model was trained with."""
+    """Stretch the waves in proportion to the text's length beyond that of the training."""
     factor, trained = values["factor"], values["max_position_embeddings"]
     stretch = factor * max(length, trained) / trained - (factor - 1)
     power = rotary_dim / (rotary_dim - 2) if rotary_dim > 2 else 1.0
@@ -170,7 +170,7 @@ def _dynamic(values: dict[str, Any], base: float, rotary_dim: int, length: int) 
 
 
 def _llama3(values: dict[str, Any], base: float, rotary_dim: int, length: int) -> Waves:
-    """Slow down the waves that the training saw less than some times."""
+    """Slow down the waves that turned only a few times in a training text."""
     frequencies = _plain(base, rotary_dim)
     low, high = values["low_freq_factor"], values["high_freq_factor"]
     seen = values["original_max_position_embeddings"] * frequencies / (2 * math.pi)
@@ -179,8 +179,8 @@ def _llama3(values: dict[str, Any], base: float, rotary_dim: int, length: int) -
 
 
 def _yarn(values: dict[str, Any], base: float, rotary_dim: int, length: int) -> Waves:
-    """Slow down the waves that the training saw less than `beta_slow` times, leave alone those that
-    it saw more than `beta_fast` times, and go from one to the other pair by pair."""
+    """Slow down the waves that turned less than `beta_slow` times in a training text, keep those
+    that turned more than `beta_fast` times, and interpolate between them."""
     trained = values["original_max_position_embeddings"]
     stretch = values["factor"]
     if stretch is None:
@@ -194,7 +194,7 @@ def _yarn(values: dict[str, Any], base: float, rotary_dim: int, length: int) -> 
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, rotary_dim - 1)
     if first == last:
-        last += 0.001  # a step
+        last += 0.001  # makes a step
     slow = np.clip((np.arange(rotary_dim // 2) - first) / (last - first), 0, 1)
     frequencies = _plain(base, rotary_dim)
     frequencies = frequencies * (1 - slow) + frequencies / stretch * slow
@@ -211,7 +211,7 @@ def _yarn(values: dict[str, Any], base: float, rotary_dim: int, length: int) -> 
 
 
 def _longrope(values: dict[str, Any], base: float, rotary_dim: int, length: int) -> Waves:
-    """Divide each wave by a factor of its own; long texts have other ones than short texts."""
+    """Divide each wave by its own factor; long texts have other factors than short texts."""
     trained = values["original_max_position_embeddings"]
     name = "long_factor" if length > trained else "short_factor"
     if len(values[name]) != rotary_dim // 2:
@@ -228,13 +228,13 @@ def _longrope(values: dict[str, Any], base: float, rotary_dim: int, length: int)
     return Waves(_plain(base, rotary_dim) / np.array(values[name]), factor)
 
 
-# The numbers that each type takes, with their defaults, and how it makes frequencies.
+# For each type its numbers, with their defaults, and the function that makes its frequencies.
 _TYPES: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any], float, int, int], Waves]]] = {
     "default": ({}, _default),
     "linear": ({"factor": _REQUIRED}, _linear),
     "proportional": ({"factor": 1.0}, _proportional),
     "dynamic": ({"factor": _REQUIRED, "max_position_embeddings": _REQUIRED}, _dynamic),
-    # Llama 3's defaults, as its models' configurations have them.
+    # The defaults are those in the configurations of Llama 3 models.
     "llama3": (
         {
             "factor": 8.0,

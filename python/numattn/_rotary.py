@@ -1,4 +1,4 @@
-"""Rotary position embedding."""
+"""`rotary_embedding`: rotary position embedding."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# What models' configurations, ONNX and flash-attn call the arguments.
+# The names of the arguments in models' configurations, ONNX and flash-attn.
 ELSEWHERE = {
     "position_ids": "`positions=`",
     "seqlen_offsets": "`positions=`",
@@ -46,8 +46,8 @@ ELSEWHERE = {
     "rotary_embedding_dim": "`rotary_dim=`",
     "dim": "`rotary_dim=`",
     "inv_freq": "`frequencies=`",
-    "cos_cache": "`frequencies=`, whose angles are computed here",
-    "sin_cache": "`frequencies=`, whose angles are computed here",
+    "cos_cache": "`frequencies=` (the angles are computed here)",
+    "sin_cache": "`frequencies=` (the angles are computed here)",
     "inplace": "`out=x`",
 }
 
@@ -68,70 +68,74 @@ def rotary_embedding(
 ) -> Array:
     """Rotate queries or keys by angles that grow with their positions.
 
-    Pair ``i`` of a vector at position ``p`` is turned by ``p * base ** (-2 * i / rotary_dim)``, so
-    that the dot product of a query and a key depends on the distance of their positions alone.
+    Pair ``i`` of a vector at position ``p`` is rotated by ``p * base ** (-2 * i / rotary_dim)``.
+    The dot product of a query and a key then depends only on the distance of their positions.
 
     Parameters
     ----------
     x : array_like, shape (..., H, L, D)
-        Queries or keys; two axes are one head.
+        Queries or keys. With two axes, the array is one head.
     positions : array_like of int or float, shape (L,) or (..., L), optional
         Position of each token; leading axes broadcast to those of `x`. Default: 0 to L - 1.
     base : float, default 10000
         Base of the wavelengths.
     rotary_dim : int, optional
-        How many elements of a vector are rotated, an even number; the others are copied.
+        Number of elements of a vector to rotate, an even number; the others are copied.
         Default: D.
     interleaved : bool, default False
-        Pairs are neighbours, ``(0, 1), (2, 3), ...``; else half of `rotary_dim` apart, as in
-        Llama's and Hugging Face's models.
+        Pairs are neighbours, ``(0, 1), (2, 3), ...``. Otherwise the elements of a pair are half of
+        `rotary_dim` apart, as in Llama and in Hugging Face models.
     scaling : mapping, optional
-        What models' configurations have as ``rope_scaling`` or ``rope_parameters``. "rope_type" (or
-        "type") says how the waves differ from ``base ** (-2 * i / rotary_dim)``: "default" (not),
-        "linear", "proportional", "dynamic", "yarn", "longrope" or "llama3"; the other keys are the
-        numbers of that type; keys of other types have no effect, as in transformers.
-        "rope_theta" is `base`, and "partial_rotary_factor" the share of D that is `rotary_dim`.
-        Where a configuration has "max_position_embeddings" or "original_max_position_embeddings"
-        outside of the mapping, put them in ("dynamic" needs the former, "yarn" and "longrope" the
-        latter).
+        The ``rope_scaling`` or ``rope_parameters`` of a model's configuration. Its keys are:
+
+        - "rope_type" (or "type"): how the frequencies differ from ``base ** (-2 * i /
+          rotary_dim)``. One of "default" (they do not differ), "linear", "proportional", "dynamic",
+          "yarn", "longrope" and "llama3".
+        - The numbers of that type. Keys of other types have no effect, as in transformers.
+        - "rope_theta": the same as `base`.
+        - "partial_rotary_factor": the share of D that is `rotary_dim`.
+
+        "dynamic" needs "max_position_embeddings", and "yarn" and "longrope" need
+        "original_max_position_embeddings". If the configuration has them outside the mapping, add
+        them to it.
     frequencies : array_like of float, shape (rotary_dim / 2,), optional
-        Radians for each position, in place of `base` and `scaling`.
+        Radians per position, instead of `base` and `scaling`.
     inverse : bool, default False
-        Turn by the negative angles. This is the transposed rotation, which takes gradients back:
-        "yarn" and "longrope" scale in both directions. Where they do not scale it is the inverse.
+        Rotate by the negative angles. This is the transposed rotation, which takes gradients back.
+        It is the inverse except for "yarn" and "longrope", which scale vectors in both directions.
     layout : {"bhld", "blhd"}, default "bhld"
-        "blhd" takes and gives (..., L, H, D).
+        "blhd" takes and returns (..., L, H, D).
     out : ndarray, optional
-        Where to write the result, of the shape and dtype of `x`; may be `x`.
+        Array to write the result to, of the shape and dtype of `x`. It may be `x`.
 
     Returns
     -------
     ndarray
-        Of the shape and dtype of `x`. Angles are computed in float64; the rotation in float32,
-        or in float64 for float64. "yarn" and "longrope" also scale the vectors.
+        In the shape and dtype of `x`. Angles are computed in float64. The rotation is computed in
+        float32, or in float64 for float64 inputs. "yarn" and "longrope" also scale the vectors.
 
     Raises
     ------
     TypeError
-        If an argument is of the wrong kind.
+        If an argument has the wrong type.
     ValueError
         If a shape or a value does not fit.
 
     See Also
     --------
-    attention : takes what this gives.
-    MultiHeadAttention : rotates its queries and keys by ``rotary=``.
+    attention : takes the rotated queries and keys.
+    MultiHeadAttention : rotates its queries and keys with ``rotary=``.
 
     Notes
     -----
-    The waves of "dynamic" and "longrope" depend on the length of the text, which is the largest
-    position of the call plus one. Keys that a cache has keep the rotation that they were appended
-    with, as in Hugging Face's models: pass ready `frequencies` where that is not wanted.
+    The frequencies of "dynamic" and "longrope" depend on the length of the text, which is the
+    largest position of the call plus one. Keys in a cache keep the rotation that they were appended
+    with, as in Hugging Face models. To avoid that, pass `frequencies`.
 
-    Cosines and sines of positions from 0 on are kept for further calls, 32 MiB of them at most.
+    Cosines and sines for positions 0, 1, ... are kept for later calls, up to 32 MiB.
 
-    The method is that of Su et al., "RoFormer: Enhanced Transformer with Rotary Position
-    Embedding", 2021. With the same cosines and sines it is ONNX's RotaryEmbedding.
+    The method is by Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding",
+    2021. With the same cosines and sines it equals ONNX's RotaryEmbedding.
 
     Examples
     --------
@@ -187,7 +191,7 @@ class Rotation:
     def of_rows(self, shape: tuple[int, ...]) -> Rotation:
         """Return the rotation for tokens (batch..., L) in C order.
 
-        Angles have two axes, and repeat where all of the batch has the same.
+        The angles have two axes. If all batch items have the same angles, their rows repeat.
         """
 
         def rows(angles: Array) -> Array:
@@ -236,7 +240,7 @@ def make_rotation(
 
 
 def _rotated(dim: int, rotary_dim: int | None, share: float) -> int:
-    """Return how many elements are rotated."""
+    """Return the number of rotated elements."""
     by_share = int(dim * share)
     rotated = by_share if rotary_dim is None else integer("rotary_dim", rotary_dim)
     if share < 1 and rotated != by_share:
@@ -290,7 +294,7 @@ def _angles(waves: Waves, positions: NDArray[np.float64], precision: type) -> tu
 
 
 class _Tables:
-    """Cosines and sines of positions 0, 1, ...: they cost more than the rotation."""
+    """A store of cosines and sines for positions 0, 1, ..., which cost more than the rotation."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
@@ -302,10 +306,10 @@ class _Tables:
         return sum(cos.nbytes + sin.nbytes for cos, sin in self._tables.values())
 
     def of(self, waves: Waves, length: int, precision: type) -> tuple[Array, Array]:
-        """Return tables for so many positions: of a longer one, or the former one extended.
+        """Return tables for `length` positions: a part of a longer table, or an extended one.
 
-        Of what is too large the first positions are kept, so that the next call computes the others
-        alone.
+        If a table is too large, its first positions are kept, and the next call computes only the
+        others.
         """
         if length == 0:
             return _angles(waves, np.zeros(0), precision)
@@ -326,7 +330,7 @@ class _Tables:
     def _keep(self, key: object, tables: tuple[Array, Array]) -> None:
         fitting = self._most_bytes // sum(table[:1].nbytes for table in tables)
         with self._lock:
-            kept = self._tables.pop(key, None)  # perhaps longer meanwhile
+            kept = self._tables.pop(key, None)  # another thread may have extended it
             if kept is None or len(kept[0]) < min(len(tables[0]), fitting):
                 cos, sin = tables
                 if len(cos) > fitting:

@@ -1,4 +1,4 @@
-"""Which backend, ISA level and number of threads are in use, and why."""
+"""The backend, ISA level and number of threads in use, and why."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ PACKAGE = __name__.rpartition(".")[0]  # "numattn", if it is not vendored
 
 
 def _version() -> str:
-    """Return the version that was installed.
+    """Return the installed version.
 
-    A copy of the package alone, in a frozen program or in another package, has none: what another
-    numattn was installed as says nothing about it.
+    A copy of the package without its metadata, in a frozen program or in another package, has no
+    version: that of another installed numattn does not apply to it.
     """
     try:
         return metadata.version("numattn") if PACKAGE == "numattn" else _UNKNOWN
@@ -33,17 +33,17 @@ def _version() -> str:
         return _UNKNOWN
 
 
-_UNKNOWN = "0+unknown"  # a version by PEP 440, before all others
+_UNKNOWN = "0+unknown"  # valid in PEP 440, and lower than any other version
 __version__ = _version()
 
 BACKENDS = ("native", "numpy")
 
 
 def _isa_levels() -> dict[str, list[str]]:
-    """Return each level, better than the one before it, and the dtypes that it has its own kernels
-    for. Not all are built for every architecture.
+    """Return the ISA levels in ascending order, and the dtypes for which each has its own kernels.
 
-    None in a frozen program that was made without the package's data files.
+    Not all levels are built for every architecture. The result is empty in a frozen program that
+    was made without the package's data files.
     """
     try:
         text = resources.files(PACKAGE).joinpath("isa_levels.txt").read_text("ascii")
@@ -75,7 +75,7 @@ def _why_missing(error: ImportError) -> tuple[str, str]:
 
 
 def _load_native() -> tuple[ModuleType | None, str]:
-    """Return the compiled module, or None, and the reason of the choice."""
+    """Return the compiled module, or None, and the reason for the choice."""
     wanted = os.environ.get("NUMATTN_BACKEND", "")
     if wanted not in ("", *BACKENDS):
         expected = " or ".join(BACKENDS)
@@ -98,7 +98,7 @@ def _load_native() -> tuple[ModuleType | None, str]:
 
 
 def _choose_isa() -> str:
-    """Follow NUMATTN_ISA; return the reason of the choice."""
+    """Choose the ISA level with NUMATTN_ISA; return the reason for the choice."""
     wanted = os.environ.get("NUMATTN_ISA", "")
     names = list(ISA_LEVELS or ({} if native is None else native.isa_names()))
     if wanted and names and wanted not in names:
@@ -138,31 +138,33 @@ isa_reason = _choose_isa()
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Set how many threads a call uses that does not pass ``num_threads``.
+    """Set the number of threads for calls without ``num_threads``.
 
     Parameters
     ----------
     num_threads : int
-        1 to 1024, the calling thread included. The results do not depend on it, to the bit.
-        The NumPy backend leaves threads to NumPy's BLAS.
+        1 to 1024, including the calling thread. Results have the same bits for any number. The
+        NumPy backend leaves threads to NumPy's BLAS.
 
     Raises
     ------
     TypeError, ValueError
-        If it is no int or out of range.
+        If `num_threads` is not an int, or is out of range.
 
     See Also
     --------
-    get_num_threads : the number in use.
-    runtime_info : the number, and where it comes from.
+    get_num_threads : return the number in use.
+    runtime_info : return the number, and where it comes from.
 
     Notes
     -----
-    Without this call it is ``NUMATTN_NUM_THREADS``, read when numattn is imported. Without that
-    variable it is the number of CPUs in the process's affinity, or the CPU quota of its cgroup or,
-    on Windows, its job (a container's limit), rounded up, where that is less.
-    ``LOKY_MAX_CPU_COUNT`` and ``OMP_NUM_THREADS`` lower it further: joblib sets the latter in its
-    workers, to each worker's share of the CPUs.
+    The default comes from the first of these that applies, when numattn is imported:
+
+    - the environment variable ``NUMATTN_NUM_THREADS``;
+    - the number of CPUs that the process may use: those in its affinity, or the CPU quota of its
+      cgroup or, on Windows, its job (a container's limit), rounded up, if that is less.
+      ``LOKY_MAX_CPU_COUNT`` and ``OMP_NUM_THREADS`` lower it further. joblib sets the latter in its
+      workers to each worker's share of the CPUs.
 
     Examples
     --------
@@ -177,11 +179,16 @@ def set_num_threads(num_threads: int) -> None:
 
 
 def get_num_threads() -> int:
-    """Return how many threads a call uses that does not pass ``num_threads``.
+    """Return the number of threads for calls without ``num_threads``.
+
+    Returns
+    -------
+    int
+        The number of threads, including the calling thread.
 
     See Also
     --------
-    set_num_threads : sets it, and says what it is before.
+    set_num_threads : set the number; its Notes describe the default.
 
     Examples
     --------
@@ -210,13 +217,23 @@ def runtime_info() -> dict[str, Any]:
     Returns
     -------
     dict
-        ``version`` ("0+unknown" for a copy of the package without its metadata), ``python`` and
-        ``numpy`` (versions); ``backend`` ("native" or "numpy") and
-        ``backend_reason``; ``isa``, a dict of the levels ``built``, ``available`` on this CPU, the
-        one ``chosen`` (None for the NumPy backend) and the ``reason``; ``dtypes``, those that
-        `attention` takes; ``cpu``; ``cpus``, how many this process may use, by its affinity
-        and its container's CPU quota; ``num_threads`` and ``num_threads_reason``, what decided the
-        number.
+        A dict with these keys:
+
+        - ``version``: the version of numattn ("0+unknown" for a copy of the package without its
+          metadata);
+        - ``python``, ``numpy``: the versions of Python and NumPy;
+        - ``backend``, ``backend_reason``: "native" or "numpy", and why;
+        - ``isa``: a dict of the levels ``built``, the levels ``available`` on this CPU, the level
+          ``chosen`` (None for the NumPy backend) and the ``reason``;
+        - ``dtypes``: the dtypes that `attention` takes;
+        - ``cpu``: the name of the CPU;
+        - ``cpus``: the number of CPUs that this process may use, by its affinity and its
+          container's CPU quota;
+        - ``num_threads``, ``num_threads_reason``: the default number of threads, and why.
+
+    See Also
+    --------
+    show_runtime : print this information.
 
     Examples
     --------
@@ -248,7 +265,11 @@ def runtime_info() -> dict[str, Any]:
 
 
 def show_runtime() -> None:
-    """Print what numattn runs on in this process; see `runtime_info`.
+    """Print what numattn runs on in this process.
+
+    See Also
+    --------
+    runtime_info : return the same information as a dict.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The arguments of `attention_varlen` and `attention_paged`, in the form of `_arguments`."""
+"""Checks of the arguments of `attention_varlen` and `attention_paged`, in `_arguments`' form."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_varlen(
     makes_results: bool = True,
     **options: Any,
 ) -> Arguments:
-    """Check the arguments of `attention_varlen`; `makes_results` as of `_arguments.check`."""
+    """Check the arguments of `attention_varlen`; `makes_results` as in `_arguments.check`."""
     arrays = {name: as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
     dtype = common_dtype(arrays)
     scales = {
@@ -234,8 +234,8 @@ def check_table(
     pages: int,
     page_size: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the pages of each batch item and its valid keys, checked; `pages` are how many there
-    are."""
+    """Check and return the pages of each batch item and its number of valid keys; `pages` is the
+    number of pages."""
     table = snapshot("block_table", block_table)
     if table.dtype.kind not in "iu":
         refuse_kind("block_table", f"dtype {table.dtype}", "ints")
@@ -245,7 +245,7 @@ def check_table(
     if lengths is None:
         refuse_kind("kv_lengths", "None", "the number of valid keys per batch item")
     numbers = np.array(table, np.int64, order="C")
-    # Only pages with valid keys are read, and only they have to be there.
+    # Only pages with valid keys are read, and only they must exist.
     is_read = np.arange(table.shape[1]) * page_size < lengths[:, np.newaxis]
     outside = is_read & ((table < 0) | (table >= pages))
     if outside.any():

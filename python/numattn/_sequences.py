@@ -1,4 +1,4 @@
-"""Attention for batches whose sequences are not side by side in one array."""
+"""`attention_varlen` and `attention_paged`: attention for ragged batches and pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ._option_types import PagedOptions, VarlenOptions
 
 
-# What `attention` has, and these functions have not.
+# Options of `attention` that these functions do not have.
 SEQUENCES_ELSEWHERE = {
     **ELSEWHERE,
     "mask": "`tail_mask=` for the last keys (there is no mask of all keys here)",
@@ -82,10 +82,10 @@ def attention_varlen(
     v_scale: ArrayLike | None = None,
     **unknown: Any,
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
-    """Attention of sequences of different lengths, one after another, without padding.
+    """Attention for sequences of different lengths, one after another, without padding.
 
-    Sequence ``i`` has the queries ``q[cu_seqlens_q[i]:cu_seqlens_q[i + 1]]``, which attend to the
-    keys ``k[cu_seqlens_k[i]:cu_seqlens_k[i + 1]]`` and to no others.
+    Sequence ``i`` has the queries ``q[cu_seqlens_q[i]:cu_seqlens_q[i + 1]]``, which attend only to
+    the keys ``k[cu_seqlens_k[i]:cu_seqlens_k[i + 1]]``.
 
     Parameters
     ----------
@@ -96,43 +96,46 @@ def attention_varlen(
     v : array_like, shape (total_k, Hkv, Dv)
         Their values.
     cu_seqlens_q, cu_seqlens_k : array_like of int, shape (B + 1,)
-        Where each sequence begins, and at last the total length: cumulative lengths from 0 on.
+        Where each sequence begins, followed by the total length: cumulative lengths from 0 on.
     tail_mask : array_like of bool, optional
-        As of `attention`, of the last T keys of each sequence; broadcasts to (Hq, total_q, T). T is
-        at most the number of keys of the longest sequence.
+        As in `attention`, for the last T keys of each sequence. Broadcasts to (Hq, total_q, T),
+        where T is at most the number of keys of the longest sequence.
     is_causal, window, scale, softcap, alibi_slopes, sinks, num_threads
-        As in `attention`; every sequence counts its positions by itself.
+        As in `attention`; positions are counted within each sequence.
     q_offset : int or array_like of int, shape (B,), optional
-        Position of a sequence's first query among its keys. Default: its keys less its queries.
+        Position of a sequence's first query among its keys. Default: its number of keys minus its
+        number of queries.
     dropout, rng
-        As in `attention`; sequence ``b`` drops the weights that batch item ``b`` of a padded batch
-        would drop.
+        As in `attention`; sequence ``b`` drops the same weights as batch item ``b`` of a padded
+        batch.
     return_lse : bool, default False
         Also return the log-sum-exp of each query's logits.
     out : ndarray, shape (total_q, Hq, Dv), optional
-        Where to write the result, of its dtype, or of float32 with 16-bit inputs.
+        Array to write the result to, of its dtype. With 16-bit inputs it may be float32.
     k_scale, v_scale : array_like of float32, shape (total_k, Hkv), optional
-        With `k` or `v` of int8.
+        Scales for `k` or `v` of dtype int8.
 
     Returns
     -------
     out : ndarray, shape (total_q, Hq, Dv)
         In the dtype of `q`.
     lse : ndarray, shape (total_q, Hq)
-        Only with ``return_lse=True``. Natural logarithm, float32 (float64 for float64).
+        Only with ``return_lse=True``. Natural logarithm, float32 (float64 for float64 inputs).
 
     Raises
     ------
     TypeError, ValueError
-        As `attention`; also if cumulative lengths decrease or do not span the arrays.
+        As in `attention`, and if cumulative lengths decrease or do not span the arrays.
 
     See Also
     --------
-    attention
+    attention : attention for arrays and padded batches; describes the options.
+    attention_paged : attention to keys and values in pages.
+    attention_varlen_backward : the gradients.
 
     Examples
     --------
-    Two sentences of 3 and 5 tokens, with 2 heads of 4:
+    Two sentences of 3 and 5 tokens, with 2 heads of 4 elements:
 
     >>> import numpy as np
     >>> import numattn as na
@@ -212,7 +215,7 @@ def attention_paged(
     v_scale: ArrayLike | None = None,
     **unknown: Any,
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
-    """Attention to keys and values that lie in pages, which sequences may share.
+    """Attention to keys and values in pages, which sequences may share.
 
     Key ``j`` of batch item ``i`` is row ``j % page_size`` of page
     ``block_table[i, j // page_size]``.
@@ -222,50 +225,52 @@ def attention_paged(
     q : array_like, shape (B, Hq, Lq, D)
         Queries; in the layout "blhd", (B, Lq, Hq, D).
     k_pages : array_like, shape (num_pages, page_size, Hkv, D)
-        The pages of keys, whatever the layout. Read where they lie.
+        The pages of keys, whatever the layout. They are read in place.
     v_pages : array_like, shape (num_pages, page_size, Hkv, Dv)
         The pages of values.
     block_table : array_like of int, shape (B, max_pages)
-        For each batch item its pages in order. Numbers behind the valid keys are not looked at.
+        The pages of each batch item, in order. Entries after the last valid key are ignored.
     kv_lengths : int or array_like of int, shape (B,)
-        How many keys of each batch item are valid.
+        Number of valid keys of each batch item.
     tail_mask : array_like of bool, optional
-        As of `attention`; broadcasts to (B, Hq, Lq, T), whatever the layout.
+        As in `attention`. Broadcasts to (B, Hq, Lq, T), whatever the layout.
     is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, q_lengths, return_lse, \
 num_threads
-        As in `attention`: where positions matter, several queries need `q_lengths` or `q_offset`.
+        As in `attention`. If positions matter and there are several queries, also pass `q_lengths`
+        or `q_offset`.
     layout : {"bhld", "blhd"}, default "bhld"
-        Of `q` and the result.
+        Layout of `q` and the result.
     out : ndarray, optional
-        Where to write the result, of its shape and dtype, or of float32 with 16-bit inputs.
+        Array to write the result to, of its shape and dtype. With 16-bit inputs it may be float32.
     k_scale, v_scale : array_like of float32, shape (num_pages, page_size, Hkv), optional
-        With pages of int8.
+        Scales for pages of dtype int8.
 
     Returns
     -------
     out : ndarray, shape (B, Hq, Lq, Dv)
         In the layout and dtype of `q`.
     lse : ndarray, shape ``out.shape[:-1]``
-        Only with ``return_lse=True``. Natural logarithm, float32 (float64 for float64).
+        Only with ``return_lse=True``. Natural logarithm, float32 (float64 for float64 inputs).
 
     Raises
     ------
     TypeError, ValueError
-        As `attention`; also for pages that are not there and lengths beyond the table.
+        As in `attention`, and if a page does not exist or a length exceeds the block table.
 
     See Also
     --------
-    attention
-    PageBounds : attention to the pages that may matter, where reading all takes too long.
+    attention : attention for arrays; describes the options.
+    KVCache : keys and values of growing sequences, in one array.
+    PageBounds : attention to only the pages that matter most.
 
     Notes
     -----
-    The method is that of Kwon et al., "Efficient Memory Management for Large Language Model Serving
-    with PagedAttention", SOSP 2023.
+    The method is by Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+    PagedAttention", SOSP 2023.
 
     Examples
     --------
-    Two sequences of 5 and 3 keys share page 2 of two keys:
+    Two sequences of 5 and 3 keys share page 2, which holds two keys:
 
     >>> import numpy as np
     >>> import numattn as na

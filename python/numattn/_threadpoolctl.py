@@ -1,4 +1,4 @@
-"""What threadpoolctl has to know, so that it lists and limits numattn's threads."""
+"""Registration with threadpoolctl, so that it lists and limits numattn's threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._checks import MAX_THREADS
 
 
 def register() -> bool:
-    """Make numattn known to threadpoolctl; return False without it, or without threads."""
+    """Register numattn with threadpoolctl; return False without it, or without compiled kernels."""
     native = _runtime.native
     if native is None or importlib.util.find_spec("threadpoolctl") is None:
         return False
@@ -20,7 +20,7 @@ def register() -> bool:
         threadpoolctl: Any = importlib.import_module("threadpoolctl")  # it has no types
         base: Any = threadpoolctl.LibController
         register_controller = threadpoolctl.register
-    except Exception:  # older than 3.2, or broken: not for numattn to fail at
+    except Exception:  # older than 3.2, or broken: numattn must not fail because of it
         return False
     file_name = Path(native.__file__ or "").name
 

@@ -1,8 +1,8 @@
-# `attention` without the detour over Python: calls whose arguments are what they usually are, namely
-# arrays of NumPy with the same leading axes, and plain numbers, tuples and lists. It accepts and
-# never refuses: where anything is unusual or wrong, it leaves the call to `_arguments`, which
-# decides, and says what is wrong. What is accepted here has to mean the same there
-# (tests/test_options.py compares).
+# A fast path for `attention`, without Python code, for calls with the usual kinds of arguments:
+# NumPy arrays with the same leading axes, and plain numbers, tuples and lists. It accepts calls but
+# never refuses them: if anything is unusual or wrong, it leaves the call to `_arguments`, which
+# decides and raises errors. Accepted calls must mean the same there (tests/test_options.py
+# compares).
 
 from cpython.list cimport PyList_CheckExact
 from cpython.long cimport PyLong_CheckExact
@@ -18,7 +18,7 @@ cdef int64_t unbounded = _arguments.UNBOUNDED
 cdef int64_t max_position = _arguments.MAX_POSITION
 cdef int max_axes = _arguments.MAX_AXES
 cdef int64_t max_threads = _checks.MAX_THREADS
-# Nothing overflows in float32 with factors below.
+# With factors below this number nothing overflows in float32.
 cdef double large_factor = 1e30
 
 
@@ -30,7 +30,7 @@ cdef struct Shape:
 
 
 cdef inline Shape _shape(int ndim, bint rows_first) noexcept:
-    """Where the axes of an array (..., heads, rows, columns) are, or (..., rows, heads, columns)."""
+    """Return the axes of an array (..., heads, rows, columns) or (..., rows, heads, columns)."""
     cdef Shape shape
     shape.ndim = ndim
     shape.batch_axes = ndim - 3 if ndim > 3 else 0
@@ -66,7 +66,7 @@ cdef bint _integers(
     object values, int batch_axes, const int64_t* batch_shape, int64_t low, int64_t high,
     vector[int64_t]* to,
 ) except -1:
-    """Copy an int for each batch item; False for what is not accepted."""
+    """Copy one int per batch item; return False if the values are not accepted."""
     cdef int64_t items = 1, number
     cdef Py_ssize_t i
     cdef int axis
@@ -130,7 +130,7 @@ cdef extern from * nogil:
 cdef bint _numbers_of_heads(
     object values, int64_t heads, bint may_be_none, vector[double]* to
 ) except -1:
-    """Copy a number for each query head, or -inf if `may_be_none`; False for what is not accepted."""
+    """Copy one number per query head, or -inf if `may_be_none`; return False if not accepted."""
     cdef Py_ssize_t i
     cdef int number
     cdef const char* data
@@ -172,8 +172,9 @@ cdef bint _pairs(
     View* to, int64_t* batch_strides, cnp.ndarray x, const Problem* problem, int64_t keys,
     bint is_one_head,
 ) noexcept:
-    """Fill in what broadcasts to (batch..., query heads, queries, keys), without heads for arrays
-    of two axes; False if it does not, or if it may be meant otherwise."""
+    """Describe an array that broadcasts to (batch..., query heads, queries, keys), without heads if
+    q, k and v have two axes; return False if it does not, or if its axes may mean something
+    else."""
     cdef int ndim = cnp.PyArray_NDIM(x)
     cdef int pairs_ndim = problem.batch_axes + 3
     cdef int axis, at
@@ -211,12 +212,12 @@ cdef bint _pairs(
             to.row_stride = stride
         else:
             to.column_stride = stride
-    # Its first axes may have been meant to be the batch's (`_arguments.check_meaning_of_axes`).
+    # The caller may have meant the batch with its first axes (`_arguments.check_meaning_of_axes`).
     return not (is_batch and has_items)
 
 
 cdef bint _are_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
-    """Whether the memory between the first and the last element of each is the other's nowhere."""
+    """Return whether the memory ranges of two arrays, from first to last element, are disjoint."""
     cdef const char* begins[2]
     cdef const char* ends[2]
     cdef cnp.ndarray x
@@ -240,7 +241,7 @@ cdef bint _are_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
 cdef bint _accept_scales(
     Array* to, object scales, cnp.ndarray x, Shape shape, bint are_finite
 ) except -1:
-    """Fill in the scales of an array of int8, one for each of its keys."""
+    """Describe the scales of an int8 array, one per key; return False if not accepted."""
     cdef cnp.ndarray array
     cdef Shape of_scales = shape
     cdef int axis
@@ -254,7 +255,7 @@ cdef bint _accept_scales(
             return False
     of_scales.ndim -= 1
     _fill_array(to, array, of_scales, False)
-    # Keys that are not valid may have any scale, which `_arguments` knows.
+    # Keys that are not valid may have any scale: `_arguments` takes that into account.
     return are_finite or bool(_isfinite(array).all())
 
 
@@ -265,9 +266,9 @@ def attention_common(
     object out, object num_threads, object k_scale, object v_scale, object dropout, object rng,
     bint scales_are_finite=False,
 ):
-    """Compute `attention`, or return None where the call is not a common one or has something wrong.
+    """Compute `attention`, or return None if the call is unusual or wrong.
 
-    `scales_are_finite`: the caller knows it of all scales.
+    `scales_are_finite`: the caller knows that all scales are finite.
     """
     cdef Problem problem
     cdef vector[int64_t] positions, key_counts, query_counts

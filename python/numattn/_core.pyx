@@ -1,6 +1,6 @@
 # cython: freethreading_compatible=True
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
-"""The binding: NumPy arrays become pointers and strides, status codes become exceptions."""
+"""The binding: converts NumPy arrays to pointers and strides, and status codes to exceptions."""
 
 import os
 import threading
@@ -22,7 +22,7 @@ cnp.import_array()
 
 
 cdef extern from "Python.h":
-    # Declared here because Cython's own declaration would raise at once: the exception has to
+    # Declared here because Cython's own declaration would raise immediately: the exception must
     # stay set until the computation has stopped.
     int PyErr_CheckSignals() noexcept
     unsigned long PyThread_get_thread_ident() noexcept
@@ -243,8 +243,8 @@ cdef extern from "runtime/dispatch.h" namespace "numattn" nogil:
 cdef int64_t max_dim = _arguments.MAX_DIM
 cdef object _isfinite = np.isfinite
 cdef int default_num_threads = 1
-# Python runs signal handlers in this thread alone: others need not ask, and must not when the
-# interpreter is going away under them.
+# Python runs signal handlers only in this thread. Other threads need not check for them, and must
+# not while the interpreter is shutting down.
 cdef unsigned long main_thread = threading.main_thread().ident
 
 
@@ -280,7 +280,7 @@ cdef int _run(const Problem& problem, int num_threads) except -1:
 cdef int _raise_for(Status status) except -1:
     if status == Status.done:
         return 0
-    if PyErr_Occurred():  # what a signal handler has raised
+    if PyErr_Occurred():  # a signal handler has raised it
         return -1
     if status == Status.out_of_memory:
         raise MemoryError("numattn: no memory for the scratch of its threads")
@@ -311,12 +311,12 @@ cdef inline void _fill(Array* to, cnp.ndarray x, int batch_axes, cbool has_colum
     _fill_strides(to.batch_strides, x, batch_axes)
 
 
-# NumPy numbers the types of other packages as they are imported.
+# NumPy numbers the dtypes of other packages in the order of their imports.
 cdef int bfloat16_number = -1
 
 
 cdef bint _find_dtype(cnp.ndarray x, Dtype* dtype):
-    """Whether the kernels take x's elements, and as what."""
+    """Return whether the kernels take x's dtype, and set `dtype`."""
     global bfloat16_number
     cdef int number = cnp.PyArray_TYPE(x)
     if not cnp.PyArray_ISNOTSWAPPED(x):
@@ -369,13 +369,13 @@ cdef bint _is_float32_beside(cnp.ndarray x, cnp.ndarray of_16_bits) noexcept:
 
 
 cdef int _describe(Problem* problem, object arguments) except -1:
-    """Make a problem of arguments, which have to stay alive while it is used."""
+    """Make a problem from arguments, which must stay alive while it is used."""
     cdef object query_starts = arguments.query_starts, key_starts = arguments.key_starts
     cdef object block_table = arguments.block_table
     cdef object k_scale = arguments.k_scale, v_scale = arguments.v_scale
     cdef cnp.ndarray q = arguments.q, k = arguments.k
     cdef cnp.ndarray v = arguments.v, out = arguments.out  # None for a stage without values
-    # They stay referenced until the computation is over.
+    # These stay referenced until the computation is over.
     cdef object lse = arguments.lse, mask = arguments.mask, bias = arguments.bias
     cdef object tail_mask = arguments.tail_mask  # instead of a mask
     cdef object blocks = arguments.mask_blocks  # the same
@@ -522,8 +522,8 @@ cdef int _run_stage(Problem* problem, Stage stage, int num_threads) except -1:
 
 
 def stage(object arguments, str name, cnp.ndarray out not None):
-    """Fill `out` with "logits" or "weights", (batch..., heads, rows, keys), or with what the keys
-    have "received", (batch..., heads, keys)."""
+    """Fill `out` with "logits" or "weights", (batch..., heads, rows, keys), or with the attention
+    "received" by each key, (batch..., heads, keys)."""
     cdef Problem problem
     cdef int num_threads = _threads(arguments.num_threads)
     cdef cnp.ndarray maximum, total
@@ -619,7 +619,7 @@ cdef Product _product_of(product, Dtype* dtype) except *:
 
 
 def multiply(list products not None, object num_threads=None):
-    """Compute the products, `_projection.Product`, of arrays of one dtype; each x has columns."""
+    """Compute products (`_projection.Product`) of arrays with one dtype; each x has columns."""
     cdef vector[Product] of_all
     cdef Dtype dtype
     cdef Execution execution = _execution(_threads(num_threads))
@@ -662,8 +662,8 @@ def activate(
     str name, cnp.ndarray a not None, object times, cnp.ndarray out not None,
     object num_threads=None,
 ):
-    """Fill `out` with f(a), times `times` unless that is None. All arrays are in C order and of one
-    dtype; `out` may be `a`."""
+    """Fill `out` with f(a), multiplied by `times` unless that is None. All arrays are in C order
+    and have one dtype; `out` may be `a`."""
     cdef Activation problem
     cdef Execution execution = _execution(_threads(num_threads))
     cdef Status status
@@ -677,8 +677,10 @@ def activate_back(
     str name, cnp.ndarray d not None, cnp.ndarray a not None, object times,
     cnp.ndarray out not None, cnp.ndarray d_a not None, object d_times, object num_threads=None,
 ):
-    """Fill `out` as `activate`, and `d_a` and `d_times` with what the gradient `d` with respect to
-    `out` gives; either may be `d`. `d_times` is None where `times` is."""
+    """Fill `out` like `activate`, and `d_a` and `d_times` with the gradients of `a` and `times`.
+
+    `d` is the gradient with respect to `out`; `d_a` or `d_times` may be `d`. `d_times` is None if
+    `times` is None."""
     cdef ActivationGradient problem
     cdef Execution execution = _execution(_threads(num_threads))
     cdef Status status
@@ -707,8 +709,8 @@ def normalize(
     cnp.ndarray x not None, object add, cnp.ndarray weight not None, object bias, double epsilon,
     bint is_centred, cnp.ndarray out not None, object num_threads=None,
 ):
-    """Add `add` to `x` unless it is None, and fill `out` with the rows of the last axis of `x`,
-    normalized. All arrays are in C order and of one dtype; `out` may be `x`."""
+    """Add `add` to `x` unless it is None, and fill `out` with the normalized rows (the last axis)
+    of `x`. All arrays are in C order and have one dtype; `out` may be `x`."""
     cdef Normalization problem
     cdef Execution execution = _execution(_threads(num_threads))
     cdef Status status
@@ -726,8 +728,8 @@ def normalize_back(
     cnp.ndarray d not None, cnp.ndarray x not None, cnp.ndarray weight not None, double epsilon,
     bint is_centred, cnp.ndarray of_weight not None, object of_bias, object num_threads=None,
 ):
-    """Turn the gradient `d` with respect to the rows of `normalize` into the one of `x`, in place,
-    and fill `of_weight` and, unless it is None, `of_bias`. Of arrays in C order."""
+    """Turn the gradient `d` with respect to the result of `normalize` into that of `x`, in place;
+    also fill `of_weight` and, unless it is None, `of_bias`. All arrays are in C order."""
     cdef NormalizationGradient problem
     cdef Execution execution = _execution(_threads(num_threads))
     cdef Status status
@@ -749,13 +751,13 @@ def normalize_back(
 
 
 def set_default_num_threads(int num_threads):
-    """Set how many threads a call uses that does not say."""
+    """Set the default number of threads of a call."""
     global default_num_threads
     default_num_threads = num_threads
 
 
 def get_default_num_threads():
-    """Return how many threads a call uses that does not say."""
+    """Return the default number of threads of a call."""
     return default_num_threads
 
 
@@ -765,7 +767,7 @@ def cpu_name():
 
 
 def isa_names():
-    """Return the ISA levels, as a dict from name to whether this CPU has it, the best one last."""
+    """Return the ISA levels, best last, as a dict from name to whether this CPU has the level."""
     cdef const vector[IsaLevel]* levels = &isa_levels()
     cdef size_t i
     return {
@@ -780,7 +782,7 @@ def isa():
 
 
 def set_isa(str name):
-    """Pin an ISA level; ValueError if this build or this CPU does not have it."""
+    """Pin an ISA level; raise ValueError if this build or this CPU does not have it."""
     cdef string problem = cpp_set_isa(name.encode())
     if not problem.empty():
         raise ValueError(problem.decode())
@@ -792,7 +794,7 @@ ctypedef fused real:
 
 
 def exp2(const real[::1] x not None, real[::1] y not None):
-    """y = 2**x by the kernels' own exp2, in float32 or float64 (for tests)."""
+    """Set y = 2**x with the kernels' own exp2, in float32 or float64 (for tests)."""
     if x.shape[0] != y.shape[0]:
         raise ValueError("x and y have different lengths")
     if x.shape[0] == 0:
@@ -804,8 +806,8 @@ def exp2(const real[::1] x not None, real[::1] y not None):
 
 
 def multiply_adds(int64_t rounds, str dtype="float32"):
-    """Run multiply-adds as fast as the ISA level in use can, as the kernels for a dtype do them;
-    return the flops (for benchmarks)."""
+    """Run multiply-adds of a dtype as fast as the ISA level in use can; return the flops (for
+    benchmarks)."""
     cdef double flops
     cdef Dtype wanted = {
         "float32": Dtype.float32,
@@ -819,8 +821,8 @@ def multiply_adds(int64_t rounds, str dtype="float32"):
 
 
 def read_floats(const float[::1] x not None):
-    """Return the sum of floats, a multiple of 64, read as fast as memory gives them (for
-    benchmarks)."""
+    """Return the sum of floats, read as fast as memory allows (for benchmarks); their number must
+    be a multiple of 64."""
     cdef float total
     if x.shape[0] % 64 != 0:
         raise ValueError("the number of floats is not a multiple of 64")

@@ -1,4 +1,4 @@
-"""A call of attention on tensors: by the shortest way there is."""
+"""Calls of attention on tensors, with as little overhead as possible."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ._torch_tensors import (
 
 _INT16 = np.dtype(np.int16)
 
-# What may be an array in `numattn.attention`.
+# Arguments that may be arrays in `numattn.attention`.
 _TENSOR_LIKE = (
     "mask", "tail_mask", "bias", "q_offset", "alibi_slopes", "sinks", "kv_lengths", "q_lengths",
 )  # fmt: skip
@@ -46,7 +46,7 @@ def usual_call(
     sinks: Any, kv_lengths: Any, q_lengths: Any, layout: str, return_lse: Any, num_threads: Any,
     shares_heads: bool,
 ) -> Any:  # fmt: skip
-    """Compute a call that `attention_common` takes, at little cost; return None for others.
+    """Compute a call that `attention_common` takes, with little overhead; return None for others.
 
     `shares_heads`: whether several query heads may share one of several heads of k and v.
     """
@@ -57,7 +57,7 @@ def usual_call(
     is_bfloat16 = q.dtype is torch.bfloat16
     try:
         if is_bfloat16:
-            # Views of ints forget gradients, where `numpy` itself would refuse.
+            # A view as int16 drops gradients, while `numpy` alone would refuse.
             if q.requires_grad or k.requires_grad or v.requires_grad:
                 return None
             int16 = torch.int16
@@ -82,7 +82,7 @@ def usual_call(
             kv_lengths = _usual(kv_lengths)
         if q_lengths is not None:
             q_lengths = _usual(q_lengths)
-    except (RuntimeError, TypeError):  # which others explain
+    except (RuntimeError, TypeError):  # the usual path explains the error
         return None
     rows_first = False
     q_shape, k_shape = q_.shape, k_.shape
@@ -114,7 +114,7 @@ def usual_call(
 
 
 def _usual(x: Any) -> Any:
-    """Return an array for a plain tensor that needs no gradient, all else as it is."""
+    """Return an array for a plain tensor that needs no gradient; return anything else unchanged."""
     if not isinstance(x, torch.Tensor):
         return x
     x = _without_gradient(x)
@@ -124,7 +124,7 @@ def _usual(x: Any) -> Any:
 
 
 def _usual_numbers(x: Any) -> Any:
-    """Return what `attention_common` takes of numbers of heads: nothing of 16 bits."""
+    """Return numbers per head in a form that `attention_common` takes: not in 16 bits."""
     if not isinstance(x, torch.Tensor):
         return x
     x = _without_gradient(x)
@@ -140,7 +140,7 @@ def _without_gradient(x: torch.Tensor) -> torch.Tensor:
 def call(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, returns_lse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the result, and the log-sum-exp if it is wanted."""
+    """Return the result and, if wanted, the log-sum-exp."""
     is_eager = type(q) in EAGER_TYPES and not is_recorded()
     dropout = options["dropout"]
     if isinstance(dropout, (int, float)) and dropout > 0 and options["rng"] is None:
@@ -176,12 +176,12 @@ def check_fits(name: str, x: object) -> None:
 
 
 def _as_array(x: Any) -> Any:
-    """Return an array for a tensor, all else as it is."""
+    """Return an array for a tensor; return anything else unchanged."""
     return array_of(x) if isinstance(x, torch.Tensor) else x
 
 
 def _as_given(options: Options, q: torch.Tensor) -> list[Any]:
-    """Return the options in the order of `GIVEN`, in the kinds that operators take with q."""
+    """Return the options in the order of `GIVEN`, with the types that the operators take."""
     window = options["window"]
     if window is None:
         window = (None, None)
@@ -206,7 +206,7 @@ def _as_tensor(x: Any, q: torch.Tensor) -> torch.Tensor | BlockMaskStore | None:
     if isinstance(x, (int, torch.SymInt)):
         return _int_tensor(x, q)
     if isinstance(x, (list, tuple)) and torch.compiler.is_compiling():
-        # Numbers of Python are float64 in numattn.
+        # Python floats are float64 in numattn.
         is_float = any(isinstance(number, float) for number in x)
         return torch.tensor(x, dtype=torch.float64 if is_float else None, device="cpu")
     array = np.asarray(x)
@@ -214,7 +214,7 @@ def _as_tensor(x: Any, q: torch.Tensor) -> torch.Tensor | BlockMaskStore | None:
 
 
 def _seed(rng: Any, q: torch.Tensor) -> torch.Tensor | None:
-    """Return a seed as a tensor, whose ints have a sign."""
+    """Return a seed as a tensor of int64, which wraps large seeds."""
     if rng is None or isinstance(rng, torch.Tensor):
         return rng
     seed = integer("rng", rng)
@@ -224,7 +224,7 @@ def _seed(rng: Any, q: torch.Tensor) -> torch.Tensor | None:
 
 
 def _int_tensor(x: Any, q: torch.Tensor) -> torch.Tensor:
-    """Return an int as a tensor; a fake one beside fake ones, also where their mode is over."""
+    """Return an int as a tensor, which is fake if q is, even after the fake mode has ended."""
     if isinstance(q, FakeTensor):
         return q.new_full((), x, dtype=torch.int64)
     return torch.scalar_tensor(x, dtype=torch.int64, device="cpu")

@@ -1,4 +1,4 @@
-"""Attention with gradients where operators run one by one, and under `torch.func`."""
+"""Attention with gradients in eager mode and under `torch.func`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    """Keep what the backward pass needs of the arguments of `_torch_passes.forward`."""
+    """Keep the arguments of `_torch_passes.forward` that the backward pass needs."""
     out, kept, lse = output
     q, k, v, *values, ctx.keeps = inputs
     given = dict(zip(GIVEN, values, strict=True))
@@ -84,7 +84,7 @@ class Attention(torch.autograd.Function):  # type: ignore[misc]
 
 
 class AttentionBackward(torch.autograd.Function):  # type: ignore[misc]
-    """`_torch_passes.backward`, which has no gradients."""
+    """`_torch_passes.backward`, without gradients of its own."""
 
     @staticmethod
     def forward(*arguments: Any) -> Tensors:

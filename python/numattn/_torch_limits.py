@@ -1,4 +1,4 @@
-"""Which calls of PyTorch's function numattn computes, and what it makes of their shapes."""
+"""Which calls of PyTorch's function numattn computes, and how it treats their shapes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ._torch_tensors import DTYPES, after_autocast, has_tangent, unfit
 
 DTYPE_NAMES = "one of " + ", ".join(ACCEPTED_DTYPES)
 
-# Beyond it PyTorch's function computes, and may overflow as it likes.
+# Calls with a larger scale go to PyTorch's function, which may overflow.
 _LARGEST_SCALE = 1e30
 
 
 class Reason(NamedTuple):
-    """Why numattn does not compute a call: a text that is not made where nobody reads it.
+    """Why numattn does not compute a call; the text is made only when it is read.
 
-    Shapes of programs that are recorded have no text.
+    In recorded programs shapes are symbolic, and must not be converted to text.
     """
 
     name: str
-    seen: object  # what came, or shapes
+    seen: object  # the value, a text, or shapes
     taken: str
 
     def __str__(self) -> str:
@@ -39,7 +39,7 @@ def reason_against(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None,
     dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool,
 ) -> Reason | None:  # fmt: skip
-    """Return why numattn does not compute a call of PyTorch's function, None if it does."""
+    """Return why numattn does not compute a call of PyTorch's function, or None if it does."""
     tensors = {"query": query, "key": key, "value": value}
     with_mask = tensors if attn_mask is None else {**tensors, "attn_mask": attn_mask}
     for name, x in with_mask.items():
@@ -104,7 +104,10 @@ def _leading(
 
 
 def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return what shapes broadcast to, None if they do not; PyTorch's own way records no error."""
+    """Return the shape that shapes broadcast to, or None.
+
+    This also works while a program is recorded, unlike catching the error of PyTorch's function.
+    """
     axes = max(len(shape) for shape in shapes)
     lengths = []
     for axis in range(-axes, 0):
@@ -159,7 +162,7 @@ def _why_not_numbers(dropout_p: object, is_causal: object, scale: Any) -> Reason
 def as_numattn_broadcasts(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what numattn reads as PyTorch does: the same leading axes, heads that fit."""
+    """Return tensors that numattn broadcasts like PyTorch: equal leading axes, heads that fit."""
     if query.ndim == key.ndim == value.ndim == 2:
         return query, key, value
     leading = _leading(query, key, value, enable_gqa)

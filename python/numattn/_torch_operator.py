@@ -1,6 +1,6 @@
-"""Attention and its backward pass as operators of PyTorch's library.
+"""Attention and its backward pass as custom operators of PyTorch.
 
-Programs that are recorded, by `torch.compile` and `torch.export`, have these in them.
+`torch.compile` and `torch.export` record these operators.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Both passes of attention on tensors: numattn on arrays over their memory.
+"""Both passes of attention on tensors, computed on arrays over their memory.
 
-Results lie in memory as (batch..., length, heads, dim), whatever the layout: what models do next,
-``out.transpose(1, 2).reshape(B, L, H * D)``, then copies nothing.
+Results have the memory layout (batch..., length, heads, dim), whatever the layout of the call. The
+next step of models, ``out.transpose(1, 2).reshape(B, L, H * D)``, then copies nothing.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 Tensors = tuple[torch.Tensor, ...]
 
-# What both passes take after q, k, v and their own arguments, as operators declare it. Numbers that
-# differ by head or batch item are tensors; `seed` is dropout's, as a number with a sign.
+# The arguments of both passes after q, k, v and their own arguments, as operators declare them.
+# Numbers per head or batch item are tensors. `seed` is the seed of dropout, as a signed number.
 DECLARED = (
     "Tensor? mask, Tensor? tail_mask, Tensor? bias, Tensor? sinks, Tensor? alibi_slopes, "
     "Tensor? q_offset, Tensor? kv_lengths, Tensor? q_lengths, Tensor? seed, bool is_causal, "
@@ -33,19 +33,19 @@ DECLARED = (
 )
 GIVEN = tuple(part.split()[1] for part in DECLARED.split(", "))
 
-# Of these the options of `attention` are made; others have their names there.
+# These have the same names in `attention`, whose other options are made from the rest.
 _PAIRS = ("mask", "tail_mask", "bias", "sinks")
 _NUMBERS = ("alibi_slopes", "q_offset", "kv_lengths", "q_lengths")
 _SAME = ("is_causal", "scale", "softcap", "dropout", "num_threads")
 
 
 def swapped(x: Any) -> Any:
-    """View an array or a tensor with heads and rows exchanged."""
+    """View an array or a tensor with heads and rows swapped."""
     return x.swapaxes(-3, -2)
 
 
 def puts_rows_first(layout: str, *inputs: Any) -> bool:
-    """Whether results are computed with heads and rows exchanged, and viewed in the layout."""
+    """Return whether results are computed with heads and rows swapped, and viewed in the layout."""
     return layout == "bhld" and all(x.ndim > 2 for x in inputs)
 
 
@@ -66,9 +66,9 @@ def attend_rows_first(
     kv_lengths: Any, q_lengths: Any, layout: str, return_lse: bool, num_threads: Any,
     dropout: float, rng: int | None,
 ) -> Any:  # fmt: skip
-    """Do what `attention` does; where a result has heads and rows, rows come first in memory."""
+    """Do what `attention` does; if a result has heads and rows, rows come first in memory."""
     if puts_rows_first(layout, q, k, v) and q.shape[-2] != 1 and q.shape[-3] != 1:
-        # An error has to speak of the caller's axes: it comes from the call below.
+        # Errors must refer to the caller's axes: the call below raises them.
         with suppress(TypeError, ValueError):
             result = attend(
                 swapped(q), swapped(k), swapped(v), mask, tail_mask, bias, is_causal, q_offset,
@@ -88,10 +88,10 @@ def attend_rows_first(
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *given: Any, keeps: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the result, what the backward pass reads in its place, and the log-sum-exp.
+    """Return the result, the copy of it that the backward pass reads, and the log-sum-exp.
 
-    Of 16-bit tensors the backward pass reads the result in float32, before it is rounded, if
-    `keeps`. Of others it reads the result itself, and the second tensor is empty.
+    If `keeps`, the copy for 16-bit tensors is the result in float32, before rounding. Otherwise the
+    backward pass reads the result itself, and the copy is empty.
     """
     q_, k_, v_ = array_of(q), array_of(k), array_of(v)
     options = _options(given)
@@ -115,7 +115,7 @@ def backward(
     dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor,
     v: torch.Tensor, kept: torch.Tensor, lse: torch.Tensor, *given: Any, bias_gradient: bool,
 ) -> Tensors:  # fmt: skip
-    """Return the gradients of q, k, v, the bias and the sinks; empty ones where there is none."""
+    """Return the gradients of q, k, v, the bias and the sinks; missing ones are empty tensors."""
     options = _options(given)
     layout = given[GIVEN.index("layout")]
     arrays = [array_of(x) for x in (dout, q, k, v, kept)]
@@ -142,7 +142,7 @@ def backward(
 
 
 def _options(values: tuple[Any, ...]) -> dict[str, Any]:
-    """Return the options of `attention`, but for the layout."""
+    """Return the options of `attention`, except the layout."""
     given = dict(zip(GIVEN, values, strict=True))
     seed = given["seed"]
     tensors = {name: given[name] for name in (*_PAIRS, *_NUMBERS)}

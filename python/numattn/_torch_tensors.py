@@ -1,4 +1,4 @@
-"""Tensors as arrays over the same memory and back, and which tensors numattn takes."""
+"""Conversion of tensors to arrays over the same memory and back, and checks of tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 EAGER_TYPES = (torch.Tensor, torch.nn.Parameter)
-# The latter two take the place of tensors while a program is recorded.
+# The last two replace tensors while a program is recorded.
 _TYPES = (*EAGER_TYPES, FakeTensor, FunctionalTensor)
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -29,7 +29,7 @@ def array_of(x: torch.Tensor) -> Array:
     """Return an array over the memory of a tensor, whether or not it requires a gradient."""
     if x.requires_grad:
         x = x.detach()
-    if x.is_neg():  # a view whose sign has yet to be changed
+    if x.is_neg():  # a lazily negated view
         x = x.resolve_neg()
     # `Tensor.numpy` does not know bfloat16.
     is_bfloat16 = x.dtype is torch.bfloat16
@@ -45,7 +45,7 @@ def tensor_of(x: Array) -> torch.Tensor:
 
 
 def unfit(x: object) -> str | None:
-    """Say what x is if numattn cannot read it, whatever the dtype."""
+    """Describe x if numattn cannot read it, whatever its dtype; else return None."""
     if not isinstance(x, torch.Tensor):
         return type(x).__name__
     if x.is_nested:
@@ -60,7 +60,7 @@ def unfit(x: object) -> str | None:
 
 
 def has_tangent(*tensors: object) -> bool:
-    """Whether forward-mode derivatives go through one of these that are tensors."""
+    """Return whether forward-mode derivatives go through one of these that are tensors."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
     given = [x for x in tensors if isinstance(x, torch.Tensor)]
@@ -68,12 +68,12 @@ def has_tangent(*tensors: object) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether operators that are not being compiled are transformed by `torch.func`."""
+    """Return whether `torch.func` transforms operators, outside compilation."""
     return not torch.compiler.is_compiling() and _transforms_are_active()
 
 
 def is_recorded() -> bool:
-    """Whether operators are recorded or transformed, rather than run one by one."""
+    """Return whether operators are recorded or transformed instead of run eagerly."""
     return (
         torch.compiler.is_compiling()
         or _transforms_are_active()
@@ -83,7 +83,7 @@ def is_recorded() -> bool:
 
 
 def runs_alone() -> bool:
-    """Whether nothing but gradients concerns an operator outside of `torch.compile`."""
+    """Return whether operators run eagerly, with nothing active but gradients."""
     return not (
         _transforms_are_active()
         or _dispatch_modes()
@@ -105,12 +105,12 @@ def needs_gradient(*tensors: object) -> bool:
 
 
 def autocast_dtype() -> torch.dtype | None:
-    """Return what autocast makes of float tensors on the CPU, None outside of it."""
+    """Return the dtype to which autocast converts float tensors on the CPU, None without it."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
 def after_autocast(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that a tensor of this dtype has once autocast is done with it."""
+    """Return the dtype that a tensor of this dtype has after autocast."""
     wanted = autocast_dtype()
     is_cast = wanted is not None and dtype.is_floating_point and dtype != torch.float64
     return wanted if is_cast else dtype

@@ -1,7 +1,7 @@
-"""`torch.func.vmap` of both passes: the axis that is mapped becomes the first batch axis.
+"""`torch.func.vmap` of both passes: the mapped axis becomes the first batch axis.
 
-Numbers of heads, such as sinks, have no batch axes: where they are mapped, one item is computed
-after the other.
+Numbers per head, such as sinks, have no batch axes. If they are mapped, items are computed one by
+one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Mapped = tuple[Tensors, tuple[int | None, ...]]
 
 
 class _Call(NamedTuple):
-    """The arguments of one of the two passes by name, and which of their axes is mapped."""
+    """The arguments of one of the two passes by name, and the mapped axis of each."""
 
     items: int
     arguments: dict[str, Any]
@@ -37,13 +37,13 @@ def _one_by_one(run: Callable[..., Tensors], call: _Call) -> Mapped:
 
 
 class _Batches:
-    """Arguments of a call with the axis that is mapped in front."""
+    """The arguments of a call with the mapped axis in front."""
 
     def __init__(self, call: _Call) -> None:
         self.call = call
         given = call.arguments
         ndims = [self.ndim(name) for name in ("q", "k", "v")]
-        # One head without an axis gets one, which the first axis would be taken for otherwise.
+        # One head without an axis gets one. Otherwise the mapped axis would be taken for it.
         self.one_head = max(ndims) == 2
         self.head_axis = -2 if given["layout"] == "blhd" else -3
         self.batch_axes = max(*ndims, 3) - 3
@@ -53,9 +53,10 @@ class _Batches:
         return ndim - (self.call.axes[name] is not None)
 
     def in_front(self, name: str, ndim: int, *, expands: bool) -> torch.Tensor | None:
-        """Return an argument with at least `ndim` axes after the first one.
+        """Return an argument with the mapped axis first and at least `ndim` axes after it.
 
-        Along that one, what is not mapped is repeated if `expands`, and broadcasts otherwise.
+        If the argument is not mapped, it is repeated along the first axis if `expands`, and
+        broadcasts otherwise.
         """
         x, axis = self.call.arguments[name], self.call.axes[name]
         if x is None:
@@ -67,7 +68,7 @@ class _Batches:
         return x.reshape(x.shape[0], *(1,) * (ndim - x.ndim + 1), *x.shape[1:])
 
     def heads(self, name: str, columns: int = 1) -> torch.Tensor | None:
-        """Return q, k, v, results (or, without columns, lse) and their gradients."""
+        """Return q, k, v, a result (or, without columns, lse) or a gradient of one of them."""
         x = self.in_front(name, 0, expands=True)
         if x is None:
             return None
@@ -97,7 +98,7 @@ def _has_mapped_numbers(call: _Call) -> bool:
 def attention_in_batches(
     run: Callable[..., Tensors], info: Any, in_dims: Sequence[int | None], *args: Any
 ) -> Mapped:
-    """Call `run`, which takes what `_torch_passes.forward` does, for all items at once."""
+    """Call `run`, with the arguments of `_torch_passes.forward`, for all items at once."""
     names = ("q", "k", "v", *GIVEN, "keeps")
     call = _call(names, info, in_dims, args)
     if _has_mapped_numbers(call):
@@ -115,7 +116,7 @@ def attention_in_batches(
 def backward_in_batches(
     run: Callable[..., Tensors], info: Any, in_dims: Sequence[int | None], *args: Any
 ) -> Mapped:
-    """Call `run`, which takes what `_torch_passes.backward` does, for all items at once."""
+    """Call `run`, with the arguments of `_torch_passes.backward`, for all items at once."""
     names = ("dout", "dlse", "q", "k", "v", "kept", "lse", *GIVEN, "bias_gradient")
     call = _call(names, info, in_dims, args)
     given = call.arguments

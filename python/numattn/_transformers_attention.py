@@ -1,4 +1,4 @@
-"""How attention of transformers is computed: chunks, dense masks, weights."""
+"""Attention for transformers: chunks, dense masks and weights."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def structure_of(
     mask: Tensor | None, q_length: int, kv_length: int, takes_chunks: bool
 ) -> Structure | None:
-    """Return the structure of a mask if it is known, and one of as many queries and keys.
+    """Return the structure of a mask if it is known and fits the number of queries and keys.
 
-    Bools of all pairs take the place of chunks unless `takes_chunks`.
+    Unless `takes_chunks`, chunks are replaced by bools of all pairs.
     """
     if not isinstance(mask, StructuredMask) or mask.shape[2:] != (q_length, kv_length):
         return None
@@ -40,7 +40,7 @@ def dense_mask_options(mask: Tensor, position_bias: Tensor | None) -> dict[str, 
     if mask.dtype == torch.bool:
         return {"mask": mask, "bias": position_bias}
     if mask.shape[-2] == 1 and not is_traced(mask):
-        # What "eager" has of one query: 0, and the least number where it does not attend.
+        # The mask of "eager" for one query has 0, or the least number for keys not attended to.
         attends = mask > torch.finfo(mask.dtype).min
         if bool((mask[attends] == 0).all()):
             return {"mask": attends, "bias": position_bias}
@@ -50,10 +50,10 @@ def dense_mask_options(mask: Tensor, position_bias: Tensor | None) -> dict[str, 
 def attend_in_chunks(
     q: Tensor, k: Tensor, v: Tensor, structure: Structure, chunks: Chunks, options: dict[str, Any]
 ) -> Tensor:
-    """Compute attention whose queries see the keys of their own chunk alone.
+    """Compute attention in which queries attend only to the keys of their own chunk.
 
-    `q`, `k`, `v` and the result are (batch, length, heads, head_dim). Chunks of padded batch items
-    may begin elsewhere: then each item is computed by itself.
+    `q`, `k`, `v` and the result are (batch, length, heads, head_dim). If chunks begin at different
+    positions, as in padded batches, each batch item is computed separately.
     """
     begins = set(chunks.begins.tolist())
     together = len(begins) == 1
@@ -74,8 +74,8 @@ def attend_in_chunks(
 
 
 def only_seen_keys(k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return the keys and values between the first and the last one that a mask leaves to anybody,
-    and cut the options: a static cache is not read beyond its tokens."""
+    """Return the keys and values from the first to the last one that is attended to, and cut the
+    options to them, so that a static cache is not read beyond its tokens."""
     mask, bias = options["mask"], options["bias"]
     if is_traced(mask):
         return k, v
@@ -90,7 +90,7 @@ def only_seen_keys(k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tenso
 
 
 class Weights(torch.autograd.Function):  # type: ignore[misc]
-    """The weights of attention, which nothing can be differentiated through."""
+    """The weights of attention, without gradients."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, options: dict[str, Any]) -> Tensor:

@@ -1,10 +1,10 @@
 """Masks of transformers that keep their structure.
 
-A model of transformers asks for its mask once per forward, as a function of positions and a padding
-mask. It gets a `StructuredMask`. For `numattn.transformers` this is what the function means:
-limits, chunks, padding, or else bools of all pairs. For everybody else it is the mask of "eager":
-floats that are added to the logits, made when somebody first asks for them. So models that compute
-attention by themselves, or do anything else with their masks, get what they get with "eager".
+A model in transformers asks for its mask once per forward pass, with a function of positions and a
+padding mask. It gets a `StructuredMask`. `numattn.transformers` reads its structure: limits,
+chunks, padding, or else bools of all pairs. For all other code it is the mask of "eager": floats to
+add to the logits, which are made when they are first needed. So models that compute attention
+themselves, or use their masks otherwise, get the same as with "eager".
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 class StructuredMask(torch.Tensor):  # type: ignore[misc]
     """A mask (batch, 1, queries, keys) of floats whose elements are made when they are needed.
 
-    Every operation of PyTorch gets the dense mask and gives plain tensors, so whatever a model does
-    to the mask is right. Only attention that gets this very object, which nobody can have written
-    to, sees the structure.
+    Every PyTorch operation gets the dense mask and returns plain tensors, so a model may do
+    anything with the mask. Only attention that gets this very object, unmodified, uses the
+    structure.
     """
 
     @staticmethod
@@ -58,15 +58,15 @@ class StructuredMask(torch.Tensor):  # type: ignore[misc]
         self._dense: torch.Tensor | None = None
 
     def structure(self) -> Structure | None:
-        """Return the structure, or None if somebody may have written to the elements."""
+        """Return the structure, or None if the elements may have been written to."""
         return self._structure
 
     def pairs(self) -> torch.Tensor:
-        """Return bools of all pairs, where there is a structure."""
+        """Return bools of all pairs, if there is a structure."""
         return self._make_pairs()
 
     def dense(self) -> torch.Tensor:
-        """Return the elements, to be read: 0 where a query attends, else the least number."""
+        """Return the elements for reading: 0 where a query attends, else the least number."""
         if self._dense is None:
             least = torch.finfo(self.dtype).min
             zero = torch.zeros((), dtype=self.dtype, device=self.device)
@@ -82,7 +82,7 @@ class StructuredMask(torch.Tensor):  # type: ignore[misc]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Compute with the dense mask."""
-        # It writes to the mask, or gives a view that can be written to.
+        # The operation writes to the mask, or returns a view that can be written to.
         shares = any(result.alias_info is not None for result in func._schema.returns)
 
         def dense(mask: StructuredMask) -> torch.Tensor:
@@ -93,13 +93,13 @@ class StructuredMask(torch.Tensor):  # type: ignore[misc]
         args, kwargs = tree_map_only(cls, dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    # Without this, results would be made into this class again.
+    # Without this, results would be converted to this class again.
     __torch_function__ = torch._C._disabled_torch_function_impl
 
-    # What does not come through the dispatcher.
+    # Methods that do not go through the dispatcher.
 
     def numpy(self, **options: Any) -> Any:
-        self._structure = None  # it shares the memory
+        self._structure = None  # the array shares the memory
         return self.dense().numpy(**options)
 
     def __array__(self, *options: Any) -> Any:
@@ -131,7 +131,7 @@ def make_mask(
     config: Any = None,
     **others: Any,
 ) -> torch.Tensor | None:
-    """Make the mask of a forward: what transformers calls for ``attn_implementation="numattn"``."""
+    """Make the mask of a forward pass; transformers calls this function for "numattn"."""
     arguments = {
         "batch_size": batch_size,
         "q_length": q_length,
@@ -146,13 +146,13 @@ def make_mask(
     if config is not None:
         warn_of_no_interface(type(config))
     of_static_cache = isinstance(q_offset, torch.Tensor)
-    # A token's step may be compiled, which takes plain tensors alone.
+    # The step for one token may be compiled, which takes only plain tensors.
     if is_traced(q_offset, attention_mask) or (of_static_cache and q_length == 1):
         return masking_utils.eager_mask(
             **arguments, dtype=dtype, allow_is_bidirectional_skip=allow_is_bidirectional_skip
         )
-    # The cache moves its offset on, and the padding is the caller's: both before anybody asks for
-    # the elements.
+    # Copy both, because the cache changes its offset, and the caller may change the padding, before
+    # the elements are needed.
     arguments["q_offset"] = int(q_offset)
     if attention_mask is not None:
         arguments["attention_mask"] = attention_mask.clone()
@@ -176,13 +176,13 @@ def make_mask(
     return StructuredMask(shape, dtype, device, structure, make_pairs)
 
 
-# Classes of configurations that have been looked at.
+# Classes of configurations that have been checked.
 _seen: set[type] = set()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def warn_of_no_interface(config_class: type) -> None:
-    """Warn once of a model that never asks transformers for its attention function."""
+    """Warn once for each kind of model that does not use transformers' attention interface."""
     if config_class in _seen:
         return
     _seen.add(config_class)
@@ -201,7 +201,7 @@ def warn_of_no_interface(config_class: type) -> None:
 
 
 def is_traced(*values: torch.Tensor | int | None) -> bool:
-    """Whether the elements of tensors cannot be read, as in a compilation."""
+    """Return whether the elements of tensors cannot be read, as during compilation."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     return any(type(x) not in (torch.Tensor, int, type(None)) for x in values)

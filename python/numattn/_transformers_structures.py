@@ -1,7 +1,7 @@
-"""What masks of transformers mean: causal, windows, chunks, padding.
+"""The structure of masks in transformers: causal, windows, chunks and padding.
 
-A mask is a function of positions there. It is known by its code, which has to be one of
-transformers' own functions, or several of them joined by ``and_masks``.
+In transformers a mask is a function of positions. It is recognised by its code, which must be that
+of one of transformers' own functions, or several of them joined by ``and_masks``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Chunks(NamedTuple):
-    """Groups of `size` positions, whose queries and keys see one another alone."""
+    """Groups of `size` positions whose queries attend only to keys of the same group."""
 
     size: int
     begins: torch.Tensor  # (batch,): a position where a chunk begins
@@ -27,8 +27,8 @@ class Chunks(NamedTuple):
     def pieces(
         self, item: int, q_offset: int, q_length: int, kv_length: int
     ) -> Iterator[tuple[slice, slice, int]]:
-        """Yield the queries of each chunk of a batch item, its keys, and the offset of the former
-        to the latter."""
+        """Yield the queries and the keys of each chunk of a batch item, and the position of the
+        first query relative to the first key."""
         begin = int(self.begins[item])
         row = 0
         while row < q_length:
@@ -43,20 +43,20 @@ class Chunks(NamedTuple):
 class Structure(NamedTuple):
     """Which keys a query attends to.
 
-    Query i has the position ``p = i + q_offset``, key j the position j. The query attends to the
-    keys ``p - left <= j <= p + right`` that `padding` leaves, and with `chunks` only to keys of
-    its own chunk.
+    Query i has the position ``p = i + q_offset``, and key j the position j. The query attends to
+    the keys ``p - left <= j <= p + right`` that are not padding and, with `chunks`, are in its own
+    chunk.
     """
 
     left: int | None = None
     right: int | None = None
     q_offset: int = 0
-    padding: torch.Tensor | None = None  # bool (batch, keys)
+    padding: torch.Tensor | None = None  # bool (batch, keys), False for padding
     chunks: Chunks | None = None
-    pairs: torch.Tensor | None = None  # bool (batch, 1, queries, keys): what nothing else says
+    pairs: torch.Tensor | None = None  # bool (batch, 1, queries, keys), for any other mask
 
     def options(self) -> dict[str, Any]:
-        """Return all but the chunks as options of `numattn.attention`."""
+        """Return everything except the chunks as options of `numattn.attention`."""
         options: dict[str, Any] = {"q_offset": self.q_offset}
         if (self.left, self.right) != (None, None):
             options["window"] = (self.left, self.right)
@@ -99,25 +99,25 @@ def find_structure(
     padding = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
     if padding.shape[1] < kv_length:  # a static cache has room for more
         padding = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
-    # Keys behind the last query are not seen, be they padding or not.
+    # Keys beyond the last query's limit are not attended to, whether they are padding or not.
     end = kv_length if right is None else max(structure.q_offset + q_length + right, 0)
     return structure if bool(padding[:, :end].all()) else structure._replace(padding=padding)
 
 
 def _smaller(a: int | None, b: int | None) -> int | None:
-    """Return the smaller limit, None being no limit."""
+    """Return the smaller limit; None means no limit."""
     if a is None or b is None:
         return b if a is None else a
     return min(a, b)
 
 
 def _variables(function: Any) -> list[Any]:
-    """Return what a function has taken along, by the alphabet."""
+    """Return the variables that a function has captured, in alphabetical order."""
     return [cell.cell_contents for cell in function.__closure__ or ()]
 
 
 def _parts(mask_function: MaskFunction) -> Iterator[Any]:
-    """Yield the functions that all have to hold."""
+    """Yield the functions that a mask function joins with ``and_masks``."""
     if mask_function.__code__ is _code_of_and():
         (functions,) = _variables(mask_function)
         for function in functions:
@@ -133,10 +133,10 @@ def _code_of_and() -> Any:
 
 @cache
 def _known() -> dict[Any, Callable[..., Structure]]:
-    """Return what the functions of transformers mean, by their code.
+    """Return the structures of the functions in transformers, by their code.
 
-    Each is compared on a small grid of positions with what is said of it here. One that a release
-    has changed is left out, and masks that have it are dense.
+    Each function is compared with its structure on a small grid of positions. If a release has
+    changed a function, it is left out, and masks with it are dense.
     """
     begins = torch.ones(1, dtype=torch.long)
     candidates: list[tuple[Any, Callable[..., Structure]]] = [
@@ -157,7 +157,7 @@ def _known() -> dict[Any, Callable[..., Structure]]:
     for function, meaning in candidates:
         try:
             structure = meaning(*_variables(function))
-        except TypeError:  # it depends on something else, too
+        except TypeError:  # the function depends on other variables too
             continue
         found = function(0, 0, queries, keys).expand(10, 10)
         if torch.equal(found, _elements(structure, queries, keys)):

@@ -1,7 +1,7 @@
-"""Arrays that live for one call and share their memory with the next one's.
+"""Arrays that live for one call, and whose memory the next call uses again.
 
-Fresh arrays of this size are fresh pages. To make and clear the pages of q, k, v and attention's
-result takes a twentieth of a layer's time.
+New arrays of this size need new pages from the system. Making and clearing the pages of q, k, v and
+attention's result takes a twentieth of a layer's time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_MOST_BYTES = 64 * 1024 * 1024  # that a thread keeps
-_FEW_BYTES = 128 * 1024  # which malloc has without fresh pages
+_MOST_BYTES = 64 * 1024 * 1024  # the most that a thread keeps
+_FEW_BYTES = 128 * 1024  # up to this size malloc needs no new pages
 _SMALL_USES = 16
 _ALIGNMENT = 64
 
@@ -25,8 +25,8 @@ _ALIGNMENT = 64
 class _Kept(threading.local):
     def __init__(self) -> None:
         self.memory: NDArray[Any] = np.empty(0, np.uint8)
-        self.bytes = 0  # that whoever takes it next should find there
-        self.small_uses = 0  # in a row that needed little of it
+        self.bytes = 0  # the size that the next owner needs
+        self.small_uses = 0  # uses in a row that needed little of it
         self.owner: weakref.ref[Workspace] | None = None
 
 
@@ -34,11 +34,11 @@ _kept = _Kept()
 
 
 class Workspace:
-    """Makes arrays, until the end of a ``with`` statement: nothing may keep them longer.
+    """A maker of arrays in a ``with`` statement; the arrays must not be used after it.
 
     A thread keeps as much memory as one of its calls needed, up to a limit, until several uses in a
-    row need a quarter of it or less. (A model's steps alternate: attention, feed-forward network; a
-    prompt, a token.)
+    row need a quarter of it or less. It does not release the memory sooner because a model's steps
+    alternate: attention and feed-forward network, a prompt and single tokens.
     """
 
     def __enter__(self) -> Workspace:
@@ -48,7 +48,7 @@ class Workspace:
 
     def __exit__(self, *_: object) -> None:
         owner = _owner()
-        if owner is not None and owner is not self:  # which has not ended
+        if owner is not None and owner is not self:  # another workspace is still in use
             return
         _kept.owner = None
         _kept.bytes = max(_kept.bytes, min(self._wanted, _MOST_BYTES))
@@ -71,8 +71,8 @@ class Workspace:
         return self._memory[begin : begin + size].view(dtype).reshape(shape)
 
     def _take(self) -> NDArray[Any]:
-        # Somebody else has it where a signal handler computes during a computation. An owner that
-        # an exception ended before its time is gone.
+        # There is another owner if a signal handler computes during a computation. An owner that
+        # was ended by an exception is gone.
         if _owner() is not None:
             return np.empty(0, np.uint8)
         _kept.owner = weakref.ref(self)

@@ -1,10 +1,10 @@
-"""Attention over arrays of dask: on all cores of a machine, or on many machines.
+"""Attention over dask arrays, on all cores of a machine or on many machines.
 
-`attention` and `attention_backward` take and give arrays of dask, chunked along batch, heads,
-queries and keys. A task computes with some of the chunks, as `numattn.attention` does; results over
-different keys are merged by their log-sum-exp, which is exact but for rounding. Nothing is computed
-before the arrays are. The package ``dask`` is needed (``pip install 'numattn[dask]'``), which is
-why `numattn` does not import this module.
+`attention` and `attention_backward` take and return dask arrays, chunked along batch, heads,
+queries and keys. A task computes attention for some of the chunks, as `numattn.attention` does.
+Results for different keys are merged by their log-sum-exp, which is exact except for rounding.
+Nothing is computed before the dask arrays are. This module needs the package ``dask`` (``pip
+install 'numattn[dask]'``), so `numattn` does not import it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Gradients", "attention", "attention_backward"]
 
-# What `numattn.attention` has, and chunks do not.
+# Options of `numattn.attention` that do not exist for chunks.
 _NOT_HERE = {
     "tail_mask": "`mask=` for all keys",
     "out": "use `dask.array.store` to write the result to an array",
@@ -49,15 +49,16 @@ class Gradients(NamedTuple):
     Attributes
     ----------
     q, k, v : dask.array.Array
-        In the shapes, dtype and layout of the inputs.
+        With respect to q, k and v, in their shapes, dtype and layout.
     bias : dask.array.Array or None
-        In the shape and dtype of `bias`; None where it was not asked for.
+        With respect to `bias`, in its shape and dtype; None unless ``bias_gradient=True``.
     sinks : dask.array.Array, shape (Hq,), or None
-        In the dtype of `sinks` if that is a float, else float64; None without sinks.
+        With respect to `sinks`, in their dtype if it is a float dtype, else float64; None without
+        sinks.
 
     See Also
     --------
-    attention_backward : what gives them.
+    attention_backward : computes them.
     """
 
     q: da.Array
@@ -116,70 +117,71 @@ def attention(
     split_every: int | None = None,
     **unknown: Any,
 ) -> da.Array | tuple[da.Array, da.Array]:
-    """`numattn.attention` over arrays of dask.
+    """Compute `numattn.attention` over dask arrays.
 
     Parameters
     ----------
     q : dask.array.Array, shape (..., Hq, Lq, D)
-        Queries, as in `numattn.attention`. The result has their chunks, except where they cut
-        groups of heads in a way that no task can read (see Notes). One of `q`, `k` and `v` has
-        to be an array of dask; NumPy arrays are chunked as the others are.
+        Queries, as in `numattn.attention`. The result has the same chunks, unless they cut groups
+        of heads (see Notes). At least one of `q`, `k` and `v` must be a dask array; NumPy arrays
+        are chunked like the others.
     k : dask.array.Array, shape (..., Hkv, Lk, D)
-        Keys, whose chunks along Lk say which keys a task attends to.
+        Keys. Their chunks along Lk determine which keys a task attends to.
     v : dask.array.Array, shape (..., Hkv, Lk, Dv)
-        Values, rechunked to fit `k`.
+        Values. They are rechunked to fit `k`.
     mask : dask.array.Array, array_like of bool or BlockMask, optional
-        True where a query attends to a key; broadcasts to (..., Hq, Lq, Lk). Where a `BlockMask` or
-        an array in memory leaves nothing of two chunks, they make no task.
+        True where a query attends to a key. Broadcasts to (..., Hq, Lq, Lk). If a `BlockMask` or an
+        array in memory excludes all pairs of two chunks, there is no task for them.
     bias : dask.array.Array or array_like of float, optional
         Added to the logits; -inf masks. Broadcasts like `mask`.
     is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, kv_lengths, q_lengths, layout
-        As in `numattn.attention`, with the positions of the whole arrays. Arrays of NumPy, not of
-        dask.
+        As in `numattn.attention`. Positions are those in the whole arrays. Pass NumPy arrays, not
+        dask arrays.
     return_lse : bool, default False
         Also return the log-sum-exp of each query's logits.
     num_threads : int, optional
-        Threads of each task. Default: 1, because dask runs a task on each of its threads. For
-        workers that run one task at a time, the number of their cores; None is what
-        `numattn.get_num_threads` gives in the worker, which dask starts with OMP_NUM_THREADS=1.
+        Threads of each task. Default: 1, because dask runs a task on each of its threads. If
+        workers run one task at a time, pass their number of cores. None means
+        `numattn.get_num_threads` in the worker, which dask starts with OMP_NUM_THREADS=1.
     split_every : int, optional
-        How many chunks of keys a task attends to, one after the other, and how many results a task
+        Number of chunks of keys that a task attends to in turn, and number of results that a task
         merges. Default: dask's setting ``split_every``, or 4.
 
     Returns
     -------
     out : dask.array.Array, shape (..., Hq, Lq, Dv)
-        In the layout and dtype of `q`. A query that attends to nothing gets zeros.
+        In the layout and dtype of `q`. It is 0 for a query that attends to nothing.
     lse : dask.array.Array, shape ``out.shape[:-1]``
-        Only with ``return_lse=True``: float32 (float64 for float64).
+        Only with ``return_lse=True``: float32 (float64 for float64 inputs).
 
     Raises
     ------
     TypeError
-        As `numattn.attention`; also if no array is of dask, or one that has to be in memory is.
+        As in `numattn.attention`, if none of `q`, `k` and `v` is a dask array, or if an argument
+        that must be in memory is a dask array.
     ValueError
-        As `numattn.attention`; also if chunks have unknown sizes.
+        As in `numattn.attention`, and if chunks have unknown sizes.
 
     See Also
     --------
-    attention_backward : its gradients.
+    attention_backward : the gradients.
     numattn.attention : the same for arrays in memory.
-    numattn.merge_states : how results over different keys become one.
+    numattn.merge_states : merge results for different keys.
 
     Notes
     -----
-    Beyond its chunks of `q`, `k` and `v` (`split_every` of these) a task needs less than four
-    chunks of memory: its result, in float32 where it is to be merged, and what an eighth of the
-    queries needs. Chunks that
-    lengths, causal limits, windows or a mask in memory exclude make no task. Axes of head_dim are
-    rechunked to one chunk; heads of `q` too, where a chunk has a part of some group and more.
+    In addition to its chunks of `q`, `k` and `v` (`split_every` chunks of `k` and `v`), a task
+    needs memory for less than four chunks: its result, in float32 if it will be merged, and arrays
+    for an eighth of the queries. There are no tasks for chunks that lengths, causal limits, windows
+    or a mask in memory exclude. Axes of head_dim are rechunked to one chunk. Heads of `q` are
+    rechunked if a chunk has a part of a group together with other heads.
 
-    The result differs from one machine's by the rounding of the merging, in float32 (float64 for
-    float64). The same arrays with the same chunks give the same bits wherever the tasks run on the
-    same level of the kernels.
+    The result differs from that of `numattn.attention` by the rounding of merges, in float32
+    (float64 for float64 inputs). The same arrays with the same chunks have the same bits, wherever
+    the tasks run, if all machines use the same ISA level.
 
     The method is the online softmax of M. Milakov, N. Gimelshein, "Online normalizer calculation
-    for softmax", 2018, with chunks in place of keys.
+    for softmax", 2018, with chunks instead of keys.
 
     Examples
     --------
@@ -192,7 +194,7 @@ def attention(
     >>> out = numattn.dask.attention(q, k, v, is_causal=True)
     >>> out.chunks
     ((8,), (1024, 1024, 1024, 1024), (64,))
-    >>> out[:, -1].compute().shape  # makes the tasks of the last 1024 queries alone
+    >>> out[:, -1].compute().shape  # runs only the tasks for the last 1024 queries
     (8, 64)
     """
     if unknown:
@@ -234,15 +236,14 @@ def attention_backward(
     split_every: int | None = None,
     **unknown: Any,
 ) -> Gradients:
-    """`numattn.attention_backward` over arrays of dask.
+    """Compute `numattn.attention_backward` over dask arrays.
 
     Parameters
     ----------
     dout : dask.array.Array, shape (..., Hq, Lq, Dv)
-        Gradient with respect to `out`. In the dtype of `q`, or float32 with 16-bit inputs.
+        Gradient with respect to `out`, in the dtype of `q`, or float32 for 16-bit inputs.
     q : dask.array.Array, shape (..., Hq, Lq, D)
-        Queries, as they were given to `attention`. One of `q`, `k` and `v` has to be an array of
-        dask.
+        Queries, as passed to `attention`. At least one of `q`, `k` and `v` must be a dask array.
     k : dask.array.Array, shape (..., Hkv, Lk, D)
         Keys.
     v : dask.array.Array, shape (..., Hkv, Lk, Dv)
@@ -250,45 +251,45 @@ def attention_backward(
     out : dask.array.Array, shape (..., Hq, Lq, Dv)
         The result of `attention`.
     lse : dask.array.Array, shape ``out.shape[:-1]``
-        The log-sum-exp of `attention` with ``return_lse=True``.
+        The log-sum-exp that `attention` returns with ``return_lse=True``.
     dlse : dask.array.Array, shape ``out.shape[:-1]``, optional
         Gradient with respect to `lse`, in its dtype. Default: none.
     bias_gradient : bool, default False
         Also return the gradient with respect to `bias`.
     mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, kv_lengths, \
 q_lengths, layout
-        What `attention` was given.
+        As passed to `attention`.
     num_threads : int, optional
         Threads of each task, as in `attention`. Default: 1.
     split_every : int, optional
-        How many arrays a task adds up. Default: dask's setting ``split_every``, or 4.
+        Number of arrays that a task adds up. Default: dask's setting ``split_every``, or 4.
 
     Returns
     -------
     Gradients
-        A named tuple of ``q, k, v, bias, sinks``, arrays of dask in the shapes and dtypes of the
-        inputs, chunked as these were to fit each other. `bias` is None without `bias_gradient`,
-        `sinks` without sinks.
+        A named tuple of ``q, k, v, bias, sinks``, dask arrays in the shapes and dtypes of the
+        inputs, with the chunks that `attention` gave these. `bias` is None without
+        `bias_gradient`, and `sinks` is None without sinks.
 
     Raises
     ------
     TypeError, ValueError
-        As `numattn.attention_backward` and `attention`.
+        As in `numattn.attention_backward` and `attention`.
 
     See Also
     --------
-    attention : what it is the derivative of.
-    numattn.attention_backward : the same for arrays in memory; what holds of both.
+    attention : the function that is differentiated.
+    numattn.attention_backward : the same for arrays in memory; its Notes apply here too.
 
     Notes
     -----
-    There is a task for each chunk of queries with each chunk of keys that some of them attend to.
-    Its three results are in float32 (float64 for float64), as are their sums; each gradient is
-    rounded once. With 16-bit floats the `out` of `attention` is rounded, which
-    `numattn.attention_backward` says more about.
+    There is one task for each chunk of queries and each chunk of keys that some of the queries
+    attend to. Its three results and their sums are in float32 (float64 for float64 inputs), and
+    each gradient is rounded once. With 16-bit floats, `attention` returns a rounded `out`; the
+    Notes of `numattn.attention_backward` describe the effect.
 
     The method is the backward pass of T. Dao et al., "FlashAttention: Fast and Memory-Efficient
-    Exact Attention with IO-Awareness", NeurIPS 2022, with chunks in place of blocks.
+    Exact Attention with IO-Awareness", NeurIPS 2022, with chunks instead of blocks.
 
     Examples
     --------

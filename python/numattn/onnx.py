@@ -1,10 +1,13 @@
-"""Operators of ONNX graphs, for ONNX's reference evaluator.
+"""Attention operators of ONNX graphs, for ONNX's reference evaluator.
 
-``ReferenceEvaluator(model, new_ops=numattn.onnx.OPS)`` computes with numattn: Attention (opsets 23
-to 25) and RotaryEmbedding of the standard; MultiHeadAttention, GroupQueryAttention and
-RotaryEmbedding of ONNX Runtime (domain ``com.microsoft``). All other operators of a graph stay the
-evaluator's own. The package ``onnx`` is needed (``pip install 'numattn[onnx]'``), which is why
-`numattn` does not import this module.
+``ReferenceEvaluator(model, new_ops=numattn.onnx.OPS)`` computes these operators with numattn:
+
+- Attention (opsets 23 to 25) and RotaryEmbedding of the ONNX standard;
+- MultiHeadAttention, GroupQueryAttention and RotaryEmbedding of ONNX Runtime (domain
+  ``com.microsoft``).
+
+The evaluator computes all other operators itself. This module needs the package ``onnx`` (``pip
+install 'numattn[onnx]'``), so `numattn` does not import it.
 """
 
 from __future__ import annotations
@@ -41,15 +44,15 @@ if TYPE_CHECKING:
 
 __all__ = ["OPS", "Attention", "RotaryEmbedding"]
 
-# The numbers that ONNX gives to float32, float16, float64 and bfloat16.
+# ONNX's numbers of float32, float16, float64 and bfloat16.
 _PRECISIONS = (1, 10, 11, 16)
 
 
 class Attention(OpRun):
-    """Attention of the standard, opsets 23 to 25.
+    """The operator Attention of the ONNX standard, opsets 23 to 25.
 
-    Inputs, outputs and attributes are ONNX's. ``qk_matmul_output``, which is of the size of all
-    queries times all keys, is computed only where a graph asks for it.
+    Inputs, outputs and attributes are ONNX's. ``qk_matmul_output``, an array of all queries by all
+    keys, is computed only if the graph uses it.
     """
 
     def _run(
@@ -82,7 +85,7 @@ class Attention(OpRun):
         v = after_past("V", past_value, new_v, past_key)
         total = k.shape[2]
         mask = mask_or_bias("attn_mask", attn_mask, q, total)
-        # Keys beyond a short mask are masked: they are not looked at.
+        # Keys beyond a short mask are masked, and are not read.
         seen = total if attn_mask is None else attn_mask.shape[-1]
         logits: dict[str, Any] = {
             "scale": None if scale is None else float(scale),
@@ -111,7 +114,7 @@ class Attention(OpRun):
 def _scores(
     mode: int, q: Array, k: Array, seen: int, logits: dict[str, Any], options: dict[str, Any]
 ) -> Array:
-    """Return what ``qk_matmul_output`` is: (B, H, Lq, all keys) in the dtype of q."""
+    """Return ``qk_matmul_output``, (B, H, Lq, all keys) in the dtype of q."""
     if mode == 0:
         parts, beyond = qk_scores(q, k, scale=logits["scale"]), None
     elif mode == 1:
@@ -130,7 +133,10 @@ def _scores(
 
 
 class RotaryEmbedding(OpRun):
-    """RotaryEmbedding of the standard, opset 23 on; inputs and attributes are ONNX's."""
+    """The operator RotaryEmbedding of the ONNX standard, opset 23 and later.
+
+    Inputs and attributes are ONNX's.
+    """
 
     def _run(
         self,

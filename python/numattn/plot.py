@@ -1,9 +1,9 @@
-"""Pictures of attention weights: a head, all heads, lines between tokens, and a web page; of masks.
+"""Pictures of attention weights and block masks, and an interactive web page.
 
-These functions draw weights and compute none: pass what a model gave, or
-``softmax(scale * q @ k.T)`` of arrays small enough to look at. The pictures need Matplotlib
-(``pip install 'numattn[plot]'``), `html_page` does not. The module is not imported with numattn:
-``from numattn import plot``.
+These functions draw weights, but do not compute them: pass the weights of a model, of
+`attention_weights`, or of any softmax. The pictures need Matplotlib (``pip install
+'numattn[plot]'``); `html_page` does not. ``import numattn`` does not import this module: use ``from
+numattn import plot``.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ if TYPE_CHECKING:
 
 __all__ = ["html_page", "plot_block_mask", "plot_heads", "plot_lines", "plot_pattern"]
 
-# More labels than this on an axis are not read; beyond the second number of tokens, the few words
-# that could stand there say less than positions do.
+# The most labels on an axis, and the most tokens that are labels at all: with more tokens, the few
+# words that fit say less than positions.
 _MOST_LABELS = 40
 _MOST_TOKENS = 300
 _LONGEST_LABEL = 24
 
-# The smallest and largest label, and the room that one takes at least, in points.
+# The smallest and largest font size of labels, and the least room for a label, in points.
 _FONT_SIZES = (5.0, 10.0)
 _LABEL_ROOM = 7.0
 
-# Cells are squares unless one axis is this many times as long as the other.
+# Cells are squares unless one axis is more than this many times as long as the other.
 _MOST_UNEQUAL = 4
 
-# Where there are more cells, squares of them are drawn as one.
+# If there are more cells per point, squares of cells are drawn as one.
 _CELLS_A_POINT = 1.4
 
 _MASKED_STYLE: dict[str, Any] = {
@@ -64,9 +64,9 @@ _MASKED_STYLE: dict[str, Any] = {
     "linewidth": 0,
 }
 
-_PAGE = "plot_page.html"  # a string.Template: $title and $data; $$ is a dollar
-_HTML_STEPS = 10_000  # of 1: four decimals
-_MOST_STEPS = 2**53  # integers that JavaScript has
+_PAGE = "plot_page.html"  # a string.Template with $title and $data; $$ is a dollar sign
+_HTML_STEPS = 10_000  # per unit: four decimals
+_MOST_STEPS = 2**53  # the largest exact integer in JavaScript
 
 
 def plot_pattern(
@@ -83,41 +83,45 @@ def plot_pattern(
     Parameters
     ----------
     weights : array_like, shape (Lq, Lk)
-        What share of its attention query i gives to key j; finite and not negative.
+        Weight of key j for query i: finite numbers of at least 0.
     tokens : sequence of Lq str, optional
-        The labels of the queries, and without `key_tokens` of the keys. Positions by default, and
-        for more than 300 tokens; with more than 40, every second, third, ... token is a label.
+        Labels of the queries and, without `key_tokens`, of the keys. With more than 40 tokens, only
+        every second, third, ... token is a label. By default, and with more than 300 tokens,
+        positions are the labels.
     key_tokens : sequence of Lk str, optional
-        The labels of the keys.
+        Labels of the keys.
     mask : array_like of bool, optional
-        True where a query attends to a key, as in `numattn.attention`; broadcasts to (Lq, Lk).
-        By default the cells whose weight is exactly 0 are drawn as masked.
+        True where a query attends to a key, as in `numattn.attention`. Broadcasts to (Lq, Lk).
+        By default cells whose weight is exactly 0 are drawn as masked.
     title : str, optional
-        What is written above the pattern.
+        Title above the pattern.
     ax : matplotlib.axes.Axes, optional
-        Where to draw. The colour scale and the labels stand beside it, which a figure with
-        ``layout="constrained"`` makes room for. A new figure by default.
+        Axes to draw in. The colour scale and the labels are outside of them; a figure with
+        ``layout="constrained"`` makes room for them. Default: axes of a new figure.
 
     Returns
     -------
     matplotlib.axes.Axes
-        ``ax.images[0]`` is the pattern and ``ax.images[0].colorbar`` its colour scale. It goes from
-        0 to the largest weight; with more than 40 keys to the median of the queries' largest
-        weights, and what is above has the last colour. ``ax.images[0].set_clim(0, 1)`` changes
-        that. The colours are those of ``matplotlib.rcParams["image.cmap"]``. Where there are more
-        cells than pixels, the largest weight of a square of cells is drawn.
+        ``ax.images[0]`` is the pattern, and ``ax.images[0].colorbar`` is its colour scale. The
+        scale ends at the largest weight or, with more than 40 keys, at the median of the queries'
+        largest weights; larger weights have the last colour. ``ax.images[0].set_clim(0, 1)``
+        changes that. The colours are those of ``matplotlib.rcParams["image.cmap"]``. If there are
+        more cells than pixels, each square of cells shows its largest weight.
 
     Raises
     ------
     ImportError
         If Matplotlib is not installed.
     TypeError, ValueError
-        If the weights are not real numbers, finite and not negative, or have other axes; or if the
+        If the weights are not finite real numbers of at least 0 or have other axes, or if the
         tokens or the mask do not fit them.
 
     See Also
     --------
-    plot_heads, plot_lines, html_page
+    plot_heads : draw the patterns of all heads.
+    plot_lines : draw lines between tokens.
+    html_page : make an interactive web page.
+    numattn.attention_weights : compute weights.
 
     Examples
     --------
@@ -168,38 +172,39 @@ def plot_heads(
     Parameters
     ----------
     weights : array_like, shape (H, Lq, Lk) or (layers, H, Lq, Lk)
-        The weights of each head, finite and not negative. With layers, each is a row of the grid.
-        Cells whose weight is exactly 0 are drawn as masked.
+        Weights of each head: finite numbers of at least 0. With layers, each layer is a row of the
+        grid. Cells whose weight is exactly 0 are drawn as masked.
     tokens : sequence of Lq str, optional
-        The labels of the queries, and without `key_tokens` of the keys, on the outer patterns.
-        Positions by default, and where there are more than 300 tokens.
+        Labels of the queries and, without `key_tokens`, of the keys, on the outer patterns. By
+        default, and with more than 300 tokens, positions are the labels.
     key_tokens : sequence of Lk str, optional
-        The labels of the keys.
+        Labels of the keys.
     titles : sequence of H str, optional
-        What is written above the pattern of each head; with layers, above each column. "head 0" and
-        so on by default.
+        Title above the pattern of each head or, with layers, above each column. Default: "head 0"
+        and so on.
     columns : int, optional
-        How many patterns stand beside each other; not with layers. By default a number that makes
-        the grid about as wide as high.
+        Number of patterns in a row. Not allowed with layers. Default: a number that makes the grid
+        about as wide as high.
 
     Returns
     -------
     matplotlib.figure.Figure
-        A new figure; the first ``H`` (``layers * H``) of ``figure.axes`` are the patterns. The
-        colour scale goes from 0 to the largest weight of all; with more than 40 keys as in
-        `plot_pattern`, by the head whose scale would go farthest.
+        A new figure. The first ``H`` (or ``layers * H``) of ``figure.axes`` are the patterns. The
+        colour scale ends at the largest of all weights or, with more than 40 keys, at the largest
+        of the ends that `plot_pattern` would choose for the heads.
 
     Raises
     ------
     ImportError
         If Matplotlib is not installed.
     TypeError, ValueError
-        If the weights are not real numbers, finite and not negative, or have other axes; or if
-        the tokens, the titles or the columns do not fit them.
+        If the weights are not finite real numbers of at least 0 or have other axes, or if the
+        tokens, the titles or the columns do not fit them.
 
     See Also
     --------
-    plot_pattern, html_page
+    plot_pattern : draw the pattern of one head.
+    html_page : make an interactive web page.
 
     Examples
     --------
@@ -252,12 +257,12 @@ def plot_heads(
         image = _draw(ax, flat[index], masked[index], scale_end, aspect, 72 * longest)
         if index < heads:
             ax.set_title(titles[index], fontsize="medium")
-        # The last row may have fewer patterns than the others have.
+        # The last row may have fewer patterns than the others.
         if index + columns >= len(flat):
             ax.tick_params(labelbottom=True)
         if layers and index % columns == 0:
             ax.set_ylabel(f"layer {index // columns}", fontsize="medium")
-    # The axes are shared: labels of one are those of all.
+    # The axes are shared: labels of one apply to all.
     _label_axis(places[0].yaxis, queries, query_count, height * 72)
     _label_axis(places[0].xaxis, keys, key_count, width * 72)
     for ax in places[: len(flat)]:
@@ -286,40 +291,41 @@ def plot_lines(
     threshold: float = 0.0,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the attention of one head as lines from the queries, left, to the keys, right.
+    """Draw the attention of one head as lines from queries on the left to keys on the right.
 
     Parameters
     ----------
     weights : array_like, shape (Lq, Lk)
-        What share of its attention query i gives to key j; finite and not negative. It is the
-        opacity of the line (divided by the largest weight if that is above 1).
+        Weight of key j for query i: finite numbers of at least 0. It is the opacity of the line,
+        divided by the largest weight if that is above 1.
     tokens : sequence of Lq str
-        The queries, and without `key_tokens` the keys. With more than 40, every second, third, ...
-        is written.
+        Labels of the queries and, without `key_tokens`, of the keys. With more than 40 tokens, only
+        every second, third, ... token is shown.
     key_tokens : sequence of Lk str, optional
-        The keys.
-    threshold : float, default: 0
-        Only weights above it get a line.
+        Labels of the keys.
+    threshold : float, default 0
+        Draw lines only for weights above it.
     ax : matplotlib.axes.Axes, optional
-        Where to draw. The tokens stand beside it, which a figure with ``layout="constrained"``
-        makes room for. A new figure by default.
+        Axes to draw in. The tokens are outside of them; a figure with ``layout="constrained"``
+        makes room for them. Default: axes of a new figure.
 
     Returns
     -------
     matplotlib.axes.Axes
-        ``ax.collections[0]`` are the lines, the strongest last.
+        ``ax.collections[0]`` holds the lines, in ascending order of weight.
 
     Raises
     ------
     ImportError
         If Matplotlib is not installed.
     TypeError, ValueError
-        If the weights are not real numbers, finite and not negative, or have other axes; if the
-        tokens do not fit them; or if the threshold is negative.
+        If the weights are not finite real numbers of at least 0 or have other axes, if the tokens
+        do not fit them, or if the threshold is negative.
 
     See Also
     --------
-    plot_pattern, html_page
+    plot_pattern : draw weights as a grid of cells.
+    html_page : make an interactive web page.
 
     Examples
     --------
@@ -381,30 +387,31 @@ def plot_block_mask(mask: BlockMask, *, title: str | None = None, ax: Axes | Non
     Parameters
     ----------
     mask : BlockMask, shape (Lq, Lk)
-        Of a mask with more axes pass one item: ``mask[0, 3]`` has batch item 0 and head 3.
+        If a mask has more axes, pass one item, such as ``mask[0, 3]`` for batch item 0 and head 3.
     title : str, optional
-        What is written above it.
+        Title above the mask.
     ax : matplotlib.axes.Axes, optional
-        Where to draw. The colour scale gets its place beside it, which a figure with
-        ``layout="constrained"`` makes room for. A new figure by default.
+        Axes to draw in. The colour scale is outside of them; a figure with
+        ``layout="constrained"`` makes room for it. Default: axes of a new figure.
 
     Returns
     -------
     matplotlib.axes.Axes
-        ``ax.images[0]`` are the blocks, each in the colour of the share of its pairs that attend: a
-        full one in the last colour, an empty one hatched. Where there are more blocks than pixels,
-        the largest share of a square of blocks is drawn. The axes count queries and keys.
+        ``ax.images[0]`` shows the blocks. The colour of a block is the share of its pairs that
+        attend: a full block has the last colour, and an empty block is hatched. If there are more
+        blocks than pixels, each square of blocks shows its largest share. The axes count queries
+        and keys.
 
     Raises
     ------
     ImportError
         If Matplotlib is not installed.
     TypeError, ValueError
-        If it is no block mask, has other axes, or no queries or keys.
+        If `mask` is not a BlockMask, has more axes, or has no queries or keys.
 
     See Also
     --------
-    plot_pattern : draws weights, and pair by pair a ``mask.to_dense()``.
+    plot_pattern : draw weights, or every pair of a mask with ``mask.to_dense()``.
 
     Examples
     --------
@@ -462,46 +469,50 @@ def html_page(
 ) -> str:
     """Make a web page that shows what the token under the mouse attends to.
 
-    The page is one file that needs no network and no server. Layer and head are chosen above it;
-    the arrow keys do what the mouse does.
+    The page is one file that needs no network and no server. Choose the layer and head at the top;
+    the arrow keys move between tokens like the mouse.
 
     Parameters
     ----------
     weights : array_like, shape (H, Lq, Lk) or (layers, H, Lq, Lk)
-        The weights of each head, finite and not negative. The page has them with four decimals,
+        Weights of each head: finite numbers of at least 0. The page stores them with four decimals,
         in about three to five bytes each.
     tokens : sequence of Lq str
-        The queries, and without `key_tokens` the keys.
+        The queries and, without `key_tokens`, the keys.
     path : path-like, optional
-        Where to write the page, in UTF-8.
+        File to write the page to, in UTF-8.
     key_tokens : sequence of Lk str, optional
         The keys.
-    title : str, default: "Attention"
-        The title of the page, and its heading.
+    title : str, default "Attention"
+        Title and heading of the page.
 
     Returns
     -------
     str
-        The page.
+        The HTML of the page.
 
     Raises
     ------
     TypeError, ValueError
-        If the weights are not real numbers, finite and not negative, or have other axes; or if the
+        If the weights are not finite real numbers of at least 0 or have other axes, or if the
         tokens do not fit them.
     OSError
         If the file cannot be written.
 
     See Also
     --------
-    plot_pattern, plot_heads
+    plot_pattern : draw the pattern of one head.
+    plot_heads : draw the patterns of all heads.
 
     Notes
     -----
-    The elements keep their names from release to release: ``select#layer``, ``select#head``, the
-    queries ``#queries span`` with the attribute ``data-index``, and the keys ``#keys span`` with
-    ``data-index`` and ``data-weight``. ``script#data`` is JSON: ``queries`` and ``keys`` as the
-    page writes them, and ``tenThousandths``, integers with the axes (layers, H, Lq, Lk).
+    These elements keep their names from release to release:
+
+    - ``select#layer`` and ``select#head``;
+    - the queries, ``#queries span``, with the attribute ``data-index``;
+    - the keys, ``#keys span``, with the attributes ``data-index`` and ``data-weight``;
+    - ``script#data``, JSON with ``queries`` and ``keys`` as the page shows them, and
+      ``tenThousandths``, integers with the axes (layers, H, Lq, Lk).
 
     Examples
     --------
@@ -530,7 +541,7 @@ def html_page(
     text = json.dumps(data, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    # Substituted once, so that what is put in is not read again.
+    # Substitute once, so that inserted text is not substituted again.
     template = string.Template(resources.files(_runtime.PACKAGE).joinpath(_PAGE).read_text("utf-8"))
     page = template.substitute(title=html.escape(_visible(title)), data=text)
     if path is not None:
@@ -542,14 +553,14 @@ def html_page(
 
 
 def _weights(x: ArrayLike, axes: dict[int, str]) -> Array:
-    """Return the weights, of one of the numbers of axes that `axes` describes."""
+    """Check and return the weights; `axes` describes each accepted number of axes."""
     array = as_array("weights", x)
     if not is_real(array.dtype):
         refuse_kind("weights", dtype_name(array), "real numbers")
     if array.ndim not in axes or 0 in array.shape:
         expected = " or ".join(axes.values()) + ", no axis of length 0"
         refuse("weights", f"shape {array.shape}", expected)
-    # Matplotlib draws no bfloat16, and sums of float16 overflow early.
+    # Matplotlib does not draw bfloat16, and sums of float16 overflow early.
     with np.errstate(all="ignore"):
         array = array.astype(np.float32 if array.dtype.itemsize <= 2 else np.float64, copy=False)
     for wrong, expected in (
@@ -603,7 +614,7 @@ def _check_count(name: str, count: int, shape: tuple[int, ...], expected: int, a
 
 
 def _strings(name: str, strings: Sequence[str]) -> list[str]:
-    # A str is a sequence of str, but never what was meant.
+    # A str is a sequence of str, but never the intended one.
     if isinstance(strings, (str, bytes)):
         refuse_kind(name, f"a {type(strings).__name__}", "a sequence of str")
     try:
@@ -624,9 +635,9 @@ def _columns(columns: int | None, heads: int) -> int:
 
 
 def _visible(token: str) -> str:
-    """Return the token with what would not be seen written out: control characters, outer spaces.
+    """Return the token with invisible characters written out: control characters, outer spaces.
 
-    A half of a surrogate pair, which no encoding takes, is written out too.
+    Half a surrogate pair, which cannot be encoded, is written out too.
     """
     text = "".join(
         c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs") else c
@@ -656,7 +667,7 @@ def _pyplot() -> ModuleType:
 def _new_axes(plt: ModuleType, width: float, height: float) -> Axes:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    # A wide margin: the colour scale may get longer numbers when the layout is done.
+    # A wide margin, because the colour scale may get longer numbers after the layout is done.
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
     figure: Figure = plt.figure(figsize=(width, height), layout=layout)
     return figure.add_subplot()
@@ -666,7 +677,7 @@ def _scale_end(weights: Array, masked: NDArray[np.bool_]) -> float:
     """Return the weight that has the last colour, for one pattern or several."""
     largest = weights.max(axis=-1, where=~masked, initial=0)
     if weights.shape[-1] > _MOST_LABELS:
-        # Of a long text, the first causal query alone would leave all others dark.
+        # In a long text, the first causal query's weight of 1 would make all others dark.
         largest = np.median(largest, axis=-1)
     return float(largest.max()) or float(weights.max(where=~masked, initial=0)) or 1.0
 
@@ -699,7 +710,7 @@ def _draw(
     if block > 1:
         weights = _largest_of_blocks(np.where(masked, 0, weights), block)
         masked = ~_largest_of_blocks(~masked, block)
-    # Masked cells are transparent: what they show is the hatching of the axes' background.
+    # Masked cells are transparent and show the hatching of the axes' background.
     image = ax.imshow(
         np.ma.array(weights, mask=masked), vmin=0, vmax=scale_end, aspect=aspect,
         extent=(-0.5, weights.shape[1] * block - 0.5, weights.shape[0] * block - 0.5, -0.5),
@@ -720,8 +731,8 @@ def _largest_of_blocks(cells: Array, block: int) -> Array:
 def _axes_beside(ax: Axes) -> Axes:
     """Return new axes for the colour scale, as high as `ax`.
 
-    They are an inset, to follow the pattern where square cells make it smaller than its place, and
-    their width is in inches, because the layout makes room before it knows how wide `ax` gets.
+    They are an inset, so that they follow a pattern that square cells make smaller than its place.
+    Their width is in inches, because the layout makes room before it knows the width of `ax`.
     """
     from matplotlib.transforms import BboxTransformTo, ScaledTranslation, blended_transform_factory
 
@@ -732,7 +743,7 @@ def _axes_beside(ax: Axes) -> Axes:
 
 
 def _extend(weights: Array, masked: NDArray[np.bool_], image: AxesImage) -> str:
-    """Return whether the colour scale ends in an arrow: weights beyond it have its last colour."""
+    """Return whether the colour scale ends in an arrow, for weights beyond its end."""
     beyond = weights.max(where=~masked, initial=0) > image.norm.vmax
     return "max" if beyond else "neither"
 
@@ -744,7 +755,7 @@ def _masked_patch(label: str) -> Patch:
 
 
 def _label_inches(labels: list[str] | None) -> float:
-    """Return what labels take about, beside a pattern or below it."""
+    """Return the approximate room for labels next to a pattern or below it."""
     return 0.4 if labels is None else 0.08 * max(len(_short(label)) for label in labels)
 
 

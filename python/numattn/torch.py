@@ -1,9 +1,8 @@
-"""Attention on PyTorch's tensors.
+"""Attention on PyTorch tensors.
 
-`scaled_dot_product_attention` has the signature and the meaning of PyTorch's own function,
-`attention` has numattn's options. Tensors are read where they are. The packages ``torch`` and
-``ml_dtypes`` are needed (``pip install 'numattn[torch]'``), which is why `numattn` does not import
-this module.
+`scaled_dot_product_attention` has the signature and the meaning of PyTorch's own function, and
+`attention` has numattn's options. Tensors are read in place. This module needs the packages
+``torch`` and ``ml_dtypes`` (``pip install 'numattn[torch]'``), so `numattn` does not import it.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ if TYPE_CHECKING:
 
     from ._block_mask import BlockMask
 
-    # What numbers and masks may be: tensors, arrays and lists.
+    # Numbers and masks may be tensors, arrays or lists.
     TensorLike: TypeAlias = torch.Tensor | ArrayLike
 
 __all__ = ["attention", "scaled_dot_product_attention", "why_not"]
 
-# Before anybody puts ours in its place.
+# Saved before a program replaces it by numattn's function.
 _of_pytorch = torch._C._nn.scaled_dot_product_attention
 
 _is_compiling = torch.compiler.is_compiling
@@ -52,58 +51,62 @@ def scaled_dot_product_attention(
     *,
     strict: bool = False,
 ) -> torch.Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, computed by numattn on the CPU.
+    """Compute `torch.nn.functional.scaled_dot_product_attention` with numattn on the CPU.
 
     Parameters
     ----------
     query : torch.Tensor, shape (..., Hq, Lq, D)
-        Queries: float16, bfloat16, float32 or float64, of any strides. Two axes are one head.
+        Queries: float16, bfloat16, float32 or float64, with any strides. With two axes, the tensor
+        is one head.
     key : torch.Tensor, shape (..., Hkv, Lk, D)
         Keys. Leading axes broadcast.
     value : torch.Tensor, shape (..., Hkv, Lk, Dv)
         Values.
     attn_mask : torch.Tensor, optional
-        Of bool, True where a query attends to a key; or of float32 or the dtype of `query`,
-        added to the logits. Broadcasts to (..., Hq, Lq, Lk).
+        A bool mask, True where a query attends to a key, or floats to add to the logits, in float32
+        or the dtype of `query`. Broadcasts to (..., Hq, Lq, Lk).
     dropout_p : float, default 0.0
-        The share of the weights that is dropped, whether a model trains or not. The seed is drawn
+        Share of the weights that is dropped, whether the model trains or not. The seed is drawn
         from PyTorch's default generator.
     is_causal : bool, default False
-        Query ``i`` attends to the keys ``j <= i``: both begin at the first one.
+        Query ``i`` attends to the keys ``j <= i``: the first query is aligned with the first key.
     scale : float, optional
         Factor of the dot products. Default: ``1 / sqrt(D)``.
     enable_gqa : bool, default False
-        Whether several query heads may share a head of `key` and `value`. Without it the numbers of
-        heads have to be the same, or 1.
+        Whether several query heads may share a head of `key` and `value`. Without it, the numbers
+        of heads must be equal, or 1.
     strict : bool, default False
-        Whether to raise an error where PyTorch's function would compute instead.
+        Whether to raise an error if numattn does not compute the call. By default PyTorch's
+        function computes it.
 
     Returns
     -------
     torch.Tensor, shape (..., Hq, Lq, Dv)
-        In the dtype of `query`. It lies in memory as (..., Lq, Hq, Dv), so that
-        ``out.transpose(1, 2).reshape(B, L, H * D)`` copies nothing. A query that attends to nothing
-        gets zeros.
+        In the dtype of `query`. Its memory layout is (..., Lq, Hq, Dv), so that
+        ``out.transpose(1, 2).reshape(B, L, H * D)`` copies nothing. It is 0 for a query that
+        attends to nothing.
 
     Raises
     ------
     NotImplementedError
         With ``strict=True``, if numattn does not compute the call; the error says why.
     RuntimeError, TypeError, ValueError
-        PyTorch's own, for arguments that it refuses; or if gradients of gradients are asked for.
+        PyTorch's own errors, for arguments that it refuses. RuntimeError also for second
+        derivatives.
 
     See Also
     --------
-    why_not : says what is left to PyTorch's function.
-    attention : numattn's own options.
+    why_not : say why a call goes to PyTorch's function.
+    attention : attention on tensors with numattn's options.
 
     Notes
     -----
     Gradients, `torch.compile`, `torch.export`, `torch.func` and autocast work as with PyTorch's
-    function. `numattn.set_num_threads` sets the number of threads; PyTorch's does not count.
+    function. `numattn.set_num_threads` sets the number of threads; PyTorch's number of threads has
+    no effect.
 
-    What numattn does not compute, such as tensors on another device, goes to PyTorch's own
-    function.
+    PyTorch's function computes calls that numattn does not support, such as those with tensors on
+    another device.
 
     Examples
     --------
@@ -170,22 +173,22 @@ def why_not(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> str | None:
-    """Say why `scaled_dot_product_attention` leaves a call to PyTorch's own function.
+    """Say why `scaled_dot_product_attention` passes a call to PyTorch's function.
 
     Parameters
     ----------
     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-        As `scaled_dot_product_attention` takes them.
+        As in `scaled_dot_product_attention`.
 
     Returns
     -------
     str or None
-        The argument, what came and what numattn takes; None if numattn computes the call.
+        The name of an argument, what came and what numattn takes; None if numattn computes the
+        call.
 
     See Also
     --------
-    scaled_dot_product_attention : raises an error with this text if it is called with
-        ``strict=True``.
+    scaled_dot_product_attention : raises an error with this text with ``strict=True``.
 
     Examples
     --------
@@ -242,53 +245,53 @@ def attention(
     num_threads: int | None = None,
     **unknown: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`numattn.attention` on tensors, with all its options and gradients.
+    """Compute `numattn.attention` on tensors, with all its options and gradients.
 
     Parameters
     ----------
     q : torch.Tensor, shape (..., Hq, Lq, D)
-        Queries: float16, bfloat16, float32 or float64, on the CPU, of any strides.
+        Queries: float16, bfloat16, float32 or float64, on the CPU, with any strides.
     k : torch.Tensor, shape (..., Hkv, Lk, D)
-        Keys. Hq has to be a multiple of Hkv; leading axes broadcast.
+        Keys. Hq must be a multiple of Hkv; leading axes broadcast.
     v : torch.Tensor, shape (..., Hkv, Lk, Dv)
         Values.
     mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, \
 kv_lengths, q_lengths, layout, num_threads
-        As in `numattn.attention`: causal queries end with the last key unless `q_offset` says
-        otherwise. What is an array there may be a tensor, an array or a list. `mask` may be a
-        `numattn.BlockMask`, but not in compiled, exported and transformed programs.
+        As in `numattn.attention`: by default the last query is aligned with the last key. Instead
+        of arrays you may pass tensors or lists. `mask` may be a `numattn.BlockMask`, except in
+        compiled, exported and transformed programs.
     dropout : float in [0, 1), default 0
-        The share of the weights that is dropped.
+        Share of the weights that is dropped.
     rng : int, optional
-        The seed of dropout, 0 to ``2**64 - 1``. Default: one from PyTorch's default generator, so
-        that `torch.manual_seed` and checkpoints of activations repeat it.
+        The seed of dropout, from 0 to ``2**64 - 1``. Default: drawn from PyTorch's default
+        generator, so that `torch.manual_seed` and activation checkpointing repeat it.
     return_lse : bool, default False
         Also return the log-sum-exp of each query's logits.
 
     Returns
     -------
     out : torch.Tensor, shape (..., Hq, Lq, Dv)
-        In the layout and dtype of `q`. It lies in memory as (..., Lq, Hq, Dv) in both layouts.
+        In the layout and dtype of `q`. Its memory layout is (..., Lq, Hq, Dv) for both layouts.
     lse : torch.Tensor, shape ``out.shape[:-1]``
-        Only with ``return_lse=True``: float32 (float64 for float64).
+        Only with ``return_lse=True``: float32 (float64 for float64 inputs).
 
     Raises
     ------
     TypeError, ValueError
-        As `numattn.attention`; also for tensors that are not on the CPU. Nothing is left to
-        PyTorch.
+        As in `numattn.attention`, and for tensors that are not on the CPU. This function never
+        calls PyTorch's.
     RuntimeError
-        If gradients of gradients are asked for.
+        If second derivatives are requested.
 
     See Also
     --------
-    scaled_dot_product_attention : PyTorch's signature and meaning.
+    scaled_dot_product_attention : the same computation with PyTorch's signature.
 
     Notes
     -----
-    There are gradients with respect to `q`, `k`, `v`, `bias` and `sinks`, and of `lse` too. Other
-    options that require a gradient are refused. Under
-    autocast `q`, `k`, `v` and a `bias` are cast as PyTorch casts the inputs of its own function.
+    There are gradients with respect to `q`, `k`, `v`, `bias` and `sinks`, and gradients also flow
+    through `lse`. Other options must not require a gradient. Under autocast, `q`, `k`, `v` and
+    `bias` are cast as PyTorch casts the inputs of its function.
 
     Examples
     --------

@@ -1,9 +1,8 @@
-"""Attention of Hugging Face's models: ``attn_implementation="numattn"``.
+"""Attention for Hugging Face models: ``attn_implementation="numattn"``.
 
-`register` makes the name known to transformers. Models that ask transformers for their attention
-function (nearly all) then compute it with numattn, forward and backward. The package
-``transformers`` is needed (``pip install 'numattn[transformers]'``), which is why `numattn` does
-not import this module.
+`register` makes the name known to transformers. Models that use transformers' attention interface
+(nearly all) then compute attention with numattn, forward and backward. This module needs the
+package ``transformers`` (``pip install 'numattn[transformers]'``), so `numattn` does not import it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 try:
     import transformers
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask  # which needs torch
+    from transformers.masking_utils import sdpa_mask  # needs torch
 except ImportError as error:
     message = (
         f"numattn.transformers needs torch and transformers 5 ({error}): "
@@ -38,11 +37,11 @@ if TYPE_CHECKING:
 
 __all__ = ["attention_forward", "register"]
 
-# What one thread reads before PyTorch's threads, which still spin after the operator before, have
-# left a core to a second one: a token of a model is 5 to 7 % faster so.
+# Up to this size one thread is faster: PyTorch's threads still spin after their last operator, and
+# leave no core to a second thread. A token of a model is 5 to 7 % faster.
 BYTES_OF_ONE_THREAD = 4 << 20
 
-# Arguments of some models that change who attends to whom.
+# Arguments of some models that change which keys a query attends to.
 NOT_COMPUTED = {
     "indices": "the keys that each query attends to",
     "block_indices": "the blocks of keys that each query attends to",
@@ -51,28 +50,29 @@ NOT_COMPUTED = {
 
 
 def register(name: str = "numattn") -> None:
-    """Make numattn known to transformers as an attention function.
+    """Register numattn with transformers as an attention function.
 
-    From then on ``from_pretrained(..., attn_implementation="numattn")`` takes it, and so does
-    ``model.set_attn_implementation("numattn")``. Masks that are causal, windows, chunks or padding
-    stay so, and no mask of all queries times all keys is made; others are dense, as for "sdpa".
+    Afterwards use ``from_pretrained(..., attn_implementation="numattn")`` or
+    ``model.set_attn_implementation("numattn")``. Causal masks, windows, chunks and padding keep
+    their structure, and no mask of all queries by all keys is made. Other masks are dense, as for
+    "sdpa".
 
     Parameters
     ----------
     name : str, default "numattn"
-        Under which name.
+        Name to register.
 
     Raises
     ------
     ImportError
-        If the installed transformers hands over masks in another way.
+        If numattn does not support the masks of the installed transformers.
     ValueError
-        If transformers has another attention function of this name.
+        If transformers has another attention function with this name.
 
     See Also
     --------
-    attention_forward : what is registered.
-    numattn.torch.attention : what it computes with.
+    attention_forward : the function that is registered.
+    numattn.torch.attention : the function that computes attention.
 
     Examples
     --------
@@ -116,47 +116,47 @@ def attention_forward(
     output_attentions: bool = False,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the attention of a module of transformers.
+    """Compute the attention of a module in transformers.
 
     Parameters
     ----------
     module : torch.nn.Module
-        Its ``is_causal`` counts where nobody else says it.
+        The module. Its ``is_causal`` is used if there is no mask and `is_causal` is None.
     query, key, value : Tensor, shapes (batch, heads, length, head_dim)
-        On the CPU. Fewer heads of keys and values are shared.
+        Tensors on the CPU. If there are fewer heads of keys and values, query heads share them.
     attention_mask : Tensor, optional
-        A `StructuredMask`, or a dense mask: bool, or of floats that are added to the logits.
+        A `StructuredMask` or a dense mask: bool, or floats to add to the logits.
     dropout, scaling, softcap
         ``dropout``, ``scale`` and ``softcap`` of `numattn.attention`.
     is_causal : bool, optional
-        Counts where there is no mask, and then begins at the top left.
+        Used only without a mask. The first query is then aligned with the first key.
     position_bias : Tensor, optional
-        Added to the logits, beside the mask.
+        Added to the logits, in addition to the mask.
     s_aux : Tensor, shape (heads,), optional
         The sinks.
     output_attentions : bool, default False
-        Also compute the weights, which are made without dropout and have no gradient.
+        Also compute the weights, without dropout and without gradients.
     **others
-        Ignored, as ``sliding_window``, which is in the mask, but for three that say who attends to
-        whom: ``indices``, ``block_indices`` and ``sinks``.
+        Ignored, for example ``sliding_window``, which is part of the mask. Exceptions are
+        ``indices``, ``block_indices`` and ``sinks``, which change attention and must be None.
 
     Returns
     -------
     out : Tensor, shape (batch, length, heads, head_dim)
-        Contiguous.
+        A contiguous tensor in the dtype of `query`.
     weights : Tensor or None
-        (batch, heads, queries, keys), in the dtype of `query`.
+        (batch, heads, queries, keys), in the dtype of `query`; None without `output_attentions`.
 
     Raises
     ------
     NotImplementedError
-        If a model chooses keys by indices, or has sinks for each query.
+        If a model chooses keys by indices, or has a sink per query.
     ValueError
-        If a tensor is not on the CPU or shapes do not fit.
+        If a tensor is not on the CPU, or shapes do not fit.
 
     See Also
     --------
-    register : so that models call it.
+    register : make models call this function.
     """
     for name, meaning in NOT_COMPUTED.items():
         if others.get(name) is not None:

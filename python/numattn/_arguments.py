@@ -509,7 +509,7 @@ def outputs(
     dtype: np.dtype[Any],
     shape: tuple[int, ...],
 ) -> tuple[Array, Array | None]:
-    """Return out (a view of the caller's if given) and lse; `shape` is that of out, heads first."""
+    """Return out (a view of the caller's if given) and lse; out has this `shape`, heads first."""
     shape = shape_in_layout(shape, one_head, layout)
     out = np.empty(shape, dtype) if out is None else check_out(out, shape, dtype, True)
     if not return_lse:

@@ -271,6 +271,13 @@ class TransformerBlock:
         --------
         load : read the file.
         parameters : return the arrays, for files of a whole model.
+
+        Examples
+        --------
+        >>> import numattn as na
+        >>> block = na.TransformerBlock(64, 4, rng=0)
+        >>> block.save("block.safetensors")  # doctest: +SKIP
+        >>> block = na.TransformerBlock.load("block.safetensors")  # doctest: +SKIP
         """
         description = {"attention": self.attention._describe(), **self._options._asdict()}
         _layer_weights.save(path, description, self.parameters(), KIND)

@@ -56,7 +56,7 @@ _CONTEXT_NAMES = ("context", "encoder_hidden_states", "key_value_states", "memor
 
 
 class BlockOptions(NamedTuple):
-    """The options of a block, without those of its attention."""
+    """The options of a block, without the options of its attention."""
 
     hidden_dim: int
     norm: str
@@ -118,6 +118,7 @@ def checked_description(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_context(function: str, options: Mapping[str, Any]) -> None:
+    """Refuse a context, under any of its names."""
     for name in _CONTEXT_NAMES:
         if name in options:
             seen = type(options[name]).__name__

@@ -31,8 +31,8 @@ class BlockMask(BlockMaskPatterns):
     Attributes
     ----------
     shape : tuple of int, (..., Lq, Lk)
-        Shape of the same mask as a dense array. The axes before the last two are those of the batch
-        and of the query heads; they broadcast like the axes of a dense mask.
+        Shape of the same mask as a dense array. The axes before the last two are the axes of the
+        batch and of the query heads; they broadcast like the axes of a dense mask.
     block_size : tuple of int, (queries, keys)
         Size of a block, at most 16,777,216 pairs. The last blocks may be partial.
     density : float
@@ -48,8 +48,7 @@ class BlockMask(BlockMaskPatterns):
     Notes
     -----
     Small blocks follow a mask more closely, and large ones take less memory. With blocks of 64 by
-    64, the blocks of a mask of 65,536 queries and keys take 4 MiB, and those of a mask of a million
-    take 1 GiB.
+    64, the blocks take 4 MiB for 65,536 queries and keys, and 1 GiB for a million.
 
     A mask refers to row q of the queries and row k of the keys of a call, whatever `q_offset`,
     `kv_lengths` and `q_lengths` are. `is_causal` and `window` do depend on these.
@@ -57,9 +56,9 @@ class BlockMask(BlockMaskPatterns):
     Masks can be compared with ``==``, hashed, copied and pickled. Two masks are equal if they have
     the same pairs, shape and block size.
 
-    The function that `from_mask_mod` takes is that of PyTorch's FlexAttention (Dong et al., "Flex
-    Attention: A Programming Model for Generating Optimized Attention Kernels", 2024), but it gets
-    NumPy arrays instead of scalars.
+    `from_mask_mod` takes the same function as PyTorch's FlexAttention (Dong et al., "Flex
+    Attention: A Programming Model for Generating Optimized Attention Kernels", 2024), but calls it
+    with NumPy arrays instead of scalars.
 
     Examples
     --------

@@ -728,7 +728,7 @@ def normalize_back(
     cnp.ndarray d not None, cnp.ndarray x not None, cnp.ndarray weight not None, double epsilon,
     bint is_centred, cnp.ndarray of_weight not None, object of_bias, object num_threads=None,
 ):
-    """Turn the gradient `d` with respect to the result of `normalize` into that of `x`, in place;
+    """Turn the gradient `d` with respect to the result of `normalize` into one for `x`, in place;
     also fill `of_weight` and, unless it is None, `of_bias`. All arrays are in C order."""
     cdef NormalizationGradient problem
     cdef Execution execution = _execution(_threads(num_threads))

@@ -56,7 +56,7 @@ class MaskOfBlocks:
     them.
     """
 
-    array = None  # no dask array has to be computed
+    array = None  # there is no dask array to compute
 
     def __init__(self, mask: BlockMaskStore, chunks: Chunks) -> None:
         self._mask = mask

@@ -183,7 +183,7 @@ def _of_queries(rows: Rows, x: Array, part: slice) -> Array:
 
 
 def _all_axes(rows: Rows, x: Array) -> Array:
-    """Return a mask or bias with all axes: a chunk's sizes may equal those of other axes."""
+    """Return a mask or bias with all axes, because axes of different kinds may have equal sizes."""
     if isinstance(x, BlockMaskStore):  # its axes are not ambiguous
         return x
     return x.reshape((1,) * (rows.axes - x.ndim) + x.shape)

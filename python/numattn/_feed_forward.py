@@ -72,7 +72,7 @@ class FeedForward(NamedTuple):
         return self._down(self._hidden(inner, np.empty_like(inner.up)))
 
     def take_back(self, d: Array, rows: Array, inner: Inner, found: dict[str, Array]) -> Array:
-        """Return the gradient with respect to the rows; add those of the parameters to `found`."""
+        """Return the gradient with respect to the rows; put parameter gradients into `found`."""
         d_up = self._back("down", d)
         d_gate = None if inner.gate is None else np.empty_like(d_up)
         hidden = np.empty_like(d_up)

@@ -53,7 +53,7 @@ class Problem:
 
     @property
     def precision(self) -> type[np.floating[Any]]:
-        """The dtype in which gradients are summed, which is also that of lse."""
+        """The dtype of sums of gradients, and of lse."""
         return np.float64 if self.q.dtype.itemsize == 8 else np.float32
 
     @property
@@ -132,7 +132,7 @@ def set_results(problem: Problem, out: ArrayLike, lse: ArrayLike) -> None:
 def with_gradients(
     problem: Problem, dout: ArrayLike, dlse: ArrayLike | None = None
 ) -> GradientArguments:
-    """Check the gradients with respect to the results, and allocate those of the inputs."""
+    """Check the gradients with respect to the results, and allocate the input gradients."""
     dout_ = like_out(problem, "dout", dout)
     dlse_ = None if dlse is None else like_lse(problem, "dlse", dlse)
     a = problem.forward

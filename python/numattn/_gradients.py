@@ -108,7 +108,8 @@ def attention_backward(
         The log-sum-exp that `attention` returns with ``return_lse=True``: float32 (float64 for
         float64 inputs).
     dlse : array_like, shape ``out.shape[:-1]``, optional
-        Gradient with respect to `lse`, in its dtype. Default: none.
+        Gradient with respect to `lse`, in its dtype. Default: 0, for a scalar that does not depend
+        on `lse`.
     bias_gradient : bool, default False
         Also return the gradient with respect to `bias`.
     mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, \
@@ -235,7 +236,8 @@ def attention_varlen_backward(
     cu_seqlens_q, cu_seqlens_k : array_like of int, shape (B + 1,)
         Where each sequence begins, followed by the total length.
     dlse : array_like, shape (total_q, Hq), optional
-        Gradient with respect to `lse`, in its dtype. Default: none.
+        Gradient with respect to `lse`, in its dtype. Default: 0, for a scalar that does not depend
+        on `lse`.
     tail_mask, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, dropout, rng, \
 num_threads
         As passed to `attention_varlen`.

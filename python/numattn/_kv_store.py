@@ -114,6 +114,18 @@ class KVStore:
         attend : attend to the tokens in the cache.
         append_and_attend : append and attend in one call, also for texts longer than the window.
         truncate : remove tokens from the end.
+
+        Examples
+        --------
+        Five tokens for the first sequence, and three for the second:
+
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> k, v = np.random.default_rng(0).standard_normal((2, 2, 4, 5, 8), dtype=np.float32)
+        >>> cache = na.KVCache(2, 4, 8)
+        >>> cache.append(k, v, lengths=[5, 3])
+        >>> cache
+        KVCache(2, 4, 8, dtype=float32): lengths [5, 3]
         """
         most = self._tokens.window
         check_layout(layout)
@@ -157,7 +169,12 @@ class KVStore:
         self._tokens = self._tokens.truncated(self._arguments.check_numbers("n", n, 2**63 - 1))
 
     def reset(self) -> None:
-        """Remove all tokens, but keep the memory."""
+        """Remove all tokens, but keep the memory.
+
+        See Also
+        --------
+        truncate : remove tokens from the end of each sequence.
+        """
         self._tokens = self._make_tokens(self._tokens.arrays)
 
     def select(self, indices: ArrayLike) -> Self:
@@ -182,6 +199,18 @@ class KVStore:
         See Also
         --------
         concatenate : join the sequences of several caches.
+        copy : copy all sequences.
+
+        Examples
+        --------
+        Two beams go on from the second sequence, and one from the first:
+
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> cache = na.KVCache(2, 4, 8)
+        >>> cache.append(*np.ones((2, 2, 4, 5, 8), np.float32), lengths=[5, 3])
+        >>> cache.select([1, 1, 0]).lengths
+        array([3, 3, 5])
         """
         chosen = snapshot("indices", indices)
         if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
@@ -224,7 +253,7 @@ class KVStore:
 
         See Also
         --------
-        select : copy some sequences of a cache.
+        select : copy some sequences of one cache.
 
         Notes
         -----
@@ -255,7 +284,12 @@ class KVStore:
         return _with_tokens(parts[0], tokens)
 
     def copy(self) -> Self:
-        """Return a new cache with copies of the same tokens."""
+        """Return a new cache with copies of the same tokens.
+
+        See Also
+        --------
+        select : copy some sequences.
+        """
         return self.select(np.arange(self._arguments.batch))
 
     def __copy__(self) -> Self:

@@ -212,8 +212,8 @@ class MultiHeadAttention(LayerParameters):
             drafts in a tree have the same position. Masks do not depend on it. Default:
             consecutive positions, from 0 on or after the tokens in the cache.
         cache : KVCache, optional
-            Keys and values of the tokens before. Those of `x` are appended, even if they exceed its
-            window. The shape of `x` must be (batch, L, embed_dim).
+            Keys and values of the tokens before. The call appends the tokens of `x`, even if they
+            exceed its window. The shape of `x` must be (batch, L, embed_dim).
         return_weights : bool, default False
             Also return the weights (..., heads, L, Lk), which are then held in memory.
         num_threads : int, optional

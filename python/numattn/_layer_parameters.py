@@ -240,6 +240,13 @@ class LayerParameters:
         See Also
         --------
         load : read the file.
+
+        Examples
+        --------
+        >>> import numattn as na
+        >>> layer = na.MultiHeadAttention(64, 4, rng=0)
+        >>> layer.save("layer.safetensors")  # doctest: +SKIP
+        >>> layer = na.MultiHeadAttention.load("layer.safetensors")  # doctest: +SKIP
         """
         _layer_weights.save(path, self._describe(), self._parameters)
 
@@ -371,7 +378,7 @@ class LayerParameters:
         >>> na.MultiHeadAttention.from_weights(q, k, v, o, num_heads=8, rotary=True)
         MultiHeadAttention(64, 8, kv_heads=2, head_dim=8, value_dim=8, dtype=float32)
 
-        The matrices of GPT-2, which are (in, out), with those of q, k and v joined in one:
+        The matrices of GPT-2, which are (in, out), with q, k and v joined in one:
 
         >>> c_attn, c_proj = rng.standard_normal((64, 192)), rng.standard_normal((64, 64))
         >>> q, k, v = np.split(c_attn, 3, axis=1)

@@ -110,8 +110,8 @@ def opened(
 ) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Array], dict[str, Any]]]:
     """Give the shapes of the arrays in a file, a function that reads one, and the layer's options.
 
-    `check` checks and returns the options; by default those of an attention layer. Errors about the
-    file, and about a layer made from it, name the file.
+    `check` checks and returns the options; by default, the options of an attention layer. Errors
+    about the file, and about a layer made from it, name the file.
     """
     package = _safetensors()
     filename = _file_name(path)

@@ -206,7 +206,7 @@ def activate_back(
 
 
 def _parts(name: str, elements: Array, more: int) -> Iterator[tuple[Any, ...]]:
-    """Yield parts of the elements, each with `more` work arrays and those of the activation."""
+    """Yield parts of the elements, each with `more` work arrays and the activation's own."""
     arrays = more + ACTIVATIONS[name].work_arrays
     work = np.empty((arrays, chunk_length(elements)), precision_of(elements.dtype))
     for part in chunks(elements):

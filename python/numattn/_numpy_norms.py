@@ -43,7 +43,7 @@ def normalize_back(
     d: Array, x: Array, weight: Array, epsilon: float, is_centred: bool, of_weight: Array,
     of_bias: Array | None, num_threads: int | None = None,
 ) -> None:  # fmt: skip
-    """Turn the gradient `d` with respect to the result of `normalize` into that of `x`, in place;
+    """Turn the gradient `d` with respect to the result of `normalize` into one for `x`, in place;
     also fill `of_weight` and, unless it is None, `of_bias`."""
     del num_threads
     rows, d_rows = (array.reshape(-1, x.shape[-1]) for array in (x, d))

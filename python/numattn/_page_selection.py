@@ -26,7 +26,7 @@ _BLOCK_NUMBERS = 1 << 17
 
 
 def least_count(query_length: int, page_size: int) -> int:
-    """Return the most pages that are always chosen: the first one, and those of the last tokens."""
+    """Return the most pages that are always chosen: the first, and the pages of the last tokens."""
     return 2 + -(-(max(query_length, 1) - 1) // page_size)
 
 

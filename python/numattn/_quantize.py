@@ -90,8 +90,8 @@ def quantize_kv(
         element above 1e-36, because float32 has few digits for their scales.
     channels : ndarray of the dtype of `x`, shape of `x` with 1 for the tokens
         Only with ``channel_scale=True``: ``numbers * scale[..., None] * channels`` approximates
-        `x`. Each factor, from 2**-24 to 1, is the magnitude of its channel divided by that of the
-        largest channel, to the power of 0.85.
+        `x`. Each factor, from 2**-24 to 1, is the magnitude of its channel divided by the magnitude
+        of the largest channel, to the power of 0.85.
 
     Raises
     ------
@@ -109,8 +109,8 @@ def quantize_kv(
     Notes
     -----
     The table shows the error of attention with 8-bit keys and values, for normally distributed
-    float32 arrays, 32 query heads, 8 heads of 300 keys and D = 128. The first column of numbers is
-    the root mean square of the error divided by that of the result, the second the largest error
+    float32 arrays, 32 query heads, 8 heads of 300 keys and D = 128. "rms" is the root mean square
+    of the error divided by the root mean square of the result. "largest" is the largest error
     divided by the largest result.
 
     ======================================  ======  =======
@@ -128,8 +128,8 @@ def quantize_kv(
     Larger queries make the softmax more peaked. A large channel makes the scale of all other
     channels too coarse.
 
-    The factors cost `attention` nothing: multiply those of keys into the queries, as below, and
-    those of values into the result. A `KVCache` with ``quantize=True`` can use the factors of the
+    The factors cost `attention` nothing: multiply factors of keys into the queries, as below, and
+    factors of values into the result. A `KVCache` with ``quantize=True`` can use the factors of the
     first tokens: append ``k / channels`` and attend with ``q * channels``. Moving magnitudes from
     keys to queries is the idea of G. Xiao et al., "SmoothQuant: Accurate and Efficient
     Post-Training Quantization for Large Language Models", ICML 2023.

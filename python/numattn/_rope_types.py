@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Frequencies = NDArray[np.float64]
 
 _BASE = 10000.0
-# Keys that any mapping may have, in addition to those of its type.
+# Keys that any mapping may have, in addition to the keys of its type.
 _COMMON = ("rope_theta", "partial_rotary_factor")
 # Keys in the mappings of some models that have no effect, like keys of other types.
 _IGNORED = ("finetuned",)
@@ -90,7 +90,7 @@ def rope_type(scaling: Mapping[str, Any] | None, base: float | None) -> tuple[Ro
         seen = f"{values['original_max_position_embeddings']:g}"
         refuse("scaling['original_max_position_embeddings']", seen, "more than 1 token")
     share = 1.0 if share is None else _share(share)
-    if name == "proportional":  # its pairs are those of whole vectors
+    if name == "proportional":  # it counts pairs in whole vectors
         values["share"], share = share, 1.0
     return RopeType(name, values, base_), share
 
@@ -162,7 +162,7 @@ def _proportional(values: dict[str, Any], base: float, rotary_dim: int, length: 
 
 
 def _dynamic(values: dict[str, Any], base: float, rotary_dim: int, length: int) -> Waves:
-    """Stretch the waves in proportion to the text's length beyond that of the training."""
+    """Stretch the waves in proportion to how much longer the text is than training texts."""
     factor, trained = values["factor"], values["max_position_embeddings"]
     stretch = factor * max(length, trained) / trained - (factor - 1)
     power = rotary_dim / (rotary_dim - 2) if rotary_dim > 2 else 1.0

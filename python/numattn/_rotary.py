@@ -76,7 +76,7 @@ def rotary_embedding(
     x : array_like, shape (..., H, L, D)
         Queries or keys. With two axes, the array is one head.
     positions : array_like of int or float, shape (L,) or (..., L), optional
-        Position of each token; leading axes broadcast to those of `x`. Default: 0 to L - 1.
+        Position of each token; leading axes broadcast to the axes of `x`. Default: 0 to L - 1.
     base : float, default 10000
         Base of the wavelengths.
     rotary_dim : int, optional

@@ -25,7 +25,7 @@ def _version() -> str:
     """Return the installed version.
 
     A copy of the package without its metadata, in a frozen program or in another package, has no
-    version: that of another installed numattn does not apply to it.
+    version: the version of another installed numattn does not apply to it.
     """
     try:
         return metadata.version("numattn") if PACKAGE == "numattn" else _UNKNOWN

@@ -176,7 +176,7 @@ def attention(
     or a mask in memory exclude. Axes of head_dim are rechunked to one chunk. Heads of `q` are
     rechunked if a chunk has a part of a group together with other heads.
 
-    The result differs from that of `numattn.attention` by the rounding of merges, in float32
+    The result differs from `numattn.attention` only by the rounding of merges, in float32
     (float64 for float64 inputs). The same arrays with the same chunks have the same bits, wherever
     the tasks run, if all machines use the same ISA level.
 
@@ -253,7 +253,8 @@ def attention_backward(
     lse : dask.array.Array, shape ``out.shape[:-1]``
         The log-sum-exp that `attention` returns with ``return_lse=True``.
     dlse : dask.array.Array, shape ``out.shape[:-1]``, optional
-        Gradient with respect to `lse`, in its dtype. Default: none.
+        Gradient with respect to `lse`, in its dtype. Default: 0, for a scalar that does not depend
+        on `lse`.
     bias_gradient : bool, default False
         Also return the gradient with respect to `bias`.
     mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, kv_lengths, \

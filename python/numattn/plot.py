@@ -105,8 +105,8 @@ def plot_pattern(
         ``ax.images[0]`` is the pattern, and ``ax.images[0].colorbar`` is its colour scale. The
         scale ends at the largest weight or, with more than 40 keys, at the median of the queries'
         largest weights; larger weights have the last colour. ``ax.images[0].set_clim(0, 1)``
-        changes that. The colours are those of ``matplotlib.rcParams["image.cmap"]``. If there are
-        more cells than pixels, each square of cells shows its largest weight.
+        changes that. The colours come from ``matplotlib.rcParams["image.cmap"]``. If there are more
+        cells than pixels, each square of cells shows its largest weight.
 
     Raises
     ------

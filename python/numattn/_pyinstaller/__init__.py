@@ -1,4 +1,4 @@
-"""How PyInstaller finds what numattn needs: it reads the entry point `pyinstaller40`."""
+"""The hooks of numattn for PyInstaller, which finds them by the entry point `pyinstaller40`."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def hook_directories() -> list[str]:
-    """Return the folders that PyInstaller looks for hooks in."""
+    """Return the folders in which PyInstaller looks for hooks."""
     return [str(Path(__file__).parent)]

@@ -1,7 +1,7 @@
-"""The data files of the package, and the metadata that its version is in."""
+"""The data files of the package, and the metadata with its version."""
 
 from PyInstaller.utils.hooks import collect_data_files, copy_metadata
 
 datas = [*collect_data_files("numattn", includes=["*.txt", "*.html"]), *copy_metadata("numattn")]
-# What _core imports, which PyInstaller does not read.
+# Imports of the compiled _core, which PyInstaller cannot read.
 hiddenimports = ["os", "threading", "numpy", "numattn._arguments", "numattn._checks"]

@@ -310,7 +310,7 @@ class TransformerBlock:
 
         See Also
         --------
-        save : write the file.
+        save : write the file; with an example.
         """
         with _layer_weights.opened(path, KIND, checked_description) as (shapes, read, description):
             names = [name for name in shapes if name.startswith(_PREFIX)]

@@ -294,7 +294,7 @@ class LayerParameters:
 
         See Also
         --------
-        save : write the file.
+        save : write the file; with an example.
         """
         with _layer_weights.opened(path) as (shapes, read, description):
             return cls._of_arrays(shapes, read, **description)

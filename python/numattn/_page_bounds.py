@@ -217,6 +217,18 @@ class PageBounds:
         --------
         select : choose pages by their bounds.
         attend : attend to the chosen pages.
+
+        Examples
+        --------
+        Two pages of two keys with one element, of which three keys are valid:
+
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> k_pages = np.array([3, 1, 2, 9], np.float32).reshape(2, 2, 1, 1)
+        >>> bounds = na.PageBounds(*k_pages.shape)
+        >>> bounds.update(k_pages, [[0, 1]], [3])
+        >>> bounds.least.ravel(), bounds.largest.ravel()
+        (array([1., 2.], dtype=float32), array([3., 2.], dtype=float32))
         """
         k = as_array("k_pages", k_pages)
         self._check_pages(k)
@@ -396,6 +408,24 @@ class PageBounds:
         --------
         select : choose the pages without attending to them.
         attention_paged : attention to all pages.
+
+        Examples
+        --------
+        With as many pages as there are, it is attention to all keys:
+
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> rng = np.random.default_rng(0)
+        >>> pages = rng.standard_normal((8, 4, 2, 16), dtype=np.float32)
+        >>> q = rng.standard_normal((1, 2, 1, 16), dtype=np.float32)
+        >>> table, length = np.arange(8)[np.newaxis], [30]
+        >>> bounds = na.PageBounds(*pages.shape)
+        >>> bounds.update(pages, table, length)
+        >>> out = bounds.attend(q, pages, pages, table, length, 8)
+        >>> bool(np.allclose(out, na.attention_paged(q, pages, pages, table, length), atol=1e-6))
+        True
+        >>> bounds.attend(q, pages, pages, table, length, 3).shape  # only 3 pages are read
+        (1, 2, 1, 16)
         """
         if unknown:
             _refuse_options(unknown)

@@ -8,6 +8,24 @@
 
 The evaluator computes all other operators itself. This module needs the package ``onnx`` (``pip
 install 'numattn[onnx]'``), so `numattn` does not import it.
+
+Examples
+--------
+>>> import numpy as np
+>>> import numattn.onnx
+>>> from onnx import parser
+>>> from onnx.reference import ReferenceEvaluator
+>>> model = parser.parse_model('''
+... <ir_version: 10, opset_import: ["": 24]>
+... layer (float[B, L, 64] x) => (float[B, L, 64] y) {
+...     y = Attention <q_num_heads = 4, kv_num_heads = 4, is_causal = 1> (x, x, x)
+... }
+... ''')
+>>> evaluator = ReferenceEvaluator(model, new_ops=numattn.onnx.OPS)
+>>> x = np.random.default_rng(0).standard_normal((2, 10, 64), dtype=np.float32)
+>>> (y,) = evaluator.run(None, {"x": x})
+>>> y.shape
+(2, 10, 64)
 """
 
 from __future__ import annotations

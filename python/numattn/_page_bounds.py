@@ -384,7 +384,7 @@ class PageBounds:
         k_pages, v_pages, block_table, kv_lengths
             As in `attention_paged`.
         count : int
-            Number of pages to attend to, as in `select`. With all pages the result is that of
+            Number of pages to attend to, as in `select`. With all pages the result equals the result of
             `attention_paged`, with the same bits if the kernels are compiled.
         is_causal, scale, softcap, sinks, return_lse, num_threads
             As in `attention`. NumPy and its threads choose the pages.

@@ -230,8 +230,7 @@ def make_rotation(
             waves = kind.waves(rotated, seen)
         else:
             if base is not None or scaling is not None:
-                seen = "an array with base or scaling"
-                refuse_kind("frequencies", seen, "only one of them")
+                refuse_kind("frequencies", "an array with base or scaling", "only one of them")
             waves = Waves(_own_frequencies(frequencies, dim, rotary_dim), 1.0)
         cos, sin = (
             _tables.of(waves, length, precision) if p is None else _angles(waves, p, precision)

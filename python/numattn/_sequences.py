@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 # Options of `attention` that these functions do not have.
 SEQUENCES_ELSEWHERE = {
     **ELSEWHERE,
-    "mask": "`tail_mask=` for the last keys (there is no mask of all keys here)",
-    "block_mask": "`tail_mask=` for the last keys (there is no mask of all keys here)",
-    "attn_mask": "`tail_mask=` for the last keys (there is no mask of all keys here)",
+    "mask": "`tail_mask=` for the last keys (these functions take no mask of all keys)",
+    "block_mask": "`tail_mask=` for the last keys (these functions take no mask of all keys)",
+    "attn_mask": "`tail_mask=` for the last keys (these functions take no mask of all keys)",
     "attention_mask": "pass the sequences' lengths, or `tail_mask=` for the last keys",
 }
 PAGED_ELSEWHERE = {**SEQUENCES_ELSEWHERE, **NO_DROPOUT}

@@ -1,7 +1,7 @@
 """The structure of masks in transformers: causal, windows, chunks and padding.
 
-In transformers a mask is a function of positions. It is recognised by its code, which must be that
-of one of transformers' own functions, or several of them joined by ``and_masks``.
+In transformers a mask is a function of positions. It is recognised by its code: it must be one
+of transformers' own functions, or several of them joined by ``and_masks``.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def attention_forward(
     Parameters
     ----------
     module : torch.nn.Module
-        The module. Its ``is_causal`` is used if there is no mask and `is_causal` is None.
+        The module. Its ``is_causal`` is used if no mask is given and `is_causal` is None.
     query, key, value : Tensor, shapes (batch, heads, length, head_dim)
         Tensors on the CPU. If there are fewer heads of keys and values, query heads share them.
     attention_mask : Tensor, optional

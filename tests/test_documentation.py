@@ -119,6 +119,14 @@ def test_pages_have_no_code_that_does_not_run():
             assert "\n".join(code).strip().startswith(">>>"), page
 
 
+def test_pictures_have_a_text_for_those_who_do_not_see_them():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.findall(r"^\.\. (?:plot|image)::.*\n((?: +.*\n|\n)+)", text, re.MULTILINE):
+            options = block.partition("\n\n")[0]
+            assert ":alt:" in options or ":nofigs:" in options, page
+
+
 def headings(page):
     return [
         match[1]

@@ -1044,3 +1044,10 @@ def test_weights_that_mean_something_else_are_refused():
 def test_a_layer_says_what_it_is():
     expected = "MultiHeadAttention(16, 4, kv_heads=2, head_dim=4, value_dim=4, dtype=float32)"
     assert repr(na.MultiHeadAttention(16, 4, kv_heads=2)) == expected
+
+
+@pytest.mark.parametrize("cls", [na.MultiHeadAttention, na.TransformerBlock])
+def test_a_bias_of_the_logits_is_no_bias_of_the_projections(cls):
+    sizes = (8, 2) if cls is na.MultiHeadAttention else (8, 2, 16)
+    with pytest.raises(TypeError, match="True or False; an array that is added to the logits"):
+        cls(*sizes, bias=np.zeros((4, 4), np.float32))

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def alibi_slopes(num_heads: int) -> NDArray[Any]:
-    """Return the slopes of the ALiBi paper [1]_, for the argument `alibi_slopes` of `attention`.
+    """Return the slopes of the ALiBi paper, for the argument `alibi_slopes` of `attention`.
 
-    For n heads, a power of two, they are ``2 ** (-8 / n)`` and its powers up to the n-th. For any
-    other number they are the slopes of the largest power of two below it, followed by every other
-    slope of twice that many heads.
+    The paper is [1]_. For n heads, a power of two, the slopes are ``2 ** (-8 / n)`` and its powers
+    up to the n-th. For any other number they are the slopes of the largest power of two below it,
+    followed by every other slope of twice that many heads.
 
     Parameters
     ----------

@@ -291,7 +291,8 @@ def key_scales(
     if x.dtype != np.int8:
         if scale is not None:
             seen = f"scales for {name} of {dtype_name(x)}"
-            refuse_kind(argument, seen, f"{name} of dtype int8", f"leave `{argument}` out")
+            advice = f"leave `{argument}` out; the factor of the dot products is `scale`"
+            refuse_kind(argument, seen, f"{name} of dtype int8", advice)
         return None
     if scale is None:
         seen = f"dtype int8 without `{argument}`"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._checks import accepted_dtype, at_least, flag, meant, refuse, refuse_kind
+from ._layer_arguments import BIAS_ADVICE
 from ._layer_arguments import OPTIONS_ELSEWHERE as LAYER_OPTIONS_ELSEWHERE
 from ._layer_arguments import norm_epsilon as checked_epsilon
 from ._layer_weights import check_names, checked_sizes
@@ -91,7 +92,8 @@ def checked_options(
     return BlockOptions(
         at_least("hidden_dim", hidden_dim, 1), norm, flag("norm_first", norm_first), activation,
         flag("gated", gated), checked_epsilon(norm_epsilon, dtype),
-        flag("bias", norm_bias) and norm == "layer", flag("bias", hidden_bias),
+        flag("bias", norm_bias, BIAS_ADVICE) and norm == "layer",
+        flag("bias", hidden_bias, BIAS_ADVICE),
     )  # fmt: skip
 
 

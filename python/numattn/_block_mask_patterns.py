@@ -139,7 +139,7 @@ class BlockMaskPatterns(BlockMaskDocuments):
         *,
         block_size: tuple[int, int] = (64, 64),
     ) -> Self:
-        """Make a mask whose queries attend to every second, third, ... key near them.
+        """Make a mask whose queries attend to keys near them at regular distances.
 
         Parameters
         ----------

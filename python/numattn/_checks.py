@@ -290,10 +290,10 @@ def _scalar(value: object) -> object:
     return value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
 
 
-def flag(name: str, value: object) -> bool:
+def flag(name: str, value: object, advice: str = "") -> bool:
     value = _scalar(value)
     if not isinstance(value, (bool, np.bool_)):
-        refuse_kind(name, f"{value!r} ({type(value).__name__})", "True or False")
+        refuse_kind(name, f"{value!r} ({type(value).__name__})", "True or False", advice)
     return bool(value)
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
+BIAS_ADVICE = "an array that is added to the logits is an argument of the call"
+
 # The names of a call's arguments in PyTorch's layer, Hugging Face's layers and `attention`.
 ELSEWHERE = {
     "attn_mask": "`mask=` if it is bool (True = attend; PyTorch's is True where it masks), `bias=` "

@@ -113,7 +113,7 @@ class LayerParameters:
             "o": (self._heads * self._value_dim, self._embed_dim),
         }
         shapes: dict[str, tuple[int, ...]] = {f"{n}_weight": s for n, s in weights.items()}
-        if flag("bias", bias):
+        if flag("bias", bias, _layer_arguments.BIAS_ADVICE):
             shapes |= {f"{name}_bias": shape[1:] for name, shape in weights.items()}
         if flag("qk_norm", qk_norm):
             shapes |= {"q_norm": (self._head_dim,), "k_norm": (self._head_dim,)}

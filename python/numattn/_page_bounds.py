@@ -384,8 +384,8 @@ class PageBounds:
         k_pages, v_pages, block_table, kv_lengths
             As in `attention_paged`.
         count : int
-            Number of pages to attend to, as in `select`. With all pages the result equals the result of
-            `attention_paged`, with the same bits if the kernels are compiled.
+            Number of pages to attend to, as in `select`. With all pages the result equals the
+            result of `attention_paged`, with the same bits if the kernels are compiled.
         is_causal, scale, softcap, sinks, return_lse, num_threads
             As in `attention`. NumPy and its threads choose the pages.
         k_scale, v_scale : array_like of float32, shape (num_pages, page_size, kv_heads), optional

@@ -1,6 +1,7 @@
 """Promise: what the documentation shows runs."""
 
 import doctest
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -68,10 +69,16 @@ def test_readme():
     blocks = re.findall(
         r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )
-    assert blocks
-    namespace = {}
+    assert len(blocks) > 5
+    namespace, missing = {}, set()
     for block in blocks:
-        exec(compile(block, str(README), "exec"), namespace)
+        packages = re.findall(r"^(?:from|import) (\w+)", block, re.MULTILINE)
+        absent = {name for name in packages if importlib.util.find_spec(name) is None}
+        missing |= absent
+        if not absent:
+            exec(compile(block, str(README), "exec"), namespace)
+    if missing:
+        pytest.skip(f"all other blocks ran, but not those that need {', '.join(sorted(missing))}")
 
 
 def test_readme_links_to_files_that_exist():

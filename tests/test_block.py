@@ -9,6 +9,7 @@ import pytest
 from checks import numbers
 from layers import block_by_hand
 from numattn import _numpy_activations
+from pages import run_page
 
 ACTIVATIONS = list(_numpy_activations.ACTIVATIONS)
 KINDS = list(itertools.product(["layer", "rms"], [True, False], ACTIVATIONS, [False, True]))
@@ -539,6 +540,45 @@ def test_bert(double, rng):
         out = block(out, lengths=lengths)
         for i, n in enumerate(lengths):
             np.testing.assert_allclose(out[i, :n], expected[i, :n], rtol=0, atol=1e-10)
+
+
+@pytest.mark.thread_unsafe
+def test_swin_of_transformers_is_the_how_to_pages(double, rng):
+    """Two blocks, the second one with shifted windows, by the functions of the page."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    from transformers import SwinConfig, SwinModel
+
+    page, failed = run_page("howto/vision_block.rst")
+    matplotlib.pyplot.close("all")
+    assert failed == 0
+    config = SwinConfig(
+        image_size=112, embed_dim=96, depths=[2], num_heads=[3], window_size=7, drop_path_rate=0.0
+    )
+    layer = shake(double, SwinModel(config, add_pooling_layer=False)).encoder.layers[0]
+    names = {
+        **{part: f"attention.{part}_proj" for part in "qkvo"}, "norm1": "layernorm_before",
+        "up": "mlp.fc1", "down": "mlp.fc2", "norm2": "layernorm_after",
+    }  # fmt: skip
+    x = numbers(rng, 28, 28, 96, dtype=np.float64)
+    shift = page["shift"]
+    out, mask = x, None
+    for number, theirs in enumerate(layer.blocks):
+        state = {name: weight.numpy() for name, weight in theirs.state_dict().items()}
+        block = na.TransformerBlock.from_weights(**named(state, names, ""), num_heads=3)
+        table = next(each for name, each in state.items() if name.endswith("bias_table"))
+        if number == 1:
+            out, mask = np.roll(out, (-shift, -shift), axis=(0, 1)), page["mask"][:, np.newaxis]
+        bias = table[page["index"]].transpose(2, 0, 1)
+        out = page["to_grid"](block(page["to_windows"](out), bias=bias, mask=mask))
+    out = np.roll(out, (shift, shift), axis=(0, 1))
+
+    expected = double.from_numpy(x).reshape(1, 28 * 28, 96)
+    with double.no_grad():
+        for theirs in layer.blocks:
+            expected = theirs(expected, (28, 28))
+            expected = expected[0] if isinstance(expected, tuple) else expected
+    np.testing.assert_allclose(out, expected.numpy().reshape(out.shape), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("norm_first", [True, False])

@@ -20,6 +20,7 @@ from numattn.demo import MiniLM
 SUFFIXES = {".txt", ".md", ".rst"}
 FEWEST_WORDS = 8  # of a passage; headings have fewer
 MOST_WORDS = 150  # of a passage; the model reads 512 tokens and was trained on shorter texts
+UNDERLINE = re.compile(r"[^\w\s]{3,}")  # of a heading
 TEXTS_AT_A_TIME = 256  # from one step of the progress bar to the next
 
 
@@ -49,7 +50,7 @@ def split(path: Path, text: str):
     for i, paragraph in enumerate(paragraphs):
         if not words:
             line = 1 + text.count("\n", 0, paragraph.start())
-        words += paragraph[0].split()
+        words += (word for word in paragraph[0].split() if not UNDERLINE.fullmatch(word))
         if len(words) < FEWEST_WORDS and i + 1 < len(paragraphs):
             continue
         for begin in range(0, len(words), MOST_WORDS):

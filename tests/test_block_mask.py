@@ -346,7 +346,7 @@ EYE = np.eye(4, dtype=bool)
     [
         (lambda: BlockMask(), TypeError, r"BlockMask\(\) cannot be called: use BlockMask.from"),
         (lambda: BlockMask.from_dense(EYE, 64), TypeError,
-         r"block_size: got 64 \(int\), expected \(queries, keys\) of a block"),
+         r"block_size: got 64 \(int\), expected \(queries, keys\), the size"),
         (lambda: BlockMask.from_dense(EYE, (64,)), ValueError,
          r"block_size: got \(64,\), expected two sizes"),
         (lambda: BlockMask.from_dense(EYE, (0, 64)), ValueError,
@@ -376,7 +376,7 @@ EYE = np.eye(4, dtype=bool)
         (lambda: BlockMask.from_mask_mod(lambda b, h, q, k: q - k, 4, 4), TypeError,
          r"mask_mod: got dtype int64 as its result, expected bool \(True = attend\)"),
         (lambda: BlockMask.from_mask_mod(lambda b, h, q, k: None, 4, 4), TypeError,
-         "mask_mod: got NoneType as its result, expected an array of bools"),
+         "mask_mod: got NoneType as its result, expected an array of bool"),
         (lambda: BlockMask.from_mask_mod(lambda b, h, q, k: EYE[None, :3, None], 4, 4), ValueError,
          r"mask_mod: got shape \(1, 3, 1, 4\) as its result, expected four axes that broad"),
         (lambda: BlockMask.from_mask_mod(lambda b, h, q, k: EYE, 4, 4), ValueError,
@@ -411,8 +411,8 @@ def test_errors_of_a_mask_mod_say_what_it_may_do():
     [
         (([0, 1], [0]), ValueError,
          r"indptr: got shape \(2,\), expected \(3,\), one more than the rows of blocks of 8 q"),
-        (([1, 1, 2], [0, 1]), ValueError, "indptr: got 1 to 2, expected 0 to 2, the number of"),
-        (([0, 1, 1], [0, 1]), ValueError, "indptr: got 0 to 1, expected 0 to 2, the number of"),
+        (([1, 1, 2], [0, 1]), ValueError, "indptr: got numbers from 1 to 2, expected numbers"),
+        (([0, 1, 1], [0, 1]), ValueError, "indptr: got numbers from 0 to 1, expected numbers"),
         (([0, 3, 2], [0, 1]), ValueError, "indptr: got 2 after 3 at 2, expected numbers"),
         (([0.0, 1, 2], [0, 1]), TypeError, "indptr: got dtype float64, expected ints"),
         (([0, 1, 2], [0, 3]), ValueError, "indices: got 3 at 1, expected 0 to 2, the blocks of 12"),

@@ -713,7 +713,7 @@ def test_other_dtypes_are_named(backend):
     with pytest.raises(TypeError, match="q float16, k bfloat16, v float16, expected one dtype"):
         na.attention(half, brain, half)
     bias = np.zeros((5, 5), np.float16)
-    wanted = "bias: got dtype float16, expected bfloat16 or float32 with q of bfloat16"
+    wanted = "bias: got dtype float16, expected bfloat16 or float32 with q of dtype bfloat16"
     with pytest.raises(TypeError, match=wanted):
         na.attention(brain, brain, brain, bias=bias)
     wanted = "^out: got dtype float16, expected bfloat16, the dtype of the input, or float32$"

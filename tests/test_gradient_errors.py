@@ -61,7 +61,7 @@ CASES = {
     "dout of other sizes": (
         {"dout": zeros(2, 4, 6, 6)},
         ValueError,
-        "dout: got shape (2, 4, 6, 6), expected (2, 4, 5, 6), the shape of out with these",
+        "dout: got shape (2, 4, 6, 6), expected (2, 4, 5, 6), the shape of out for these",
     ),
     "dout of one number": ({"dout": 1.0}, TypeError, "dout: got dtype float64, expected float32"),
     "no dout": ({"dout": None}, TypeError, "dout: got NoneType, expected an array"),
@@ -205,8 +205,12 @@ RAGGED = {
         ({"v": None}, TypeError, "v: got None, expected an array"),
         ({"k": zeros(11, 2, 8, dtype=np.int8)}, TypeError, "k: got dtype int8, expected floats"),
         ({"q": zeros(9, 32)}, ValueError, "q: got shape (9, 32), expected (total length, heads"),
-        ({"cu_seqlens_k": [0, 7]}, ValueError, "cu_seqlens_k: got 7 as the last, expected 11"),
-        ({"cu_seqlens_q": [0, 5, 4, 9]}, ValueError, "cu_seqlens_q: got 5 and then 4 at 2"),
+        (
+            {"cu_seqlens_k": [0, 7]},
+            ValueError,
+            "cu_seqlens_k: got 7 as the last number, expected 11",
+        ),
+        ({"cu_seqlens_q": [0, 5, 4, 9]}, ValueError, "cu_seqlens_q: got 4 after 5 at 2"),
         ({"sinks": [1, 2]}, ValueError, "sinks: got shape (2,), expected one number per query"),
         ({"softcap": -1}, ValueError, "softcap: got -1, expected a positive number"),
         (

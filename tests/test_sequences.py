@@ -313,11 +313,11 @@ def test_merging_with_nothing():
 
 X = np.zeros((6, 2, 4), np.float32)
 VARLEN = {
-    "decreasing": ([0, 4, 3, 6], [0, 2, 4, 6], ValueError, "cu_seqlens_q: got 4 and then 3 at 2"),
+    "decreasing": ([0, 4, 3, 6], [0, 2, 4, 6], ValueError, "cu_seqlens_q: got 3 after 4 at 2"),
     "beyond": ([0, 7], [0, 6], ValueError, "cu_seqlens_q: got 7 at 1, expected 0 to 6"),
     "negative": ([0, 6], [-1, 6], ValueError, "cu_seqlens_k: got -1 at 0"),
     "begin": ([1, 6], [0, 6], ValueError, "cu_seqlens_q: got 1 as the first number, expected 0"),
-    "end": ([0, 6], [0, 5], ValueError, "cu_seqlens_k: got 5 as the last, expected 6"),
+    "end": ([0, 6], [0, 5], ValueError, "cu_seqlens_k: got 5 as the last number, expected 6"),
     "number": ([0, 6], [0, 3, 6], ValueError, "cu_seqlens_k: got 3 numbers, expected 2"),
     "kind": ([0.0, 6.0], [0, 6], TypeError, "cu_seqlens_q: got dtype float64, expected ints"),
     "shape": ([[0, 6]], [0, 6], ValueError, "cu_seqlens_q: got shape (1, 2)"),

@@ -15,9 +15,10 @@ from numpy_minilm import numpy_attention, numpy_block
 INTRODUCTION = """\
 MiniLM is a small language model. It reads a sentence and turns it into a vector (a list of 384
 values) that describes its meaning. Inside the model, attention lets each word take in the other
-words of its sentence; numattn computes this attention. If two sentences mean nearly the same, their
-vectors point in nearly the same direction, and the cosine of the angle between them is near 1. Here
-are 20 sentences: ten things, each said twice in different words.
+words of its sentence; numattn computes this attention. The closer two sentences are in meaning, the
+closer their vectors are in direction. The cosine of the angle between them measures this: it is 1
+for the same direction and near 0 for unrelated sentences. Here are 20 sentences: ten things, each
+said twice in different words.
 
 Each sentence, and the one nearest to it by meaning (cosine):
 """
@@ -84,9 +85,10 @@ def main() -> None:
         print(f"  {sentence:68} {similar[i, nearest]:.2f}  {SENTENCES[nearest]}")
     plain = model.encode_tokens(ids, lengths, numpy_block)
     print(
-        "\nThe same model in plain NumPy gives the same vectors up to rounding: the largest "
-        f"difference\nis {np.abs(embeddings - plain).max():.1e}. How many texts do both read per "
-        "second? (A token is a word or a piece of one.)\n"
+        "\nThe same model in plain NumPy returns the same vectors up to rounding: the largest "
+        f"difference is\n{np.abs(embeddings - plain).max():.1e}. How many texts per second does "
+        'each read? (A token is a word or a piece of one. "Only\nattention" compares the attention '
+        "of one layer, without the rest of the model.)\n"
     )
     print(f"{'':34}{'numattn':>8}{'NumPy':>8}{'times as fast':>15}{'only attention':>16}")
     compare_speed(model, "sentences", SENTENCES)

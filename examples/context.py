@@ -31,6 +31,7 @@ Each row compares one word in two sentences. Values near 1 say that its vectors 
 direction, and values near 0 that they have little in common. Rows with "=" compare sentences in
 which the word means the same, and rows with "/" sentences in which it does not: from left to right,
 the values of "/" should fall further than the values of "="."""
+OWN_WORD = "The cosine of the word's vectors in two sentences, before the blocks and after each:"
 
 # word: meaning: sentences
 WORDS = {
@@ -161,7 +162,7 @@ def main() -> None:
         parser.error("sentences: pass --word WORD too, the word to compare in them")
 
     model = MiniLM()
-    print(INTRODUCTION)
+    print(OWN_WORD if arguments.word else INTRODUCTION)
     results = {}
     for word, meanings in words.items():
         results[word] = compare(model, word, meanings)

@@ -45,9 +45,10 @@ demo: $(BUILT) $(VENV)/demo
 	@$(call heading,1. Which sentences mean the same?)
 	@NUMATTN_BACKEND=native $(BIN)/python examples/sentences.py
 	@$(call heading,2. How much faster is attention than in plain NumPy?)
-	@echo "Attention has a formula of three steps: products of vectors, a softmax, and more products. In each"
-	@echo "row, numattn and plain NumPy compute it for the same random vectors, shaped as in a kind of model"
-	@echo "(a head is one of several attentions side by side). The results may differ only by rounding."
+	@echo "Attention has three steps: products of vectors, a softmax, and more products. In each row, numattn"
+	@echo "and plain NumPy compute it from the same random vectors, which have the shapes of one kind of model."
+	@echo "A query is a word that looks, keys are the words it looks at, and a head is one of several"
+	@echo "attentions side by side. The results may differ only by rounding."
 	@echo
 	@NUMATTN_BACKEND=native $(BIN)/python -m numattn bench
 	@$(call heading,3. How does a word take in its sentence?)

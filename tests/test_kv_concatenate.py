@@ -180,7 +180,7 @@ def test_bad_arguments():
             na.KVCache.concatenate([cache, cache, other])
     assert replace(cache._arguments, capacity=9) == na.KVCache(**plain, capacity=9)._arguments
     na.KVCache.concatenate([cache, na.KVCache(**plain, capacity=9)])
-    with pytest.raises(ValueError, match=r"^caches: got none, expected at least one"):
+    with pytest.raises(ValueError, match=r"^caches: got an empty list, expected at least one"):
         na.KVCache.concatenate([])
     for wrong, message in (
         (cache, "caches: got KVCache, expected a list of KVCache"),

@@ -275,7 +275,7 @@ def test_out_is_no_memory_of_a_mask(rng, limits):
     out = memory[: HEADS * (DIM + 4)].reshape(1, HEADS, 1, DIM + 4)
     bits = memory.view(bool)[:15]
     for name, pairs in (("bias", memory[:15]), ("mask", bits), ("tail_mask", bits)):
-        with pytest.raises(ValueError, match=rf"shares with {name}"):
+        with pytest.raises(ValueError, match=rf"shares memory with {name}"):
             texts.cache.attend(q, out=out, **{name: pairs})
     bias = numbers(rng, 15)
     assert texts.cache.attend(q, out=out, bias=bias) is out

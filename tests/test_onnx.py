@@ -591,7 +591,7 @@ BAD_CONTRIB = {
     ),
     "no past": (
         "GroupQueryAttention", [FLAT] * 3 + [None, None, SEQLENS + 3, TOTAL + 3], GROUP,
-        "past tokens .* and a past_key of 0",
+        ".* past tokens and a past_key of 0",
     ),
     "total": (
         "GroupQueryAttention", [FLAT] * 3 + [CACHE, CACHE, SEQLENS + 1, TOTAL], GROUP,

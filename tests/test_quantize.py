@@ -103,7 +103,9 @@ def test_bad_options(options, error, message):
 
 def test_one_vector_has_no_tokens():
     assert na.quantize_kv(np.ones(3))[1].shape == ()
-    with pytest.raises(ValueError, match=r"x: got shape \(3,\), expected \(..., L, D\)"):
+    with pytest.raises(
+        ValueError, match=r"x: got shape \(3,\) with channel_scale, expected \(..., L, D\)"
+    ):
         na.quantize_kv(np.ones(3), channel_scale=True)
     with pytest.raises(ValueError, match="x: got nan in the vector at"):
         na.quantize_kv(np.full((2, 3), np.nan), channel_scale=True)

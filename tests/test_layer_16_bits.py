@@ -449,7 +449,7 @@ def test_given_weights(rng, narrow):
         na.MultiHeadAttention.from_weights(**large, num_heads=4, dtype=narrow)
     layer = na.MultiHeadAttention(24, 4, dtype=narrow)
     for dtype in (np.float32, other):
-        with pytest.raises(TypeError, match=rf"x: got dtype \w+, expected {narrow.name} as the"):
+        with pytest.raises(TypeError, match=rf"x: got dtype \w+, expected {narrow.name}, the"):
             layer(np.zeros((5, 24), dtype))
     with pytest.raises(TypeError, match=rf"cache: got dtype float32, expected {narrow.name} as"):
         layer(np.zeros((1, 5, 24), narrow), cache=na.KVCache(1, 4, 6))

@@ -94,7 +94,7 @@ class LayerParameters:
             refuse("kv_heads", str(kv_heads), f"a divisor of num_heads, which is {num_heads}")
         if head_dim is None and self._embed_dim % self._heads:
             expected = f"a multiple of num_heads, which is {num_heads}"
-            refuse("embed_dim", str(embed_dim), expected, "or pass `head_dim=`")
+            refuse("embed_dim", str(embed_dim), expected, "pass `head_dim=` for other sizes")
         self._head_dim = at_least(
             "head_dim", self._embed_dim // self._heads if head_dim is None else head_dim, 1
         )

@@ -225,7 +225,7 @@ def sizes(
         refuse(name, f"shape {matrices[name].shape}", expected)
 
     if shapes["q_weight"][0] % heads:
-        refuse_outputs("q_weight", f"a multiple of {heads} heads as {rows}")
+        refuse_outputs("q_weight", f"a number of {rows} divisible by the {heads} heads")
     head_dim = shapes["q_weight"][0] // heads
     if kv_heads is None:
         groups = max(shapes["k_weight"][0] // head_dim, 1)
@@ -238,7 +238,7 @@ def sizes(
         expected = f"{rows} for a number of heads that divides the {heads} query heads"
         refuse_outputs("k_weight", expected)
     if shapes["v_weight"][0] % groups:
-        refuse_outputs("v_weight", f"a multiple of {groups} heads as {rows}")
+        refuse_outputs("v_weight", f"a number of {rows} divisible by the {groups} KV heads")
     return (
         shapes["q_weight"][1],
         heads,

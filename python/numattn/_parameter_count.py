@@ -92,7 +92,7 @@ def parameter_count(
         refuse("kv_heads", str(shared), f"a divisor of num_heads, which is {heads}")
     if head_dim is None and embed_dim % heads:
         expected = f"a multiple of num_heads, which is {heads}"
-        refuse("embed_dim", str(embed_dim), expected, "or pass `head_dim=`")
+        refuse("embed_dim", str(embed_dim), expected, "pass `head_dim=` for other sizes")
     size = embed_dim // heads if head_dim is None else at_least("head_dim", head_dim, 1)
     of_values = size if value_dim is None else at_least("value_dim", value_dim, 1)
     context = embed_dim if context_dim is None else at_least("context_dim", context_dim, 1)

@@ -60,7 +60,8 @@ demo: $(BUILT) $(VENV)/demo
 	@$(call heading,Where to go on)
 	@echo "what attention computes, step by step   docs/tutorial.rst"
 	@echo "attention in your own program           README.md"
-	@echo "your own sentence in the model          $(BIN)/python examples/patterns.py \"Your sentence.\""
+	@echo "a search through your own texts         $(BIN)/python examples/search.py FOLDER \"Your question?\""
+	@echo "your own sentence in the model          $(BIN)/python -m numattn explain \"Your sentence.\""
 	@echo "a model that learns to write, 2 min     $(BIN)/python examples/language_model.py"
 
 heading = printf '\n== %s ==\n\n' "$(1)"

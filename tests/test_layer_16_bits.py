@@ -451,9 +451,9 @@ def test_given_weights(rng, narrow):
     for dtype in (np.float32, other):
         with pytest.raises(TypeError, match=rf"x: got dtype \w+, expected {narrow.name}, the"):
             layer(np.zeros((5, 24), dtype))
-    with pytest.raises(TypeError, match=rf"cache: got dtype float32, expected {narrow.name} as"):
+    with pytest.raises(TypeError, match=rf"cache: got dtype float32, expected {narrow.name}, the"):
         layer(np.zeros((1, 5, 24), narrow), cache=na.KVCache(1, 4, 6))
-    with pytest.raises(TypeError, match=rf"dout: got dtype float32, expected {narrow.name} as"):
+    with pytest.raises(TypeError, match=rf"dout: got dtype float32, expected {narrow.name}, the"):
         layer.vjp(np.zeros((5, 24), narrow))[1](np.zeros((5, 24), np.float32))
 
 

@@ -260,7 +260,7 @@ def test_what_is_left_to_pytorch(name):
     with pytest.raises(NotImplementedError, match=reason) as caught:
         scaled_dot_product_attention(*arguments, **options, strict=True)
     assert text in str(caught.value)
-    assert "goes to PyTorch's own function" in str(caught.value)
+    assert "PyTorch's function computes the call" in str(caught.value)
     if name == "a mask elsewhere":  # which PyTorch reads without looking where it is
         return
     torch.manual_seed(0)
@@ -428,14 +428,14 @@ def test_signature_is_pytorch_s():
 
 ELSEWHERE = torch.ones(5, 9, device="meta")
 BAD = [
-    ({"k": np.ones((2, 4, 9, 8))}, TypeError, "k: got ndarray, expected a plain tensor"),
+    ({"k": np.ones((2, 4, 9, 8))}, TypeError, "k: got ndarray, expected a plain torch.Tensor"),
     ({"q": torch.ones(2, 4, 5, 8).to("meta")}, TypeError, "q: got a tensor on meta, expected"),
     ({"v": torch.ones(2, 4, 9, 8).as_subclass(Subclass)}, TypeError, "v: got a Subclass, a sub"),
     ({"q": torch.ones(2, 4, 5, 8).long()}, TypeError, "q: got dtype torch.int64, .* float16"),
     ({"k": torch.ones(2, 4, 9, 8).double()}, TypeError, "q float32, k float64, v float32"),
     ({"k": torch.ones(2, 4, 9, 4)}, ValueError, r"head_dim 4, expected 8 .*k \(2, 4, 9, 4\)"),
     ({"mask": torch.ones(5, 9)}, TypeError, "mask: got dtype float32, expected bool"),
-    ({"mask": ELSEWHERE}, TypeError, "mask: got a tensor on meta, expected a plain tensor"),
+    ({"mask": ELSEWHERE}, TypeError, "mask: got a tensor on meta, expected a plain torch.Tensor"),
     ({"bias": torch.ones(5, 8)}, ValueError, r"bias: got shape \(5, 8\)"),
     ({"bias": torch.ones(5, 9).double()}, TypeError, "bias: got dtype float64"),
     ({"window": (1, 2, 3)}, ValueError, "window: got "),

@@ -684,7 +684,9 @@ def test_sparse_attention_is_refused():
 
 def test_names_of_transformers_are_refused():
     for name in ("sdpa", "eager", "flex_attention"):
-        with pytest.raises(ValueError, match=f"name: got '{name}', which transformers has"):
+        with pytest.raises(
+            ValueError, match=f"name: got '{name}', which transformers already uses"
+        ):
             numattn.transformers.register(name)
 
 

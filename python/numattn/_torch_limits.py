@@ -155,7 +155,7 @@ def _why_not_numbers(dropout_p: object, is_causal: object, scale: Any) -> Reason
         return Reason("is_causal", is_causal, "True or False")
     is_number = scale is None or isinstance(scale, (float, int, torch.SymFloat, torch.SymInt))
     if not is_number or not (scale is None or abs(scale) < _LARGEST_SCALE):
-        return Reason("scale", scale, f"None, or a magnitude below {_LARGEST_SCALE:.0e}")
+        return Reason("scale", scale, f"None or a magnitude below {_LARGEST_SCALE:.0e}")
     return None
 
 

@@ -25,7 +25,8 @@ struct RegisterTile {
 
   // How many scalars fit beside `vectors` vectors. 6 x 4 are 24 accumulators, which fill 29 of 32
   // registers with four operands and a broadcast, and need 10 loads for 24 multiply-adds; 6 x 2
-  // fill 15 of 16. Without fused multiply-add the products need registers, too.
+  // fill 15 of 16. Where products multiply by lane, 24 accumulators, six vectors of scalars and one
+  // vector fill 31 of 32. Without fused multiply-add the products need registers, too.
   static constexpr int scalars(int vectors) {
     if (!Vectors::kFusedMultiplyAdd) return 4;
     if (vectors == kVectors) return 6;

@@ -9,6 +9,9 @@
 #include <sys/sysctl.h>
 
 #include <cstddef>
+#elif defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
 #endif
 
 namespace numattn {
@@ -21,8 +24,11 @@ bool cpu_has_neon_bf16() {
   int has = 0;
   size_t bytes = sizeof(has);
   return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &bytes, nullptr, 0) == 0 && has != 0;
+#elif defined(_WIN32)
+  constexpr DWORD kBf16 = 68;  // PF_ARM_V86_BF16_INSTRUCTIONS_AVAILABLE, not in older headers
+  return IsProcessorFeaturePresent(kBf16) != 0;
 #else
-  return false;  // Windows has no name for it
+  return false;
 #endif
 }
 

@@ -2,12 +2,14 @@
 // library brings what __builtin_cpu_supports reads (clang-cl's does not).
 #if defined(__x86_64__)
 
-#include <cpuid.h>
-
 #include <algorithm>
 #include <cstdint>
 
 #include "runtime/cpu.h"
+
+// The last one: its macro __cpuid breaks a declaration of that name in Visual Studio's standard
+// library.
+#include <cpuid.h>
 
 namespace numattn {
 namespace {

@@ -28,13 +28,17 @@ class FloatEnvironment {
   unsigned before_;
 #elif defined(__aarch64__) && defined(__GNUC__)
   FloatEnvironment() {
-    __asm__ volatile("mrs %0, fpcr" : "=r"(before_));
+    __asm__ volatile("mrs %0, fpcr" : "=r"(settings_));
+    __asm__ volatile("mrs %0, fpsr" : "=r"(flags_));
     __asm__ volatile("msr fpcr, %0" ::"r"(uint64_t{0}));
   }
-  ~FloatEnvironment() { __asm__ volatile("msr fpcr, %0" ::"r"(before_)); }
+  ~FloatEnvironment() {
+    __asm__ volatile("msr fpsr, %0" ::"r"(flags_));
+    __asm__ volatile("msr fpcr, %0" ::"r"(settings_));
+  }
 
  private:
-  uint64_t before_;
+  uint64_t settings_, flags_;
 #else
   FloatEnvironment() {
     std::fegetenv(&before_);

@@ -53,18 +53,30 @@ bool rounds_alike() {
     bool done = problem.run() == numattn::Status::done;
     const std::vector<char> expected = problem.result();
     std::fesetround(FE_UPWARD);
+    std::feclearexcept(FE_ALL_EXCEPT);
+    std::feraiseexcept(FE_DIVBYZERO);
+    const int flags = std::fetestexcept(FE_ALL_EXCEPT);
 #if defined(__x86_64__)
     constexpr unsigned kFlushSubnormal = 0x8040;
     _mm_setcsr(_mm_getcsr() | kFlushSubnormal);
     const unsigned before = _mm_getcsr();
+#elif defined(__aarch64__)
+    constexpr uint64_t kFlushSubnormal = 1 << 24;
+    uint64_t settings;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(settings));
+    __asm__ volatile("msr fpcr, %0" ::"r"(settings | kFlushSubnormal));
 #endif
     for (int num_threads = 1; num_threads <= 4; ++num_threads) {
       problem.num_threads = num_threads;
       done = done && problem.run() == numattn::Status::done && problem.result() == expected;
     }
-    alike = done && std::fegetround() == FE_UPWARD;
+    alike = done && std::fegetround() == FE_UPWARD && std::fetestexcept(FE_ALL_EXCEPT) == flags;
 #if defined(__x86_64__)
     alike = alike && _mm_getcsr() == before;
+#elif defined(__aarch64__)
+    uint64_t after;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(after));
+    alike = alike && after == (settings | kFlushSubnormal);
 #endif
   }).join();
   return alike;

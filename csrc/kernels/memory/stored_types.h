@@ -1,6 +1,6 @@
 // Elements of arrays that are no scalars of the vectors. Vectors load and store 16-bit floats as
-// float32 and load 8-bit integers as floats; avx512_bf16.h also multiplies 16-bit floats as they
-// are.
+// float32 and load 8-bit integers as floats; avx512_bf16.h and neon_bf16.h also multiply bfloat16
+// as it is.
 #pragma once
 
 #include <cstdint>

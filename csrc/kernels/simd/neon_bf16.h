@@ -44,7 +44,13 @@ struct Bfloat16Pairs : Float32 {
   // The same with a's unit kLane for all lanes.
   template <int kLane>
   static Vec multiply_add_lane(Units a, Units b, Vec sum) {
+#if defined(__clang__)
+    // Clang makes a broadcast and a product of the intrinsic, and spills the broadcasts.
+    __asm__("bfdot %0.4s, %1.8h, %2.2h[%3]" : "+w"(sum) : "w"(b), "w"(a), "i"(kLane));
+    return sum;
+#else
     return vbfdotq_laneq_f32(sum, of(b), of(a), kLane);
+#endif
   }
 
   // Of a row's elements up to 8; from `count` on they are 0.

@@ -7,18 +7,24 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "MSVC")
     "Windows': set SKBUILD_CMAKE_ARGS=-TClangCL, and build again.")
 endif()
 
-# Where Apple's compiler is told what to build for, this need not be the machine that it runs on.
-set(architecture "${CMAKE_SYSTEM_PROCESSOR}")
 if(CMAKE_OSX_ARCHITECTURES MATCHES ";")
   message(FATAL_ERROR "numattn: CMAKE_OSX_ARCHITECTURES is '${CMAKE_OSX_ARCHITECTURES}', but each "
     "architecture has kernels of its own. Build a wheel for each of them (ARCHFLAGS='-arch x86_64' "
     "and ARCHFLAGS='-arch arm64'), and make one wheel of the two by delocate-merge.")
-elseif(CMAKE_OSX_ARCHITECTURES)
-  set(architecture "${CMAKE_OSX_ARCHITECTURES}")
 endif()
-string(TOLOWER "${architecture}" architecture)
-string(REGEX REPLACE "^amd64$" x86_64 architecture "${architecture}")
-string(REGEX REPLACE "^arm64$" aarch64 architecture "${architecture}")
+
+# The compiler says what it compiles for. The machine need not be the same: it may have a system of
+# 32 bits, and compilers for other machines are told so in several ways.
+set(architecture other)
+if(NOT CMAKE_SCRIPT_MODE_FILE)
+  include(CheckCXXSymbolExists)
+  foreach(candidate x86_64 aarch64)
+    check_cxx_symbol_exists(__${candidate}__ "" numattn_compiles_for_${candidate})
+    if(numattn_compiles_for_${candidate})
+      set(architecture ${candidate})
+    endif()
+  endforeach()
+endif()
 
 # Appends flags that are written as GCC and Clang take them. clang-cl reads them as cl.exe would,
 # where -O3 means nothing and -Wall everything, unless they come after "/clang:".

@@ -55,14 +55,21 @@ def _isa_levels() -> dict[str, list[str]]:
 
 ISA_LEVELS = _isa_levels()
 
-_COMPILER_ADVICE = (
-    "install a C++20 compiler (GCC 11 or Clang 14, or later; on Windows clang-cl), then run "
-    "'pip install --force-reinstall --no-cache-dir numattn'"
-)
 _ARCHIVE_ADVICE = (
     "keep numattn out of the archive, in a folder on sys.path ('pip install --target FOLDER "
     "numattn'), or make an archive that unpacks itself"
 )
+
+
+def _compiler_advice(platform: str) -> str:
+    """Return what to do on a platform, named as in `sys`, where there were no kernels to import."""
+    compiler = {
+        "win32": "install Visual Studio's component 'C++ Clang tools for Windows', set "
+        "SKBUILD_CMAKE_ARGS=-TClangCL",
+        "darwin": "install Apple's Command Line Tools ('xcode-select --install'), set ARCHFLAGS to "
+        "one architecture if it names two",
+    }.get(platform, "install a C++20 compiler (GCC 11 or Clang 14, or later)")
+    return f"{compiler}, then run 'pip install --force-reinstall --no-cache-dir numattn'"
 
 
 def _why_missing(error: ImportError) -> tuple[str, str]:
@@ -71,7 +78,7 @@ def _why_missing(error: ImportError) -> tuple[str, str]:
     if type(loader) is zipimport.zipimporter:
         reason = f"Python cannot load compiled modules from a zip archive, here {loader.archive}"
         return reason, _ARCHIVE_ADVICE
-    return str(error), _COMPILER_ADVICE
+    return str(error), _compiler_advice(sys.platform)
 
 
 def _load_native() -> tuple[ModuleType | None, str]:

@@ -44,10 +44,16 @@ def test_the_pythons_are_the_same_everywhere(pyproject, pythons):
     oldest = classified[0]
     assert project["requires-python"] == f">={oldest}"
     assert pyproject["tool"]["scikit-build"]["wheel"]["py-api"] == f"cp{oldest.replace('.', '')}"
-    newest_threaded = re.findall(
-        r'python-version: "(3\.\d+t)"', text(".github/workflows/tests.yml")
-    )
-    assert newest_threaded == [pythons[-1]]
+
+
+@pytest.mark.skipif(not (ROOT / ".github").exists(), reason="needs the repository")
+def test_the_workflow_tests_the_oldest_and_the_newest_python(pythons):
+    workflow = text(".github/workflows/tests.yml")
+    with_lock = [version for version in pythons if not version.endswith("t")]
+    assert f'python: ["{with_lock[0]}", "{with_lock[-1]}"]' in workflow
+    several = re.search(r"python-version: \|\n((?: +3\.\d+\n)+)", workflow)[1].split()
+    assert {with_lock[0], with_lock[-1]} <= set(several)
+    assert re.findall(r'python-version: "(3\.\d+t)"', workflow) == [pythons[-1]]
 
 
 def test_numpy_of_the_newest_pythons(pyproject):

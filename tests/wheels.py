@@ -51,10 +51,15 @@ def find_python(version):
     number = version.removesuffix("t")
     found = [
         path
-        for path in sorted(pyenv.glob(f"{number}.*/bin/python"))
+        for path in sorted(pyenv.glob(f"{number}.*/bin/python"), key=release)
         if path.parent.parent.name.endswith("t") == is_free_threaded(version)
     ]
     return str(found[-1]) if found else None
+
+
+def release(python):
+    """Return the release of one of pyenv's interpreters, to compare it with others."""
+    return [int(x) for x in re.findall(r"\d+", python.parent.parent.name)]
 
 
 def is_free_threaded(version):
@@ -126,15 +131,17 @@ def test_wheel(python, wheel, numpy, folder):
 
 def build_wheels(pythons, sdist, folder):
     """Return the wheel that each version of Python installs."""
-    oldest = VERSIONS[0]
-    stable = build_wheel(oldest, pythons[oldest] or sys.executable, sdist, folder / "stable")
-    return {
+    wheels = {
         version: build_wheel(version, python, sdist, folder / f"for-{version}")
-        if is_free_threaded(version)
-        else stable
         for version, python in pythons.items()
-        if python or not is_free_threaded(version)
+        if python and is_free_threaded(version)
     }
+    with_lock = [version for version in pythons if not is_free_threaded(version)]
+    if with_lock:
+        python = next((pythons[version] for version in with_lock if pythons[version]), None)
+        stable = build_wheel(with_lock[0], python or sys.executable, sdist, folder / "stable")
+        wheels |= dict.fromkeys(with_lock, stable)
+    return wheels
 
 
 def main():
@@ -153,7 +160,7 @@ def main():
     wanted = arguments.versions or VERSIONS
     if arguments.extremes:
         wanted = [version for version in wanted if not is_free_threaded(version)]
-    pythons = {version: find_python(version) for version in (VERSIONS[0], *wanted)}
+    pythons = {version: find_python(version) for version in wanted}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         sdist = build_sdist(folder)

@@ -17,7 +17,7 @@ def is_here() -> bool:
         except ImportError:
             continue
         return bool(interpreters.get_current() == interpreters.get_main())
-    return True  # without such a module there is only one interpreter
+    return True  # nobody can tell; most Pythons without such a module have one interpreter
 
 
 if not is_here():

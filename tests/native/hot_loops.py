@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 # The register tiles of six scalars times four vectors, by their functions. GCC inlines some of them
-# in others, so the largest loop counts.
+# in others.
 PRODUCTS = {
     "QK^T": r"qk_step<.*, 4, (8|16)>\(",
     "values": r"value_aggregation<.*, 4>\(|value_register_tile<.*, 6, 4>\(",
@@ -21,7 +21,13 @@ PRODUCTS = {
 }
 LEAST_PER_LOAD = 3.5
 MOST_SPILLS = 0.05  # for each multiply-add
-MULTIPLY_ADD = ("fmla", "bfdot")
+# A vector times one lane of another one, which is what these levels are for: float32, float64 and
+# pairs of bfloat16. The steps that are left at the end of a product broadcast instead.
+BY_LANE = {
+    "float32": r"fmla\s+v\d+\.4s, v\d+\.4s, v\d+\.s\[",
+    "float64": r"fmla\s+v\d+\.2d, v\d+\.2d, v\d+\.d\[",
+    "pairs of bfloat16": r"bfdot\s+v\d+\.4s, v\d+\.8h, v\d+\.2h\[",
+}
 LOADS = {"ldr": 1, "ldur": 1, "ldp": 2, "ld1": 1, "ld1r": 1}
 
 
@@ -57,38 +63,50 @@ def loops(instructions):
 def count(loop):
     counted = Counter()
     for _, mnemonic, operands in loop:
-        if mnemonic in MULTIPLY_ADD:
+        if mnemonic in ("fmla", "bfdot"):
             counted["multiply-adds"] += 1
-        elif mnemonic in (*LOADS, "str", "stp") and re.match(r"[qd]\d|\{v", operands):
+        elif mnemonic in (*LOADS, "str", "stp") and re.match(r"[qdsh]\d|\{v", operands):
             counted["spills" if "[sp" in operands else "loads"] += LOADS.get(mnemonic, 1)
     return counted
 
 
+def main_loops(all_functions, product, by_lane):
+    """Return what the loops of a product consist of that multiply by lane only."""
+    for name, instructions in all_functions.items():
+        if re.search(product, name):
+            for loop in loops(instructions):
+                lines = [f"{mnemonic} {operands}" for _, mnemonic, operands in loop]
+                of_lanes = sum(bool(re.match(by_lane, line)) for line in lines)
+                counted = count(loop)
+                if of_lanes and of_lanes == counted["multiply-adds"]:
+                    yield counted
+
+
 def problems_of(objdump, path):
     all_functions = functions(objdump, path)
+    # neon_bf16 has only the products of pairs; the others are neon's.
+    kinds = [kind for kind in BY_LANE if ("bf16" in path.name) == ("bfloat16" in kind)]
     for product, pattern in PRODUCTS.items():
-        counts = [
-            count(loop)
-            for name, instructions in all_functions.items()
-            if re.search(pattern, name)
-            for loop in loops(instructions)
-        ]
-        if not counts:
-            yield f"{product}: no loop found"
-            continue
-        most = max(counts, key=lambda x: (x["multiply-adds"], -x["spills"] - x["loads"]))
-        per_load = most["multiply-adds"] / max(1, most["loads"])
-        print(f"{path.name}, {product}: {dict(most)}, {per_load:.1f} multiply-adds for a load")
-        if per_load < LEAST_PER_LOAD:
-            yield f"{product}: expected at least {LEAST_PER_LOAD} for a load"
-        if most["spills"] > MOST_SPILLS * most["multiply-adds"]:
-            yield f"{product}: sums go through memory {most['spills']} times"
+        for kind in kinds:
+            what = f"{path.name}, {product}, {kind}"
+            counts = list(main_loops(all_functions, pattern, BY_LANE[kind]))
+            if not counts:
+                yield f"{what}: no loop that multiplies by lane"
+                continue
+            # The whole tile has the most multiply-adds; of several such loops, the worst.
+            most = max(counts, key=lambda x: (x["multiply-adds"], x["spills"], x["loads"]))
+            per_load = most["multiply-adds"] / max(1, most["loads"])
+            print(f"{what}: {dict(most)}, {per_load:.1f} multiply-adds for a load")
+            if per_load < LEAST_PER_LOAD:
+                yield f"{what}: expected at least {LEAST_PER_LOAD} multiply-adds for a load"
+            if most["spills"] > MOST_SPILLS * most["multiply-adds"]:
+                yield f"{what}: sums go through memory {most['spills']} times"
 
 
 def main():
     objdump, *objects = sys.argv[1:]
     paths = [path for path in map(Path, objects) if path.name.startswith("neon")]
-    problems = [f"{path.name}, {x}" for path in paths for x in problems_of(objdump, path)]
+    problems = [problem for path in paths for problem in problems_of(objdump, path)]
     if not paths:
         problems.append(f"no object of NEON among {objects}")
     print("\n".join(problems) if problems else "fine")

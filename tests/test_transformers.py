@@ -725,7 +725,7 @@ def test_example(monkeypatch, capsys):
     for family in ("Llama", "Gemma 2", "gpt-oss"):
         assert re.search(rf"^{family}.*: 20 tokens read, 4 written$", printed, re.MULTILINE)
     assert printed.count("the same tokens: True") == 3
-    assert re.search(r"^  sdpa .* tokens/s$", printed, re.MULTILINE)
+    assert re.search(r"^  sdpa .* (tokens/s|too fast to tell)$", printed, re.MULTILINE)
 
 
 def test_example_with_the_files_of_a_model(monkeypatch, capsys, tmp_path):

@@ -19,15 +19,15 @@ PRODUCTS = {
     "values": r"value_aggregation<.*, 4>\(|value_register_tile<.*, 6, 4>\(",
     "any two matrices": r"matmul_(rows|last_columns|register_tile)<.*6(, 4)?>\(",
 }
-LEAST_PER_LOAD = 3.5
-MOST_SPILLS = 0.05  # for each multiply-add
-# A vector times one lane of another one, which is what these levels are for: float32, float64 and
-# pairs of bfloat16. The steps that are left at the end of a product broadcast instead.
+# A vector times one lane of another one, which is what these levels are for: how it is written, how
+# many lanes there are, and the least multiply-adds for a load. The steps that are left at the end
+# of a product use lane 0 only.
 BY_LANE = {
-    "float32": r"fmla\s+v\d+\.4s, v\d+\.4s, v\d+\.s\[",
-    "float64": r"fmla\s+v\d+\.2d, v\d+\.2d, v\d+\.d\[",
-    "pairs of bfloat16": r"bfdot\s+v\d+\.4s, v\d+\.8h, v\d+\.2h\[",
+    "float32": (r"fmla\s+v\d+\.4s, v\d+\.4s, v\d+\.s\[(\d)\]", 4, 4.0),
+    "float64": (r"fmla\s+v\d+\.2d, v\d+\.2d, v\d+\.d\[(\d)\]", 2, 3.4),
+    "pairs of bfloat16": (r"bfdot\s+v\d+\.4s, v\d+\.8h, v\d+\.2h\[(\d)\]", 4, 4.0),
 }
+MOST_SPILLS = 2  # one register written and read
 LOADS = {"ldr": 1, "ldur": 1, "ldp": 2, "ld1": 1, "ld1r": 1}
 
 
@@ -70,15 +70,15 @@ def count(loop):
     return counted
 
 
-def main_loops(all_functions, product, by_lane):
-    """Return what the loops of a product consist of that multiply by lane only."""
+def main_loops(all_functions, product, by_lane, lanes):
+    """Yield what a product's loops consist of that multiply by every lane, and by lane only."""
     for name, instructions in all_functions.items():
         if re.search(product, name):
             for loop in loops(instructions):
                 lines = [f"{mnemonic} {operands}" for _, mnemonic, operands in loop]
-                of_lanes = sum(bool(re.match(by_lane, line)) for line in lines)
+                of_lanes = [int(found[1]) for line in lines if (found := re.match(by_lane, line))]
                 counted = count(loop)
-                if of_lanes and of_lanes == counted["multiply-adds"]:
+                if set(of_lanes) == set(range(lanes)) and len(of_lanes) == counted["multiply-adds"]:
                     yield counted
 
 
@@ -89,7 +89,8 @@ def problems_of(objdump, path):
     for product, pattern in PRODUCTS.items():
         for kind in kinds:
             what = f"{path.name}, {product}, {kind}"
-            counts = list(main_loops(all_functions, pattern, BY_LANE[kind]))
+            by_lane, lanes, least = BY_LANE[kind]
+            counts = list(main_loops(all_functions, pattern, by_lane, lanes))
             if not counts:
                 yield f"{what}: no loop that multiplies by lane"
                 continue
@@ -97,9 +98,9 @@ def problems_of(objdump, path):
             most = max(counts, key=lambda x: (x["multiply-adds"], x["spills"], x["loads"]))
             per_load = most["multiply-adds"] / max(1, most["loads"])
             print(f"{what}: {dict(most)}, {per_load:.1f} multiply-adds for a load")
-            if per_load < LEAST_PER_LOAD:
-                yield f"{what}: expected at least {LEAST_PER_LOAD} multiply-adds for a load"
-            if most["spills"] > MOST_SPILLS * most["multiply-adds"]:
+            if round(per_load, 1) < least:
+                yield f"{what}: expected at least {least} multiply-adds for a load"
+            if most["spills"] > MOST_SPILLS:
                 yield f"{what}: sums go through memory {most['spills']} times"
 
 

@@ -42,10 +42,11 @@ ARM_8_2 = re.compile(
 # sign addresses do nothing on CPUs that don't know them.)
 ARM_LATER = re.compile(
     r"(us|su|[us])dot|(us|[us])mmla|fcadd|fcmla|fml[as]l2?|fjcvtzs|crc32\w*|aes\w+|sha\d\w+|pmull2?|"
-    r"eor3|bcax|rax1|xar|ldapu?r\w*|stlur\w*"
+    r"eor3|bcax|rax1|xar|ldapu?r\w*|stlur\w*|ldlar\w*|stllr\w*|reta[ab]|ldra[ab]|sb|frint(32|64)[xz]|"
+    r"cpy\w+|set[gmpe]\w*|sm[34]\w+"
 )
 # Arithmetic of float16, and SVE by its registers. Conversions of float16 are in the baseline.
-ARM_FLOAT16 = re.compile(r"f(?!cvt([ln]2?)?\s)\w+\s.*(\bv\d+\.[48]h|\bh\d+\b)")
+ARM_FLOAT16 = re.compile(r"(f(?!cvt([ln]2?)?\s)|[su]cvtf)\w*\s.*(\bv\d+\.[48]h|\bh\d+\b)")
 SVE = re.compile(r"\bz\d+\.|\bp\d+[./]")
 
 
@@ -159,6 +160,10 @@ ld1w {z0.s}, p0/z, [x0]
 whilelt p0.s, x0, x1
 fcvtzs h0, h1
 ldapr w0, [x1]
+scvtf h0, w0
+retaa
+cpyfp [x0]!, [x1]!, x2!
+frint32z v0.4s, v1.4s
 """
 ARM_8_2_EXAMPLES = """
 bfdot v0.4s, v1.8h, v2.2h[1]
@@ -172,6 +177,7 @@ fmla v0.4s, v1.4s, v2.s[3]
 fcvtl v0.4s, v1.4h
 fcvtn v0.4h, v1.4s
 fcvt s0, h0
+scvtf v0.4s, v1.4s
 ldr h0, [x1]
 ushll v0.4s, v1.4h, #0
 ldaxr w0, [x1]

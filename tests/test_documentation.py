@@ -159,7 +159,7 @@ def test_every_option_has_its_section():
     "page", [p for p in DOCS.glob("options/*.rst") if p.stem != "index"], ids=lambda p: p.stem
 )
 def test_every_option_says_what_others_call_it(page):
-    assert "What to pass to get their answer" in headings(page)
+    assert "The same in other libraries" in headings(page)
     table = page.read_text(encoding="utf-8").partition("list-table")[2]
     for library in ("PyTorch", "JAX", "ONNX", "flash-attn"):
         assert f"* - {library}\n" in table, library

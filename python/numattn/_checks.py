@@ -7,6 +7,7 @@ means attend".
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 import sys
@@ -92,8 +93,13 @@ def refuse_unknown(
     function: str, arguments: Iterable[str], meanings: Mapping[str, str] = ELSEWHERE
 ) -> NoReturn:
     """Refuse unknown keyword arguments; suggest numattn's name for one of another library."""
+    # The parameters of the function that refuses, for names that are misspelt.
+    code = sys._getframe(1).f_code
+    known = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     for name in arguments:
         hint = meant(name, meanings)
+        if not hint and (alike := difflib.get_close_matches(name, known, 1)):
+            hint = f"; did you mean `{alike[0]}=`?"
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
     raise AssertionError("no arguments")
 

@@ -24,12 +24,13 @@ def explain(sentence: str, path: Path) -> None:
     weights = model.attention_weights(ids, lengths)[:, 0]  # [layer][head][query][key]
     plot.html_page(weights, tokens, path, title=sentence)
     print(f'The words of "{sentence}", and the words each attends to most')
-    print(f"(mean over {weights.shape[0]} layers of {weights.shape[1]} heads, without itself):\n")
+    layers, heads = weights.shape[:2]
+    print(f"(mean over {layers} layers of {heads} heads; its weight on itself is left out):\n")
     for token, row in zip(tokens, strongest(weights, tokens), strict=True):
         if token not in _MARKS:
             print(f"  {token:14} " + "   ".join(f"{other} {share:.0%}" for other, share in row))
-    print(f"\nEvery head, to point at and look: {path.resolve()}")
-    print("Open this file in a browser. It needs no network.")
+    print(f"\nThe page with every head: {path.resolve()}")
+    print("Open it in a browser and point at a word. It needs no network.")
 
 
 def strongest(weights: NDArray[Any], tokens: list[str]) -> list[list[tuple[str, float]]]:

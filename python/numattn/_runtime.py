@@ -69,7 +69,9 @@ def _compiler_advice(platform: str) -> str:
         "darwin": "install Apple's Command Line Tools ('xcode-select --install'), set ARCHFLAGS to "
         "one architecture if it names two",
     }.get(platform, "install a C++20 compiler (GCC 11 or Clang 14, or later)")
-    return f"{compiler}, then run 'pip install --force-reinstall --no-cache-dir numattn'"
+    return (
+        f"{compiler}, then run 'pip install --force-reinstall --no-cache-dir .' in numattn's source"
+    )
 
 
 def _why_missing(error: ImportError) -> tuple[str, str]:

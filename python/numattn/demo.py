@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._block import TransformerBlock
+from ._checks import at_least, refuse_kind
 
 __all__ = ["MiniLM"]
 
@@ -82,7 +83,8 @@ class MiniLM:
             from safetensors.numpy import load_file
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise ImportError(f"{error.name} is not installed: {_INSTALL}") from error
+            package = str(error.name).partition(".")[0]
+            raise ImportError(f"{package} is not installed: {_INSTALL}") from error
         self.config: dict[str, Any] = json.loads((directory / "config.json").read_text())
         self._weights: dict[str, Array] = load_file(directory / "model.safetensors")
         self.blocks = [self._block(i) for i in range(self.config["num_hidden_layers"])]
@@ -117,7 +119,11 @@ class MiniLM:
             ``a @ b`` is the cosine of two of them: 1 for equal texts, about 0 for unrelated ones.
         """
         if isinstance(texts, str):
-            raise TypeError(f"texts: got one str, expected a list of them: [{texts[:20]!r}]")
+            refuse_kind("texts", "one str", "a list of str", f"pass [{texts[:20]!r}]")
+        for n, text in enumerate(texts):
+            if not isinstance(text, str):
+                refuse_kind("texts", f"{type(text).__name__} at index {n}", "a str")
+        batch_size = at_least("batch_size", batch_size, 1)
         embeddings = np.empty((len(texts), self.config["hidden_size"]), np.float32)
         by_length = sorted(range(len(texts)), key=lambda n: len(texts[n]))
         for first in range(0, len(texts), batch_size):

@@ -719,3 +719,18 @@ def test_other_dtypes_are_named(backend):
     wanted = "^out: got dtype float16, expected bfloat16, the dtype of the input, or float32$"
     with pytest.raises(TypeError, match=wanted):
         na.attention(brain, brain, brain, out=np.zeros_like(half))
+
+
+@pytest.mark.parametrize(
+    ("call", "hint"),
+    [
+        (lambda: na.attention(Q, Q, Q, is_causl=True), "; did you mean `is_causal=`?"),
+        (lambda: na.masked_softmax(Q, axes=1), ""),
+        (lambda: na.attention_weights(Q, Q, row=1), "; did you mean `rows=`?"),
+        (lambda: na.attention(Q, Q, Q, fast=True), ""),
+    ],
+)
+def test_misspelt_arguments(call, hint):
+    with pytest.raises(TypeError) as raised:
+        call()
+    assert str(raised.value).partition("'")[2].partition("'")[2] == hint

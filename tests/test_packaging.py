@@ -203,21 +203,3 @@ def test_pre_commit_runs_the_tools_of_make_lint(pyproject):
     for hook in hooks:
         command = hook["entry"].replace(" --force-exclude", "")
         assert command == "make lint" or f"$(BIN)/{command} " in f"{recipe} ".replace("\n", " ")
-
-
-@pytest.mark.skipif(not (ROOT / ".github").exists(), reason="needs the repository")
-@pytest.mark.parametrize("name", ["bug", "question", "feature"])
-def test_forms_of_issues_are_what_github_reads(name):
-    yaml = pytest.importorskip("yaml")
-    form = yaml.safe_load(text(f".github/ISSUE_TEMPLATE/{name}.yml"))
-    assert {"name", "description", "body"} <= set(form) <= {"name", "description", "labels", "body"}
-    fields = [part for part in form["body"] if part["type"] != "markdown"]
-    assert len({field["id"] for field in fields}) == len(fields)
-    assert any(field.get("validations") == {"required": True} for field in fields)
-    for part in form["body"]:
-        allowed = {"type", "attributes"}
-        if part["type"] != "markdown":
-            assert part["type"] == "textarea"
-            assert part["attributes"]["label"]
-            allowed |= {"id", "validations"}
-        assert set(part) <= allowed

@@ -150,9 +150,9 @@ wheels = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/wheels.py
 # Against PyTorch, transformers, ONNX Runtime, JAX and Keras: several hundred megabytes to download.
 test-models: $(BUILT) $(VENV)/group-test $(VENV)/group-models $(VENV)/demo
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest -n auto $(addprefix tests/test_,\
-	  block.py documentation.py jax.py keras.py layer.py layer_16_bits.py layer_gradients.py \
-	  layer_options.py onnx.py porting.py rotary.py search.py torch.py torch_gradients.py \
-	  torch_programs.py transformers.py)
+	  block.py demo.py docstrings.py documentation.py jax.py keras.py layer.py layer_16_bits.py \
+	  layer_gradients.py layer_options.py onnx.py porting.py rotary.py search.py torch.py \
+	  torch_gradients.py torch_programs.py transformers.py)
 
 # examples/sentences.py as a program frozen by PyInstaller, with the package's hook.
 test-frozen: $(BUILT) $(VENV)/group-frozen $(VENV)/demo

@@ -20,6 +20,17 @@ needs_model = pytest.mark.skipif(
     reason=f"needs {', '.join(MODEL_PACKAGES)}",
 )
 
+# The modules that users import, and the packages that each of them needs.
+PUBLIC_MODULES = {
+    "numattn": ("safetensors",),  # to save and load layers
+    "numattn.plot": ("matplotlib",),
+    "numattn.demo": MODEL_PACKAGES,
+    "numattn.dask": ("dask", "distributed"),
+    "numattn.onnx": ("onnx",),
+    "numattn.torch": ("torch", "ml_dtypes"),
+    "numattn.transformers": ("torch", "transformers", "ml_dtypes"),
+}
+
 
 def error_factor():
     """Return how many times plain NumPy's error is allowed: 2.

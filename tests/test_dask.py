@@ -1,6 +1,5 @@
 """Promise: `numattn.dask` gives what `numattn` gives for whole arrays, without tasks in vain."""
 
-import doctest
 import inspect
 import itertools
 import os
@@ -693,13 +692,6 @@ def test_another_form_of_graphs_is_refused_by_name():
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert "ImportError: numattn.dask: got dask's setting array.query-planning" in run.stderr
-
-
-@pytest.mark.parametrize("function", [nd.attention, nd.attention_backward])
-def test_docstring(function):
-    assert "Examples\n" in inspect.getdoc(function)
-    (test,) = doctest.DocTestFinder(recurse=False).find(function, function.__name__, globs={})
-    assert doctest.DocTestRunner().run(test).failed == 0
 
 
 @pytest.mark.parametrize("function", [nd.attention, nd.attention_backward])

@@ -1,7 +1,6 @@
 """Promise: pictures of attention weights show all of them, labelled, with nothing cut off, and the
 web page works by itself."""
 
-import doctest
 import itertools
 import json
 import re
@@ -367,13 +366,6 @@ def test_block_mask_of_few_queries(plt, shape, block_size):
 def test_what_is_no_picture_of_a_block_mask(mask, error, message):
     with pytest.raises(error, match=message):
         plot.plot_block_mask(mask)
-
-
-@pytest.mark.parametrize("name", plot.__all__)
-def test_docstring(plt, name):
-    tests = doctest.DocTestFinder(recurse=False).find(getattr(plot, name), name, globs={})
-    assert sum(len(test.examples) for test in tests) > 2
-    assert all(doctest.DocTestRunner().run(test).failed == 0 for test in tests)
 
 
 def test_without_matplotlib(monkeypatch):

@@ -19,7 +19,6 @@ from numattn import _arguments, _runtime
 torch = pytest.importorskip("torch", reason="needs the extra `torch`: torch and ml_dtypes")
 pytest.importorskip("ml_dtypes", reason="needs the extra `torch`: torch and ml_dtypes")
 import torch.nn.functional as F  # noqa: E402
-from numattn import torch as adapter  # noqa: E402
 from numattn.torch import attention, scaled_dot_product_attention, why_not  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.nn.attention.bias import causal_lower_right  # noqa: E402
@@ -651,13 +650,3 @@ def test_without_a_package_the_error_says_what_to_install(package):
 
 def test_page():
     assert doctest.testfile(str(PAGE), module_relative=False).failed == 0
-
-
-@pytest.mark.parametrize("name", adapter.__all__)
-def test_docstring(name):
-    function = getattr(adapter, name)
-    tests = doctest.DocTestFinder(recurse=False).find(function, name, globs={})
-    assert sum(len(test.examples) for test in tests) > 0
-    runner = doctest.DocTestRunner()
-    for test in tests:
-        assert runner.run(test).failed == 0

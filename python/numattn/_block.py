@@ -276,8 +276,9 @@ class TransformerBlock:
         --------
         >>> import numattn as na
         >>> block = na.TransformerBlock(64, 4, rng=0)
-        >>> block.save("block.safetensors")  # doctest: +SKIP
-        >>> block = na.TransformerBlock.load("block.safetensors")  # doctest: +SKIP
+        >>> block.save("block.safetensors")
+        >>> na.TransformerBlock.load("block.safetensors").num_parameters == block.num_parameters
+        True
         """
         description = {"attention": self.attention._describe(), **self._options._asdict()}
         _layer_weights.save(path, description, self.parameters(), KIND)
@@ -310,7 +311,16 @@ class TransformerBlock:
 
         See Also
         --------
-        save : write the file; with an example.
+        save : write the file.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> na.TransformerBlock(64, 4, rng=0).save("block.safetensors")
+        >>> block = na.TransformerBlock.load("block.safetensors")
+        >>> block(np.ones((10, 64), np.float32)).shape
+        (10, 64)
         """
         with _layer_weights.opened(path, KIND, checked_description) as (shapes, read, description):
             names = [name for name in shapes if name.startswith(_PREFIX)]

@@ -174,6 +174,16 @@ class KVStore:
         See Also
         --------
         truncate : remove tokens from the end of each sequence.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> cache = na.KVCache(1, 4, 8)
+        >>> cache.append(*np.ones((2, 1, 4, 5, 8), np.float32))
+        >>> cache.reset()
+        >>> cache.lengths
+        array([0])
         """
         self._tokens = self._make_tokens(self._tokens.arrays)
 
@@ -289,6 +299,19 @@ class KVStore:
         See Also
         --------
         select : copy some sequences.
+
+        Examples
+        --------
+        Two continuations of one prompt:
+
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> cache = na.KVCache(1, 4, 8)
+        >>> cache.append(*np.ones((2, 1, 4, 5, 8), np.float32))
+        >>> other = cache.copy()
+        >>> other.append(*np.ones((2, 1, 4, 1, 8), np.float32))
+        >>> cache.lengths, other.lengths
+        (array([5]), array([6]))
         """
         return self.select(np.arange(self._arguments.batch))
 

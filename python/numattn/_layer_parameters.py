@@ -245,8 +245,9 @@ class LayerParameters:
         --------
         >>> import numattn as na
         >>> layer = na.MultiHeadAttention(64, 4, rng=0)
-        >>> layer.save("layer.safetensors")  # doctest: +SKIP
-        >>> layer = na.MultiHeadAttention.load("layer.safetensors")  # doctest: +SKIP
+        >>> layer.save("layer.safetensors")
+        >>> na.MultiHeadAttention.load("layer.safetensors").num_parameters == layer.num_parameters
+        True
         """
         _layer_weights.save(path, self._describe(), self._parameters)
 
@@ -294,7 +295,16 @@ class LayerParameters:
 
         See Also
         --------
-        save : write the file; with an example.
+        save : write the file.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import numattn as na
+        >>> na.MultiHeadAttention(64, 4, rng=0).save("layer.safetensors")
+        >>> layer = na.MultiHeadAttention.load("layer.safetensors")
+        >>> layer(np.ones((10, 64), np.float32)).shape
+        (10, 64)
         """
         with _layer_weights.opened(path) as (shapes, read, description):
             return cls._of_arrays(shapes, read, **description)

@@ -59,8 +59,8 @@ def merge_states(
 
     See Also
     --------
-    attention : Returns a state with ``return_lse=True``.
-    numattn.dask.attention : Attends to keys in many chunks and merges the states.
+    attention : returns a state with ``return_lse=True``.
+    numattn.dask.attention : attends to keys in many chunks and merges the states.
 
     Notes
     -----

@@ -68,9 +68,9 @@ def masked_softmax(
 
     See Also
     --------
-    qk_scores : The logits, the stage before.
-    aggregate_values : The weighted sum of values, the stage after.
-    attention_weights : Logits and softmax in one call, with sinks.
+    qk_scores : the logits, the stage before.
+    aggregate_values : the weighted sum of values, the stage after.
+    attention_weights : logits and softmax in one call, with sinks.
 
     Examples
     --------

@@ -82,9 +82,9 @@ def qk_scores(
 
     See Also
     --------
-    masked_softmax : The softmax of logits, the stage that follows.
-    aggregate_values : The weighted sum of values, the last stage.
-    attention_weights : Logits and softmax in one call, with sinks.
+    masked_softmax : the softmax of logits, the stage that follows.
+    aggregate_values : the weighted sum of values, the last stage.
+    attention_weights : logits and softmax in one call, with sinks.
 
     Notes
     -----
@@ -147,8 +147,8 @@ def aggregate_values(
 
     See Also
     --------
-    attention_weights : The weights, the stage before.
-    attention : All stages in one call, without holding the weights.
+    attention_weights : the weights, the stage before.
+    attention : all stages in one call, without holding the weights.
 
     Notes
     -----
@@ -254,9 +254,9 @@ def attention_weights(
 
     See Also
     --------
-    attention_received : Sums of these weights over the queries, without holding the weights.
-    aggregate_values : The weighted sum of values, the stage that follows.
-    numattn.plot : Draws the weights.
+    attention_received : sums of these weights over the queries, without holding the weights.
+    aggregate_values : the weighted sum of values, the stage that follows.
+    numattn.plot : draws the weights.
 
     Examples
     --------
@@ -324,7 +324,7 @@ def attention_received(
 
     See Also
     --------
-    attention_weights : The weights that are summed.
+    attention_weights : the weights that are summed.
 
     Notes
     -----

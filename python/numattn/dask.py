@@ -59,6 +59,17 @@ class Gradients(NamedTuple):
     See Also
     --------
     attention_backward : computes them.
+
+    Examples
+    --------
+    >>> import dask.array as da
+    >>> import numattn.dask
+    >>> random = da.random.default_rng(0)
+    >>> q, k, v, dout = random.standard_normal((4, 8, 64, 16), chunks=(1, 8, 32, 16))
+    >>> out, lse = numattn.dask.attention(q, k, v, return_lse=True)
+    >>> gradients = numattn.dask.attention_backward(dout, q, k, v, out, lse)
+    >>> gradients.k.shape, gradients.bias
+    ((8, 64, 16), None)
     """
 
     q: da.Array

@@ -60,7 +60,7 @@ class MiniLM:
 
     See Also
     --------
-    numattn.TransformerBlock : The block that the model consists of.
+    numattn.TransformerBlock : the block that the model consists of.
     numattn.plot.html_page : A page that shows the weights of the heads.
 
     Notes
@@ -71,10 +71,9 @@ class MiniLM:
     Examples
     --------
     >>> from numattn.demo import MiniLM
-    >>> model = MiniLM()  # doctest: +SKIP
-    >>> texts = ["A cat sleeps.", "The kitten naps.", "Shares fell."]
-    >>> a, b, c = model.encode(texts)  # doctest: +SKIP
-    >>> bool(a @ b > a @ c)  # doctest: +SKIP
+    >>> model = MiniLM()
+    >>> a, b, c = model.encode(["A cat sleeps.", "The kitten naps.", "Shares fell."])
+    >>> bool(a @ b > a @ c)
     True
     """
 
@@ -118,6 +117,23 @@ class MiniLM:
         -------
         ndarray of float32, shape (texts, 384)
             ``a @ b`` is the cosine of two of them: 1 for equal texts, about 0 for unrelated ones.
+
+        Raises
+        ------
+        TypeError
+            If `texts` is a str, or contains anything else than str.
+        ValueError
+            If `batch_size` is less than 1.
+
+        See Also
+        --------
+        encode_tokens : return the embeddings of texts that are tokenized already.
+
+        Examples
+        --------
+        >>> from numattn.demo import MiniLM
+        >>> MiniLM().encode(["A cat sleeps.", "Shares fell."]).shape
+        (2, 384)
         """
         if isinstance(texts, str):
             refuse_kind("texts", "one str", "a list of str", f"pass [{texts[:20]!r}]")
@@ -133,21 +149,92 @@ class MiniLM:
         return embeddings
 
     def tokens(self, texts: Sequence[str]) -> tuple[Array, Array]:
-        """Return padded token ids (texts, tokens) and how many of each row are valid (texts,)."""
+        """Split texts into tokens, which are words or parts of words.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            The texts. Each is cut after 512 tokens.
+
+        Returns
+        -------
+        ids : ndarray of int, shape (texts, tokens)
+            The tokens' numbers, padded to the length of the longest text.
+        lengths : ndarray of int, shape (texts,)
+            How many of each row are not padding.
+
+        See Also
+        --------
+        token_texts : return tokens as texts.
+        encode_tokens : return the embeddings of these tokens.
+
+        Examples
+        --------
+        >>> from numattn.demo import MiniLM
+        >>> ids, lengths = MiniLM().tokens(["A cat sleeps.", "Rain"])
+        >>> ids.shape, lengths
+        ((2, 6), array([6, 3]))
+        """
         encoded = self._tokenizer.encode_batch(list(texts))
         lengths = np.array([sum(e.attention_mask) for e in encoded])
         return np.array([e.ids for e in encoded]), lengths
 
     def token_texts(self, ids: Array) -> list[str]:
-        """Return the texts of token ids (tokens,)."""
+        """Return the tokens of one text as str.
+
+        Parameters
+        ----------
+        ids : ndarray of int, shape (tokens,)
+            A row of what `tokens` returns.
+
+        Returns
+        -------
+        list of str
+            The tokens. Those that continue a word begin with ``##``.
+
+        See Also
+        --------
+        tokens : split texts into tokens.
+
+        Examples
+        --------
+        >>> from numattn.demo import MiniLM
+        >>> model = MiniLM()
+        >>> ids, _ = model.tokens(["A cat sleeps."])
+        >>> model.token_texts(ids[0])
+        ['[CLS]', 'a', 'cat', 'sleeps', '.', '[SEP]']
+        """
         return [str(self._tokenizer.id_to_token(int(i))) for i in ids]
 
     def encode_tokens(
         self, ids: Array, lengths: Array, block_function: BlockFunction | None = None
     ) -> Array:
-        """Return the embeddings of tokenized texts, as `encode` does.
+        """Return the embeddings of texts that are tokenized already.
 
-        `block_function` computes a block in place of numattn, to compare with.
+        Parameters
+        ----------
+        ids, lengths : ndarray of int, shapes (texts, tokens) and (texts,)
+            What `tokens` returns.
+        block_function : callable, optional
+            Computes a block in place of numattn, to compare with. It takes the block, the vectors
+            of the tokens (texts, tokens, 384) and `lengths`, and returns such vectors.
+
+        Returns
+        -------
+        ndarray of float32, shape (texts, 384)
+            The embeddings, each of length 1.
+
+        See Also
+        --------
+        encode : return the embeddings of texts.
+        hidden_states : return the vectors of each token.
+
+        Examples
+        --------
+        >>> from numattn.demo import MiniLM
+        >>> model = MiniLM()
+        >>> model.encode_tokens(*model.tokens(["A cat sleeps."])).shape
+        (1, 384)
         """
         *_, x = self.hidden_states(ids, lengths, block_function)
         valid = np.arange(ids.shape[1]) < lengths[:, np.newaxis]
@@ -158,7 +245,31 @@ class MiniLM:
     def hidden_states(
         self, ids: Array, lengths: Array, block_function: BlockFunction | None = None
     ) -> Iterator[Array]:
-        """Yield the vectors of the tokens (texts, tokens, 384): embedded, then after each block."""
+        """Iterate over the vectors of the tokens: embedded, then after each of the six blocks.
+
+        Parameters
+        ----------
+        ids, lengths : ndarray of int, shapes (texts, tokens) and (texts,)
+            What `tokens` returns.
+        block_function : callable, optional
+            As for `encode_tokens`.
+
+        Yields
+        ------
+        ndarray of float32, shape (texts, tokens, 384)
+            Seven arrays. Padding has vectors too; leave them out.
+
+        See Also
+        --------
+        encode_tokens : return the mean of the last vectors, scaled to length 1.
+
+        Examples
+        --------
+        >>> from numattn.demo import MiniLM
+        >>> model = MiniLM()
+        >>> [x.shape for x in model.hidden_states(*model.tokens(["A cat sleeps."]))][-1]
+        (1, 6, 384)
+        """
         x = self._embed(ids)
         yield x
         for block in self.blocks:
@@ -169,7 +280,31 @@ class MiniLM:
             yield x
 
     def attention_weights(self, ids: Array, lengths: Array) -> Array:
-        """Return the weights of all heads, shape (layers, texts, heads, tokens, tokens)."""
+        """Return the attention weights of all heads.
+
+        Parameters
+        ----------
+        ids, lengths : ndarray of int, shapes (texts, tokens) and (texts,)
+            What `tokens` returns.
+
+        Returns
+        -------
+        ndarray of float32, shape (layers, texts, heads, tokens, tokens)
+            How much each token (second last axis) attends to each other (last axis). The weight of
+            padding is 0.
+
+        See Also
+        --------
+        numattn.plot.html_page : write an interactive page of such weights.
+        numattn.attention_weights : compute the weights from q and k.
+
+        Examples
+        --------
+        >>> from numattn.demo import MiniLM
+        >>> model = MiniLM()
+        >>> model.attention_weights(*model.tokens(["A cat sleeps."])).shape
+        (6, 1, 12, 6, 6)
+        """
         x, all_weights = self._embed(ids), []
         for block in self.blocks:
             x, weights = block(x, lengths=lengths, return_weights=True)

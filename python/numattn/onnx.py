@@ -69,8 +69,37 @@ _PRECISIONS = (1, 10, 11, 16)
 class Attention(OpRun):
     """The operator Attention of the ONNX standard, opsets 23 to 25.
 
-    Inputs, outputs and attributes are ONNX's. ``qk_matmul_output``, an array of all queries by all
-    keys, is computed only if the graph uses it.
+    The evaluator makes it and passes the inputs and attributes of a node, which are ONNX's. The
+    fourth output, ``qk_matmul_output`` (batch, heads, queries, keys), is computed only if the graph
+    uses it.
+
+    Raises
+    ------
+    ValueError
+        If an input or an attribute is one that the standard excludes.
+
+    See Also
+    --------
+    OPS : all operators of this module.
+    numattn.attention : compute attention without a graph.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numattn.onnx
+    >>> from onnx import parser
+    >>> from onnx.reference import ReferenceEvaluator
+    >>> model = parser.parse_model('''
+    ... <ir_version: 10, opset_import: ["": 24]>
+    ... layer (float[1, 4, 10, 16] q, float[1, 2, 10, 16] k) => (float[1, 4, 10, 16] y) {
+    ...     y = Attention <is_causal = 1> (q, k, k)
+    ... }
+    ... ''')
+    >>> evaluator = ReferenceEvaluator(model, new_ops=[numattn.onnx.Attention])
+    >>> q = np.ones((1, 4, 10, 16), np.float32)
+    >>> (y,) = evaluator.run(None, {"q": q, "k": q[:, :2]})  # 4 query heads, 2 KV heads
+    >>> y.shape
+    (1, 4, 10, 16)
     """
 
     def _run(
@@ -153,7 +182,40 @@ def _scores(
 class RotaryEmbedding(OpRun):
     """The operator RotaryEmbedding of the ONNX standard, opset 23 and later.
 
-    Inputs and attributes are ONNX's.
+    The evaluator makes it and passes the inputs and attributes of a node, which are ONNX's.
+
+    Raises
+    ------
+    ValueError
+        If the tables of cosines and sines do not match the heads, or a position is outside them.
+
+    See Also
+    --------
+    OPS : all operators of this module.
+    numattn.rotary_embedding : rotate an array without a graph.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numattn as na
+    >>> import numattn.onnx
+    >>> from onnx import parser
+    >>> from onnx.reference import ReferenceEvaluator
+    >>> model = parser.parse_model('''
+    ... <ir_version: 10, opset_import: ["": 23]>
+    ... rotated (float[1, 4, 10, 16] x, float[50, 8] cos, float[50, 8] sin, int64[1, 10] positions)
+    ...     => (float[1, 4, 10, 16] y) {
+    ...     y = RotaryEmbedding (x, cos, sin, positions)
+    ... }
+    ... ''')
+    >>> evaluator = ReferenceEvaluator(model, new_ops=[numattn.onnx.RotaryEmbedding])
+    >>> angles = np.arange(50)[:, np.newaxis] * 10000.0 ** (-np.arange(8) / 8)
+    >>> cos, sin = np.cos(angles).astype("float32"), np.sin(angles).astype("float32")
+    >>> x = np.random.default_rng(0).standard_normal((1, 4, 10, 16), dtype=np.float32)
+    >>> inputs = {"x": x, "cos": cos, "sin": sin, "positions": np.arange(10)[np.newaxis]}
+    >>> (y,) = evaluator.run(None, inputs)
+    >>> bool(np.allclose(y, na.rotary_embedding(x), atol=1e-6))
+    True
     """
 
     def _run(
@@ -182,4 +244,6 @@ def _side(name: str, size: int) -> int | None:
     return None if size == -1 else size
 
 
+#: All operators of this module, of the ONNX standard and of ONNX Runtime: pass it as ``new_ops`` of
+#: ``onnx.reference.ReferenceEvaluator``.
 OPS: list[type[OpRun]] = [Attention, RotaryEmbedding, *_onnx_contrib.OPS]

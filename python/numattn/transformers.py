@@ -157,6 +157,20 @@ def attention_forward(
     See Also
     --------
     register : make models call this function.
+    numattn.torch.attention : compute attention of tensors, with the options of `numattn.attention`.
+
+    Examples
+    --------
+    Models call it. In a module of your own:
+
+    >>> import torch
+    >>> import numattn.transformers
+    >>> q, k, v = torch.ones(3, 1, 4, 10, 16)
+    >>> out, weights = numattn.transformers.attention_forward(
+    ...     torch.nn.Module(), q, k, v, None, is_causal=True, output_attentions=True
+    ... )
+    >>> out.shape, weights.shape
+    (torch.Size([1, 10, 4, 16]), torch.Size([1, 4, 10, 10]))
     """
     for name, meaning in NOT_COMPUTED.items():
         if others.get(name) is not None:

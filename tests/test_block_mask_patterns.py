@@ -242,7 +242,7 @@ def test_memory_of_long_ones(make):
         (lambda: BlockMask.documents([3, 4], key_lengths=[1]), ValueError,
          "key_lengths: got 1 lengths, expected 2, as many as `lengths` has"),
         (lambda: BlockMask.documents([3, -4]), ValueError,
-         "lengths: got -4 at 1, expected lengths of at least 0"),
+         "lengths: got -4 at index 1, expected lengths of at least 0"),
         (lambda: BlockMask.documents([3.0, 4.0]), TypeError, "lengths: got dtype float64, exp"),
         (lambda: BlockMask.documents(7), ValueError, r"lengths: got shape \(\), expected \(n,\)"),
         (lambda: BlockMask.document_ids(7), ValueError, r"ids: got shape \(\), expected \(\.\.\."),

@@ -180,12 +180,12 @@ CASES = {
     "negative length": (
         {"kv_lengths": [-1, 3]},
         ValueError,
-        "kv_lengths: got -1 at (0,), expected 0 t",
+        "kv_lengths: got -1 at index 0, expected 0 t",
     ),
     "long length": (
         {"kv_lengths": [7, 8]},
         ValueError,
-        "kv_lengths: got 8 at (1,), expected 0 to 7",
+        "kv_lengths: got 8 at index 1, expected 0 to 7",
     ),
     "float length": ({"kv_lengths": [1.0, 2.0]}, TypeError, "kv_lengths: got dtype float64, exp"),
     "bool length": ({"kv_lengths": [True, False]}, TypeError, "kv_lengths: got dtype bool"),
@@ -197,7 +197,7 @@ CASES = {
     "query length range": (
         {"q_lengths": [5, 6]},
         ValueError,
-        "q_lengths: got 6 at (1,), expected 0 to 5",
+        "q_lengths: got 6 at index 1, expected 0 to 5",
     ),
     "query length kind": ({"q_lengths": 2.0}, TypeError, "q_lengths: got dtype float64, expected"),
     "axes": ({"q": zeros(*[1] * 40, 2, 3)}, ValueError, "q: got 42 axes, expected at most 32"),

@@ -176,7 +176,7 @@ def test_bad_arguments():
     for name, value in different.items():
         other = na.KVCache(**(plain | {name: value}))
         seen = np.dtype(value) if name == "dtype" else value
-        with pytest.raises(ValueError, match=rf"^caches: got {name}={seen} at 2, expected"):
+        with pytest.raises(ValueError, match=rf"^caches: got {name}={seen} at index 2, expected"):
             na.KVCache.concatenate([cache, cache, other])
     assert replace(cache._arguments, capacity=9) == na.KVCache(**plain, capacity=9)._arguments
     na.KVCache.concatenate([cache, na.KVCache(**plain, capacity=9)])
@@ -184,8 +184,8 @@ def test_bad_arguments():
         na.KVCache.concatenate([])
     for wrong, message in (
         (cache, "caches: got KVCache, expected a list of KVCache"),
-        ([cache, None], "caches: got NoneType at 1, expected a KVCache"),
-        ("ab", "caches: got str at 0, expected a KVCache"),
+        ([cache, None], "caches: got NoneType at index 1, expected a KVCache"),
+        ("ab", "caches: got str at index 0, expected a KVCache"),
         (3, "caches: got int, expected a list of KVCache"),
     ):
         with pytest.raises(TypeError) as raised:

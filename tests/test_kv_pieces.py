@@ -235,7 +235,7 @@ def test_a_refused_call_changes_nothing(rng, quantize):
         ({"v": v[:, :, 1:]}, ValueError, "v: got 19 tokens, expected 20 as in k"),
         ({"layout": "x"}, ValueError, "layout: got 'x', expected one of"),
         ({"layout": "blhd"}, ValueError, "k: got shape (2, 2, 20, 8), expected (2, tokens, 2, 8)"),
-        ({"lengths": [21, 1]}, ValueError, "lengths: got 21 at (0,), expected 0 to 20"),
+        ({"lengths": [21, 1]}, ValueError, "lengths: got 21 at index 0, expected 0 to 20"),
         ({"lengths": [1.0, 2]}, TypeError, "lengths: got dtype float64, expected ints"),
         (
             {"is_causal": False},
@@ -306,7 +306,7 @@ def test_a_refused_call_changes_nothing(rng, quantize):
         ),
     ]
     if quantize:
-        wrong.append(({"k": infinite}, ValueError, "k: got inf in the vector at (1, 1, 17)"))
+        wrong.append(({"k": infinite}, ValueError, "k: got inf in the vector at index (1, 1, 17)"))
     before, fresh = state(cache), copy.deepcopy(cache)
     for options, error, message in wrong:
         out[...] = 7

@@ -510,7 +510,7 @@ def test_bad_calls(rng):
         (lambda: turned.vjp(x, x), ValueError, "context: got an array for a rotary layer"),
         (lambda: layer.vjp(x, is_causal=1), TypeError, "is_causal: got 1"),
         (lambda: layer.vjp(x, softcap=-1), ValueError, "softcap: got -1"),
-        (lambda: layer.vjp(x, lengths=[6, 1]), ValueError, "lengths: got 6 at (0,), expected 0"),
+        (lambda: layer.vjp(x, lengths=[6, 1]), ValueError, "lengths: got 6 at index 0, expected 0"),
         (lambda: layer.vjp(x, positions=np.arange(5)), TypeError, "positions: got an array, expec"),
         (
             lambda: turned.vjp(x, positions=[1, 2]),

@@ -463,11 +463,11 @@ PAGES = np.ones((3, 8, 2, 4), np.float32)
             "k_pages: got dtype int8 without `k_",
         ),
         ({"k_scale": PAGES[..., 0]}, TypeError, "k_scale: got scales for k_pages of dtype float32"),
-        ({"block_table": [[0, 3]]}, ValueError, "block_table: got 3 at (0, 1), expected a page"),
+        ({"block_table": [[0, 3]]}, ValueError, "block_table: got 3 at index (0, 1), exp"),
         ({"block_table": [[0.0]]}, TypeError, "block_table: got dtype float64, expected ints"),
         ({"block_table": [0, 1]}, ValueError, "block_table: got shape (2,), expected (2, pages"),
         ({"block_table": 0}, ValueError, "block_table: got shape (), expected"),
-        ({"kv_lengths": [17]}, ValueError, "kv_lengths: got 17 at (0,), expected 0 to 16"),
+        ({"kv_lengths": [17]}, ValueError, "kv_lengths: got 17 at index 0, expected 0 to 16"),
         ({"kv_lengths": None}, TypeError, "kv_lengths: got None, expected the number of valid"),
         ({"new_tokens": -1}, ValueError, "new_tokens: got -1, expected 0 to"),
         ({"new_tokens": [1, 2]}, ValueError, "new_tokens: got shape (2,), expected one"),
@@ -491,8 +491,8 @@ SELECT = [
         ValueError,
         "block_table: got shape (2, 2), expected (1, ",
     ),
-    ({"block_table": [[0, -1, 2]]}, ValueError, "block_table: got -1 at (0, 1), expected a pa"),
-    ({"kv_lengths": [25]}, ValueError, "kv_lengths: got 25 at (0,), expected 0 to 24"),
+    ({"block_table": [[0, -1, 2]]}, ValueError, "block_table: got -1 at index (0, 1), expected"),
+    ({"kv_lengths": [25]}, ValueError, "kv_lengths: got 25 at index 0, expected 0 to 24"),
     (
         {"count": 1},
         ValueError,
@@ -507,7 +507,7 @@ SELECT = [
     (
         {"kv_lengths": [22]},
         ValueError,
-        "block_table: got page 2 at (0, 2), whose bounds cover 5",
+        "block_table: got page 2 at index (0, 2), whose bounds cover 5",
     ),
 ]
 

@@ -313,9 +313,9 @@ def test_merging_with_nothing():
 
 X = np.zeros((6, 2, 4), np.float32)
 VARLEN = {
-    "decreasing": ([0, 4, 3, 6], [0, 2, 4, 6], ValueError, "cu_seqlens_q: got 3 after 4 at 2"),
-    "beyond": ([0, 7], [0, 6], ValueError, "cu_seqlens_q: got 7 at 1, expected 0 to 6"),
-    "negative": ([0, 6], [-1, 6], ValueError, "cu_seqlens_k: got -1 at 0"),
+    "decreasing": ([0, 4, 3, 6], [0, 2, 4, 6], ValueError, "cu_seqlens_q: got 3 after 4 at index"),
+    "beyond": ([0, 7], [0, 6], ValueError, "cu_seqlens_q: got 7 at index 1, expected 0 to 6"),
+    "negative": ([0, 6], [-1, 6], ValueError, "cu_seqlens_k: got -1 at index 0"),
     "begin": ([1, 6], [0, 6], ValueError, "cu_seqlens_q: got 1 as the first number, expected 0"),
     "end": ([0, 6], [0, 5], ValueError, "cu_seqlens_k: got 5 as the last number, expected 6"),
     "number": ([0, 6], [0, 3, 6], ValueError, "cu_seqlens_k: got 3 numbers, expected 2"),
@@ -336,9 +336,9 @@ def test_bad_varlen(backend, name):
 PAGES = np.zeros((3, 2, 1, 4), np.float32)
 Q = np.zeros((2, 1, 1, 4), np.float32)
 PAGED = {
-    "page": ([[0, 3], [0, 0]], [4, 1], ValueError, "block_table: got 3 at (0, 1), expected a page"),
-    "negative": ([[0, 1], [-1, 0]], [4, 1], ValueError, "block_table: got -1 at (1, 0)"),
-    "length": ([[0, 1], [0, 0]], [5, 1], ValueError, "kv_lengths: got 5 at (0,), expected 0 to 4"),
+    "page": ([[0, 3], [0, 0]], [4, 1], ValueError, "block_table: got 3 at index (0, 1), exp"),
+    "negative": ([[0, 1], [-1, 0]], [4, 1], ValueError, "block_table: got -1 at index (1, 0)"),
+    "length": ([[0, 1], [0, 0]], [5, 1], ValueError, "kv_lengths: got 5 at index 0, expected"),
     "table": ([[0, 1]], [4, 4], ValueError, "block_table: got shape (1, 2), expected (2, pages"),
     "kind": ([[0.0], [0.0]], [1, 1], TypeError, "block_table: got dtype float64, expected ints"),
     "no lengths": ([[0], [0]], None, TypeError, "kv_lengths: got None"),
@@ -393,7 +393,7 @@ def test_bad_scales(backend):
     for options, error, message in (
         ({}, TypeError, "k: got dtype int8 without `k_scale`, expected both"),
         ({"k_scale": scale[0]}, ValueError, "k_scale: got shape (1, 1), expected (2, 1, 1)"),
-        ({"k_scale": bad}, ValueError, "k_scale: got nan at (1, 0, 0), expected finite"),
+        ({"k_scale": bad}, ValueError, "k_scale: got nan at index (1, 0, 0), expected finite"),
         ({"k_scale": scale.astype(int)}, TypeError, "k_scale: got dtype int64, expected float32"),
         ({"k_scale": scale, "v_scale": scale}, TypeError, "v_scale: got scales for v of dtype f"),
     ):
@@ -446,14 +446,14 @@ def test_scales_of_keys_that_are_not_read_may_be_anything(backend, rng):
     q = rng.standard_normal((2, 1, 1, 4), dtype=np.float32)
     out = na.attention(q, k8, k, k_scale=scale, kv_lengths=[5, 3])
     assert np.isfinite(out).all()
-    with pytest.raises(ValueError, match=r"k_scale: got nan at \(1, 0, 3\), expected finite"):
+    with pytest.raises(ValueError, match=r"k_scale: got nan at index \(1, 0, 3\), expected finite"):
         na.attention(q, k8, k, k_scale=scale, kv_lengths=[5, 4])
     pages, scales = k8.swapaxes(1, 2), scale.swapaxes(1, 2)  # two pages of 5 keys
     table = np.array([[0, 1], [1, 7]])
     options = {"k_scale": scales}
     out = na.attention_paged(q, pages, k.swapaxes(1, 2), table, [8, 2], **options)
     assert np.isfinite(out).all()
-    with pytest.raises(ValueError, match=r"k_scale: got nan at \(1, 3, 0\), expected finite"):
+    with pytest.raises(ValueError, match=r"k_scale: got nan at index \(1, 3, 0\), expected finite"):
         na.attention_paged(q, pages, k.swapaxes(1, 2), table, [9, 2], **options)
 
 

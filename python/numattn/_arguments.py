@@ -18,6 +18,7 @@ from ._block_mask_store import BlockMaskStore
 from ._checks import (
     ACCEPTED_DTYPES,
     as_array,
+    at_index,
     check_dtype,
     check_layout,
     check_out,
@@ -419,7 +420,7 @@ def check_scales(name: str, scales: Array | None, is_read: Callable[[], Array]) 
     wrong = ~np.isfinite(scales) & is_read()
     if wrong.any():
         where = tuple(map(int, np.argwhere(wrong)[0]))
-        refuse(name, f"{scales[where]} at {where}", "finite numbers")
+        refuse(name, f"{scales[where]}{at_index(where)}", "finite numbers")
 
 
 def _valid_keys(kv_lengths: NDArray[np.int64] | None, key_length: int) -> Array:
@@ -587,8 +588,7 @@ def ints_per_batch(
     outside = (array < low) | (array > high)
     if np.any(outside):
         where = tuple(map(int, np.argwhere(outside)[0]))
-        at = f" at {where}" if array.ndim else ""
-        refuse(name, f"{array[where]}{at}", f"{low} to {high}")
+        refuse(name, f"{array[where]}{at_index(where)}", f"{low} to {high}")
     try:
         broadcast = np.broadcast_to(array, batch)
     except ValueError:

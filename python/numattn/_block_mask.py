@@ -11,7 +11,7 @@ from ._block_mask_function import MaskFunction
 from ._block_mask_operators import both, either, inverse
 from ._block_mask_patterns import BlockMaskPatterns
 from ._block_mask_store import check_block_size, check_bools, grid_of, ints
-from ._checks import as_array, at_least, refuse, refuse_kind
+from ._checks import as_array, at_index, at_least, refuse, refuse_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -336,18 +336,18 @@ class BlockMask(BlockMaskPatterns):
         counts = np.diff(begins)
         if (counts < 0).any():
             row = int(np.argmax(counts < 0))
-            seen = f"{begins[row + 1]} after {begins[row]} at {row + 1}"
+            seen = f"{begins[row + 1]} after {begins[row]}{at_index(row + 1)}"
             refuse("indptr", seen, "numbers that do not decrease")
         outside = (places < 0) | (places >= columns)
         if outside.any():
             place = int(np.argmax(outside))
             expected = f"0 to {columns - 1}, the blocks of {lengths[1]} keys"
-            refuse("indices", f"{places[place]} at {place}", expected)
+            refuse("indices", f"{places[place]}{at_index(place)}", expected)
         row_of = np.repeat(np.arange(rows), counts)
         wrong = (np.diff(places) <= 0) & (np.diff(row_of) == 0)
         if wrong.any():
             place = int(np.argmax(wrong))
-            seen = f"{places[place + 1]} after {places[place]} at {place + 1}"
+            seen = f"{places[place + 1]} after {places[place]}{at_index(place + 1)}"
             advice = "call SciPy's `sum_duplicates()` first"
             refuse("indices", seen, "numbers that increase within each row", advice)
         blocks = np.full((rows, columns), EMPTY, np.int32)

@@ -10,7 +10,7 @@ from ._block_mask_bits import EMPTY, FULL
 from ._block_mask_evaluated import evaluated, extremes_of_blocks
 from ._block_mask_operators import stacked
 from ._block_mask_store import BlockMaskStore, check_block_size, ints
-from ._checks import at_least, refuse
+from ._checks import at_index, at_least, refuse
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -164,7 +164,7 @@ def _lengths(name: str, lengths: ArrayLike, total_name: str, total: int | None) 
         refuse(name, f"shape {array.shape}", "(n,), one length per text")
     if (array < 0).any():
         place = int(np.argmax(array < 0))
-        refuse(name, f"{array[place]} at {place}", "lengths of at least 0")
+        refuse(name, f"{array[place]}{at_index(place)}", "lengths of at least 0")
     if total is not None and array.sum() != at_least(total_name, total, 0):
         refuse(name, f"a sum of {array.sum()}", f"{total_name} = {total}")
     return array

@@ -45,6 +45,13 @@ def _sentence(name: str, seen: str, expected: str, advice: str) -> str:
     return f"{name}: got {seen}, expected {expected}" + (f"; {advice}" if advice else "")
 
 
+def at_index(where: int | tuple[int, ...]) -> str:
+    """Return where an element is, as words that follow it; "" for an array without axes."""
+    if isinstance(where, tuple) and len(where) == 1:
+        (where,) = where
+    return "" if where == () else f" at index {where}"
+
+
 def warn(message: str) -> None:
     """Warn, and name the line that called the package."""
     level, frame = 1, sys._getframe()

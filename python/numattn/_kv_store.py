@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import numpy as np
 
-from ._checks import accepted_dtype, check_layout, refuse, refuse_kind, snapshot
+from ._checks import accepted_dtype, at_index, check_layout, refuse, refuse_kind, snapshot
 from ._kv_arguments import SHARED, UNLIMITED, CacheArguments
 from ._kv_tokens import SPARE_PLACES, Tokens
 from ._quantize import quantize_named
@@ -231,7 +231,7 @@ class KVStore:
         if outside.any():
             at = int(np.argmax(outside))
             expected = f"{-batch} to {batch - 1}, the indices of {batch} sequences"
-            refuse("indices", f"{chosen[at]} at {at}", expected)
+            refuse("indices", f"{chosen[at]}{at_index(at)}", expected)
         sequences = [int(i) % batch for i in chosen]
         return _with_tokens(self, self._tokens.selected(sequences, SPARE_PLACES))
 
@@ -405,11 +405,11 @@ def _checked_caches(caches: Iterable[_Store]) -> list[_Store]:
         refuse("caches", "an empty list", "at least one KVCache")
     for i, each in enumerate(found):
         if not isinstance(each, KVStore):
-            refuse_kind("caches", f"{type(each).__name__} at {i}", "a KVCache")
+            refuse_kind("caches", f"{type(each).__name__}{at_index(i)}", "a KVCache")
         for name in SHARED:
             value, wanted = (getattr(x._arguments, name) for x in (each, found[0]))
             if value != wanted:
-                refuse("caches", f"{name}={value} at {i}", f"{wanted}, as in the first")
+                refuse("caches", f"{name}={value}{at_index(i)}", f"{wanted}, as in the first")
     return found
 
 

@@ -10,6 +10,7 @@ from ._arguments import MAX_POSITION, check_scales, ints_per_batch, key_scales
 from ._checks import (
     accepted_dtype,
     as_array,
+    at_index,
     at_least,
     dtype_name,
     integer,
@@ -461,7 +462,8 @@ class PageBounds:
         if unknown.any():
             where = tuple(map(int, np.argwhere(unknown)[0]))
             page = int(table[where])
-            seen = f"page {page} at {where}, whose bounds cover {self._valid_keys[page]} valid keys"
+            covered = self._valid_keys[page]
+            seen = f"page {page}{at_index(where)}, whose bounds cover {covered} valid keys"
             expected = f"bounds of {valid[where]} valid keys"
             refuse("block_table", seen, expected, "call `update` after writing keys")
         grouped = q.reshape(len(q), kv_heads, q.shape[1] // kv_heads, *q.shape[2:])

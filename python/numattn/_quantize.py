@@ -9,6 +9,7 @@ import numpy as np
 from ._checks import (
     ACCEPTED_DTYPES,
     as_array,
+    at_index,
     check_layout,
     dtype_name,
     flag,
@@ -195,7 +196,7 @@ def _finite_vectors(name: str, x: ArrayLike) -> NDArray[Any]:
     if wrong.any():
         where = tuple(map(int, np.argwhere(wrong)[0]))
         expected = "finite numbers within float32"
-        refuse(name, f"{largest[where]} in the vector at {where}", expected)
+        refuse(name, f"{largest[where]} in the vector{at_index(where)}", expected)
     return wide
 
 

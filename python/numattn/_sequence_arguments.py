@@ -25,6 +25,7 @@ from ._arguments import (
 )
 from ._checks import (
     as_array,
+    at_index,
     check_layout,
     check_overlap,
     flag,
@@ -129,12 +130,12 @@ def _starts(name: str, starts: ArrayLike, total: int, what: str) -> NDArray[np.i
     outside = (array < 0) | (array > total)
     if outside.any():
         at = int(np.argmax(outside))
-        refuse(name, f"{array[at]} at {at}", f"0 to {total}, the number of rows of {what}")
+        refuse(name, f"{array[at]}{at_index(at)}", f"0 to {total}, the number of rows of {what}")
     numbers = array.astype(np.int64)
     decreasing = np.diff(numbers) < 0
     if decreasing.any():
         at = int(np.argmax(decreasing))
-        seen = f"{numbers[at + 1]} after {numbers[at]} at {at + 1}"
+        seen = f"{numbers[at + 1]} after {numbers[at]}{at_index(at + 1)}"
         refuse(name, seen, "numbers that do not decrease")
     for at, wanted in ((0, 0), (-1, total)):
         if numbers[at] != wanted:
@@ -250,7 +251,7 @@ def check_table(
     outside = is_read & ((table < 0) | (table >= pages))
     if outside.any():
         where = tuple(map(int, np.argwhere(outside)[0]))
-        refuse("block_table", f"{table[where]} at {where}", f"a page from 0 to {pages - 1}")
+        refuse("block_table", f"{table[where]}{at_index(where)}", f"a page from 0 to {pages - 1}")
     return numbers, lengths
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from . import _runtime
 from ._arguments import check_mask
 from ._block_mask import BlockMask
-from ._checks import as_array, at_least, dtype_name, is_real, real, refuse, refuse_kind
+from ._checks import as_array, at_index, at_least, dtype_name, is_real, real, refuse, refuse_kind
 
 if TYPE_CHECKING:
     import os
@@ -569,7 +569,7 @@ def _weights(x: ArrayLike, axes: dict[int, str]) -> Array:
     ):
         if wrong.any():
             where = tuple(map(int, np.argwhere(wrong)[0]))
-            refuse("weights", f"{array[where]} at {where}", expected)
+            refuse("weights", f"{array[where]}{at_index(where)}", expected)
     return array
 
 
@@ -623,7 +623,9 @@ def _strings(name: str, strings: Sequence[str]) -> list[str]:
         refuse_kind(name, type(strings).__name__, "a sequence of str")
     for index, text in enumerate(result):
         if not isinstance(text, str):
-            refuse_kind(name, f"{text!r} ({type(text).__name__}) at {index}", "a sequence of str")
+            refuse_kind(
+                name, f"{text!r} ({type(text).__name__}){at_index(index)}", "a sequence of str"
+            )
     return result
 
 

@@ -142,7 +142,7 @@ def test_what_does_not_fit(rng):
     grouped = na.MultiHeadAttention(24, 4, kv_heads=2).context_cache(x)
     double = na.MultiHeadAttention(24, 4, dtype="float64").context_cache(x.astype(float))
     for call, error, message in (
-        (lambda: layer.context_cache(None), TypeError, "context: got NoneType, expected an array"),
+        (lambda: layer.context_cache(None), TypeError, "context: got None, expected an array"),
         (lambda: layer.context_cache(cache), TypeError, "context: got ContextCache, expected an"),
         (lambda: layer.context_cache(x[0, 0]), ValueError, "context: got shape (24,), expected"),
         (lambda: layer.context_cache((x, x, x)), ValueError, "context: got 3 arrays, expected one"),

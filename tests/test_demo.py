@@ -116,8 +116,14 @@ def test_explain_without_a_library(name, monkeypatch, capsys):
 
 @needs_model
 def test_explain_where_nothing_can_be_written(tmp_path, capsys):
-    assert command_line.main(["explain", "A.", "--output", str(tmp_path / "no" / "page")]) == 1
-    assert "No such file or directory" in capsys.readouterr().err
+    assert command_line.main(["explain", "A.", "--output", str(tmp_path)]) == 1
+    assert "Is a directory" in capsys.readouterr().err
+
+
+def test_explain_into_a_folder_that_does_not_exist(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(["explain", "A.", "--output", str(tmp_path / "no" / "page")])
+    assert "page, expected a file in a folder that exists" in capsys.readouterr().err
 
 
 def test_explain_without_words(capsys):

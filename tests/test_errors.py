@@ -163,7 +163,7 @@ CASES = {
     "NaN softcap": ({"softcap": np.nan}, ValueError, "softcap: got nan, expected a finite number"),
     "tiny softcap": ({"softcap": 1e-45}, ValueError, "softcap: got 1e-45, expected a number"),
     "huge softcap": ({"softcap": 3e38}, ValueError, "softcap: got 3e+38, expected a number"),
-    "none": ({"q": None}, TypeError, "q: got NoneType, expected an array"),
+    "none": ({"q": None}, TypeError, "q: got None, expected an array"),
     "huge sink": ({"sinks": [0, 1e39, 0, 0]}, ValueError, "sinks: got 1e+39 for head 1, expected"),
     "huge slope": (
         {"alibi_slopes": [-1e39] * 4},
@@ -248,9 +248,9 @@ CASES = {
     "negative dropout": (
         {"dropout": -0.1, "rng": 0},
         ValueError,
-        "dropout: got -0.1, expected the share of weights to drop, at least 0 and less than 1",
+        "dropout: got -0.1, expected the fraction of weights to drop, from 0 to less than 1",
     ),
-    "dropout of all": ({"dropout": 1, "rng": 0}, ValueError, "dropout: got 1, expected the share"),
+    "dropout of all": ({"dropout": 1, "rng": 0}, ValueError, "dropout: got 1, expected the fraction"),
     "dropout in percent": ({"dropout": 10.0, "rng": 0}, ValueError, "dropout: got 10.0, expected"),
     "NaN dropout": ({"dropout": np.nan, "rng": 0}, ValueError, "dropout: got nan, expected a fin"),
     "dropout kind": ({"dropout": "0.1", "rng": 0}, TypeError, "dropout: got '0.1' (str), expected"),
@@ -258,7 +258,7 @@ CASES = {
     "no dropout given": (
         {"dropout": None},
         TypeError,
-        "dropout: got None (NoneType), expected a r",
+        "dropout: got None, expected a r",
     ),
     "dropout per head": ({"dropout": [0.1] * 4, "rng": 0}, TypeError, "dropout: got [0.1, 0.1, "),
     "no seed": (
@@ -734,3 +734,17 @@ def test_misspelt_arguments(call, hint):
     with pytest.raises(TypeError) as raised:
         call()
     assert str(raised.value).partition("'")[2].partition("'")[2] == hint
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: na.BlockMask.causal(4), "BlockMask.causal"),
+        (lambda: na.KVCache(1), "KVCache.__init__"),
+        (lambda: na.KVCache(1, 1, 8).select(), "KVCache.select"),
+        (lambda: na.MultiHeadAttention.from_torch(), "MultiHeadAttention.from_torch"),
+    ],
+)
+def test_missing_arguments_name_the_public_class(call, name):
+    with pytest.raises(TypeError, match=rf"^{name}\(\) missing"):
+        call()

@@ -56,7 +56,7 @@ CASES = {
         TypeError,
         "out: got dtype float16, expected bfloat16, the dtype of q, or float32",
     ),
-    "no out": ({"out": None}, TypeError, "out: got NoneType, expected an array"),
+    "no out": ({"out": None}, TypeError, "out: got None, expected an array"),
     "masked out": ({"out": np.ma.array(GIVEN["out"])}, TypeError, "out: got a masked array"),
     "dout of other sizes": (
         {"dout": zeros(2, 4, 6, 6)},
@@ -64,7 +64,7 @@ CASES = {
         "dout: got shape (2, 4, 6, 6), expected (2, 4, 5, 6), the shape of out for these",
     ),
     "dout of one number": ({"dout": 1.0}, TypeError, "dout: got dtype float64, expected float32"),
-    "no dout": ({"dout": None}, TypeError, "dout: got NoneType, expected an array"),
+    "no dout": ({"dout": None}, TypeError, "dout: got None, expected an array"),
     "dout of ints": ({"dout": zeros(2, 4, 5, 6, dtype=int)}, TypeError, "dout: got dtype int64"),
     "dout of foreign byte order": (
         {"dout": GIVEN["dout"].astype(">f4")},
@@ -97,7 +97,7 @@ CASES = {
         TypeError,
         "lse: got dtype float32, expected float64 with q of dtype float64",
     ),
-    "no lse": ({"lse": None}, TypeError, "lse: got NoneType, expected an array"),
+    "no lse": ({"lse": None}, TypeError, "lse: got None, expected an array"),
     "lse of foreign byte order": (
         {"lse": GIVEN["lse"].astype(">f4")},
         TypeError,
@@ -210,7 +210,7 @@ RAGGED = {
             ValueError,
             "cu_seqlens_k: got 7 as the last number, expected 11",
         ),
-        ({"cu_seqlens_q": [0, 5, 4, 9]}, ValueError, "cu_seqlens_q: got 4 after 5 at 2"),
+        ({"cu_seqlens_q": [0, 5, 4, 9]}, ValueError, "cu_seqlens_q: got 4 after 5 at index 2"),
         ({"sinks": [1, 2]}, ValueError, "sinks: got shape (2,), expected one number per query"),
         ({"softcap": -1}, ValueError, "softcap: got -1, expected a positive number"),
         (

@@ -80,8 +80,16 @@ def test_bad_environment(variable, value, message):
 def test_missing_extension_warns_once_and_computes():
     result = run_python(WITHOUT_EXTENSION + ATTEND)
     assert result.stdout.split()[:2] == ["numpy", "None"]
+    assert result.stderr.startswith("<string>:2: RuntimeWarning")  # the line of the import
     assert result.stderr.count("RuntimeWarning") == 1
     assert _runtime._compiler_advice(sys.platform) in result.stderr
+
+
+def test_extension_that_is_not_there(tmp_path):
+    package = Path(na.__file__).parent
+    shutil.copytree(package, tmp_path / "numattn", ignore=shutil.ignore_patterns("_core*"))
+    result = run_python("import numattn", PYTHONPATH=str(tmp_path), NUMATTN_BACKEND="native")
+    assert "kernels are missing (no module named numattn._core): install a C++20" in result.stderr
 
 
 @pytest.mark.parametrize(

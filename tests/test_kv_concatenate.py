@@ -184,7 +184,7 @@ def test_bad_arguments():
         na.KVCache.concatenate([])
     for wrong, message in (
         (cache, "caches: got KVCache, expected a list of KVCache"),
-        ([cache, None], "caches: got NoneType at index 1, expected a KVCache"),
+        ([cache, None], "caches: got None at index 1, expected a KVCache"),
         ("ab", "caches: got str at index 0, expected a KVCache"),
         (3, "caches: got int, expected a list of KVCache"),
     ):

@@ -399,6 +399,8 @@ def test_parameters_save_and_load(rng, tmp_path):
         na.MultiHeadAttention.load(tmp_path / "text")
     with pytest.raises(OSError, match="nothing"):
         na.MultiHeadAttention.load(tmp_path / "nothing")
+    with pytest.raises(IsADirectoryError, match="Is a directory"):
+        na.MultiHeadAttention.load(tmp_path)
     with pytest.raises(OSError, match=r"path: .*layer cannot be written"):
         layer.save(tmp_path / "nothing" / "layer")
     for call in (layer.save, na.MultiHeadAttention.load):
@@ -436,7 +438,7 @@ LAYER = {
         ({"head_dim": ...}, "head_dim: got nothing, expected a value among"),
         ({"dropout": 0.5}, "got 'dropout', expected only embed_dim, num_heads"),
         ({"embed_dim": "8"}, "embed_dim: got '8' (str), expected an int"),
-        ({"kv_heads": None}, "kv_heads: got None (NoneType), expected an int"),
+        ({"kv_heads": None}, "kv_heads: got None, expected an int"),
         ({"kv_heads": 0}, "kv_heads: got 0, expected at least 1"),
         ({"bias": 0}, "bias: got 0 (int), expected True or False"),
         ({"bias": True}, "q_bias: got no such array, only"),
@@ -858,6 +860,7 @@ def test_torch(rng, sizes):
         ),
         ((24, 4), {"rotary": {"dim": 3}}, ValueError, "rotary: got 'dim', expected only base"),
         ((24, 4), {"rotary": {"rotary_dim": 5}}, ValueError, "rotary_dim: got 5, expected an even"),
+        ((15, 3), {"rotary": True}, ValueError, "head_dim: got 5, expected an even number: pairs"),
         ((24, 8), {"rotary": 3}, TypeError, "rotary: got int, expected True or a mapping"),
         ((24, 4), {"bias": 1}, TypeError, "bias: got 1 (int), expected True or False"),
         ((24, 4), {"qk_norm": "no"}, TypeError, "qk_norm: got 'no' (str), expected True or False"),
@@ -874,7 +877,7 @@ def test_torch(rng, sizes):
             ValueError,
             "norm_epsilon: got nan, expected a finite",
         ),
-        ((24, 4), {"norm_epsilon": None}, TypeError, "norm_epsilon: got None (NoneType), expected"),
+        ((24, 4), {"norm_epsilon": None}, TypeError, "norm_epsilon: got None, expected"),
         ((24, 4), {"rms_norm_eps": 1e-5}, TypeError, "did you mean `norm_epsilon=`?"),
         ((24, 4), {"dtype": "text"}, TypeError, "dtype: got 'text', expected one of float16"),
         ((24, 4), {"rng": "seed"}, TypeError, "rng: got 'seed'"),
@@ -1022,7 +1025,7 @@ def test_weights_that_mean_something_else_are_refused():
     assert na.MultiHeadAttention.from_torch(state, 2).num_parameters == 256
     with pytest.raises(ValueError, match=r"module: got 'layers\.0\.in_proj_bias'"):
         na.MultiHeadAttention.from_torch(state | {"layers.0.in_proj_bias": np.zeros(24)}, 2)
-    with pytest.raises(TypeError, match="module: got NoneType"):
+    with pytest.raises(TypeError, match="module: got None"):
         na.MultiHeadAttention.from_torch(None)
 
     class WithZero:

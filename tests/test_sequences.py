@@ -411,7 +411,7 @@ def test_bad_scales(backend):
 def test_bad_states():
     out, lse = np.zeros((2, 3), np.float32), np.zeros(2, np.float32)
     for states, error, message in (
-        (None, TypeError, "states: got NoneType, expected an iterable of pairs (out, lse)"),
+        (None, TypeError, "states: got None, expected an iterable of pairs (out, lse)"),
         ([], ValueError, "states: got no state, expected at least one pair"),
         ((out, lse), TypeError, "states[0]: got shape (2, 3), expected a pair (out, lse)"),
         ([(out, lse, lse)], TypeError, "states[0]: got tuple, expected a pair (out, lse)"),

@@ -55,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         sentence = " ".join(chosen.sentence).strip()
         if not sentence:
             explain.error("sentence: got an empty one, expected some words")
+        if not chosen.output.parent.is_dir():
+            explain.error(f"--output: got {chosen.output}, expected a file in a folder that exists")
         return _explain(sentence, chosen.output)
     _runtime.show_runtime()
     return 0 if _self_check.self_check() else 1

@@ -33,6 +33,7 @@ from ._checks import (
     refuse_kind,
     snapshot,
     thread_count,
+    value_and_kind,
     warn,
 )
 
@@ -545,7 +546,7 @@ def _dropout(dropout: float, rng: int | None) -> tuple[float, int]:
     """Return the share that is dropped, and the seed, which is 0 if nothing is dropped."""
     share = real("dropout", dropout)
     if not 0 <= share < 1:
-        refuse("dropout", repr(dropout), "the share of weights to drop, at least 0 and less than 1")
+        refuse("dropout", repr(dropout), "the fraction of weights to drop, from 0 to less than 1")
     wanted = "a seed, an int that forward and backward share"
     advice = "pass `int(rng.integers(2**63))`, for example"
     if isinstance(rng, np.random.Generator):
@@ -564,7 +565,7 @@ def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     if not isinstance(window, (tuple, list)):
         refuse_kind(
             "window",
-            f"{window!r} ({type(window).__name__})",
+            value_and_kind(window),
             "(left, right), the keys before and after the query, with None for no limit",
         )
     if len(window) != 2:

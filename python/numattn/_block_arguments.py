@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._checks import accepted_dtype, at_least, flag, meant, refuse, refuse_kind
+from ._checks import (
+    accepted_dtype,
+    at_least,
+    flag,
+    kind_of,
+    meant,
+    refuse,
+    refuse_kind,
+    value_and_kind,
+)
 from ._layer_arguments import BIAS_ADVICE
 from ._layer_arguments import OPTIONS_ELSEWHERE as LAYER_OPTIONS_ELSEWHERE
 from ._layer_arguments import norm_epsilon as checked_epsilon
@@ -99,7 +108,7 @@ def checked_options(
 
 def _one_of(name: str, value: Any, known: tuple[str, ...], elsewhere: Mapping[str, str]) -> str:
     if not isinstance(value, str):
-        refuse_kind(name, f"{value!r} ({type(value).__name__})", "a str")
+        refuse_kind(name, value_and_kind(value), "a str")
     if value not in known:
         expected = "one of " + ", ".join(map(repr, known))
         refuse(name, repr(value), expected + meant(value, elsewhere))
@@ -111,7 +120,7 @@ def checked_description(description: dict[str, Any]) -> dict[str, Any]:
     check_names(KIND, description, ("attention", *BlockOptions._fields))
     of_attention = description["attention"]
     if not isinstance(of_attention, dict):
-        refuse_kind("attention", type(of_attention).__name__, "a mapping")
+        refuse_kind("attention", kind_of(of_attention), "a mapping")
     of_attention = checked_sizes(of_attention)
     dtype = of_attention["dtype"]
     own = {name: description[name] for name in BlockOptions._fields}

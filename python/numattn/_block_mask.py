@@ -11,7 +11,8 @@ from ._block_mask_function import MaskFunction
 from ._block_mask_operators import both, either, inverse
 from ._block_mask_patterns import BlockMaskPatterns
 from ._block_mask_store import check_block_size, check_bools, grid_of, ints
-from ._checks import as_array, at_index, at_least, refuse, refuse_kind
+from ._checks import as_array, at_index, at_least, kind_of, refuse, refuse_kind
+from ._public_methods import name_methods
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 
+@name_methods
 class BlockMask(BlockMaskPatterns):
     """A mask of queries and keys, stored block by block.
 
@@ -147,7 +149,7 @@ class BlockMask(BlockMaskPatterns):
         """
         if not callable(mask_mod):
             expected = "a function mask_mod(batch, head, q, k)"
-            refuse_kind("mask_mod", type(mask_mod).__name__, expected)
+            refuse_kind("mask_mod", kind_of(mask_mod), expected)
         lengths = at_least("Lq", Lq, 0), at_least("Lk", Lk, 0)
         items = (
             1 if batch is None else at_least("batch", batch, 0),

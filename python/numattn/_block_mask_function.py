@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._checks import dtype_name, refuse, refuse_kind
+from ._checks import dtype_name, kind_of, refuse, refuse_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +22,7 @@ class MaskFunction:
     """A ``mask_mod(batch, head, q, k)``, asked for one part of the mask after another."""
 
     def __init__(self, mask_mod: MaskMod) -> None:
+        _check_parameters(mask_mod)
         self._mask_mod = mask_mod
         # Rows of tiles have the same keys: making their indices again is a tenth of the time.
         self._indices = lru_cache(maxsize=64)(_indices)
@@ -37,9 +38,22 @@ class MaskFunction:
         return _checked(said, tuple(part.stop - part.start for part in place))
 
 
+def _check_parameters(mask_mod: MaskMod) -> None:
+    import inspect  # here: importing numattn does not need it
+
+    try:
+        signature = inspect.signature(mask_mod)
+    except (TypeError, ValueError):  # some callables have none
+        return
+    try:
+        signature.bind(*range(4))
+    except TypeError:
+        refuse_kind("mask_mod", f"a function of {signature}", "one of (batch, head, q, k)")
+
+
 def _checked(said: object, shape: tuple[int, ...]) -> Array:
     if not isinstance(said, (np.ndarray, np.bool_, bool)):
-        refuse_kind("mask_mod", f"{type(said).__name__} as its result", "an array of bool")
+        refuse_kind("mask_mod", f"{kind_of(said)} as its result", "an array of bool")
     attends = np.asarray(said)
     if attends.dtype != np.bool_:
         seen = f"{dtype_name(attends)} as its result"

@@ -8,7 +8,7 @@ import numpy as np
 
 from ._block_mask_bits import EMPTY, FULL, no_bits
 from ._block_mask_store import BlockMaskStore
-from ._checks import refuse, refuse_kind
+from ._checks import kind_of, refuse, refuse_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ def _combined(
     """Combine two masks; where one has a `neutral` block, the result has the other's block."""
     if not isinstance(b, BlockMaskStore):
         advice = "convert an array with `BlockMask.from_dense`"
-        refuse_kind(f"BlockMask {sign}", type(b).__name__, "a BlockMask", advice)
+        refuse_kind(f"BlockMask {sign}", kind_of(b), "a BlockMask", advice)
     if a._block_size != b._block_size:
         seen = f"block sizes {a._block_size} and {b._block_size}"
         advice = "make both masks with the same `block_size`"

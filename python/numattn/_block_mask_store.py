@@ -18,7 +18,7 @@ from ._block_mask_bits import (
     pairs_of_blocks,
     places_of_tiles,
 )
-from ._checks import dtype_name, integer, refuse, refuse_kind, snapshot
+from ._checks import dtype_name, integer, refuse, refuse_kind, snapshot, value_and_kind
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -340,7 +340,7 @@ def _expanded(index: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
         if part is None:  # np.newaxis
             continue
         if isinstance(part, (bool, np.bool_)) or not isinstance(part, (slice, SupportsIndex)):
-            seen = f"{part!r} ({type(part).__name__})"
+            seen = value_and_kind(part)
             refuse_kind("index", seen, "ints for batch items and heads, and slices")
     return parts
 
@@ -365,7 +365,7 @@ def _range(name: str, begin: object, end: object, length: int) -> tuple[int, int
 def check_block_size(block_size: object) -> Size:
     """Return the block size as a pair of positive Python ints."""
     if not isinstance(block_size, (tuple, list)):
-        seen = f"{block_size!r} ({type(block_size).__name__})"
+        seen = value_and_kind(block_size)
         refuse_kind("block_size", seen, "(queries, keys), the size of a block")
     if len(block_size) != 2:
         refuse("block_size", repr(block_size), "two sizes, (queries, keys)")

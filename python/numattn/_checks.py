@@ -52,12 +52,27 @@ def at_index(where: int | tuple[int, ...]) -> str:
     return "" if where == () else f" at index {where}"
 
 
-def warn(message: str) -> None:
-    """Warn, and name the line that called the package."""
+def kind_of(value: object) -> str:
+    """Return what type a refused value is of, for an error."""
+    return "None" if value is None else type(value).__name__
+
+
+def value_and_kind(value: object) -> str:
+    """Return a refused value and its type, for an error."""
+    return "None" if value is None else f"{value!r} ({type(value).__name__})"
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, and name the line that called or imported the package."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=level)
+    while frame.f_back is not None:
+        package = frame.f_globals.get("__package__")
+        if package == __package__:
+            level += 1
+        elif package != "importlib":  # between modules that import each other; not counted
+            break
+        frame = frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 # The names that other libraries use for arguments of attention, and what to write here.
@@ -150,7 +165,7 @@ def as_array(name: str, x: ArrayLike) -> Array:
         if kind.__name__ == "BlockMask":  # PyTorch's
             advice = "`BlockMask.from_mask_mod` takes the same function"
             refuse_kind(name, f"{kind.__module__}.BlockMask", "numattn.BlockMask", advice)
-        refuse_kind(name, kind.__name__, "an array")
+        refuse_kind(name, kind_of(x), "an array")
     return array.view()
 
 
@@ -236,7 +251,7 @@ def same_elements(a: Array, b: Array) -> bool:
 
 def check_layout(layout: str) -> None:
     if not isinstance(layout, str):
-        refuse_kind("layout", f"{type(layout).__name__}", "a str")
+        refuse_kind("layout", kind_of(layout), "a str")
     if layout not in LAYOUTS:
         refuse("layout", repr(layout), "one of " + ", ".join(map(repr, LAYOUTS)))
 
@@ -259,7 +274,7 @@ def check_out(
     With `may_be_wider`, the result for 16-bit inputs may also be float32, as it is computed.
     """
     if not isinstance(out, np.ndarray) or isinstance(out, MaskedArray):
-        refuse_kind("out", type(out).__name__, "a numpy.ndarray")
+        refuse_kind("out", kind_of(out), "a numpy.ndarray")
     may_be_wider = may_be_wider and dtype.itemsize == 2
     if out.dtype != dtype and not (may_be_wider and out.dtype == np.float32):
         hint = ", or float32" if may_be_wider else ""
@@ -307,7 +322,7 @@ def _scalar(value: object) -> object:
 def flag(name: str, value: object, advice: str = "") -> bool:
     value = _scalar(value)
     if not isinstance(value, (bool, np.bool_)):
-        refuse_kind(name, f"{value!r} ({type(value).__name__})", "True or False", advice)
+        refuse_kind(name, value_and_kind(value), "True or False", advice)
     return bool(value)
 
 
@@ -319,7 +334,7 @@ def integer(name: str, value: object) -> int:
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        refuse_kind(name, f"{value!r} ({type(value).__name__})", "an int")
+        refuse_kind(name, value_and_kind(value), "an int")
 
 
 def at_least(name: str, value: object, least: int) -> int:
@@ -344,7 +359,7 @@ def real(name: str, value: object) -> float:
         isinstance(value, np.generic) and is_real(value.dtype)
     )
     if isinstance(value, (bool, np.bool_)) or not is_number:
-        refuse_kind(name, f"{value!r} ({type(value).__name__})", "a real number")
+        refuse_kind(name, value_and_kind(value), "a real number")
     if isinstance(value, np.complexfloating):
         refuse_kind(name, f"{value!r}", "a real number")
     try:

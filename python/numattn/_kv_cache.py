@@ -9,6 +9,7 @@ from ._kv_arguments import UNLIMITED, check_apart, check_pairs, check_unknown
 from ._kv_attend import Options, attend_to_tokens, place
 from ._kv_pieces import append_in_pieces
 from ._kv_store import KVStore
+from ._public_methods import name_methods
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ._option_types import AppendAndAttendOptions, AttendOptions
 
 
+@name_methods
 class KVCache(KVStore):
     """The keys and values so far of a batch of growing sequences.
 

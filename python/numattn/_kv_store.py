@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import numpy as np
 
-from ._checks import accepted_dtype, at_index, check_layout, refuse, refuse_kind, snapshot
+from ._checks import accepted_dtype, at_index, check_layout, kind_of, refuse, refuse_kind, snapshot
 from ._kv_arguments import SHARED, UNLIMITED, CacheArguments
 from ._kv_tokens import SPARE_PLACES, Tokens
 from ._quantize import quantize_named
@@ -400,12 +400,12 @@ def _checked_caches(caches: Iterable[_Store]) -> list[_Store]:
     try:
         found = list(caches)
     except TypeError:
-        refuse_kind("caches", type(caches).__name__, "a list of KVCache")
+        refuse_kind("caches", kind_of(caches), "a list of KVCache")
     if not found:
         refuse("caches", "an empty list", "at least one KVCache")
     for i, each in enumerate(found):
         if not isinstance(each, KVStore):
-            refuse_kind("caches", f"{type(each).__name__}{at_index(i)}", "a KVCache")
+            refuse_kind("caches", f"{kind_of(each)}{at_index(i)}", "a KVCache")
         for name in SHARED:
             value, wanted = (getattr(x._arguments, name) for x in (each, found[0]))
             if value != wanted:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ._arguments import MAX_AXES, check_options, ints_per_batch, positional_options
 from ._attention import attention
-from ._checks import as_array, dtype_name, flag, refuse, refuse_kind, refuse_unknown
+from ._checks import as_array, dtype_name, flag, kind_of, refuse, refuse_kind, refuse_unknown
 from ._context_cache import ContextCache
 from ._gradients import attention_vjp
 from ._kv_cache import KVCache
@@ -17,6 +17,7 @@ from ._layer_gradients import Call, LayerGradients, differentiate
 from ._layer_parameters import LayerParameters
 from ._norms import Norm
 from ._projection import Product, compute, project
+from ._public_methods import name_methods
 from ._rotary import make_rotation
 from ._stages import attention_weights
 from ._workspace import Workspace
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 
+@name_methods
 class MultiHeadAttention(LayerParameters):
     """Multi-head attention with its learned matrices, as a layer for NumPy arrays.
 
@@ -271,7 +273,7 @@ class MultiHeadAttention(LayerParameters):
         }  # fmt: skip
         if cache is not None:
             if context is not None:
-                refuse_kind("context", f"{type(context).__name__} with `cache=`", "one of them")
+                refuse_kind("context", f"{kind_of(context)} with `cache=`", "one of them")
             if wants_weights:
                 refuse("return_weights", "True with `cache=`", "one of them")
             return self._with_cache(x, lengths, positions, options, cache)
@@ -427,7 +429,7 @@ class MultiHeadAttention(LayerParameters):
 alibi_slopes, sinks, num_threads
             As in a call of the layer. Of these options `bias` and `sinks` have gradients.
         dropout, rng
-            As in `attention_vjp`: the share of the weights that is dropped, and a seed or a
+            As in `attention_vjp`: the fraction of the weights to drop, and a seed or a
             generator. Calls have no dropout, because they are for inference.
         bias_gradient : bool, default False
             Whether `vjp` also returns the gradient with respect to `bias`.
@@ -617,7 +619,7 @@ alibi_slopes, sinks, num_threads
         x = self._checked("x", x, self._embed_dim)
         options = self._checked_options(options, is_causal=True)
         if not isinstance(cache, KVCache):
-            refuse_kind("cache", type(cache).__name__, "a KVCache")
+            refuse_kind("cache", kind_of(cache), "a KVCache")
         self._refuse_context_dim()
         sizes = (cache.k.shape[1], cache.k.shape[3], cache.v.shape[3])
         self._check_fits("cache", cache._arguments.dtype, sizes)

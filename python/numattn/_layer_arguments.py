@@ -12,6 +12,7 @@ from ._checks import (
     at_least,
     flag,
     integer,
+    kind_of,
     meant,
     precision_of,
     real,
@@ -172,7 +173,7 @@ def rotary_options(rotary: object, head_dim: int) -> dict[str, Any] | None:
     try:
         given = dict(rotary)  # type: ignore[call-overload]
     except (TypeError, ValueError):
-        refuse_kind("rotary", type(rotary).__name__, "True or a mapping of options")
+        refuse_kind("rotary", kind_of(rotary), "True or a mapping of options")
     # Python numbers, which `save` can write.
     plain: dict[Any, Callable[[str, object], Any]] = {
         "base": real, "rotary_dim": integer, "interleaved": flag, "scaling": _plain_scaling,
@@ -193,7 +194,7 @@ def _plain_scaling(name: str, scaling: object) -> dict[str, Any]:
         given = dict(scaling)  # type: ignore[call-overload]
     except (TypeError, ValueError):
         expected = "a mapping, such as {'rope_type': 'linear', ...}"
-        refuse_kind(name, type(scaling).__name__, expected)
+        refuse_kind(name, kind_of(scaling), expected)
     return {key: _plain_value(f"{name}[{key!r}]", value) for key, value in given.items()}
 
 

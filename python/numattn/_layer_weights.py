@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,9 +17,11 @@ from ._checks import (
     at_least,
     flag,
     is_real,
+    kind_of,
     not_converted,
     refuse,
     refuse_kind,
+    value_and_kind,
 )
 
 if TYPE_CHECKING:
@@ -115,6 +118,8 @@ def opened(
     """
     package = _safetensors()
     filename = _file_name(path)
+    if os.path.isdir(filename):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), filename)
     try:
         with package.safe_open(filename, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -135,7 +140,7 @@ def _file_name(path: str | os.PathLike[str]) -> str:
     try:
         return os.fsdecode(path)
     except TypeError:
-        refuse_kind("path", f"{path!r} ({type(path).__name__})", "a str or a pathlib.Path")
+        refuse_kind("path", value_and_kind(path), "a str or a pathlib.Path")
 
 
 def _description(kind: str, text: str) -> dict[str, Any]:
@@ -144,7 +149,7 @@ def _description(kind: str, text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         refuse(kind, f"text that is not JSON ({error})", "JSON")
     if not isinstance(description, dict):
-        refuse_kind(kind, type(description).__name__, "a mapping")
+        refuse_kind(kind, kind_of(description), "a mapping")
     return description
 
 
@@ -297,7 +302,7 @@ def _refuse_parts(module: Any, state: Mapping[str, Any], is_state: bool) -> None
     paths = [re.sub(r"\.(\d+)", r"[\1]", f"module.{name}") for name in parts]
     names = " or ".join(f"`{path}`" for path in paths[:3])
     expected = "a torch.nn.MultiheadAttention"
-    refuse_kind("module", type(module).__name__, expected, f"pass {names}")
+    refuse_kind("module", kind_of(module), expected, f"pass {names}")
 
 
 def _refuse_separate(module: Any, state: Mapping[str, Any], is_state: bool) -> None:
@@ -346,7 +351,7 @@ def of_torch(module: Any, num_heads: int | None) -> dict[str, Any]:
         refuse("module", "add_zero_attn=True", "a module without it")
     is_state = hasattr(module, "keys")
     if not is_state and not hasattr(module, "state_dict"):
-        seen = type(module).__name__
+        seen = kind_of(module)
         refuse_kind("module", seen, "a torch.nn.MultiheadAttention or its state_dict")
     state = module if is_state else module.state_dict()
     _refuse_parts(module, state, is_state)

@@ -12,6 +12,7 @@ from ._checks import (
     check_out,
     check_overlap,
     dtype_name,
+    kind_of,
     refuse,
     refuse_kind,
 )
@@ -123,7 +124,7 @@ def _check_states(states: object) -> list[State]:
     try:
         pairs = list(states)  # type: ignore[call-overload]
     except TypeError:
-        refuse_kind("states", type(states).__name__, expected)
+        refuse_kind("states", kind_of(states), expected)
     if not pairs:
         refuse("states", "no state", "at least one pair (out, lse)")
     parts: list[State] = []

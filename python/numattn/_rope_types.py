@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._checks import as_array, flag, is_real, real, refuse, refuse_kind
+from ._checks import as_array, flag, is_real, kind_of, real, refuse, refuse_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -55,7 +55,7 @@ def rope_type(scaling: Mapping[str, Any] | None, base: float | None) -> tuple[Ro
         try:
             given = dict(scaling)
         except (TypeError, ValueError):
-            seen = type(scaling).__name__
+            seen = kind_of(scaling)
             refuse_kind("scaling", seen, "a mapping, such as {'rope_type': 'linear', ...}")
     names = {given.pop(key) for key in ("rope_type", "type") if given.get(key) is not None}
     for key in ("rope_type", "type"):
@@ -122,7 +122,7 @@ def _value(key: str, value: Any, default: Any, type_name: str) -> Any:
         value = None
     if value is None:
         if default is _REQUIRED:
-            refuse("scaling", f"no {key!r}", f"{key!r} for rope_type {type_name!r}")
+            refuse(name, "nothing", f"a value, which rope_type {type_name!r} needs")
         return default
     if key == "truncate":
         return flag(name, value)

@@ -245,6 +245,9 @@ def _rotated(dim: int, rotary_dim: int | None, share: float) -> int:
     if share < 1 and rotated != by_share:
         seen = f"{rotated} with a partial_rotary_factor of {share}"
         refuse("rotary_dim", seen, f"None, or {by_share}, which is that share of {dim}")
+    if rotary_dim is None and share == 1 and dim % 2:
+        advice = f"`rotary_dim={dim - 1}` leaves the last element as it is" if dim > 2 else ""
+        refuse("head_dim", str(dim), "an even number: pairs of elements are rotated", advice)
     if not 2 <= rotated <= dim or rotated % 2:
         refuse("rotary_dim", str(rotated), f"an even number from 2 to {dim}, the head_dim")
     return rotated

@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import sys
-import warnings
 import zipimport
 from importlib import metadata, resources
 from typing import TYPE_CHECKING, Any
@@ -80,6 +79,8 @@ def _why_missing(error: ImportError) -> tuple[str, str]:
     if type(loader) is zipimport.zipimporter:
         reason = f"Python cannot load compiled modules from a zip archive, here {loader.archive}"
         return reason, _ARCHIVE_ADVICE
+    if error.name == PACKAGE:  # Python's own words guess at a circular import
+        return f"no module named {PACKAGE}._core", _compiler_advice(sys.platform)
     return str(error), _compiler_advice(sys.platform)
 
 
@@ -101,7 +102,7 @@ def _load_native() -> tuple[ModuleType | None, str]:
         message = f"numattn: the compiled kernels are missing ({reason}); numattn computes in "
         message += "NumPy, with the same answers, but many times slower. To get the kernels, "
         message += advice + ". Set NUMATTN_BACKEND=numpy to silence this warning."
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        _checks.warn(message, RuntimeWarning)
         return None, f"the compiled kernels are missing ({reason})"
     return _core, (wanted and "NUMATTN_BACKEND=native") or "the compiled kernels are there"
 

@@ -185,9 +185,11 @@ def aggregate_values(
     w3 = w[np.newaxis] if w.ndim == 2 else w
     v3 = heads_first(values, layout)
     heads, kv_heads = w3.shape[-3], v3.shape[-3]
-    if kv_heads == 0 or heads % kv_heads or w3.shape[-1] != v3.shape[-2]:
-        expected = "as many keys, and heads that are a multiple of v's"
-        refuse("weights", f"shape {w.shape} with v of shape {values.shape}", expected)
+    shapes = f"(weights {w.shape}, v {values.shape})"
+    if w3.shape[-1] != v3.shape[-2]:
+        refuse("weights", f"{w3.shape[-1]} keys", f"{v3.shape[-2]} as in v {shapes}")
+    if kv_heads == 0 or heads % kv_heads:
+        refuse("weights", f"{heads} heads", f"a multiple of the {kv_heads} heads of v {shapes}")
     precision = np.float64 if values.dtype == np.float64 or w.dtype == np.float64 else np.float32
     # [..., KV head, query head of its group, query, key]
     grouped = w3.reshape(*w3.shape[:-3], kv_heads, heads // kv_heads, *w3.shape[-2:])

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _runtime, _torch_operator
 from ._block_mask_store import BlockMaskStore
-from ._checks import integer, refuse, refuse_kind
+from ._checks import integer, refuse, refuse_kind, value_and_kind
 from ._torch_function import Attention
 from ._torch_passes import GIVEN, attend_rows_first
 from ._torch_tensors import (
@@ -187,7 +187,7 @@ def _as_given(options: Options, q: torch.Tensor) -> list[Any]:
         window = (None, None)
     elif not isinstance(window, (tuple, list)):
         sides = "(left, right), the keys before and after the query, with None for no limit"
-        refuse_kind("window", f"{window!r} ({type(window).__name__})", sides)
+        refuse_kind("window", value_and_kind(window), sides)
     elif len(window) != 2:
         refuse("window", repr(window), "two sides, (left, right)")
     given = {

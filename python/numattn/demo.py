@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._block import TransformerBlock
-from ._checks import at_index, at_least, refuse_kind
+from ._checks import at_index, at_least, kind_of, refuse_kind
 from ._norms import Norm
 
 __all__ = ["MiniLM"]
@@ -139,7 +139,7 @@ class MiniLM:
             refuse_kind("texts", "one str", "a list of str", f"pass [{texts[:20]!r}]")
         for n, text in enumerate(texts):
             if not isinstance(text, str):
-                refuse_kind("texts", f"{type(text).__name__}{at_index(n)}", "a str")
+                refuse_kind("texts", f"{kind_of(text)}{at_index(n)}", "a str")
         batch_size = at_least("batch_size", batch_size, 1)
         embeddings = np.empty((len(texts), self.config["hidden_size"]), np.float32)
         by_length = sorted(range(len(texts)), key=lambda n: len(texts[n]))

@@ -22,7 +22,18 @@ import numpy as np
 from . import _runtime
 from ._arguments import check_mask
 from ._block_mask import BlockMask
-from ._checks import as_array, at_index, at_least, dtype_name, is_real, real, refuse, refuse_kind
+from ._checks import (
+    as_array,
+    at_index,
+    at_least,
+    dtype_name,
+    is_real,
+    kind_of,
+    real,
+    refuse,
+    refuse_kind,
+    value_and_kind,
+)
 
 if TYPE_CHECKING:
     import os
@@ -424,7 +435,7 @@ def plot_block_mask(mask: BlockMask, *, title: str | None = None, ax: Axes | Non
     """
     if not isinstance(mask, BlockMask):
         advice = "`plot_pattern` draws arrays"
-        refuse_kind("mask", type(mask).__name__, "a BlockMask", advice)
+        refuse_kind("mask", kind_of(mask), "a BlockMask", advice)
     if len(mask.shape) != 2 or 0 in mask.shape:
         advice = "pass for example `mask[0, 3]` for batch item 0 and head 3"
         refuse("mask", f"shape {mask.shape}", "(Lq, Lk), neither of them 0", advice)
@@ -528,7 +539,7 @@ def html_page(
         refuse_kind("tokens", "None", "a sequence of str")
     queries, keys = _tokens(tokens, key_tokens, patterns.shape)
     if not isinstance(title, str):
-        refuse_kind("title", type(title).__name__, "a str")
+        refuse_kind("title", kind_of(title), "a str")
     with np.errstate(all="ignore"):
         steps = np.rint(patterns.astype(np.float64) * _HTML_STEPS).clip(max=_MOST_STEPS)
     data = {
@@ -620,12 +631,10 @@ def _strings(name: str, strings: Sequence[str]) -> list[str]:
     try:
         result = list(strings)
     except TypeError:
-        refuse_kind(name, type(strings).__name__, "a sequence of str")
+        refuse_kind(name, kind_of(strings), "a sequence of str")
     for index, text in enumerate(result):
         if not isinstance(text, str):
-            refuse_kind(
-                name, f"{text!r} ({type(text).__name__}){at_index(index)}", "a sequence of str"
-            )
+            refuse_kind(name, f"{value_and_kind(text)}{at_index(index)}", "a sequence of str")
     return result
 
 

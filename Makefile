@@ -47,11 +47,11 @@ demo: $(BUILT) $(VENV)/demo
 	@$(call heading,2. How much faster is attention than in plain NumPy?)
 	@echo "Attention has three steps: products of vectors, a softmax, and more products. In each row, numattn"
 	@echo "and plain NumPy compute it from the same random vectors, which have the shapes of one kind of model."
-	@echo "A query is a word that looks, keys are the words it looks at, and a head is one of several"
-	@echo "attentions side by side. The results may differ only by rounding."
+	@echo "A query is a word that looks, keys are the words it looks at, and a model has several heads,"
+	@echo "which look at different things. The results may differ only by rounding."
 	@echo
 	@NUMATTN_BACKEND=native $(BIN)/python -m numattn bench
-	@$(call heading,3. How does a word take in its sentence?)
+	@$(call heading,3. What does a sentence do to its words?)
 	@NUMATTN_BACKEND=native $(BIN)/python examples/context.py
 	@$(call heading,What you have seen)
 	@echo "1. A real model, in NumPy and numattn, found the sentences that mean the same."

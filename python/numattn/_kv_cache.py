@@ -38,7 +38,7 @@ class KVCache(KVStore):
         Number of tokens to allocate memory for at first. The cache grows automatically.
     window : int, optional
         Number of tokens that each token attends to, including itself. The cache forgets tokens that
-        no query needs any more, so memory stays constant.
+        no later query attends to, so memory stays constant.
     keep_first : int, default 0
         With `window`: number of first tokens that are never forgotten and always attended to.
     max_rollback : int, default 16

@@ -42,14 +42,14 @@ def merge_states(
         queries that attend to nothing. Use ``zip(outs, lses)`` for states stacked along a first
         axis.
     out : ndarray, optional
-        Where to write the merged result; may be the result of one of the states.
+        Array to write the result to, of its shape and dtype. It may be the result of a state.
 
     Returns
     -------
     out : ndarray, shape (..., Dv)
         The merged result, in the dtype of the states.
     lse : ndarray, shape (...)
-        The log-sum-exp over all keys, float32 (float64 for float64).
+        Its log-sum-exp. Natural logarithm, float32 (float64 for float64 inputs).
 
     Raises
     ------

@@ -52,7 +52,7 @@ def masked_softmax(
     axis : int, default -1
         The axis along which the weights add up to 1.
     out : ndarray, optional
-        Where to write the result, with the shape and dtype of `scores`; may be `scores` itself.
+        Array to write the result to, of the shape and dtype of `scores`. It may be `scores`.
 
     Returns
     -------

@@ -72,13 +72,13 @@ def qk_scores(
     Returns
     -------
     ndarray, shape (..., Hq, Lq, Lk)
-        Logits, natural logarithm, float32 (float64 for float64), in this order of axes for every
-        layout; -inf where masked.
+        Logits, natural logarithm, float32 (float64 for float64 inputs); -inf where masked. The axes
+        have this order in every layout.
 
     Raises
     ------
     TypeError, ValueError
-        As `attention` does.
+        As in `attention`.
 
     See Also
     --------
@@ -129,7 +129,7 @@ def aggregate_values(
     v : array_like, shape (..., Hkv, Lk, Dv)
         Values. Query head ``h`` reads head ``h // (Hq // Hkv)``.
     layout : {"bhld", "blhd"}, default "bhld"
-        The order of the axes of `v` and of the result.
+        Layout of `v` and the result.
     v_scale : array_like of float32, optional
         The scales of an int8 `v`, as in `attention`.
 
@@ -246,13 +246,14 @@ def attention_weights(
     Returns
     -------
     ndarray, shape (..., Hq, Lq, Lk), (..., Hq, number of rows, Lk) or (..., Hq, Lk)
-        float32 (float64 for float64), in this order of axes for every layout; exactly 0 where
-        masked. The weights of a query add up to 1, or to less if its head has a sink.
+        Weights, float32 (float64 for float64 inputs); exactly 0 where masked. The axes have this
+        order in every layout. The weights of a query add up to 1, or to less if its head has a
+        sink.
 
     Raises
     ------
     TypeError, ValueError
-        As `attention` does, and if a row is out of range.
+        As in `attention`, and if a row is out of range.
 
     See Also
     --------
@@ -316,13 +317,14 @@ def attention_received(
     Returns
     -------
     ndarray, shape (..., Hq, Lk)
-        float32 (float64 for float64), in this order of axes for every layout. The sum over the
-        keys of a head is the number of queries, minus the weight of the sinks.
+        Sums of weights, float32 (float64 for float64 inputs). The axes have this order in every
+        layout. The sum over the keys of a head is the number of queries, minus the weight of the
+        sinks.
 
     Raises
     ------
     TypeError, ValueError
-        As `attention` does.
+        As in `attention`.
 
     See Also
     --------

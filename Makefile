@@ -60,7 +60,7 @@ demo: $(BUILT) $(VENV)/demo
 	@$(call heading,Where to go on)
 	@echo "what attention computes, step by step   docs/tutorial.rst"
 	@echo "attention in your own program           README.md"
-	@echo "a search through your own texts         $(BIN)/python examples/search.py FOLDER \"Your question?\""
+	@echo "a search through your own texts         $(BIN)/python examples/search.py PATH \"Your question?\""
 	@echo "your own sentence in the model          $(BIN)/python -m numattn explain \"Your sentence.\""
 	@echo "a model that learns to write, 2 min     $(BIN)/python examples/language_model.py"
 

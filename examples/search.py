@@ -1,8 +1,9 @@
-"""Search your own texts by meaning: `python examples/search.py FOLDER "question"`.
+"""Search your own texts by meaning: `python examples/search.py PATH "question"`.
 
-FOLDER may also be a file. Of a folder it reads all .txt, .md and .rst files. Each passage is a
-paragraph; it prints the passages whose meaning is nearest to the question, with the cosine between
-both. Without a question it asks for some. The model, `numattn.demo.MiniLM`, knows English.
+PATH is a file, or a folder whose .txt, .md and .rst files it reads. Each passage is a paragraph. It
+prints the passages whose meaning is nearest to the question, with the cosine between both. Without
+a question on the command line, it asks for questions. The model, `numattn.demo.MiniLM`, knows
+English.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ def questions(given: str | None):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("path", metavar="FOLDER", type=Path, help="a folder of texts, or a file")
-    parser.add_argument("question", nargs="?", help="without one, it asks")
+    parser.add_argument("path", metavar="PATH", type=Path, help="a folder of texts, or a file")
+    parser.add_argument("question", nargs="?", help="without it, the program asks for questions")
     parser.add_argument("--count", type=int, default=3, help="passages to print (default: 3)")
     arguments = parser.parse_args()
     if not arguments.path.exists():

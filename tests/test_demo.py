@@ -47,6 +47,15 @@ def test_texts_in_batches_are_as_texts_by_themselves(model, batch_size):
         model.encode("Rain.")
     with pytest.raises(TypeError, match="texts: got int at index 1, expected a str"):
         model.encode(["Rain.", 1])
+    for call in (model.encode, model.tokens):
+        with pytest.raises(TypeError, match="texts: got None, expected a list of str"):
+            call(None)
+    with pytest.raises(ValueError, match=r"ids: got 99999 at index \(0, 0\), expected 0 to 30521"):
+        model.encode_tokens(np.array([[99999]]), np.array([1]))
+    with pytest.raises(ValueError, match="ids: got 513 tokens, expected at most 512"):
+        model.attention_weights(np.zeros((1, 513), int), np.array([513]))
+    with pytest.raises(ValueError, match=r"ids: got shape \(3,\), expected \(texts, tokens\)"):
+        list(model.hidden_states(np.zeros(3, int), 3))
     with pytest.raises(ValueError, match="batch_size: got 0, expected at least 1"):
         model.encode(TEXTS, batch_size=0)
 
@@ -116,14 +125,19 @@ def test_explain_without_a_library(name, monkeypatch, capsys):
 
 @needs_model
 def test_explain_where_nothing_can_be_written(tmp_path, capsys):
-    assert command_line.main(["explain", "A.", "--output", str(tmp_path)]) == 1
-    assert "Is a directory" in capsys.readouterr().err
+    page = tmp_path / ("a" * 300)  # too long a name
+    assert command_line.main(["explain", "A.", "--output", str(page)]) == 1
+    assert "File name too long" in capsys.readouterr().err
 
 
-def test_explain_into_a_folder_that_does_not_exist(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("", "got the folder"), ("no/page", "page, expected a file in a folder that exists")],
+)
+def test_explain_into_what_is_no_file(tmp_path, capsys, name, message):
     with pytest.raises(SystemExit):
-        command_line.main(["explain", "A.", "--output", str(tmp_path / "no" / "page")])
-    assert "page, expected a file in a folder that exists" in capsys.readouterr().err
+        command_line.main(["explain", "A.", "--output", str(tmp_path / name)])
+    assert message in capsys.readouterr().err
 
 
 def test_explain_without_words(capsys):

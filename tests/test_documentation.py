@@ -170,13 +170,13 @@ def heading(line):
     [
         _checks.INFERENCE_ELSEWHERE, _sequences.SEQUENCES_ELSEWHERE,
         _layer_arguments.ELSEWHERE, _layer_arguments.OPTIONS_ELSEWHERE,
-        _block_arguments.OPTIONS_ELSEWHERE, _block_arguments.ACTIVATIONS_ELSEWHERE,
-        _block_arguments.NORMS_ELSEWHERE,
+        _block_arguments.OPTIONS_ELSEWHERE, _block_arguments.CALL_ELSEWHERE,
+        _block_arguments.ACTIVATIONS_ELSEWHERE, _block_arguments.NORMS_ELSEWHERE,
         _rotary.ELSEWHERE, _stages._ELSEWHERE, _softmax._ELSEWHERE, _quantize._ELSEWHERE,
     ],
     ids=[
         "attention", "sequences", "a layer's call", "a layer",
-        "a block", "activations", "norms",
+        "a block", "a block's call", "activations", "norms",
         "rotary", "values", "softmax", "8 bits",
     ],
 )  # fmt: skip

@@ -296,9 +296,9 @@ def test_a_refused_call_changes_nothing(rng, quantize):
             ValueError,
             "out: got an array that shares memory with tail_mask",
         ),
-        ({"q_offset": 3}, TypeError, "q_offset: got numbers, expected None; the queries"),
-        ({"q_lengths": 3}, TypeError, "q_lengths: got numbers, expected None; the queries"),
-        ({"kv_lengths": 3}, TypeError, "kv_lengths: got an array, expected None; the cache keeps"),
+        ({"q_offset": 3}, TypeError, "q_offset: got int, expected None; the queries"),
+        ({"q_lengths": 3}, TypeError, "q_lengths: got int, expected None; the queries"),
+        ({"kv_lengths": 3}, TypeError, "kv_lengths: got int, expected None; the cache keeps"),
         (
             {"softmax_scale": 1.0},
             TypeError,

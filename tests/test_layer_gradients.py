@@ -533,7 +533,7 @@ def test_bad_calls(rng):
             "return_weights: got bool, expected no such option; `layer(x, return_wei",
         ),
         (lambda: layer.vjp(x, attn_mask=None), TypeError, "'attn_mask'; did you mean `mask=`"),
-        (lambda: layer.vjp(x, dropout=1.0, rng=0), ValueError, "dropout: got 1.0, expected the sh"),
+        (lambda: layer.vjp(x, dropout=1.0, rng=0), ValueError, "dropout: got 1.0, expected the fr"),
         (lambda: layer.vjp(x, dropout=0.1), ValueError, "rng: got None with dropout=0.1"),
         (lambda: layer.vjp(x, rng="0"), TypeError, "rng: got '0' (str), expected an int"),
         (

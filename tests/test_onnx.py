@@ -258,7 +258,7 @@ def test_in_a_function(rng):
 
 X = np.ones((2, 4, 3, 8), np.float32)
 BAD = {
-    "heads": ([X[0]] * 3, {}, r"Q: got shape \(4, 3, 8\) with None heads"),
+    "heads": ([X[0]] * 3, {}, r"Q: got shape \(4, 3, 8\) without the number of heads"),
     "heads of four axes": ([X] * 3, {"q_num_heads": 2}, "Q: got shape .* expected 2 heads"),
     "heads that do not divide": (
         [X[0]] * 3, {"q_num_heads": 3, "kv_num_heads": 3}, "Q: got .* with 3 heads",
@@ -319,7 +319,11 @@ BAD_ROTATIONS = {
     "no positions": ([X, COS, SIN], {}, r"cos_cache: got shape \(4, 4\)"),
     "pairs": ([X, COS[:, :3], SIN[:, :3], np.ones((2, 3), int)], {}, "3 angles for 8 of 8"),
     "sines": ([X, COS, SIN[:3], np.ones((2, 3), int)], {}, "cos_cache, sin_cache: got shapes"),
-    "heads": ([X[0], COS, SIN, np.ones((2, 3), int)], {}, "X: got shape .* with None heads"),
+    "heads": (
+        [X[0], COS, SIN, np.ones((2, 3), int)],
+        {},
+        "X: got shape .* without the number of heads",
+    ),
 }
 
 

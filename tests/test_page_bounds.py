@@ -496,13 +496,13 @@ SELECT = [
     (
         {"count": 1},
         ValueError,
-        "count: got 1, expected at least 2, for the first page and",
+        "count: got 1, expected at least 2: the first page and",
     ),
     ({"count": 2.0}, TypeError, "count: got 2.0 (float), expected an int"),
     (
         {"q": np.ones((1, 4, 2, 4), np.float32)},
         ValueError,
-        "count: got 2, expected at least 3, for",
+        "count: got 2, expected at least 3: the",
     ),
     (
         {"kv_lengths": [22]},

@@ -614,3 +614,14 @@ def test_page_in_a_browser(rng, tmp_path):
     press = 'query(5).focus(); choose("layer", "1"); document.activeElement.dispatchEvent('
     press += 'new KeyboardEvent("keydown", {key: "ArrowLeft", bubbles: true}));'
     assert_shows(dump_dom(page, act + press, tmp_path), 1, 2, 4)
+
+
+def test_where_to_draw_and_write(plt, tmp_path):
+    weights = np.full((2, 2), 0.5)
+    for call in (plot.plot_pattern, plot.plot_lines):
+        with pytest.raises(TypeError, match=r"ax: got 3 \(int\), expected matplotlib.axes.Axes"):
+            call(weights, ["a", "b"], ax=3)
+    with pytest.raises(
+        TypeError, match=r"path: got 3.5 \(float\), expected a str or a pathlib.Path"
+    ):
+        plot.html_page(weights[np.newaxis], ["a", "b"], 3.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
         sentence = " ".join(chosen.sentence).strip()
         if not sentence:
             explain.error("sentence: got an empty one, expected some words")
-        if not chosen.output.parent.is_dir():
+        if os.path.isdir(chosen.output):
+            explain.error(f"--output: got the folder {chosen.output}, expected a file")
+        if not os.path.isdir(chosen.output.parent):
             explain.error(f"--output: got {chosen.output}, expected a file in a folder that exists")
         return _explain(sentence, chosen.output)
     _runtime.show_runtime()

@@ -444,7 +444,10 @@ def _broadcast_scales(
 def check_bias(bias: Array, dtype: np.dtype[Any]) -> None:
     accepted = tuple(dict.fromkeys((dtype.name, "float32")))
     if bias.dtype.name not in accepted or not bias.dtype.isnative:
-        advice = "pass a bool mask as `mask=`" if bias.dtype == np.bool_ else ""
+        if bias.dtype == np.bool_:
+            advice = "pass a bool mask as `mask=`" if bias.ndim else "it is added to the logits"
+        else:
+            advice = "convert it with `.astype(np.float32)`" if is_real(bias.dtype) else ""
         expected = " or ".join(accepted) + f" with q of dtype {dtype.name}"
         refuse_kind("bias", dtype_name(bias), expected, advice)
 
@@ -501,7 +504,10 @@ def broadcast_pairs(name: str, x: Array, pairs: tuple[int, ...], axes: str) -> A
     try:
         return _broadcast(x, pairs)
     except ValueError:
-        refuse(name, f"shape {x.shape}", f"one that broadcasts to {axes} = {pairs}")
+        advice = ""
+        if len(pairs) == 4 and x.shape == (pairs[0], pairs[-1]):
+            advice = f"pass a {name} of (batch, keys) as `{name}[:, None, None, :]`"
+        refuse(name, f"shape {x.shape}", f"one that broadcasts to {axes} = {pairs}", advice)
 
 
 def outputs(
@@ -537,9 +543,13 @@ def _check_scale_fits(scale: float, softcap: float, dtype: np.dtype[Any]) -> Non
         return
     factor = abs(scale) / softcap if softcap else abs(scale) * _LOG2_E
     if factor > _FLOAT32_MAX or softcap * _LOG2_E > _FLOAT32_MAX:
-        name, seen = ("softcap", softcap) if softcap else ("scale", scale)
-        expected = f"a number with which float32 does not overflow (scale={scale:.3g})"
-        refuse(name, repr(seen), expected)
+        overflow = "so that float32 does not overflow"
+        most = _FLOAT32_MAX / _LOG2_E
+        if softcap:
+            least = abs(scale) / _FLOAT32_MAX
+            expected = f"{least:.2g} to {most:.2g} with scale={scale:.3g}, {overflow}"
+            refuse("softcap", repr(softcap), expected)
+        refuse("scale", repr(scale), f"a magnitude of at most {most:.2g}, {overflow}")
 
 
 def _dropout(dropout: float, rng: int | None) -> tuple[float, int]:
@@ -589,11 +599,14 @@ def ints_per_batch(
     outside = (array < low) | (array > high)
     if np.any(outside):
         where = tuple(map(int, np.argwhere(outside)[0]))
-        refuse(name, f"{array[where]}{at_index(where)}", f"{low} to {high}")
+        expected = f"{low} to {high}" if high < 2**62 else f"at least {low}"
+        refuse(name, f"{array[where]}{at_index(where)}", expected)
     try:
         broadcast = np.broadcast_to(array, batch)
     except ValueError:
-        refuse(name, f"shape {array.shape}", f"one that broadcasts to the batch shape {batch}")
+        expected = f"one that broadcasts to the batch shape {batch}"
+        advice = "three axes are (heads, length, dim): give the arrays an axis for the batch"
+        refuse(name, f"shape {array.shape}", expected, "" if batch else advice)
     return np.array(broadcast, np.int64, order="C")
 
 

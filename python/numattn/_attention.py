@@ -169,7 +169,7 @@ def attention(
     attention_varlen : attention for sequences of different lengths without padding.
     attention_paged : attention to keys and values in pages.
     KVCache : keys and values of the tokens so far.
-    BlockMask : a mask by blocks, whose empty blocks cost nothing.
+    BlockMask : a mask stored by blocks, whose empty blocks cost nothing.
     merge_states : merge attention over disjoint sets of keys.
     quantize_kv : round keys and values to 8 bits.
     set_num_threads : set the default number of threads.
@@ -209,6 +209,8 @@ def attention(
 
     - one byte for each tile of a dense mask: 96 keys by 8, 16 or 64 queries on generic, AVX2 or
       AVX-512, half as many in float64;
+    - with both a mask and a tail mask, one byte for each query and key, as in the mask that they
+      are combined into;
     - if few queries attend to many keys, the size of their result for every 1536 keys read.
 
     The scratch memory of the NumPy backend is linear in the lengths.

@@ -12,9 +12,9 @@ from ._block_arguments import (
     KIND,
     OPTIONS_ELSEWHERE,
     BlockOptions,
+    check_call,
     checked_description,
     checked_options,
-    refuse_context,
 )
 from ._block_gradients import BlockGradients, Call, Valid, differentiate
 from ._checks import flag, refuse_unknown, thread_count
@@ -574,7 +574,7 @@ class TransformerBlock:
         >>> bool(np.allclose(np.concatenate(steps, axis=1), out, atol=1e-5))
         True
         """
-        refuse_context("TransformerBlock", options)
+        check_call("TransformerBlock", options, MultiHeadAttention.__call__)
         x, lengths, valid = self._checked(x, lengths)
         num_threads = _threads_of(options)
         (norm1, norm2), feed_forward = self._norms(num_threads), self._feed_forward(num_threads)
@@ -665,7 +665,7 @@ class TransformerBlock:
         >>> losses[-1] < losses[0] / 2
         True
         """
-        refuse_context("TransformerBlock.vjp", options)
+        check_call("TransformerBlock.vjp", options, MultiHeadAttention.vjp)
         x, lengths, valid = self._checked(x, lengths)
         norm_first = self._options.norm_first
         num_threads = _threads_of(options)

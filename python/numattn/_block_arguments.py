@@ -10,11 +10,14 @@ from ._checks import (
     flag,
     kind_of,
     meant,
+    parameters_of,
     refuse,
     refuse_kind,
+    refuse_unknown,
     value_and_kind,
 )
-from ._layer_arguments import BIAS_ADVICE
+from ._layer_arguments import BIAS_ADVICE, NOT_DIFFERENTIATED
+from ._layer_arguments import ELSEWHERE as LAYER_ELSEWHERE
 from ._layer_arguments import OPTIONS_ELSEWHERE as LAYER_OPTIONS_ELSEWHERE
 from ._layer_arguments import norm_epsilon as checked_epsilon
 from ._layer_weights import check_names, checked_sizes
@@ -47,6 +50,14 @@ OPTIONS_ELSEWHERE = {
     "dropout": "`dropout=` of `TransformerBlock.vjp`, for training",
     "attention_dropout": "`dropout=` of `TransformerBlock.vjp`, for training",
     "context_dim": "a block attends to its own tokens; `MultiHeadAttention` has `context_dim=`",
+}
+
+# The same for the arguments of a block's call.
+CALL_ELSEWHERE = {
+    **LAYER_ELSEWHERE,
+    "src_mask": "`mask=~src_mask` if it is bool (PyTorch's is True where it masks), `bias=` if it "
+    "is float",
+    "src_key_padding_mask": "`lengths=`, or `mask=~src_key_padding_mask[:, None, None, :]`",
 }
 
 ACTIVATIONS_ELSEWHERE = {
@@ -128,9 +139,13 @@ def checked_description(description: dict[str, Any]) -> dict[str, Any]:
     return {"attention": of_attention, "options": options, "dtype": dtype}
 
 
-def refuse_context(function: str, options: Mapping[str, Any]) -> None:
-    """Refuse a context, under any of its names."""
+def check_call(function: str, options: Mapping[str, Any], of_attention: Any) -> None:
+    """Refuse a context, and options that the function `of_attention` does not take."""
     for name in _CONTEXT_NAMES:
         if name in options:
-            seen = type(options[name]).__name__
+            seen = kind_of(options[name])
             refuse_kind(f"{function}: {name}", seen, "no context", _CONTEXT_ADVICE)
+    known = parameters_of(of_attention.__code__)
+    unknown = [name for name in options if name not in (*known, *NOT_DIFFERENTIATED)]
+    if unknown:
+        refuse_unknown(function, unknown, CALL_ELSEWHERE, known)

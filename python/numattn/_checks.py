@@ -18,7 +18,8 @@ import numpy as np
 from numpy.ma import MaskedArray, isMaskedArray  # NumPy loads it late, which slows a first call
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
+    from types import CodeType
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -105,26 +106,41 @@ ELSEWHERE = {
     "s_aux": "`sinks=`",
 }
 
+# Of 8-bit keys and values, for functions that take none. Without it they would look like `scale`.
+_SCALES = ("k_scale", "v_scale")
+_WITHOUT_8_BITS = "multiply int8 keys and values by their scales, and pass floats"
+
 # For functions without dropout.
 NO_DROPOUT = dict.fromkeys(("dropout", "dropout_p"), "`dropout=` of `attention`, for training")
 INFERENCE_ELSEWHERE = {**ELSEWHERE, **NO_DROPOUT}
 
 
 def refuse_unknown(
-    function: str, arguments: Iterable[str], meanings: Mapping[str, str] = ELSEWHERE
+    function: str,
+    arguments: Iterable[str],
+    meanings: Mapping[str, str] = ELSEWHERE,
+    known: Sequence[str] = (),
 ) -> NoReturn:
-    """Refuse unknown keyword arguments; suggest numattn's name for one of another library."""
+    """Refuse unknown keyword arguments; suggest numattn's name for one of another library.
+
+    `known` are the names for which one may be misspelt. Default: the parameters of the caller.
+    """
     import difflib  # here: only errors need it
 
-    # The parameters of the function that refuses, for names that are misspelt.
-    code = sys._getframe(1).f_code
-    known = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    known = known or parameters_of(sys._getframe(1).f_code)
     for name in arguments:
+        if name in _SCALES and name not in meanings:
+            reason = _WITHOUT_8_BITS if name[0] in known else f"it has no {name[0]}"
+            raise TypeError(f"{function}() takes no {name!r}: {reason}")
         hint = meant(name, meanings)
         if not hint and (alike := difflib.get_close_matches(name, known, 1, 0.8)):
             hint = f"; did you mean `{alike[0]}=`?"
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
     raise AssertionError("no arguments")
+
+
+def parameters_of(code: CodeType) -> tuple[str, ...]:
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
 def meant(name: str, meanings: Mapping[str, str]) -> str:
@@ -191,7 +207,8 @@ def float_array(name: str, x: ArrayLike) -> Array:
 
 def check_dtype(name: str, x: Array) -> None:
     if not is_accepted(x.dtype):
-        advice = "" if x.dtype.isnative else "convert it with `.astype`"
+        is_number = x.dtype.kind in "iufb" or not x.dtype.isnative
+        advice = "convert it with `.astype(np.float32)`" if is_number else ""
         refuse_kind(name, dtype_name(x), "one of " + ", ".join(ACCEPTED_DTYPES), advice)
 
 

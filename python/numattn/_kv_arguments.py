@@ -24,6 +24,7 @@ from ._checks import (
     check_overlap,
     dtype_name,
     flag,
+    kind_of,
     refuse,
     refuse_kind,
     refuse_unknown,
@@ -214,11 +215,11 @@ def _with_all_axes(
 def check_unknown(method: str, options: dict[str, Any]) -> None:
     """Refuse options that a method of `KVCache` does not take, unless they are None."""
     for name in ("kv_lengths", "k_scale", "v_scale"):
-        if options.pop(name, None) is not None:
-            refuse_kind(name, "an array", "None", "the cache keeps its own lengths and scales")
+        if (value := options.pop(name, None)) is not None:
+            refuse_kind(name, kind_of(value), "None", "the cache keeps its own lengths and scales")
     for name in ("q_offset", "q_lengths"):
-        if options.pop(name, None) is not None:
-            refuse_kind(name, "numbers", "None", "the queries belong to the tokens in k")
+        if (value := options.pop(name, None)) is not None:
+            refuse_kind(name, kind_of(value), "None", "the queries belong to the tokens in k")
     if options:
         refuse_unknown(f"KVCache.{method}", options, INFERENCE_ELSEWHERE)
 

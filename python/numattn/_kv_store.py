@@ -230,7 +230,7 @@ class KVStore:
         outside = (chosen < -batch) | (chosen >= batch)
         if outside.any():
             at = int(np.argmax(outside))
-            expected = f"{-batch} to {batch - 1}, the indices of {batch} sequences"
+            expected = f"{-batch} to {batch - 1}, the indices of the sequences"
             refuse("indices", f"{chosen[at]}{at_index(at)}", expected)
         sequences = [int(i) % batch for i in chosen]
         return _with_tokens(self, self._tokens.selected(sequences, SPARE_PLACES))

@@ -8,7 +8,16 @@ import numpy as np
 
 from ._arguments import MAX_AXES, check_options, ints_per_batch, positional_options
 from ._attention import attention
-from ._checks import as_array, dtype_name, flag, kind_of, refuse, refuse_kind, refuse_unknown
+from ._checks import (
+    as_array,
+    dtype_name,
+    flag,
+    is_accepted,
+    kind_of,
+    refuse,
+    refuse_kind,
+    refuse_unknown,
+)
 from ._context_cache import ContextCache
 from ._gradients import attention_vjp
 from ._kv_cache import KVCache
@@ -625,7 +634,7 @@ alibi_slopes, sinks, num_threads
         self._check_fits("cache", cache._arguments.dtype, sizes)
         batch = len(cache.lengths)
         if x.ndim != 3 or x.shape[0] != batch:
-            expected = f"({batch}, length, {self._embed_dim}) for a cache of {batch} sequences"
+            expected = f"({batch}, length, {self._embed_dim}) for the sequences of this cache"
             refuse("x", f"shape {x.shape}", expected)
         valid = ints_per_batch("lengths", lengths, (batch,), 0, x.shape[1])
         if positions is None and self._rotary is not None:
@@ -707,7 +716,11 @@ alibi_slopes, sinks, num_threads
     def _checked(self, name: str, x: ArrayLike, dim: int) -> Array:
         array = as_array(name, x)
         if array.dtype != self._dtype:
-            refuse_kind(name, dtype_name(array), f"{self._dtype.name}, the dtype of the layer")
+            advice = "convert it with `.astype`"
+            if is_accepted(array.dtype):
+                advice += f", or make the layer with `dtype={array.dtype.name!r}`"
+            expected = f"{self._dtype.name}, the dtype of the layer"
+            refuse_kind(name, dtype_name(array), expected, advice)
         if array.ndim < 2 or array.shape[-1] != dim:
             refuse(name, f"shape {array.shape}", f"(..., length, {dim})")
         if array.ndim >= MAX_AXES:

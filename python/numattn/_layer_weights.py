@@ -73,7 +73,7 @@ def check_shapes(
 
 def refuse_missing(name: str, given: Mapping[str, tuple[int, ...]]) -> NoReturn:
     there = ", ".join(f"{n} {shape}" for n, shape in given.items())
-    refuse(name, f"no such array, only {there or 'none at all'}", "an array of that name")
+    refuse(name, f"no such array, only {there}" if there else "no arrays", "an array of that name")
 
 
 def converted(name: str, x: Array, dtype: np.dtype[Any]) -> Array:

@@ -30,8 +30,9 @@ def heads_of(name: str, x: Array, heads: int | None) -> Array:
             refuse(name, f"shape {x.shape}", f"{heads} heads, as in the attribute")
         return x
     if x.ndim != 3 or not heads or x.shape[-1] % heads:
-        expected = "(B, H, L, D), or (B, L, H * D) and the number of heads as an attribute"
-        refuse(name, f"shape {x.shape} with {heads} heads", expected)
+        expected = "(B, H, L, D), or (B, L, H * D) with the number of heads H as an attribute"
+        with_heads = f"with {heads} heads" if heads else "without the number of heads"
+        refuse(name, f"shape {x.shape} {with_heads}", expected)
     return x.reshape(*x.shape[:2], heads, x.shape[-1] // heads).swapaxes(1, 2)
 
 

@@ -454,8 +454,8 @@ class PageBounds:
         least = min(least_count(q.shape[2], page_size), most)
         wanted = integer("count", count)
         if wanted < least:
-            always = f"the first page and the pages that {q.shape[2]} tokens may touch"
-            refuse("count", str(wanted), f"at least {least}, for {always}")
+            always = f"the first page and the pages of the last {q.shape[2]} tokens are always read"
+            refuse("count", str(wanted), f"at least {least}: {always}")
         valid = self._valid_in(table, lengths)
         unknown = valid > 0
         unknown[unknown] = valid[unknown] > self._valid_keys[table[unknown]]

@@ -318,8 +318,8 @@ def attention_received(
     -------
     ndarray, shape (..., Hq, Lk)
         Sums of weights, float32 (float64 for float64 inputs). The axes have this order in every
-        layout. The sum over the keys of a head is the number of queries, minus the weight of the
-        sinks.
+        layout. The sum over the keys of a head is the number of queries that attend to a key,
+        minus the weight of the sinks.
 
     Raises
     ------
@@ -395,9 +395,9 @@ def _rows(rows: int | ArrayLike, length: int) -> NDArray[np.int64]:
     """Return the indices of rows, none of them negative; a number has no axes."""
     wanted = snapshot("rows", rows)
     if wanted.size and not np.issubdtype(wanted.dtype, np.integer):
-        refuse_kind("rows", f"dtype {wanted.dtype.name}", "integers")
+        refuse_kind("rows", f"dtype {wanted.dtype.name}", "ints")
     if wanted.ndim > 1:
-        refuse("rows", f"shape {wanted.shape}", "an integer, or integers along one axis")
+        refuse("rows", f"shape {wanted.shape}", "an int, or ints along one axis")
     outside = (wanted >= length) | (wanted < -length if wanted.dtype.kind == "i" else False)
     if outside.any():
         refuse("rows", str(wanted[outside][0]), f"the index of one of {length} queries")

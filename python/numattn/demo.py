@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ._arguments import ints_per_batch
 from ._block import TransformerBlock
-from ._checks import at_index, at_least, kind_of, refuse_kind
+from ._checks import at_index, at_least, kind_of, refuse, refuse_kind
 from ._norms import Norm
 
 __all__ = ["MiniLM"]
@@ -61,7 +62,7 @@ class MiniLM:
     See Also
     --------
     numattn.TransformerBlock : the block that the model consists of.
-    numattn.plot.html_page : A page that shows the weights of the heads.
+    numattn.plot.html_page : make a page that shows the weights of the heads.
 
     Notes
     -----
@@ -121,7 +122,7 @@ class MiniLM:
         Raises
         ------
         TypeError
-            If `texts` is a str, or contains anything else than str.
+            If `texts` is a str, or contains anything other than str.
         ValueError
             If `batch_size` is less than 1.
 
@@ -135,11 +136,7 @@ class MiniLM:
         >>> MiniLM().encode(["A cat sleeps.", "Shares fell."]).shape
         (2, 384)
         """
-        if isinstance(texts, str):
-            refuse_kind("texts", "one str", "a list of str", f"pass [{texts[:20]!r}]")
-        for n, text in enumerate(texts):
-            if not isinstance(text, str):
-                refuse_kind("texts", f"{kind_of(text)}{at_index(n)}", "a str")
+        texts = _texts(texts)
         batch_size = at_least("batch_size", batch_size, 1)
         embeddings = np.empty((len(texts), self.config["hidden_size"]), np.float32)
         by_length = sorted(range(len(texts)), key=lambda n: len(texts[n]))
@@ -163,6 +160,11 @@ class MiniLM:
         lengths : ndarray of int, shape (texts,)
             How many of each row are not padding.
 
+        Raises
+        ------
+        TypeError
+            If `texts` is a str, or contains anything other than str.
+
         See Also
         --------
         token_texts : return tokens as texts.
@@ -175,7 +177,7 @@ class MiniLM:
         >>> ids.shape, lengths
         ((2, 6), array([6, 3]))
         """
-        encoded = self._tokenizer.encode_batch(list(texts))
+        encoded = self._tokenizer.encode_batch(_texts(texts))
         lengths = np.array([sum(e.attention_mask) for e in encoded])
         return np.array([e.ids for e in encoded]), lengths
 
@@ -224,6 +226,11 @@ class MiniLM:
         ndarray of float32, shape (texts, 384)
             The embeddings, each of length 1.
 
+        Raises
+        ------
+        TypeError, ValueError
+            If `ids` are not token ids of shape (texts, tokens), or `lengths` do not fit them.
+
         See Also
         --------
         encode : return the embeddings of texts.
@@ -259,6 +266,11 @@ class MiniLM:
         ndarray of float32, shape (texts, tokens, 384)
             Seven arrays. Padding has vectors too; leave them out.
 
+        Raises
+        ------
+        TypeError, ValueError
+            If `ids` are not token ids of shape (texts, tokens), or `lengths` do not fit them.
+
         See Also
         --------
         encode_tokens : return the mean of the last vectors, scaled to length 1.
@@ -293,6 +305,11 @@ class MiniLM:
             How much each token (second last axis) attends to each other (last axis). The weight of
             padding is 0.
 
+        Raises
+        ------
+        TypeError, ValueError
+            If `ids` are not token ids of shape (texts, tokens), or `lengths` do not fit them.
+
         See Also
         --------
         numattn.plot.html_page : write an interactive page of such weights.
@@ -313,11 +330,30 @@ class MiniLM:
 
     def _embed(self, ids: Array) -> Array:
         w = self._weights
+        ids, most = np.asarray(ids), len(w["embeddings.word_embeddings.weight"]) - 1
+        if ids.ndim != 2:
+            refuse("ids", f"shape {ids.shape}", "(texts, tokens), as `tokens` returns them")
+        ints_per_batch("ids", ids, ids.shape, 0, most)
+        longest = self.config["max_position_embeddings"]
+        if ids.shape[1] > longest:
+            refuse("ids", f"{ids.shape[1]} tokens", f"at most {longest}")
         x = w["embeddings.word_embeddings.weight"][ids]
         x = x + w["embeddings.position_embeddings.weight"][: ids.shape[1]]
         x = x + w["embeddings.token_type_embeddings.weight"][0]
         weight, bias = w["embeddings.LayerNorm.weight"], w["embeddings.LayerNorm.bias"]
         return Norm(True, _EPSILON, weight, bias).apply(x, x)
+
+
+def _texts(texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str):
+        refuse_kind("texts", "one str", "a list of str", f"pass [{texts[:20]!r}]")
+    if not isinstance(texts, Iterable):
+        refuse_kind("texts", kind_of(texts), "a list of str")
+    checked = list(texts)
+    for n, text in enumerate(checked):
+        if not isinstance(text, str):
+            refuse_kind("texts", f"{kind_of(text)}{at_index(n)}", "a str")
+    return checked
 
 
 def _model_directory() -> Path:

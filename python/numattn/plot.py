@@ -11,6 +11,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import os
 import string
 import unicodedata
 from importlib import resources
@@ -36,7 +37,6 @@ from ._checks import (
 )
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Sequence
     from types import ModuleType
 
@@ -148,7 +148,9 @@ def plot_pattern(
     masked = pattern == 0 if mask is None else _masked(mask, pattern.shape)
     plt = _pyplot()
     width, height, aspect = _lengths(*pattern.shape, longest=7.5)
-    if ax is None:
+    if ax is not None:
+        _check_axes(ax)
+    else:
         size = (width + 1.2 + _label_inches(queries), height + 0.8 + _label_inches(keys))
         ax = _new_axes(plt, *size)
     room = max(_points(ax, height=True), _points(ax, height=False))
@@ -357,7 +359,9 @@ def plot_lines(
     from matplotlib.collections import LineCollection
     from matplotlib.colors import to_rgb
 
-    if ax is None:
+    if ax is not None:
+        _check_axes(ax)
+    else:
         height = min(10.0, max(2.5, 0.27 * max(pattern.shape)))
         ax = _new_axes(plt, 5.0, height + 0.6)
     ax.set_xlim(0, 1)
@@ -443,7 +447,9 @@ def plot_block_mask(mask: BlockMask, *, title: str | None = None, ax: Axes | Non
     plt = _pyplot()
     query_count, key_count = mask.shape
     width, height, aspect = _lengths(query_count, key_count, longest=7.5)
-    if ax is None:
+    if ax is not None:
+        _check_axes(ax)
+    else:
         ax = _new_axes(plt, width + 2.0, height + 1.2)
     room = max(_points(ax, height=True), _points(ax, height=False))
     empty = shares == 0
@@ -542,6 +548,8 @@ def html_page(
         refuse_kind("title", kind_of(title), "a str")
     with np.errstate(all="ignore"):
         steps = np.rint(patterns.astype(np.float64) * _HTML_STEPS).clip(max=_MOST_STEPS)
+    if path is not None and not isinstance(path, str | os.PathLike):
+        refuse_kind("path", value_and_kind(path), "a str or a pathlib.Path")
     data = {
         "queries": queries,
         "keys": keys,
@@ -569,7 +577,7 @@ def _weights(x: ArrayLike, axes: dict[int, str]) -> Array:
     if not is_real(array.dtype):
         refuse_kind("weights", dtype_name(array), "real numbers")
     if array.ndim not in axes or 0 in array.shape:
-        expected = " or ".join(axes.values()) + ", no axis of length 0"
+        expected = " or ".join(axes.values()) + ", without an axis of length 0"
         refuse("weights", f"shape {array.shape}", expected)
     # Matplotlib does not draw bfloat16, and sums of float16 overflow early.
     with np.errstate(all="ignore"):
@@ -682,6 +690,13 @@ def _new_axes(plt: ModuleType, width: float, height: float) -> Axes:
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
     figure: Figure = plt.figure(figsize=(width, height), layout=layout)
     return figure.add_subplot()
+
+
+def _check_axes(ax: object) -> None:
+    from matplotlib.axes import Axes
+
+    if not isinstance(ax, Axes):
+        refuse_kind("ax", value_and_kind(ax), "matplotlib.axes.Axes")
 
 
 def _scale_end(weights: Array, masked: NDArray[np.bool_]) -> float:

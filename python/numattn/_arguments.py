@@ -166,9 +166,9 @@ def check(
 ) -> Arguments:
     """Check the arguments of `attention`; raise TypeError for types and ValueError for values.
 
-    Stages use it too, and without `v` there is no `out` either. `scales_are_finite`: the caller
-    knows that all scales are finite. Without `makes_results`, the caller has its own results, and
-    none are allocated.
+    Stages use it too; without `v` there is no `out` either. Pass `scales_are_finite` if all scales
+    are known to be finite. Without `makes_results`, no results are allocated: the caller has its
+    own.
     """
     check_layout(layout)
     arrays = {"q": as_array("q", q), "k": as_array("k", k)}
@@ -285,7 +285,7 @@ def common_dtype(arrays: dict[str, Array]) -> np.dtype[Any]:
 def key_scales(
     name: str, x: Array, scale: ArrayLike | None, argument: str | None = None
 ) -> Array | None:
-    """Check the scales of an int8 array: one float per key, of the shape ``x.shape[:-1]``.
+    """Check the scales of an int8 array: one float per key, with the shape ``x.shape[:-1]``.
 
     `argument` is the name of the scales. Default: the name of x, with ``_scale``.
     """
@@ -415,7 +415,10 @@ def check_positions(
 
 
 def check_scales(name: str, scales: Array | None, is_read: Callable[[], Array]) -> None:
-    """Refuse scales that are read and not finite; `is_read` returns which are, to be broadcast."""
+    """Refuse scales that are read but not finite.
+
+    `is_read` returns which scales are read; its result is broadcast.
+    """
     if scales is None or np.isfinite(scales).all():
         return
     wrong = ~np.isfinite(scales) & is_read()
@@ -459,7 +462,7 @@ def lse_heads_first(lse: Array, one_head: bool, layout: str) -> Array:
 
 
 def check_shapes(q: Array, k: Array, v: Array | None, given: dict[str, Array]) -> None:
-    """Check that shapes fit; `given` are the arrays as the user passed them, by name: q, k, v."""
+    """Check that the shapes fit together; `given` has the user's q, k and v by name."""
     shapes = ", ".join(f"{name} {x.shape}" for name, x in given.items())
     k_name, v_name = [*given, "v"][1:3]
     if q.shape[-1] != k.shape[-1]:
@@ -518,7 +521,7 @@ def outputs(
     dtype: np.dtype[Any],
     shape: tuple[int, ...],
 ) -> tuple[Array, Array | None]:
-    """Return out (a view of the caller's if given) and lse; out has this `shape`, heads first."""
+    """Return out, a view of the caller's array if given, and lse. `shape` has heads first."""
     shape = shape_in_layout(shape, one_head, layout)
     out = np.empty(shape, dtype) if out is None else check_out(out, shape, dtype, True)
     if not return_lse:
@@ -527,7 +530,7 @@ def outputs(
 
 
 def shape_in_layout(shape: tuple[int, ...], one_head: bool, layout: str) -> tuple[int, ...]:
-    """Return the shape in the caller's layout of an array with this shape, heads before rows."""
+    """Convert a shape, which has heads before rows, to the caller's layout."""
     if one_head:
         return shape[1:]
     if layout == "blhd":

@@ -263,8 +263,8 @@ def attention(
 
 
 def attend(*arguments: Any) -> Any:
-    """Do what `attention` does, with all its arguments positional, and one more argument: whether
-    all scales are known to be finite."""
+    """Compute `attention` from positional arguments: all of its own, then one more, whether all
+    scales are known to be finite."""
     if _runtime.attention_common is not None:
         result = _runtime.attention_common(*arguments)
         if result is not None:

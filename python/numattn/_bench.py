@@ -36,12 +36,12 @@ _SHAPES = [
     ("the same, grouped heads", 32, 8, 1, 32768, 64, False),
 ]
 _ROUNDS = 5
-_DISTURBED = 3  # the largest ratio of the rounds over the smallest
-_REST_SECONDS = 0.05  # OpenBLAS's threads wait busily for some 30 ms after a product
+_DISTURBED = 3  # a disturbed case's largest ratio is more than this times its smallest
+_REST_SECONDS = 0.05  # OpenBLAS's threads spin for about 30 ms after a product
 
 
 def bench(as_json: bool = False) -> None:
-    """Print the table, or the same as JSON: medians of calls that take turns."""
+    """Print the table, or its content as JSON: medians of calls that take turns."""
     info = _runtime.runtime_info()
     level = info["isa"]["chosen"] or "NumPy backend"
     threads = _runtime.get_num_threads()
@@ -54,7 +54,7 @@ def bench(as_json: bool = False) -> None:
         low, high = min(ratios), max(ratios)
         if not as_json:
             spread = f"{low:.1f} to {high:.1f}"
-            # Other programs took a core from one of the two for a while.
+            # Other programs took a core from numattn or NumPy for a while.
             note = "  disturbed: run it again" if high > _DISTURBED * low else ""
             print(
                 f"{name:24}{median(ratios):13.1f}x{spread:>16}{difference:20.1e}{note}", flush=True
@@ -114,11 +114,11 @@ def _seconds(call: Call) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-# ---- plain NumPy, as fast as a few lines of it go ------------------------------------------------
+# ---- plain NumPy, as fast as a few lines can be --------------------------------------------------
 
 _PRODUCTS: dict[str, tuple[Callable[[Array, Array], Array], Callable[[Array, Array], Array]]] = {
     "matmul": (lambda q, k: q @ k.swapaxes(-1, -2), lambda weights, v: weights @ v),
-    # For one row per head of keys, where it depends on the shape which one is fastest.
+    # For one row per KV head. Which product is fastest then depends on the shape.
     "transposed": (
         lambda q, k: (k @ q.swapaxes(-1, -2)).swapaxes(-1, -2),
         lambda weights, v: (v.swapaxes(-1, -2) @ weights.swapaxes(-1, -2)).swapaxes(-1, -2),
@@ -157,7 +157,7 @@ def plain_attention(
     scale = q.dtype.type(1 / (np.sqrt(d) * (softcap or 1)))
     # The query heads of a group are rows of one product.
     grouped = q.reshape(*batch, kv_heads, -1, d)
-    # The smaller ones of queries and logits are scaled, of weights and results divided.
+    # Scale the queries or the logits, and divide the weights or the results: the fewer ones.
     few_keys = keys <= d
     s: Array = qk(grouped if few_keys else grouped * scale, k)
     if few_keys:

@@ -57,10 +57,10 @@ class BlockGradients(NamedTuple):
 
 
 class Valid(NamedTuple):
-    """Which tokens of (..., L, elements) are valid, and not padding."""
+    """Which tokens of (..., L, elements) are valid, not padding."""
 
     shape: tuple[int, ...]
-    rows: Array | slice  # an array of bool, or all
+    rows: Array | slice  # a bool array, or a slice of all rows
 
     def of(self, x: Array) -> Array:
         """Return the valid rows: a view if all are valid, else a copy."""

@@ -376,5 +376,5 @@ class BlockMask(BlockMaskPatterns):
         """Return the mask of the pairs that do not attend."""
         return inverse(self)
 
-    # NumPy's operators pass arrays of bool to these, which refuse them with a hint.
+    # NumPy's operators pass bool arrays to these methods, which refuse them with a hint.
     __rand__, __ror__ = __and__, __or__

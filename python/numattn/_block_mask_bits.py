@@ -1,6 +1,6 @@
 """The arrays of a block mask: the kind of each block, and the bits of mixed blocks.
 
-Here a *tile* is a dense array of bool that covers whole blocks. Blocks at the end of the queries or
+Here a *tile* is a dense bool array that covers whole blocks. Blocks at the end of the queries or
 the keys may be partial.
 """
 
@@ -68,10 +68,10 @@ def kinds_of_blocks(lengths: Size, block_size: Size) -> Array:
 
 
 def normal_form(blocks: Array, bits: Array, lengths: Size, block_size: Size) -> tuple[Array, Array]:
-    """Return the normal form of two arrays, which is equal for masks with the same content.
+    """Return the normal form of two arrays: masks with the same content have the same one.
 
-    `blocks` holds EMPTY, FULL, or the index of a block in `bits`. The bits may be arbitrary for
-    pairs beyond the lengths, all 0 or all 1, repeated, or unused.
+    `blocks` holds EMPTY, FULL, or the index of a block in `bits`. The bits of a
+    block may be all 0 or all 1, repeated or unused, and arbitrary for pairs beyond the lengths.
     """
     blocks = np.array(blocks, np.int32, order="C")
     is_mixed = blocks >= 0
@@ -118,7 +118,7 @@ def classify(tile: Array, block_size: Size) -> tuple[Array, Array]:
     if count == 0:
         return blocks, no_bits(block_size)
     bits = np.zeros((count, block_size[0], bytes_of(block_keys)), np.uint8)
-    # The blocks of whole keys, then blocks of the last, partial keys.
+    # First the blocks whose keys are complete, then the blocks of the last, partial keys.
     whole = key_count // block_keys
     edge = whole * block_keys
     pieces = rows[..., :edge].reshape(*rows.shape[:-1], whole, block_keys).swapaxes(-3, -2)
@@ -167,8 +167,8 @@ class Tiles:
         return normal_form(self._blocks, bits, self._lengths, self._block_size)
 
 
-# What NumPy evaluates at a time. It compares rows of fewer than about 2700 keys three times as
-# slowly, and returns arrays of much more than 256 KiB to the system each time.
+# How much NumPy evaluates at a time. Comparing rows of fewer than about 2700 keys is three times as
+# slow, and the memory of arrays much larger than 256 KiB is returned to the system each time.
 _KEYS_AT_A_TIME = 4096
 _PAIRS_AT_A_TIME = 64 * 4096
 

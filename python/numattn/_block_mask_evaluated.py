@@ -26,7 +26,7 @@ def evaluated(
     keep: Callable[[Array, Array], Array],
     alike: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[Array, Array]:
-    """Return the normal form of blocks that are EMPTY, FULL, or to be evaluated with `keep`.
+    """Return the normal form of blocks that are EMPTY, FULL, or must be evaluated with `keep`.
 
     `keep` takes queries (n, block_queries, 1) and keys (n, 1, block_keys), and returns which pairs
     attend. `alike` takes the first query and key of each block, and returns equal numbers for

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class MaskFunction:
-    """A ``mask_mod(batch, head, q, k)``, asked for one part of the mask after another."""
+    """A ``mask_mod(batch, head, q, k)``, called for one part of the mask at a time."""
 
     def __init__(self, mask_mod: MaskMod) -> None:
         _check_parameters(mask_mod)
         self._mask_mod = mask_mod
-        # Rows of tiles have the same keys: making their indices again is a tenth of the time.
+        # All rows of tiles have the same keys. Making the indices again takes a tenth of the time.
         self._indices = lru_cache(maxsize=64)(_indices)
 
     def bools(self, place: tuple[slice, ...]) -> Array:
@@ -43,7 +43,7 @@ def _check_parameters(mask_mod: MaskMod) -> None:
 
     try:
         signature = inspect.signature(mask_mod)
-    except (TypeError, ValueError):  # some callables have none
+    except (TypeError, ValueError):  # some callables have no signature
         return
     try:
         signature.bind(*range(4))
@@ -58,7 +58,7 @@ def _checked(said: object, shape: tuple[int, ...]) -> Array:
     if attends.dtype != np.bool_:
         seen = f"{dtype_name(attends)} as its result"
         refuse_kind("mask_mod", seen, "bool (True = attend)")
-    # With fewer axes the result would fit only if there are as many queries as keys, by chance.
+    # A result with fewer axes would fit only by chance, if there are as many queries as keys.
     fits = attends.ndim in (0, 4) and all(
         n in (1, wanted) for n, wanted in zip(attends.shape, shape, strict=False)
     )
@@ -76,7 +76,7 @@ _NOTE = (
 
 
 class _Indices(np.ndarray):
-    """64-bit indices that are compared with each other in 32 bits, three times as fast.
+    """64-bit indices. Comparisons between them use 32 bits, which is three times as fast.
 
     All other operations use 64 bits and return plain arrays.
     """

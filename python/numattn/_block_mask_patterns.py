@@ -193,12 +193,12 @@ class BlockMaskPatterns(BlockMaskDocuments):
         blocks = band.blocks(lengths, block_size)
         if step > 1:
             blocks[blocks == FULL] = 0
-        # Which blocks the limits do not cut, as if the last blocks were whole.
+        # Which blocks the limits do not cut. The last blocks are treated as whole blocks here.
         rows, columns = grid_of(lengths, block_size)
         inner = band.blocks((rows * block_size[0], columns * block_size[1]), block_size) == FULL
 
         def alike(q: Array, k: Array) -> Array:
-            """Return a number per block; blocks that are not cut repeat after each step."""
+            """Return a number per block. For blocks that are not cut it repeats with each step."""
             repeats = inner[q // block_size[0], k // block_size[1]]
             return np.asarray(np.where(repeats, sum(lengths) + (k - q) % step, k - q))
 

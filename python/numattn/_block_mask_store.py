@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Size = tuple[int, int]
 
 
-# The most pairs in a block. A mixed block takes one bit per pair, and more while it is made.
+# The most pairs in a block. A mixed block takes one bit per pair, and more memory while it is made.
 _MOST_PAIRS = 2**24
 
 

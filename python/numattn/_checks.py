@@ -47,14 +47,14 @@ def _sentence(name: str, seen: str, expected: str, advice: str) -> str:
 
 
 def at_index(where: int | tuple[int, ...]) -> str:
-    """Return where an element is, as words that follow it; "" for an array without axes."""
+    """Return the words " at index ..." for an error; "" for an array without axes."""
     if isinstance(where, tuple) and len(where) == 1:
         (where,) = where
     return "" if where == () else f" at index {where}"
 
 
 def kind_of(value: object) -> str:
-    """Return what type a refused value is of, for an error."""
+    """Return the type of a refused value, for an error."""
     return "None" if value is None else type(value).__name__
 
 
@@ -70,7 +70,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
         package = frame.f_globals.get("__package__")
         if package == __package__:
             level += 1
-        elif package != "importlib":  # between modules that import each other; not counted
+        elif package != "importlib":  # frames of the import system, which `warnings` does not count
             break
         frame = frame.f_back
     warnings.warn(message, category, stacklevel=level)
@@ -106,7 +106,7 @@ ELSEWHERE = {
     "s_aux": "`sinks=`",
 }
 
-# Of 8-bit keys and values, for functions that take none. Without it they would look like `scale`.
+# For functions that do not take 8-bit keys and values. Without this, errors would suggest `scale`.
 _SCALES = ("k_scale", "v_scale")
 _WITHOUT_8_BITS = "multiply int8 keys and values by their scales, and pass floats"
 
@@ -123,7 +123,8 @@ def refuse_unknown(
 ) -> NoReturn:
     """Refuse unknown keyword arguments; suggest numattn's name for one of another library.
 
-    `known` are the names for which one may be misspelt. Default: the parameters of the caller.
+    `known` are the correct names, one of which may be misspelt. Default: the parameters of the
+    caller.
     """
     import difflib  # here: only errors need it
 
@@ -186,7 +187,7 @@ def as_array(name: str, x: ArrayLike) -> Array:
 
 
 def not_converted(x: object, error: Exception) -> str:
-    """Return the words for something of which NumPy could not make an array."""
+    """Describe something that NumPy could not convert to an array."""
     return f"{type(x).__name__}, which NumPy cannot convert to an array ({error})"
 
 
@@ -304,7 +305,7 @@ def check_out(
 
 
 def check_overlap(out: Array, inputs: Mapping[str, Array | None]) -> None:
-    """Refuse an `out` whose elements overlap, or which shares memory with an input.
+    """Refuse an `out` whose elements overlap, or that shares memory with an input.
 
     `inputs` are the arrays that the computation reads. Leave out those that were copied before.
     """

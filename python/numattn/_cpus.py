@@ -65,14 +65,14 @@ def cgroup_quota(proc: Path = Path("/proc/self")) -> int | None:
     """
     try:
         quotas = [x for folder in _cgroups(proc) for x in _quotas(folder)]
-    except (OSError, ValueError):  # not Linux, or not as documented
+    except (OSError, ValueError):  # not Linux, or files that are not as documented
         return None
     return min((max(1, -(-limit // period)) for limit, period in quotas), default=None)
 
 
 def _cgroups(proc: Path) -> Iterator[Path]:
-    """Yield the folders of the process's cgroups that may hold a quota, and of their ancestors."""
-    # hierarchy:controllers:path, where version 2 names no controllers
+    """Yield the folders of the process's cgroups, and of their ancestors, that may hold a quota."""
+    # Lines are hierarchy:controllers:path. Version 2 names no controllers.
     paths = {}
     for line in (proc / "cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)

@@ -47,6 +47,6 @@ def quota(kernel32: Any, cpus: int) -> int | None:
         rate: int = answer.rate >> 16  # the higher one
     elif answer.flags & _IS_A_CAP:
         rate = answer.rate
-    else:  # a share of the CPUs that matters only when others want them
+    else:  # a share that matters only when other jobs want the CPUs
         return None
     return max(1, -(-rate * cpus // 10_000))

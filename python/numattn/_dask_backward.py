@@ -109,7 +109,8 @@ def attention_backward(problem: Problem, results: Results) -> dict[str, da.Array
 def _pairs(
     problem: Problem, results: Results, name: str, groups: list[tuple[str, ...]]
 ) -> tuple[Tasks, dict[Any, list[Key]]]:
-    """Return a task for each pair of chunks, and the tasks that add to each chunk of a group."""
+    """Return a task for each pair of chunks, and for each chunk of a group the tasks that add to
+    it."""
     tasks: Tasks = {}
     added_to: dict[Any, list[Key]] = defaultdict(list)
     key_starts = starts(problem.chunks.keys)
@@ -151,7 +152,7 @@ def _of_sinks(problem: Problem, results: Results, token: str) -> da.Array:
 
 @dataclass
 class _Sums:
-    """Sums of arrays in tuples, in trees, rounded to the dtypes at the end."""
+    """Sums of tuples of arrays, added up in trees and rounded to the dtypes at the end."""
 
     chunks: list[tuple[tuple[int, ...], ...]]
     dtypes: list[np.dtype[Any]]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Given = da.Array | NDArray[Any]
     Sizes = tuple[int, ...]
 
-# Arguments that every task holds: numbers per batch item or head.
+# Arguments that every task gets: numbers per batch item or head.
 SMALL = ("q_offset", "kv_lengths", "q_lengths", "alibi_slopes", "sinks")
 
 
@@ -109,7 +109,7 @@ class Chunks:
         return tuple(s if n == sum(s) else (n,) for n, s in zip(x.shape, sizes, strict=True))
 
     def in_layout(self, head: Any, row: Any) -> tuple[Any, ...]:
-        """Return the items for the axes of heads and rows in the order of the result's axes."""
+        """Return what belongs to the axes of heads and rows, in the order of the result's axes."""
         if self.one_head:
             return (row,)
         return (head, row) if self.layout == "bhld" else (row, head)
@@ -128,7 +128,7 @@ def starts(sizes: Sizes) -> list[int]:
 
 
 def choose_chunks(q: Given, k: Given, v: Given, arguments: Arguments, layout: str) -> Chunks:
-    """Take the chunks of q for the result and of k for the keys; the other arrays follow.
+    """Use the chunks of q for the result and of k for the keys; the other arrays follow.
 
     If one of them is a NumPy array, its chunks come from the other arrays.
     """

@@ -31,7 +31,7 @@ class ArrayMask:
         return str(self.array.name)
 
     def is_empty(self, place: tuple[slice, ...]) -> bool:
-        """Return whether it is known that no pair attends there; `place` has all axes."""
+        """Return whether it is known that no pair in `place`, which has all axes, attends."""
         mask = self._in_memory
         if mask is None:
             return False
@@ -72,7 +72,7 @@ class MaskOfBlocks:
         return str(tokenize(mask.shape, mask.block_size, mask._blocks, mask._bits))
 
     def is_empty(self, place: tuple[slice, ...]) -> bool:
-        """Return whether no pair attends there; `place` has all axes."""
+        """Return whether no pair in `place`, which has all axes, attends."""
         *items, queries, keys = place[len(place) - len(self._mask.shape) :]
         own = tuple(
             (0, 1) if n == 1 else (part.start, part.stop)

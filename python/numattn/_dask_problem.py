@@ -95,8 +95,8 @@ class Problem:
         a = self.arguments
         small = (a.q_offset, a.kv_lengths, a.q_lengths, a.alibi_slopes, a.sinks, a.scale)
         arrays = (self.q, self.k, self.v, self.mask, self.bias)
-        # Tasks depend on which chunks meet: a mask in memory makes other tasks than the same mask
-        # as a dask array.
+        # Tasks depend on which chunks meet: a mask in memory leads to other tasks than the same
+        # mask as a dask array.
         meet = [of.keys for of in self.meetings]
         return str(tokenize(arrays, self.options, small, self.split_every, meet))
 

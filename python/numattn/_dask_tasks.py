@@ -43,7 +43,8 @@ class Positions:
     q_lengths: NDArray[np.int64] | None
 
     def within(self, query: int, queries: int, key: int, keys: int) -> dict[str, Any]:
-        """Return these options of `attention` for a number of queries and keys from given ones."""
+        """Return these options of `attention` for a number of queries and of keys, from `query`
+        and `key` on."""
         offset = self.q_offset + (query - key)
         lengths = {
             "kv_lengths": None if self.kv_lengths is None else self.kv_lengths - key,
@@ -64,9 +65,9 @@ class Rows:
     dtype: np.dtype[Any]
     first: int  # query of the chunk
     positions: Positions
-    options: dict[str, Any]  # of `attention`, the layout among them
+    options: dict[str, Any]  # of `attention`, including the layout
     sinks: NDArray[np.float64] | None
-    axes: int  # of masks: all axes are there, so that none is taken for another
+    axes: int  # of masks: they have all axes, so that none is mistaken for another
 
     @property
     def row_axis(self) -> int:
@@ -89,7 +90,7 @@ def fold(
 ) -> Any:  # fmt: skip
     """Attend to some chunks of keys in turn, with some of the queries at a time.
 
-    So memory holds one result of the size of a chunk, and little else.
+    Memory then holds one result of the size of a chunk, and little else.
     """
     out, lse = _empty(rows, gives)
     at_once = min(max(rows.length // 8, _FEWEST_QUERIES), _MOST_QUERIES)

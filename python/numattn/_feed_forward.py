@@ -1,4 +1,4 @@
-"""The feed-forward network of a block, which takes each token through two or three matrices."""
+"""The feed-forward network of a block: each token passes through two or three matrices."""
 
 from __future__ import annotations
 

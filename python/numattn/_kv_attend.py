@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# The largest position of a query: minus the position of a token, `attention` still takes it.
+# The largest position of a query. `attention` accepts it even minus the position of a token.
 _MOST = MAX_POSITION // 2
 
 
@@ -80,7 +80,7 @@ def attend_to_tokens(tokens: Tokens, queries: Queries, options: Options) -> Any:
         return _attend_to(
             tokens, everything, tokens.places, queries, queries.first, options.window, options
         )
-    if queries.first != tokens.before:  # the cache has all that tokens appended last need
+    if queries.first != tokens.before:  # the cache has all that the newest tokens need
         _check_sight(tokens, queries)
     if tokens.keep_first == 0:
         return _attend_to_recent(tokens, queries, options)
@@ -108,7 +108,7 @@ def _attend_to_recent(tokens: Tokens, queries: Queries, options: Options) -> Any
     recent = slice(tokens.keep_first, max(tokens.used, tokens.keep_first))
     window = (tokens.window - 1, None)
     options = _of_tokens(options, begins, lengths)
-    if options.tail_mask is not None:  # only its last columns are for recent tokens
+    if options.tail_mask is not None:  # only its last columns belong to recent tokens
         more = max(options.tail_mask.shape[3] - max(lengths, default=0), 0)
         options = options._replace(tail_mask=options.tail_mask[..., more:])
     return _attend_to(tokens, recent, lengths, queries, first, window, options)
@@ -150,7 +150,7 @@ def _columns(x: Array | None, begins: list[int], lengths: list[int]) -> Array | 
 
 
 def _attend_in_two_parts(tokens: Tokens, queries: Queries, options: Options) -> Any:
-    """Attend to the first tokens and to the others, and merge; sinks go with the others."""
+    """Attend to the first tokens and to the others, and merge; the others include the sinks."""
     return_lse, out = flag("return_lse", options.return_lse), options.out
     if out is not None:
         check_out(out, (*queries.q.shape[:3], tokens.arrays[1].shape[3]), queries.q.dtype)
@@ -185,7 +185,7 @@ def _merged(a: Array, lse_a: Array, b: Array, lse_b: Array) -> tuple[Array, Arra
     total = np.maximum(total, 1)
     merged = a * (share_a / total)[..., np.newaxis]
     merged += b * (share_b / total)[..., np.newaxis]
-    # Only rounding can carry it outside the range between both, even beyond the largest number.
+    # Only rounding can take a mean outside the range of both values. It may even overflow.
     merged = np.maximum(merged, np.minimum(a, b))
     return np.minimum(merged, np.maximum(a, b)), lse
 

@@ -29,7 +29,7 @@ def append_in_pieces(
         return _append_piece(tokens, q, new, counts, options)
     if counts is None:
         counts = [given] * len(tokens.lengths)
-    # Leave out pieces of only padding, so that the last tokens can be attended from again.
+    # Skip pieces that are only padding, so that the last tokens can be attended from again.
     most = max(counts, default=0)
     starts = range(0, max(most, 1), size)
     if not flag("is_causal", options.is_causal) and len(starts) > 1:

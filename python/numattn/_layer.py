@@ -301,7 +301,7 @@ class MultiHeadAttention(LayerParameters):
                 return out
             # The batch may come only from the values, which weights do not depend on.
             q = np.broadcast_to(q, (*batch, *q.shape[-3:]))
-            # With all axes: `attention` has warned if they may mean something else.
+            # Add the missing axes: `attention` has warned if they may mean something else.
             for name in ("mask", "tail_mask", "bias"):
                 if options[name] is not None:
                     array = as_array(name, options[name])

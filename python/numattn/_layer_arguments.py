@@ -145,7 +145,7 @@ def initial_parameter(
         return np.ones(shape, dtype)
     with np.errstate(under="ignore"):
         drawn = rng.standard_normal(shape) / math.sqrt(shape[0])
-        # A 16-bit layer has the numbers of a float32 layer, rounded.
+        # A 16-bit layer has the values of a float32 layer, rounded.
         return drawn.astype(precision_of(dtype)).astype(dtype, copy=False)
 
 

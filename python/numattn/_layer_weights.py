@@ -95,7 +95,7 @@ def save(
     parameters: Mapping[str, Array],
     kind: str = _METADATA,
 ) -> None:
-    """Write parameters, and the options of the layer or block of this kind that has them."""
+    """Write the parameters and the options of a layer or block of this kind."""
     arrays = {name: np.ascontiguousarray(x) for name, x in parameters.items()}
     package = _safetensors()
     filename = _file_name(path)
@@ -111,7 +111,7 @@ def opened(
     kind: str = _METADATA,
     check: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Array], dict[str, Any]]]:
-    """Give the shapes of the arrays in a file, a function that reads one, and the layer's options.
+    """Yield the shapes of the arrays in a file, a function that reads one, and the options.
 
     `check` checks and returns the options; by default, the options of an attention layer. Errors
     about the file, and about a layer made from it, name the file.
@@ -322,7 +322,7 @@ def _refuse_separate(module: Any, state: Mapping[str, Any], is_state: bool) -> N
             parts = [f"{prefix}{dot}{part}" for part in (of_q, *others)]
             if last != of_q or not there.issuperset(parts[:3]):
                 continue
-            if parts[3] not in there and others[-1] != "dense":  # perhaps the next ones
+            if parts[3] not in there and others[-1] != "dense":  # the next names may match
                 continue
             paths = [path(f"{part}.weight") for part in parts]
             paths[3:] = paths[3:] if parts[3] in there else ["o_weight"]

@@ -11,13 +11,13 @@ import importlib
 
 def is_here() -> bool:
     """Return whether this is the process's main interpreter."""
-    for name in ("_interpreters", "_xxsubinterpreters"):  # Python 3.13 and later; before
+    for name in ("_interpreters", "_xxsubinterpreters"):  # Python 3.13 and later; older
         try:
             interpreters = importlib.import_module(name)
         except ImportError:
             continue
         return bool(interpreters.get_current() == interpreters.get_main())
-    return True  # nobody can tell; most Pythons without such a module have one interpreter
+    return True  # unknown; most Pythons without such a module have one interpreter
 
 
 if not is_here():

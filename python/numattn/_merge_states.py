@@ -96,7 +96,7 @@ def merge_states(
         for part in weighted:
             merged += part
         if not np.isfinite(merged).all():
-            # Rounding alone carries a mean of finite numbers beyond the largest of them.
+            # Only rounding can make a mean of finite numbers overflow.
             finite = np.ones(merged.shape, np.bool_)
             for (result, _), weight in zip(parts, weights, strict=True):
                 finite &= np.isfinite(result) | (weight[..., np.newaxis] == 0)
@@ -113,7 +113,7 @@ def merge_states(
 def _weighted(result: Array, weight: Array) -> Array:
     share = weight[..., np.newaxis]
     part: Array = share * result.astype(weight.dtype, copy=False)
-    if not weight.all():  # what attended to nothing is no part of the result, be it NaN
+    if not weight.all():  # a state that attended to nothing does not count, even if NaN
         np.copyto(part, 0, where=share == 0)
     return part
 

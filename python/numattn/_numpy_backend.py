@@ -1,4 +1,4 @@
-"""The computations of the compiled kernels in NumPy, for systems without these.
+"""The computations of the compiled kernels in NumPy, for systems without them.
 
 The meaning and the errors are the same, and memory is linear in the sequence lengths.
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# Logits of one block. With the arrays made from them, a block takes about five times their memory.
+# The most logits in a block. Together with arrays made from them, they take about five times their
+# own memory.
 _BLOCK_LOGITS = 1 << 20
 
 
@@ -158,7 +159,7 @@ def masked_logits(
         capped = np.tanh(logits / precision(a.softcap))
         logits = precision(a.softcap) * capped
 
-    # Differences of positions are exact in the floats that they become.
+    # Differences of positions are exact when they are converted to floats.
     distance = (np.arange(rows.start, rows.stop) + (offset - begin))[:, np.newaxis] - np.arange(
         keys.stop - begin
     )
@@ -195,14 +196,14 @@ def kept_weights(
 def aggregate(weights: Array, v: Array, attend: Array, largest: float = np.inf) -> Array:
     """Return weights @ v, ignoring values that are not attended to, even NaN.
 
-    If weights add up to 1, only rounding can carry a sum of finite values beyond the largest
-    number; `largest` limits it.
+    If weights add up to 1, only rounding can make a sum of finite values overflow; `largest`
+    limits it.
     """
     finite = np.isfinite(v)
     if finite.all():
         out: Array = np.matmul(weights, v)
         return np.clip(out, -largest, largest, out=out)
-    # A weight of 0 would carry a NaN or an infinity into queries that mask its key. Infinite values
+    # A weight of 0 does not keep NaN or infinity out of queries that mask the key. Infinite values
     # are replaced by tiny ones rather than by 0, because an infinite weight times 0 is NaN.
     least = np.copysign(np.finfo(v.dtype).tiny, v)
     out = np.matmul(weights, np.where(finite, v, np.where(np.isnan(v), 0, least)))
@@ -218,7 +219,7 @@ def _show_non_finite(out: Array, weights: Array, v: Array, attend: Array) -> Non
     """Add the products of attended infinities and NaNs with their weights to `out`."""
 
     def meet(chosen: Array, values: Array) -> Array:
-        """Return whether a query has chosen a key with such a value; in floats, for BLAS."""
+        """Return whether a query chose a key with such a value; in floats, which BLAS multiplies."""
         if not (chosen.any() and values.any()):
             return np.zeros(out.shape, np.bool_)
         return np.asarray(np.matmul(chosen.astype(np.float32), values.astype(np.float32)) > 0)

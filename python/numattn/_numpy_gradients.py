@@ -95,7 +95,7 @@ def _add_gradients(
         dlogits = np.where(kept, dlogits * growth, precision.type(0))
     dlogits -= row_sums
     dlogits *= weights
-    # Masked elements may have met a NaN.
+    # Masked elements may be NaN.
     dlogits = np.where(attend, dlogits, precision.type(0))
     if g.dbias is not None:
         _add_repeated(g.dbias[batch_item][query_heads, rows, keys], _as_heads(dlogits))
@@ -104,7 +104,7 @@ def _add_gradients(
         dlogits = np.where(attend, dlogits, precision.type(0))
 
     scale = precision.type(a.scale)
-    # The logit of a key that is not finite is -inf, whose gradient is 0, or already NaN.
+    # If a key is not finite, its logit is -inf, with a gradient of 0, or already NaN.
     k = of_keys(a.k)
     dq = np.matmul(dlogits, np.where(np.isfinite(k), k, precision.type(0))) * scale
     g.dq[batch_item][query_heads, rows] += _as_heads(dq)

@@ -291,7 +291,7 @@ class _Tokens:
         places = np.minimum(np.arange(self.length), self.valid[:, np.newaxis] - 1)
         if given is None:
             return np.maximum(self.past[:, np.newaxis] + places, 0)
-        # If a text begins, ONNX Runtime reads only the first of all positions.
+        # At the beginning of a text, ONNX Runtime reads only the first of all positions.
         return np.maximum(given.reshape(-1)[0] + places, 0) if self.is_first else given
 
     def after_past(self, past: Array | None, new: Array) -> Array:

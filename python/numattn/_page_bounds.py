@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # Elements of keys that are converted to float32 at a time.
 _BLOCK_NUMBERS = 1 << 18
 
-# Options that attention to some pages does not have, with all names that `_checks` knows for them.
+# Options that attention to chosen pages does not have, under all names that `_checks` knows.
 _MASKS = (
     "mask", "attn_mask", "attention_mask", "bias", "attn_bias", "tail_mask", "tree_mask",
     "medusa_attn_mask", "custom_mask", "tree_attn_bias", "qq_bias",
@@ -150,8 +150,8 @@ class PageBounds:
             at_least("head_dim", head_dim, 1),
         )
         self._dtype = accepted_dtype(dtype)
-        # The largest and the least elements, side by side: `_page_selection` multiplies queries by
-        # them.
+        # The largest and the least elements are adjacent: `_page_selection` multiplies queries
+        # by both.
         bounds_shape = (self._shape[0], *self._shape[2:3], 2, self._shape[3])
         self._bounds = np.empty(bounds_shape, precision_of(self._dtype))
         self._bounds[:, :, 0], self._bounds[:, :, 1] = -np.inf, np.inf

@@ -26,7 +26,7 @@ _BLOCK_NUMBERS = 1 << 17
 
 
 def least_count(query_length: int, page_size: int) -> int:
-    """Return the most pages that are always chosen: the first, and the pages of the last tokens."""
+    """Return the most pages that are always chosen: the first, and pages with the last tokens."""
     return 2 + -(-(max(query_length, 1) - 1) // page_size)
 
 
@@ -42,7 +42,7 @@ def choose_pages(
     batch, kv_heads, rows, query_length, head_dim = q.shape
     places = np.full((batch, kv_heads, count), -1, np.int64)
     with quiet():
-        # The largest product with an element is that with its largest or its least value.
+        # A product is largest with the largest or the least value of an element.
         q = q.astype(bounds.dtype, copy=False)
         signed = np.stack([np.maximum(q, 0), np.minimum(q, 0)], axis=-2)
         signed = signed.reshape(batch, kv_heads, rows * query_length, 2 * head_dim)

@@ -75,6 +75,6 @@ def weight_gradient(rows: Array, d: Array, num_threads: int | None = None) -> Ar
 
 
 def bias_gradient(d: Array, num_threads: int | None = None) -> Array:
-    """Return the sum of the rows, in the order of additions of a product with a matrix."""
+    """Return the sum of the rows, added in the same order as in a product with a matrix."""
     rows = project(np.ones((1, len(d)), d.dtype), d, num_threads=num_threads)
     return rows.reshape(-1)

@@ -179,7 +179,7 @@ def quantize_kv(
 
 
 def quantize_named(name: str, x: ArrayLike) -> Rounded:
-    """Do what `quantize_kv` does, for an argument with another name."""
+    """Compute `quantize_kv` for an argument with another name."""
     return _rounded(_finite_vectors(name, x))
 
 

@@ -194,7 +194,7 @@ def _yarn(values: dict[str, Any], base: float, rotary_dim: int, length: int) -> 
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, rotary_dim - 1)
     if first == last:
-        last += 0.001  # makes a step
+        last += 0.001  # a step instead of a division by 0
     slow = np.clip((np.arange(rotary_dim // 2) - first) / (last - first), 0, 1)
     frequencies = _plain(base, rotary_dim)
     frequencies = frequencies * (1 - slow) + frequencies / stretch * slow

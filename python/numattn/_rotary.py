@@ -296,7 +296,7 @@ def _angles(waves: Waves, positions: NDArray[np.float64], precision: type) -> tu
 
 
 class _Tables:
-    """A store of cosines and sines for positions 0, 1, ..., which cost more than the rotation."""
+    """A store of cosines and sines for positions 0, 1, ...: they cost more than the rotation."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes

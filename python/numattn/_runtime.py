@@ -61,7 +61,7 @@ _ARCHIVE_ADVICE = (
 
 
 def _compiler_advice(platform: str) -> str:
-    """Return what to do on a platform, named as in `sys`, where there were no kernels to import."""
+    """Return advice for a platform, named as in `sys`, without kernels to import."""
     compiler = {
         "win32": "install Visual Studio's component 'C++ Clang tools for Windows', set "
         "SKBUILD_CMAKE_ARGS=-TClangCL",
@@ -79,7 +79,7 @@ def _why_missing(error: ImportError) -> tuple[str, str]:
     if type(loader) is zipimport.zipimporter:
         reason = f"Python cannot load compiled modules from a zip archive, here {loader.archive}"
         return reason, _ARCHIVE_ADVICE
-    if error.name == PACKAGE:  # Python's own words guess at a circular import
+    if error.name == PACKAGE:  # Python's own message guesses at a circular import
         return f"no module named {PACKAGE}._core", _compiler_advice(sys.platform)
     return str(error), _compiler_advice(sys.platform)
 

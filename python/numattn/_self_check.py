@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# The generic level of x86-64 has no fused multiply-add, where NumPy's BLAS has it; and what NumPy
-# itself rounds in these few problems is a matter of luck. A wrong result is thousands of times off.
+# The generic level of x86-64 has no fused multiply-add, but NumPy's BLAS has. How well NumPy itself
+# rounds in these few problems is also a matter of luck. A wrong result is thousands of times off.
 _FACTOR = 4.0
 
 
@@ -129,7 +129,7 @@ def _plain(
     dout: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, options: dict[str, Any],
     dtype: Any, matmul: Callable[..., Any] = np.matmul,
 ) -> list[Any]:  # fmt: skip
-    """Return out, lse and the gradients of q, k, v and the bias; of sinks there are too few."""
+    """Return out, lse and the gradients of q, k, v and the bias; there are too few sinks."""
     results = _reference.attention(q, k, v, **options, dtype=dtype, matmul=matmul)
     gradients = _reference.attention_backward(
         dout, q, k, v, out, lse, **options, dtype=dtype, matmul=matmul

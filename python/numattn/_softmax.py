@@ -102,7 +102,7 @@ def masked_softmax(
         check_out(out, x.shape, x.dtype)
         if out is not x and not same_elements(out, x):
             check_overlap(out, {"scores": x, "mask": m})
-    # The kernel takes rows side by side.
+    # The kernel takes contiguous rows.
     rows = np.ascontiguousarray(np.moveaxis(x, axis, -1))
     kept = None if m is None else np.ascontiguousarray(np.moveaxis(m, axis, -1))
     to = np.moveaxis(out, axis, -1)

@@ -362,7 +362,7 @@ def _check(
     window: Any, scale: Any, softcap: Any, alibi_slopes: Any, sinks: Any, kv_lengths: Any,
     q_lengths: Any, layout: Any, num_threads: Any, k_scale: Any,
 ) -> tuple[_arguments.Arguments, bool]:  # fmt: skip
-    """Return the arguments of a stage without values, and whether it is one head."""
+    """Return the arguments of a stage without values, and whether there is no axis of heads."""
     q_, k_ = as_array("q", q), as_array("k", k)
     arguments = _arguments.check(
         q_, k_, None, mask, tail_mask, bias, is_causal, q_offset, window, scale, softcap,
@@ -392,7 +392,7 @@ def _weights_of_rows(arguments: _arguments.Arguments, rows: NDArray[np.int64]) -
 
 
 def _rows(rows: int | ArrayLike, length: int) -> NDArray[np.int64]:
-    """Return the indices of rows, none of them negative; a number has no axes."""
+    """Return the indices of rows, without negative ones; a single int has no axes."""
     wanted = snapshot("rows", rows)
     if wanted.size and not np.issubdtype(wanted.dtype, np.integer):
         refuse_kind("rows", f"dtype {wanted.dtype.name}", "ints")
@@ -406,7 +406,7 @@ def _rows(rows: int | ArrayLike, length: int) -> NDArray[np.int64]:
 
 
 def _runs(rows: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
-    """Yield the place, the first row and the number of rows that follow each other."""
+    """Yield the place, the first row and the length of each run of consecutive rows."""
     ends = np.flatnonzero(np.diff(rows) != 1) + 1
     for begin, end in zip([0, *ends.tolist()], [*ends.tolist(), len(rows)], strict=True):
         if end > begin:

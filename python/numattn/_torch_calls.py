@@ -57,7 +57,7 @@ def usual_call(
     is_bfloat16 = q.dtype is torch.bfloat16
     try:
         if is_bfloat16:
-            # A view as int16 drops gradients, while `numpy` alone would refuse.
+            # A view as int16 drops gradients, but `numpy` would refuse them.
             if q.requires_grad or k.requires_grad or v.requires_grad:
                 return None
             int16 = torch.int16

@@ -60,7 +60,7 @@ def unfit(x: object) -> str | None:
 
 
 def has_tangent(*tensors: object) -> bool:
-    """Return whether forward-mode derivatives go through one of these that are tensors."""
+    """Return whether forward-mode derivatives go through any of the tensors among these."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
     given = [x for x in tensors if isinstance(x, torch.Tensor)]

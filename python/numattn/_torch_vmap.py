@@ -43,7 +43,7 @@ class _Batches:
         self.call = call
         given = call.arguments
         ndims = [self.ndim(name) for name in ("q", "k", "v")]
-        # One head without an axis gets one. Otherwise the mapped axis would be taken for it.
+        # A single head without an axis gets one. Otherwise the mapped axis would be taken for it.
         self.one_head = max(ndims) == 2
         self.head_axis = -2 if given["layout"] == "blhd" else -3
         self.batch_axes = max(*ndims, 3) - 3

@@ -4,7 +4,7 @@ A model in transformers asks for its mask once per forward pass, with a function
 padding mask. It gets a `StructuredMask`. `numattn.transformers` reads its structure: limits,
 chunks, padding, or else bools of all pairs. For all other code it is the mask of "eager": floats to
 add to the logits, which are made when they are first needed. So models that compute attention
-themselves, or use their masks otherwise, get the same as with "eager".
+themselves, or use their masks in other ways, get the same as with "eager".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Arrays that live for one call, and whose memory the next call uses again.
+"""Arrays that live for one call; the next call reuses their memory.
 
 New arrays of this size need new pages from the system. Making and clearing the pages of q, k, v and
 attention's result takes a twentieth of a layer's time.
@@ -37,7 +37,7 @@ class Workspace:
     """A maker of arrays in a ``with`` statement; the arrays must not be used after it.
 
     A thread keeps as much memory as one of its calls needed, up to a limit, until several uses in a
-    row need a quarter of it or less. It does not release the memory sooner because a model's steps
+    row need a quarter of it or less. The memory is not released sooner, because a model's steps
     alternate: attention and feed-forward network, a prompt and single tokens.
     """
 
@@ -71,8 +71,8 @@ class Workspace:
         return self._memory[begin : begin + size].view(dtype).reshape(shape)
 
     def _take(self) -> NDArray[Any]:
-        # There is another owner if a signal handler computes during a computation. An owner that
-        # was ended by an exception is gone.
+        # There is another owner if a signal handler calls numattn during a computation. An owner
+        # that ended with an exception is gone.
         if _owner() is not None:
             return np.empty(0, np.uint8)
         _kept.owner = weakref.ref(self)

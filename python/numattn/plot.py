@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = ["html_page", "plot_block_mask", "plot_heads", "plot_lines", "plot_pattern"]
 
-# The most labels on an axis, and the most tokens that are labels at all: with more tokens, the few
+# The most labels on an axis, and the most tokens that are used as labels: with more tokens, the few
 # words that fit say less than positions.
 _MOST_LABELS = 40
 _MOST_TOKENS = 300

@@ -129,7 +129,7 @@ def scaled_dot_product_attention(
         if attn_mask is not None:
             is_usual = is_usual and unfit(attn_mask) is None and attn_mask.ndim > 1
         if is_usual and attn_mask is not None:
-            # All axes are there, so that none is taken for another.
+            # Add all missing axes, so that none is mistaken for another.
             full = _with_axes(attn_mask, query.ndim)
             mask, bias = (full, None) if attn_mask.dtype is torch.bool else (None, full)
         if is_usual:

@@ -66,7 +66,7 @@ demo: $(BUILT) $(VENV)/demo
 
 heading = printf '\n== %s ==\n\n' "$(1)"
 
-# The code on the pages draws their pictures. Warnings are errors.
+# The code on the pages draws the pictures. Warnings are errors.
 docs: $(BUILT) $(VENV)/group-docs
 	NUMATTN_BACKEND=native $(BIN)/sphinx-build -q -W --keep-going -d build/doctrees docs build/docs
 	@echo "the first page: build/docs/index.html"
@@ -84,11 +84,11 @@ test-parallel: $(BUILT) $(VENV)/group-parallel
 test-native: $(VENV)/group-native
 	$(call native-tests,build/native,)
 
-# The same under two sanitizers: one for addresses and undefined behaviour, one for threads. All levels
-# share the code for threads, so few levels are enough there. setarch -R: the thread sanitizer needs
-# addresses that are not random.
+# The same in two builds: one with the sanitizers for addresses and undefined behaviour, one with the
+# sanitizer for threads. All levels share the code for threads, so a few levels are enough there.
+# setarch -R: the thread sanitizer needs addresses that are not random.
 PROBLEMS := 400
-# The levels under the first two; empty: all of them.
+# The levels in the first build; empty: all of them.
 SANITIZE_LEVELS :=
 sanitize: $(VENV)/group-native
 	$(call native-tests,build/sanitize-address,-DNUMATTN_SANITIZE=address$(comma)undefined -DNUMATTN_OPTIMIZE=-O1 -DNUMATTN_LEVELS="$(SANITIZE_LEVELS)" -DNUMATTN_TEST_PROBLEMS=$(PROBLEMS))
@@ -107,7 +107,7 @@ define native-build
 	$(BIN)/cmake --build $(1)
 endef
 
-# A CPU without AVX2. qemu-user is an operating system package.
+# The package on a CPU without AVX2. qemu-user is an operating system package.
 emulate: $(BUILT) $(VENV)/group-test
 	NUMATTN_BACKEND=native qemu-x86_64 -cpu Nehalem $(BIN)/python tests/emulated.py generic
 
@@ -117,12 +117,12 @@ emulate: $(BUILT) $(VENV)/group-test
 emulate-windows: $(VENV)/group-native
 	$(call native-tests,build/windows,--toolchain "$(CURDIR)/tests/native/toolchains/mingw.cmake" $(ARGS),$(wine))
 
-# Not in this folder: it contains a link to the whole file system, which `make wheel` would walk.
+# Not in this folder: it has a link to the whole file system, which `make wheel` would follow.
 wine_home := $(or $(TMPDIR),/tmp)/numattn-wine-$(shell id -u)
 wine = env WINEPREFIX="$(wine_home)" WINEDEBUG=-all WINEDLLOVERRIDES=mscoree,mshtml,winedbg.exe=
 
 # The native library for 64-bit Arm, compiled by Debian's g++-aarch64-linux-gnu and run by qemu-user as
-# on CPUs of several generations. After the colon: the best level of each.
+# on CPUs of several generations. The name after the colon is the best level of the CPU.
 ARM_CPUS := cortex-a72:neon neoverse-n1:neon max:neon_bf16
 emulate-arm: $(VENV)/group-native
 	$(call native-build,build/arm,--toolchain "$(CURDIR)/tests/native/toolchains/aarch64.cmake" $(ARGS))
@@ -147,14 +147,14 @@ test-wheels: $(VENV)/group-wheel
 
 wheels = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/wheels.py
 
-# Against PyTorch, transformers, ONNX Runtime, JAX and Keras: several hundred megabytes to download.
+# Tests with PyTorch, transformers, ONNX Runtime, JAX and Keras: downloads several hundred megabytes.
 test-models: $(BUILT) $(VENV)/group-test $(VENV)/group-models $(VENV)/demo
 	NUMATTN_BACKEND=native $(BIN)/python -m pytest -n auto $(addprefix tests/test_,\
 	  block.py demo.py docstrings.py documentation.py jax.py keras.py layer.py layer_16_bits.py \
 	  layer_gradients.py layer_options.py onnx.py porting.py rotary.py search.py torch.py \
 	  torch_gradients.py torch_programs.py transformers.py)
 
-# examples/sentences.py as a program frozen by PyInstaller, with the package's hook.
+# examples/sentences.py, frozen by PyInstaller with the package's hook.
 test-frozen: $(BUILT) $(VENV)/group-frozen $(VENV)/demo
 	$(BIN)/python tests/frozen.py
 

@@ -31,7 +31,7 @@ class Case:
     kv_lengths: list[int] | None = None
     layout: str = "bhld"
     transposed_keys: bool = False  # (D, L) in memory
-    backward: bool = False  # its gradients instead
+    backward: bool = False  # the gradients instead
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def is_decode(self) -> bool:
-        """Few queries: reading K and V limits them, not multiplying."""
+        """With few queries, reading K and V is the limit, not multiplying."""
         return self.query_length <= 4 and self.key_length >= 1024
 
     @property
@@ -67,8 +67,8 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Useful operations: for each attended pair, the multiply-adds of two products forwards
-        (q k and w v) or of five products backwards."""
+        """Useful operations: for each attended pair, the multiply-adds of two products in the
+        forward pass (q k and w v), or of five in the backward pass."""
         products = 5 if self.backward else 2
         return 2.0 * products * self.head_dim * self.attended_pairs
 
@@ -178,8 +178,8 @@ CASES = [
     Case("tiny-decode", 1, 1, 1, 1, 64, 64),
 ]
 
-# Targets on a CPU with AVX-512 at that level, by number of threads: the share of the peak (for few
-# queries: of the read bandwidth), and how many times as fast as another library.
+# Targets on a CPU with AVX-512 at that level, by number of threads: the share of the peak (with few
+# queries, the share of the read bandwidth), and how many times as fast as another library.
 BARS: dict[tuple[str, int], dict[str, float]] = {
     ("bert128", 1): {"peak": 0.78, "torch": 1.7, "onnxruntime": 1.0},
     ("bert512", 1): {"peak": 0.86, "torch": 2.3},
@@ -231,8 +231,8 @@ BARS: dict[tuple[str, int], dict[str, float]] = {
 # The share of the AVX2 peak at NUMATTN_ISA=avx2, one thread.
 AVX2_BARS = {"bert512": 0.75, "enc4k": 0.78, "enc4k128": 0.84}
 
-# What an option costs: a name, the target, two cases whose times are divided, and the level that is
-# measured unless it is the best one.
+# What an option costs: a name, the target, two cases whose times are divided, and the level to
+# measure, if it is not the best one.
 OPTION_COSTS: list[tuple] = [
     (
         "mask that is causal / is_causal",

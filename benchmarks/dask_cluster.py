@@ -1,6 +1,6 @@
 """Compare attention on a local dask cluster with one process: `make bench-dask`.
 
-The cluster has as many processes, with one thread each, as the single process has threads. Both
+The cluster has as many processes, with one thread each, as the single process has threads. The two
 take turns in rounds, and each figure is the median of the rounds' ratios. The arrays are in the
 workers' memory before the call, and the result stays there. The program also prints how many tasks
 a sequence of a million tokens has, and how long it takes to make them.

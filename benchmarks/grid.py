@@ -1,9 +1,9 @@
 """Look for a shape at which numattn is slower than plain NumPy, among about 460: `make bench-grid`.
 
-Both libraries have their own process, use as many threads, and take turns. NumPy is `plain_calls`
-of `numattn._bench`; its fastest variant counts in each turn. If a ratio is near 1, the shape is
-measured again in more rounds. rounds.py says which rounds count. The program prints the worst
-cases. The last line is the verdict, and the exit code says the same.
+Each library has its own process. Both use the same number of threads, and take turns. NumPy is
+`plain_calls` of `numattn._bench`; its fastest variant counts in each turn. If a ratio is near 1,
+the shape is measured again in more rounds. rounds.py says which rounds count. The program prints
+the worst cases. The last line is the verdict, and the exit code says the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numattn._terminal import progress
 from rounds import ATTEMPTS, SAMPLE, Worker, check_agreement
 
 TURN_SECONDS = 0.01
-REST_SECONDS = 0.05  # OpenBLAS's threads wait busily for some 30 ms after a product
+REST_SECONDS = 0.05  # OpenBLAS's threads spin for about 30 ms after a product
 NEAR = 1.03
 MORE_ROUNDS = 15
 

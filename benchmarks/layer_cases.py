@@ -8,7 +8,7 @@ import numpy as np
 from cases import Case as Attention
 from cases import numpy_dtype
 
-MATRICES = 4  # that a single row is multiplied by: more bytes than caches keep
+MATRICES = 4  # a single row is multiplied by these: together they exceed the caches
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ CASES = [
 ]  # fmt: skip
 
 # Targets with two threads: the share of the dtype's peak of multiply-adds (for a row and rotary
-# embedding: of the read bandwidth), and how many times as fast as another library.
+# embedding, the share of the read bandwidth), and how many times as fast as another library.
 BARS: dict[str, dict[str, float]] = {
     "projection 4096 x 768 x 768": {"peak": 0.88, "numpy": 0.97},
     "projection 4096 x 768 x 3072": {"peak": 0.86, "numpy": 0.97},

@@ -318,7 +318,7 @@ def torch_forward(case: Case):
 
 
 def torch_fast_and_not(case: Case) -> dict[str, Call]:
-    """Return the layer or block with its fast path and without, because it is often slower."""
+    """Return the layer or block with and without its fast path, which is often slower."""
     import torch
 
     module, x = torch_forward(case), torch.from_numpy(embeddings(case))
@@ -332,7 +332,7 @@ def torch_fast_and_not(case: Case) -> dict[str, Call]:
 
 
 def torch_step(case: Case) -> Call:
-    """Attend as a program with its own cache does, because the module has no cache."""
+    """Attend like a program with its own cache, because the module has none."""
     import torch
 
     linear = torch.nn.functional.linear

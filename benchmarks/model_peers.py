@@ -11,7 +11,7 @@ from peers import Call, Peer, Unsupported
 if TYPE_CHECKING:
     import numpy as np
 
-TOKENS = 8  # that one call generates
+TOKENS = 8  # one call generates this many
 
 
 @dataclass(frozen=True)

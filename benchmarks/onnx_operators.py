@@ -1,7 +1,7 @@
 """numattn's ONNX operators against the reference evaluator's own: `make bench-onnx`.
 
-Both compute the same graph of one node, in turns, on one thread. A figure is the median of the
-rounds' ratios, and counts the whole call of the evaluator.
+Both compute the same graph of one node on one thread, and take turns. A figure is the median of
+the rounds' ratios. It counts the whole call of the evaluator.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def graphs() -> Iterator[tuple[str, tuple]]:
-    """Yield what a graph is, and its model with what it is fed."""
+    """Yield the description of a graph, its model and its inputs."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:

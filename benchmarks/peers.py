@@ -59,7 +59,7 @@ def numpy_peer(case: Case, threads: int) -> dict[str, Call]:
 
 
 def _penalty(case: Case, made: dict) -> np.ndarray | None:
-    """Return what is added to the logits: bias, ALiBi, and -inf where a query must not attend."""
+    """Return what to add to the logits: bias, ALiBi, and -inf where a query must not attend."""
     lengths = np.reshape(case.kv_lengths or [case.key_length], (-1, 1, 1, 1))
     p = np.arange(case.query_length)[:, np.newaxis] + lengths - case.query_length
     j = np.arange(case.key_length)

@@ -1,7 +1,7 @@
 """The picture of speed in the README: `python benchmarks/picture.py bench-results/bench.json`.
 
 `make bench` writes it next to its results. The SVG is written here rather than by matplotlib,
-because one file has to fit light and dark pages.
+because one file must suit light and dark pages.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-# case: what it is to somebody who has not read cases.py
+# case: its description for people who have not read cases.py
 TITLES = {
     "bert128": ("Sentence encoder", "128 tokens, 12 heads of 64"),
     "bert512": ("BERT", "512 tokens, 12 heads of 64"),
@@ -53,7 +53,7 @@ def bars_of(row: dict) -> list[Bar]:
 
 
 def can_draw(rows: list[dict], threads: int) -> bool:
-    """Whether there is a case of the picture with a peer."""
+    """Whether any case of the picture has a peer."""
     return any(row["case"] in TITLES and row["speedup_over"] for row in rows_of(rows, threads))
 
 
@@ -94,7 +94,7 @@ def picture(rows: list[dict], threads: int, machine: list[str]) -> str:
             f"<title>{escape(caption)}</title>",
             f"<desc>{escape(told)}</desc>",
             f"<style>{STYLE}</style>",
-            # A page may be light on a dark system: the picture brings its own background.
+            # A page may be light on a dark system, so the picture has its own background.
             f'<rect class="page" width="{WIDTH}" height="{y}" rx="6"/>',
             *head,
             *body,

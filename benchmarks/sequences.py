@@ -1,7 +1,7 @@
 """Measure caches in 8 bits and in pages, ragged and uneven batches: `make bench-sequences`.
 
 Calls take turns in one process, and each figure is the median of the rounds' ratios. A "share of
-reading" compares with only reading the same arrays, with as many threads, in the same round.
+reading" compares a call with only reading the same arrays, on as many threads, in the same round.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compare the speed of two builds, case by case: `python versions.py BEFORE AFTER`.
 
 BEFORE and AFTER are the Python interpreters of two environments with different builds of numattn.
-Each build has its own process, and both have a turn in each round. A figure above 1 means that
+Each build has its own process, and each takes a turn in every round. A figure above 1 means that
 AFTER is faster. The cases are the ones of `make bench` and `make bench-sequences`, and small calls,
 which are all overhead.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 TURN_SECONDS = 0.03  # at least one call
-# Not imported: this interpreter needs no numattn, and the builds that are compared may be older.
+# Not imported: this interpreter does not need numattn, and the compared builds may be older.
 BLAS = runpy.run_path(str(Path(__file__).parents[1] / "python/numattn/_blas.py"))
 REST_SECONDS = 0.05  # until the threads of the other process sleep
 

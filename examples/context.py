@@ -108,7 +108,7 @@ def print_table(word: str, meanings: dict[str, list[str]], pairs: list[dict]) ->
             print(f"  {next(number)} {meaning + ':' if meaning else '':13}{sentence}")
     stages = len(pairs[0]["cosines"])
     print("\n  sentences   " + "".join(f"{name:>10}" for name in stage_names(stages)))
-    # Pairs of one meaning first.
+    # First the pairs in which the word means the same.
     for pair in sorted(pairs, key=lambda pair: pair["meanings"][0] != pair["meanings"][1]):
         a, b = pair["numbers"]
         sign = "=" if pair["meanings"][0] == pair["meanings"][1] else "/"

@@ -62,7 +62,7 @@ class Adam:
     """Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
 
     Every parameter moves against the running mean of its gradients, divided by the square root of
-    the running mean of their squares. It moves as far if gradients are small as if they are large.
+    the running mean of their squares. It moves equally far whether gradients are small or large.
     """
 
     def __init__(self, parameters, decays=(0.9, 0.99)) -> None:
@@ -74,7 +74,7 @@ class Adam:
 
     def step(self, gradients, rate: float) -> None:
         self._steps += 1
-        # Both means begin at 0. These are the shares that come from gradients, not from that 0.
+        # Both means begin at 0. These are their shares that come from gradients, not from that 0.
         seen, seen_squares = (1 - decay**self._steps for decay in self._decays)
         decay, decay_squares = self._decays
         for name, d in gradients.items():
@@ -114,7 +114,7 @@ def shared_gradients(model, pool, tokens, targets):
 
 
 def train(model, text, pool, steps: int, minutes: float | None = None, seed: int = 0) -> None:
-    """Follow the gradients of random chunks downhill, for `minutes`, or else for `steps`."""
+    """Follow the gradients of random chunks downhill, for `minutes` if given, else for `steps`."""
     rng = np.random.default_rng(seed)
     adam = Adam(model.parameters())
     begin = time.perf_counter()
@@ -167,7 +167,7 @@ def held_out_bits(model, text, pool, context: int, count: int) -> float:
 
 
 def counted_bits(train_text, text, characters: int, count: int) -> tuple[float, float]:
-    """Return the same for tables of how frequent characters, and pairs of them, are."""
+    """Return the same for tables of the frequencies of characters and of pairs of them."""
     places = np.linspace(LONGEST, len(text) - 1, count).astype(int)
     pairs = np.zeros((characters, characters))
     np.add.at(pairs, (train_text[:-1], train_text[1:]), 1)

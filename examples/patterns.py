@@ -1,7 +1,7 @@
 """Show what the heads of a real model look at in a sentence: `python examples/patterns.py "..."`.
 
-It draws the attention patterns of all heads in one picture and one head in a larger one. It also
-writes an interactive page: point at a word to see what each head looks at from there.
+The program draws the attention patterns of all heads in one picture, and one head in a larger one.
+It also writes an interactive page: point at a word to see what each head looks at from there.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Search your own texts by meaning: `python examples/search.py PATH "question"`.
 
-PATH is a file, or a folder whose .txt, .md and .rst files it reads. Each passage is a paragraph. It
+PATH is a file, or a folder with .txt, .md and .rst files. Each passage is a paragraph. The program
 prints the passages whose meaning is nearest to the question, with the cosine between both. Without
 a question on the command line, it asks for questions. The model, `numattn.demo.MiniLM`, knows
 English.

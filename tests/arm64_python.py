@@ -1,12 +1,12 @@
-"""The package for 64-bit Arm, run by an Arm Python under qemu-user: `make emulate-arm-python`.
+"""Run the package for 64-bit Arm in an Arm Python under qemu-user: `make emulate-arm-python`.
 
-apt fetches Debian's Python and what it needs, with a state of its own, into a temporary folder,
-which is kept. pip brings the Arm wheels of NumPy and of what the tests need, and cross-compiles the
-package. Then each CPU's best level is chosen and computes what it should, and on the last CPU the
-tests marked `smoke` run.
+apt downloads Debian's Python and its dependencies to a temporary folder, which is kept. It uses its
+own state there. pip installs the Arm wheels of NumPy and of the tests' dependencies, and
+cross-compiles the package. Then the program checks, on each CPU, that the best level is chosen and
+computes correctly. On the last CPU, the tests marked `smoke` run too.
 
 The package is compiled with the headers of the Python that runs this program. The stable ABI and
-NumPy's are the same for all 64-bit Linux.
+NumPy's ABI are the same on all 64-bit Linux systems.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from wheels import PROJECT, SMOKE, run
 
-# Not in the project: links in it lead in circles, which `make wheel` would go through.
+# Not in the project: it contains circular links, which `make wheel` would follow.
 FOLDER = Path(tempfile.gettempdir()) / f"numattn-arm64-{os.getuid()}"
 ROOT = FOLDER / "root"
 PACKAGES = FOLDER / "packages"
@@ -54,7 +54,7 @@ def make_root(emulator):
     for package in sorted(apt.glob("var/cache/apt/archives/*.deb")):
         subprocess.run(["dpkg-deb", "-x", package, ROOT], check=True)
     name = os.readlink(ROOT / "usr/bin/python3")
-    # -0: Python takes itself for this file, and starts it where it starts itself.
+    # -0: Python takes this file for its own executable, and starts it to start itself.
     PYTHON.write_text(
         f'#!/bin/sh\nexec {emulator} -L "{ROOT}" -0 "$0" "{ROOT}/usr/bin/{name}" "$@"\n'
     )
@@ -70,8 +70,8 @@ def install(version, definitions):
         sys.executable, *into, *platforms, "--python-version", version, "--implementation", "cp",
         "--only-binary=:all:", "numpy", "--group", f"{PROJECT / 'pyproject.toml'}:smoke",
     )  # fmt: skip
-    # pip takes the wheel for one of this machine and installs it. The compiler runs by itself, and
-    # the Python that CMake asks for its headers too: no emulator.
+    # pip takes the wheel for one of this machine and installs it. The compiler, and the Python that
+    # CMake asks for its headers, run without the emulator.
     toolchain = PROJECT / "tests/native/toolchains/aarch64.cmake"
     arguments = f"--toolchain {toolchain} -DCMAKE_CROSSCOMPILING_EMULATOR= {definitions}"
     run(
@@ -92,7 +92,7 @@ def main():
     for cpu, level in CPUS.items():
         environment["QEMU_CPU"] = cpu
         run(PYTHON, PROJECT / "tests/emulated.py", level, env=environment)
-    # qemu-user crashes where a process with several threads forks, and the child starts a thread.
+    # qemu-user crashes if a process with several threads forks and the child starts a thread.
     run(
         PYTHON, "-m", "pytest", "-q", "-m", "smoke", "-p", "no:cacheprovider",
         "--rootdir", PROJECT, "-c", PROJECT / "pyproject.toml",

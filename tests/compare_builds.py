@@ -1,11 +1,11 @@
-"""Whether two builds give the same bits: for changes that are to keep every result.
+"""Check that two builds return the same bits, after a change that must not alter results.
 
 python tests/compare_builds.py BEFORE AFTER [--calls 20000] [--seed 0]
 
 BEFORE and AFTER are the interpreters of two environments, each with a build of numattn, Hypothesis
-and ml_dtypes. The fuzzer's random calls of every entry point, on every level and dtype, are drawn
-once; each interpreter runs all of them, and the bytes of their results are compared. The last line
-says how many calls there were and how many differ; the exit status is 1 if any does.
+and ml_dtypes. The program draws the fuzzer's random calls of every entry point, on every level and
+dtype, once. Each interpreter runs all of them, and the bytes of their results are compared. The
+last line says how many calls there were and how many differ; the exit status is 1 if any differs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LARGE_SHARE = 0.1
 
 
 class ComputedError(Exception):
-    """Carries what an entry point returned past the comparison with the reference."""
+    """Carries the results of an entry point past the comparison with the reference."""
 
     def __init__(self, results):
         super().__init__()
@@ -53,7 +53,7 @@ def outcome(call):
         results = function(*positional, **arguments)
         results = results if isinstance(results, tuple) else (results,)
         if function is na.attention:
-            # The common call, which has a path of its own.
+            # The common call, which has its own path.
             q, k, v = (arguments[name] for name in "qkv")
             if call.layout == "bhld" and q.dtype == k.dtype == v.dtype:
                 results += (na.attention(q, k, v), na.attention(q, k, v, is_causal=True))
@@ -66,7 +66,7 @@ def outcome(call):
         return digest(computed.results)
     except (TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
-    return "Error: a window that has moved on"  # which the fuzzer expects of some caches
+    return "Error: a window that has moved on"  # the fuzzer expects this of some caches
 
 
 def enlarge(call):

@@ -1,4 +1,4 @@
-"""What all tests share: ISA levels to run on, and arrays to run with."""
+"""Fixtures for all tests: ISA levels to run on, and random arrays."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ DTYPES = ["float32", "float64", "float16", "bfloat16"]
 
 
 def with_dtypes(levels):
-    """Return all pairs of level and dtype that differ in what runs."""
+    """Return all pairs of level and dtype that run different code."""
     own = {"numpy": ["all"], **_runtime.ISA_LEVELS}
     return [(x, d) for x in levels for d in DTYPES if {"all", d} & set(own[x])]
 
@@ -22,9 +22,9 @@ FLOAT32_LEVELS = [level for level, dtype in with_dtypes(LEVELS) if dtype == "flo
 
 
 def use(name):
-    """Compute one way: on a level of the compiled kernels, or in NumPy.
+    """Compute on one level of the compiled kernels, or in NumPy.
 
-    Without the fixture `monkeypatch`, whose tests are not run in several threads.
+    It does not use the fixture `monkeypatch`: tests with it are not run in several threads.
     """
     if name == "numpy":
         with pytest.MonkeyPatch.context() as patch:

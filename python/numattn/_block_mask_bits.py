@@ -70,8 +70,8 @@ def kinds_of_blocks(lengths: Size, block_size: Size) -> Array:
 def normal_form(blocks: Array, bits: Array, lengths: Size, block_size: Size) -> tuple[Array, Array]:
     """Return the normal form of two arrays: masks with the same content have the same one.
 
-    `blocks` holds EMPTY, FULL, or the index of a block in `bits`. The bits of a
-    block may be all 0 or all 1, repeated or unused, and arbitrary for pairs beyond the lengths.
+    `blocks` holds EMPTY, FULL, or the index of a block in `bits`. The bits of a block may
+    be all 0 or all 1, repeated or unused, and arbitrary for pairs beyond the lengths.
     """
     blocks = np.array(blocks, np.int32, order="C")
     is_mixed = blocks >= 0

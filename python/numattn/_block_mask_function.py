@@ -24,7 +24,7 @@ class MaskFunction:
     def __init__(self, mask_mod: MaskMod) -> None:
         _check_parameters(mask_mod)
         self._mask_mod = mask_mod
-        # All rows of tiles have the same keys. Making the indices again takes a tenth of the time.
+        # Rows of tiles have the same keys: making the indices again would take a tenth of the time.
         self._indices = lru_cache(maxsize=64)(_indices)
 
     def bools(self, place: tuple[slice, ...]) -> Array:

@@ -159,7 +159,7 @@ def masked_logits(
         capped = np.tanh(logits / precision(a.softcap))
         logits = precision(a.softcap) * capped
 
-    # Differences of positions are exact when they are converted to floats.
+    # As floats, differences of positions are still exact.
     distance = (np.arange(rows.start, rows.stop) + (offset - begin))[:, np.newaxis] - np.arange(
         keys.stop - begin
     )

@@ -129,7 +129,7 @@ def _plain(
     dout: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, options: dict[str, Any],
     dtype: Any, matmul: Callable[..., Any] = np.matmul,
 ) -> list[Any]:  # fmt: skip
-    """Return out, lse and the gradients of q, k, v and the bias; there are too few sinks."""
+    """Return out, lse and the gradients of q, k, v and the bias; sinks are too few to check."""
     results = _reference.attention(q, k, v, **options, dtype=dtype, matmul=matmul)
     gradients = _reference.attention_backward(
         dout, q, k, v, out, lse, **options, dtype=dtype, matmul=matmul

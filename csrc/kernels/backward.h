@@ -7,12 +7,12 @@
 //   dK [key][d]   += d logits [key][query] * Q  [query][d]
 //   dQ [query][d] += d logits [key][query] * K  [key][d]
 //
-// by the method of FlashAttention (Dao et al., 2022), where dO * O is summed over each row. In the
-// first two the lanes are queries, as in prefill.h, so that options, masks and powers are the
-// same code; in the others they are elements of a row.
+// by the method of FlashAttention (Dao et al., 2022). The row sums are the sums of dO * O over each
+// row. In the first two products the lanes are queries, as in prefill.h, so that options, masks and
+// powers are the same code. In the others the lanes are elements of a row.
 //
-// What a tile and a block add to dQ, dK and dV is summed by itself. A query tile takes its blocks
-// in order, and so do the tiles of a block: then results have the same bits, whoever adds.
+// What a tile and a block add to dQ, dK and dV is summed separately. A query tile adds its blocks
+// in order, and a block its tiles in order: so the bits are the same whichever thread adds.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +54,7 @@ struct Backward {
   static constexpr int kMaxTiles = 4;
   static constexpr int kTilesPerPart = 64;
   static_assert(kMaxTiles <= kMaxTilesPerBlock);
-  // Under a causal limit, so many vectors of queries are left out together where they attend to
+  // Under a causal limit, this many vectors of queries are skipped together if they attend to
   // nothing.
   static constexpr int kVectorsPerStep = kLanes >= 16 ? 1 : RegisterTile<Vectors>::kVectors;
   static constexpr int kSteps = kVectors / kVectorsPerStep;
@@ -69,10 +69,10 @@ struct Backward {
     Scalar* weights;        // [key][lane], first logits
     Scalar* slopes;         // [key][lane], d weights, then d logits
     Scalar* capped_slopes;  // [key][lane]
-    Unit* slopes_by_key;    // [unit of keys][lane], d logits rounded to units of several
+    Unit* slopes_by_key;    // [unit of keys][lane], d logits rounded to units of several elements
     QkUnit* k_copy;         // [key][unit of d]
     QkUnit* v_copy;         // [key][unit of d]
-    Unit* k_rows;           // [unit of keys][d], 0 in place of what is not finite
+    Unit* k_rows;           // [unit of keys][d], 0 in place of NaN and infinity
     int64_t bytes;
   };
 
@@ -102,7 +102,7 @@ struct Backward {
     return lay_out(without_memory).bytes;
   }
 
-  // As many as stay in the second cache with all that is kept of them.
+  // As many as fit in the second-level cache with everything that is kept of them.
   static int64_t max_queries(int64_t head_dim, int64_t value_dim) {
     constexpr int64_t kBytes = 512 << 10;
     const int64_t bytes_per_query = 2 * (head_dim + value_dim) * int64_t{sizeof(Scalar)};
@@ -112,7 +112,7 @@ struct Backward {
 
   static void begin(const GradientTask& task) {
     const Scratch scratch = lay_out(task);
-    // Options also look at lanes without a query, which no product writes.
+    // Options also read lanes without a query, which no product writes.
     int64_t keys = 0, lanes = kQueriesPerTile;
     for (int t = 0; t < scratch.tile_count; ++t) {
       keys = task.tile_keys[t].end > keys ? task.tile_keys[t].end : keys;
@@ -137,7 +137,7 @@ struct Backward {
     Scalar *dk, *dv;
     int64_t dk_stride, dv_stride;
 
-    // The same from a later key on, which begins a unit.
+    // The same block from a later key on, which begins a unit.
     Block from(int64_t key, int64_t end, int64_t head_dim) const {
       Block some = *this;
       some.k.data += (key - first) * k.stride;
@@ -192,7 +192,7 @@ struct Backward {
     for (int step = 0; step < kSteps; ++step) {
       const int64_t first = int64_t{step} * kQueriesPerStep;
       if (first >= count) return;
-      // The queries of this step and of all later ones whose keys end with it, too.
+      // The queries of this step and of all later steps whose keys end at the same key.
       int last = step;
       while (last + 1 < kSteps && steps.ends[last + 1] == steps.ends[step]) ++last;
       const int64_t end = (last + 1) * int64_t{kQueriesPerStep};
@@ -204,8 +204,8 @@ struct Backward {
     }
   }
 
-  // From logits and d weights to weights and d logits times `factor`: bits [key] of queries that
-  // attend to a key, and of weights that are kept.
+  // Turns logits and d weights into weights and d logits times `factor`. `attended` [key] are the
+  // bits of the queries that attend to a key, `kept` [key] those whose weights dropout keeps.
   template <bool kMasked, bool kDrops>
   static void find_slopes(const GradientTask& task, const Tile& tile, const Scratch& scratch,
                           const Steps& steps, [[maybe_unused]] const uint64_t* attended,
@@ -258,8 +258,8 @@ struct Backward {
     });
   }
 
-  // Where queries, heads or batch items share a bias, their d logits add up in its gradient. Those
-  // of a tile that share an element are summed by themselves.
+  // If queries, heads or batch items share a bias, their d logits add up in its gradient. The d
+  // logits of a tile that share an element are summed separately first.
   static void add_to_bias(const GradientTask& task, const Tile& tile, const Block& block,
                           const Steps& steps, const Scalar* slopes) {
     const View& dbias = task.dbias;
@@ -316,7 +316,7 @@ struct Backward {
     });
   }
 
-  // do_rows has no NaN and no infinity: here is what they add to dV, for queries that attend.
+  // do_rows has 0 in place of NaN and infinity. Adds them to dV here, for the queries that attend.
   static void add_non_finite_douts(const GradientTask& task, const Tile& tile, const Block& block,
                                    const Steps& steps, const uint64_t* attended,
                                    const Scalar* weights) {
@@ -336,8 +336,8 @@ struct Backward {
     });
   }
 
-  // Lanes from `first` on become units of neighbouring lanes, in place; so do some lanes before
-  // them, which nobody reads.
+  // Turns lanes from `first` on into units of neighbouring lanes, in place. Some lanes before them
+  // change too, which nothing reads.
   static void narrow(Scalar* lanes, int64_t first, int64_t count) {
     constexpr int64_t kTogether = int64_t{kPerUnit} * kLanes;
     for (int64_t lane = first / kTogether * kTogether; lane < count; lane += kTogether) {
@@ -347,9 +347,9 @@ struct Backward {
     }
   }
 
-  // Weights and d logits [key][lane] become units along the lanes, in place, d logits also units
-  // along the keys, which are returned; the last of these is padded with 0. Units of one scalar are
-  // what there is.
+  // Turns weights and d logits [key][lane] into units along the lanes, in place. Returns the d
+  // logits as units along the keys, the last of which is padded with 0. If a unit is one scalar,
+  // nothing changes.
   static const Unit* round_to_units(const Scratch& scratch, const Steps& steps, int64_t keys,
                                     int64_t queries) {
     if constexpr (kPerUnit == 1) {
@@ -397,7 +397,7 @@ struct Backward {
         task.first_position + tile.rows.first_query + task.options.window_right + 1;
     Steps steps =
         key_steps<kSteps, kQueriesPerStep>(limit_of_first_query - block.first, block.count);
-    // Keys of a unit stay together: those that a step does not attend to are masked.
+    // The keys of a unit are never split: keys that a step does not attend to are masked.
     for (int64_t& end : steps.ends) {
       end = units_of<Units>(end) * kPerUnit;
       if (end > block.count) end = block.count;
@@ -425,7 +425,7 @@ struct Backward {
             const int64_t i = key * kQueriesPerTile + lane;
             Vec slope = Vectors::mul(Vectors::load(scratch.slopes + i), by);
             if (task.options.softcap > 0) {
-              // A masked logit may be NaN, and so may its slope.
+              // The slope of a masked logit may be NaN, like the logit.
               const Vec capped = Vectors::mul(slope, Vectors::load(scratch.capped_slopes + i));
               slope = Vectors::select_equal(slope, Vectors::zero(), slope, capped);
             }
@@ -479,7 +479,7 @@ struct Backward {
     return block;
   }
 
-  // Adds the part of a block to what came before it, and leaves 0.
+  // Adds a block's part to its total, and sets the part to 0.
   static void end_part(const GradientTask& task, int64_t first) {
     const int64_t left = task.valid_keys - first;
     const int64_t keys = left < kKeysPerBlock ? left : kKeysPerBlock;
@@ -511,7 +511,7 @@ struct Backward {
     bool empty() const { return begin >= end; }
   };
 
-  // A tile's keys in the block [first, end); keys of a unit stay together.
+  // A tile's keys in the block [first, end); the keys of a unit are never split.
   static KeyRange keys_in_block(const TileKeys& keys, int64_t first, int64_t end) {
     return {keys.begin > first ? keys.begin / kPerUnit * kPerUnit : first,
             keys.end < end ? keys.end : end};
@@ -523,7 +523,7 @@ struct Backward {
     for (int64_t first = begin; first < end; first += kKeysPerBlock) {
       if (task.should_stop(task.stop_context)) return false;
       const int64_t block_end = end - first < kKeysPerBlock ? end : first + kKeysPerBlock;
-      // What any tile attends to: further keys may not even be there.
+      // The keys that any tile attends to. Keys outside may not exist in memory.
       KeyRange all{INT64_MAX, 0};
       for (int t = 0; t < scratch.tile_count; ++t) {
         const KeyRange range = keys_in_block(task.tile_keys[t], first, block_end);

@@ -1,4 +1,4 @@
-// A query tile of the backward pass: what its five products read of Q and dO, and what the softmax
+// A query tile of the backward pass: what the five products read of Q and dO, and what the softmax
 // and the row sums need.
 #pragma once
 
@@ -21,28 +21,28 @@ struct BackwardTile {
   using Scalar = typename Vectors::Scalar;
   using QkUnits = typename Arithmetic::QkUnits;  // of the first two products, along d
   using QkUnit = typename QkUnits::Unit;
-  // Of the others: along queries for dV and dK, along keys for dQ.
+  // Of the other products: along queries for dV and dK, along keys for dQ.
   using Units = typename Arithmetic::ValueUnits;
   using Unit = typename Units::Unit;
   static constexpr int kPerUnit = Units::kElements;
   static constexpr int kLanes = Vectors::kLanes;
-  // Wider than the register tile: the last three products have a step for each query, and pay for
-  // loading and storing dK and dV once a tile.
+  // Wider than the register tile: the last three products have a step for each query, and load and
+  // store dK and dV once per tile.
   static constexpr int kVectors = 256 / static_cast<int>(sizeof(Vec));
   static constexpr int kMaxQueries = kVectors * kLanes;
 
   QueryRows rows;
-  QkUnit* queries;  // [unit of d][lane], negated where the scale is negative
+  QkUnit* queries;  // [unit of d][lane], negated if the scale is negative
   QkUnit* douts;    // [unit of d][lane]
-  Unit* q_rows;     // [unit of queries][d], 0 in place of what is not finite
+  Unit* q_rows;     // [unit of queries][d], 0 in place of NaN and infinity
   Unit* do_rows;    // the same
-  // [lane], what the softmax subtracts, in two numbers: rounding it would scale all weights of a
-  // row, which are not divided by their sum again.
+  // [lane], what the softmax subtracts, as the sum of two numbers. Rounding it to one would scale
+  // all weights of a row, because they are not divided by their sum again.
   Scalar *base, *base_rest;
   Scalar* row_sum;  // [lane], of dO * O, without dlse
   bool* douts_are_finite;
 
-  // The elements of a row that vectors are made of: whole vectors, padded with 0.
+  // The length of a row in whole vectors, padded with 0.
   static int64_t padded(int64_t dims) { return (dims + kLanes - 1) / kLanes * kLanes; }
 
   // `rows` is set.
@@ -65,8 +65,9 @@ struct BackwardTile {
     });
   }
 
-  // Rows as vectors [unit of rows][d], 0 in place of what is not finite: 0 * NaN would be NaN for
-  // pairs that are masked. The last unit is padded with 0. Returns whether all is finite.
+  // Copies rows as vectors [unit of rows][d], with 0 in place of NaN and infinity, because 0 * NaN
+  // would be NaN for masked pairs. The last unit is padded with 0. Returns whether all elements are
+  // finite.
   template <class Type>
   static bool copy_rows(const View& view, int64_t rows, int64_t dims, Unit* to) {
     FiniteCheck<Vectors> check;

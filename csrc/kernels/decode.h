@@ -1,9 +1,10 @@
-// Attention for few rows of queries and a chunk of keys: all query heads that share a KV head
-// together, so that each byte of K and V is read from memory once. All keys of the chunk get their
-// logits, then their weights, then the values are added up. The chunks of a head, fixed by the
-// problem alone, are computed by any thread and merged in their order (decode_state.h).
+// Attention for few rows of queries and a chunk of keys. All query heads that share a KV head are
+// computed together, so that each byte of K and V is read from memory once. First come the logits
+// of all keys of the chunk, then their weights, then the sum of the values. The chunks of a head
+// depend only on the problem; any thread computes them, and they are merged in order
+// (decode_state.h).
 //
-// Logits are [key][row], a row being a query of one of the heads (options/lane_map.h).
+// Logits are [key][row], where a row is a query of one of the heads (options/lane_map.h).
 #pragma once
 
 #include <cstddef>
@@ -33,9 +34,10 @@ struct Decode {
   using Scalar = typename Vectors::Scalar;
   using ValueUnit = typename ValueUnits::Unit;
   using State = DecodeState<Vectors, Element>;
-  // More rows are faster in tiles (decode_tiles.h). Zen 3 with AVX2: 12 rows of float32 are 1.1 to
-  // 1.3 times as fast there, 16 are 1.4 to 1.7 times; of 16 bits, which have to be widened for
-  // tiles, 12 are 0.7 times as fast and 16 just as fast; of float64 8 are 1.15 times as fast.
+  // More rows are faster in tiles (decode_tiles.h). On Zen 3 with AVX2, tiles are 1.1 to 1.3 times
+  // as fast for 12 rows of float32 and 1.4 to 1.7 times for 16 rows. Rows of 16 bits have to be
+  // widened for tiles: there, 12 rows are 0.7 times as fast and 16 equally fast. 8 rows of float64
+  // are 1.15 times as fast.
   static constexpr int kMostRows = sizeof(Element) == 2 ? 15 : sizeof(Element) == 4 ? 11 : 7;
   static constexpr int kMaxRows =
       kMostRows < 2 * Vectors::kLanes ? kMostRows : 2 * Vectors::kLanes - 1;
@@ -45,7 +47,7 @@ struct Decode {
   struct Head {
     Task task;
     State state;
-    typename QkUnits::Element* queries;  // [row][d], negated where the scale is negative
+    typename QkUnits::Element* queries;  // [row][d], negated if the scale is negative
     Scalar* logits;                      // [key][row], then weights
   };
   struct Scratch {
@@ -58,7 +60,7 @@ struct Decode {
     char* zeros;         // a row of V
   };
 
-  // Whether K is stored transposed and read as it lies, again by each row of queries: for many rows
+  // Whether K is stored transposed and read in place, once for each row of queries. For many rows
   // that would take longer than a copy.
   static bool reads_transposed(const Task& task) {
     constexpr int64_t kMaxRowsOfTransposed = 4;
@@ -158,7 +160,7 @@ struct Decode {
 
   // ---- softmax --------------------------------------------------------------------------------
 
-  // `attended` is null where all rows attend to all keys.
+  // `attended` is null if all rows attend to all keys.
   template <class Map>
   static void weigh(const Head& head, const Scratch& scratch, const KeySpan& keys,
                     const uint64_t* attended) {
@@ -179,7 +181,7 @@ struct Decode {
     for (int lane = Map::kWidth; lane < Map::kLanes; ++lane) {
       highest[lane] = highest[Map::row(lane)];
     }
-    // In blocks, for the sake of the sum's rounding error.
+    // In blocks, to keep the rounding error of the sum small.
     for (int64_t step = 0; step < steps; step += kKeysPerBlock) {
       add_block<ScalarUnits<Vectors>, Map::kVectors>(
           logits + step * Map::kLanes, steps - step < kKeysPerBlock ? steps - step : kKeysPerBlock,
@@ -195,7 +197,7 @@ struct Decode {
     }
   }
 
-  // In place, weights [key][row] become [unit of a turn's keys][turn][row].
+  // Turns weights [key][row] into [unit of a turn's keys][turn][row], in place.
   static void join_weights(const Parts& parts, int64_t width, Scalar* weights) {
     static_assert(ValueUnits::kElements <= 2);
     Scalar* const from = weights + parts.first * width;
@@ -214,8 +216,8 @@ struct Decode {
 
   // ---- value aggregation ----------------------------------------------------------------------
 
-  // Where `attended` is given, V may be NaN or infinite at keys that a row does not attend to, so
-  // that a weight of 0 is not enough: zeros take the place of these keys.
+  // If `attended` is given, V may be NaN or infinite at keys that a row does not attend to. A
+  // weight of 0 is not enough then: zeros replace these keys.
   static void aggregate(const Task& task, const Scratch& scratch, const ChunkRows& v, int64_t count,
                         const uint64_t* attended) {
     const int64_t rows = rows_of(task).count();
@@ -270,8 +272,8 @@ struct Decode {
 
   // ---- the chunk ------------------------------------------------------------------------------
 
-  // Clears what limits and the dense mask leave out; keys at either end that no row attends to are
-  // taken from `keys`.
+  // Clears the bits that limits and the dense mask exclude, and removes keys at either end of
+  // `keys` that no row attends to.
   static uint64_t* find_attended_keys(const Task& task, uint64_t* attended, KeySpan& keys) {
     for (int64_t key = 0; key < keys.count; key += kKeysPerBlock) {
       KeySpan block = keys;
@@ -317,7 +319,7 @@ struct Decode {
     return find_largest(task, scratch);
   }
 
-  // The keys of task.tile_keys[0], into the states at task.state.
+  // Adds the keys of task.tile_keys[0] to the states at task.state.
   static bool run(const Task& task) {
     if (task.should_stop(task.stop_context)) return false;
     Arena arena{static_cast<char*>(task.scratch), 0};

@@ -1,7 +1,7 @@
 // Attention for few queries of many heads and a chunk of keys. The rows of query heads that share a
-// KV head fill the lanes of tiles, and each block of K and V is read once for the tiles of a work
-// item: some heads of one KV head, or all heads of several. As in decode.h, chunks are computed by
-// any thread and merged in their order (decode_state.h).
+// KV head fill the lanes of tiles. Each block of K and V is read once for all tiles of a work item:
+// some heads of one KV head, or all heads of several KV heads. As in decode.h, any thread computes
+// a chunk, and chunks are merged in order (decode_state.h).
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ struct DecodeTiles {
     return arena.used + task.kv_heads * lay_out(nullptr, task).bytes;
   }
 
-  // The keys of tile_keys, which are of one chunk, into the states at task.state.
+  // Puts the keys of tile_keys, which belong to one chunk, into the states at task.state.
   static bool run(const Task& task) {
     Arena arena{static_cast<char*>(task.scratch), 0};
     Head* heads;
@@ -88,7 +88,7 @@ struct DecodeTiles {
     return true;
   }
 
-  // Moves the tiles' results to the state. Those that are not finite are computed once more, with
+  // Moves the tiles' results to the state. Results that are not finite are computed once more, with
   // smaller weights, in the memory of the tiles.
   static bool finish(const Head& head) {
     bool is_done[kMaxTilesPerBlock];
@@ -110,7 +110,7 @@ struct DecodeTiles {
     return head.first_row + tile.rows.first_head * tile.rows.queries;
   }
 
-  // False where an output is not finite: it may be, with smaller weights.
+  // False if an output is not finite. It may be finite with smaller weights.
   static bool keep(const Head& head, const Tile& tile) {
     const Task& task = head.task;
     const State& state = head.state;

@@ -1,7 +1,7 @@
-// Attention for tiles of queries, the lanes of every vector being queries: of one head, or a few of
-// each of the heads that share K and V (decode_tiles.h). Keys come in blocks. Each block goes
-// through QK^T, options and masks, softmax and value aggregation for each tile before the next one
-// is read.
+// Attention for tiles of queries. The lanes of every vector are queries: of one head, or a few of
+// each head that shares K and V (decode_tiles.h). Keys come in blocks. Each block goes through
+// QK^T, options and masks, softmax and value aggregation for every tile before the next block is
+// read.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +50,7 @@ struct Prefill {
     int64_t bytes;
   };
 
-  // As many heads as fit into a tile with all of their queries.
+  // How many heads fit into a tile with all of their queries.
   static int64_t heads_per_tile(int64_t queries) {
     return queries < kQueriesPerTile ? kQueriesPerTile / queries : 1;
   }
@@ -92,8 +92,8 @@ struct Prefill {
 
   // ---- one tile, one key block ----------------------------------------------------------------
 
-  // A block's keys as one tile attends to them. Their number is a multiple of kPerUnit, unless they
-  // are the last ones that any tile attends to.
+  // The keys of a block that one tile attends to. Their number is a multiple of kPerUnit, except at
+  // the end of the keys that any tile attends to.
   struct Keys : KeySpan {
     KeyBlock<QkUnit> k;
     KeyBlock<ValueUnit> v;
@@ -108,9 +108,9 @@ struct Prefill {
     }
   };
 
-  // Where V has a NaN or an infinity, a weight of 0 would carry it into queries that mask the
-  // key (0 * NaN is NaN). The value aggregation gets a copy without such elements; they are added
-  // here, to the lanes that attend.
+  // If V has a NaN or an infinity, even a weight of 0 would carry it into queries that mask the key
+  // (0 * NaN is NaN). So the value aggregation gets a copy without such elements, and they are
+  // added here, only to the lanes that attend.
   template <int kVectors>
   static void aggregate_with_non_finite(ValueOperands<ValueUnits> values,
                                         const KeySteps<kVectors>& units, int64_t keys,
@@ -143,8 +143,8 @@ struct Prefill {
     }
   }
 
-  // Leaves out the units of keys at both ends that nobody attends to: a block rarely begins and
-  // ends where a mask does. Returns where the remaining keys' bits are.
+  // Drops the units of keys at both ends that no query attends to: a block rarely begins and ends
+  // where a mask does. Returns the bits of the remaining keys.
   static uint64_t* trim(Keys& keys, uint64_t* attended) {
     const auto nobody = [&](int64_t begin, int64_t end) {
       uint64_t anybody = 0;
@@ -163,7 +163,7 @@ struct Prefill {
     return attended;
   }
 
-  // Blocks of a mask by blocks may be full, and end within a block of keys.
+  // In a mask made of blocks, full blocks may end within a block of keys.
   static bool all_attend(const uint64_t* attended, int64_t keys, int64_t rows) {
     const uint64_t all = lowest_bits(rows);
     uint64_t missing = 0;
@@ -189,7 +189,7 @@ struct Prefill {
     const auto steps = tile.rows.heads > 1 ? all_steps<kVectors>(keys.count)
                                            : key_steps<kVectors, Vectors::kLanes>(
                                                  limit_of_first_query - keys.first, keys.count);
-    // Options and masks change logits: then the highest are looked for afterwards.
+    // If options or masks change the logits, the highest ones are found afterwards.
     const bool final_logits = !masked && has_plain_logits(task);
     for (int lane = 0; lane < Map::kLanes; lane += Vectors::kLanes) {
       Vectors::store(scratch.highest + lane, Vectors::load(tile.chunk.maximum + lane));
@@ -239,7 +239,7 @@ struct Prefill {
     bool empty() const { return begin >= end; }
   };
 
-  // Units of keys stay together, whichever tiles share a block: keys at the ends that a tile does
+  // Units of keys are never split, whichever tiles share a block: keys at the ends that a tile does
   // not attend to are masked.
   static KeyRange keys_in_block(const TileKeys& keys, int64_t block) {
     const int64_t begin = block * kKeysPerBlock;
@@ -248,7 +248,7 @@ struct Prefill {
     return {first / kPerUnit * kPerUnit, keys.end < end ? keys.end : end};
   }
 
-  // What any tile attends to. Keys beyond may not even be there.
+  // The keys that any tile attends to. Keys outside may not exist in memory.
   static KeyRange keys_of_all_tiles(const Task& task, int tile_count, int64_t block) {
     KeyRange all{INT64_MAX, 0};
     for (int t = 0; t < tile_count; ++t) {
@@ -261,7 +261,7 @@ struct Prefill {
     return all;
   }
 
-  // Whether the elements of V are the first ones of K's rows.
+  // Whether V is the first elements of K's rows.
   static bool is_part_of_k(const Task& task) {
     const KeyRows &k = task.k, &v = task.v;
     return v.rows.data == k.rows.data && v.rows.row_stride == k.rows.row_stride &&
@@ -317,7 +317,7 @@ struct Prefill {
 
   static int64_t chunk_of(int64_t block) { return block / kBlocksPerChunk; }
 
-  // When a tile's total begins depends on its own first chunk alone, not on its neighbours'.
+  // A tile's total begins with its own first chunk, whatever the first chunk of its neighbours is.
   static void end_chunk(const Task& task, const Scratch& scratch, int64_t chunk) {
     for (int t = 0; t < scratch.tile_count; ++t) {
       const TileKeys& keys = task.tile_keys[t];
@@ -331,7 +331,7 @@ struct Prefill {
     }
   }
 
-  // The same for one of its tiles.
+  // The same task for one of its tiles.
   static Task task_of_tile(const Task& task, const Tile& tile, int t) {
     Task alone = task;
     const QueryRows& rows = tile.rows;

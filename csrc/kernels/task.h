@@ -62,7 +62,7 @@ struct KeyRows {
 // Consecutive queries of one head, or of all heads that share a KV head, against keys. For decode
 // and small heads there may be several KV heads: all pointers are then for the first one.
 struct Task {
-  int64_t kv_heads;  // whose rows are adjacent in memory; 1 for prefill
+  int64_t kv_heads;  // for decode, with adjacent rows in memory; 1 for prefill
   int64_t heads;     // 1 for prefill; otherwise the query heads that share a KV head
   int64_t queries;   // of each head
   int64_t head_dim, value_dim;

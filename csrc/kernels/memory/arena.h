@@ -1,4 +1,4 @@
-// How a kernel divides the scratch that it is given.
+// How a kernel divides its scratch memory.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,8 @@
 namespace numattn {
 namespace {
 
-// Hands out consecutive pieces, each aligned to 64 bytes, or counts them where there is no memory.
+// Hands out consecutive pieces, each aligned to 64 bytes, or only counts their bytes if `base` is
+// null.
 struct Arena {
   char* base;
   int64_t used;

@@ -1,6 +1,5 @@
-// A block of keys as the products read it: K and V where they lie if possible, or else copied into
-// scratch. A copy is made once for a block and all the tiles that share it; whole arrays are never
-// converted.
+// A block of keys as the products read it: K and V in place if possible, otherwise copied into
+// scratch. A block is copied once for all tiles that share it; whole arrays are never converted.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +13,7 @@
 namespace numattn {
 namespace {
 
-// `stride` is in Units from row to row. A row is a key of K, or a unit of keys of V.
+// `stride` counts Units from row to row. A row is a key of K, or a unit of keys of V.
 template <class Unit>
 struct KeyBlock {
   const Unit* data;
@@ -48,7 +47,7 @@ bool is_in_place(const KeyRows& keys, int64_t unit_elements) {
          keys.rows.row_stride % kSize == 0 && keys.dims % unit_elements == 0 &&
          reinterpret_cast<uintptr_t>(keys.rows.data) % alignof(Unit) == 0;
 }
-// Whether rows are side by side in memory, and the elements of a row are not.
+// Whether neighbouring rows are adjacent in memory and the elements of a row are not.
 template <class Element>
 bool is_transposed(const KeyRows& keys) {
   constexpr auto kSize = static_cast<int64_t>(sizeof(Element));
@@ -105,8 +104,8 @@ KeyBlock<typename Units::Unit> k_block_of(const KeyRows& keys, int64_t first, in
   return k_block_copy<Units, Element>(keys, first, count, copy);
 }
 
-// K as QK^T reads it, [key][unit of d]; the last unit is padded with 0. Elements of 8 bits are not
-// multiplied by their scale: the logits are.
+// K as QK^T reads it, [key][unit of d]; the last unit is padded with 0. 8-bit elements are not
+// multiplied by their scale here: the logits are.
 template <class Units, class Element>
 KeyBlock<typename Units::Unit> k_block(const KeyRows& keys, int64_t first, int64_t count,
                                        typename Units::Unit* copy) {
@@ -158,8 +157,8 @@ KeyBlock<typename Units::Unit> v_block_of(const KeyRows& keys, int64_t first, in
   return {copy, keys.dims};
 }
 
-// V as the value aggregation reads it, [unit of keys][d]; the last unit is padded with 0. Elements
-// of 8 bits are multiplied by their scale, and rounded to what a unit holds.
+// V as the value aggregation reads it, [unit of keys][d]; the last unit is padded with 0. 8-bit
+// elements are multiplied by their scale and rounded to the unit's type.
 template <class Units, class Element>
 KeyBlock<typename Units::Unit> v_block(const KeyRows& keys, int64_t first, int64_t count,
                                        typename Units::Unit* copy) {

@@ -1,9 +1,9 @@
 // The rows of K or V of a chunk, in the order in which decoding reads them.
 //
-// A chunk is cut into eight equal parts, and a turn takes one key of each. So memory is read as
-// eight streams at once, which keeps more of the hardware prefetcher's requests under way than one
-// stream does: the products alone take 1.4 to 1.9 times as long from one (float32, Zen 3, where
-// fetching ahead in software makes reading slower). And the rows of a turn stay in the first cache
+// A chunk is cut into eight equal parts, and a turn takes one key of each. Memory is then read as
+// eight streams at once, which keeps more of the hardware prefetcher's requests in flight than one
+// stream. With one stream, the products take 1.4 to 1.9 times as long (float32, Zen 3, where
+// software prefetching makes reading slower). The rows of a turn also stay in the first-level cache
 // for all heads and rows of queries.
 #pragma once
 
@@ -27,7 +27,7 @@ struct Parts {
   int count;
 };
 
-// Calls `use` with eight parts, and then with the keys that are left, as parts of one key.
+// Calls `use` with eight parts, and then with the leftover keys, as parts of one key.
 template <class Use>
 void for_parts(int64_t keys, Use use) {
   const int64_t each = keys / kKeysPerTurn;
@@ -48,7 +48,7 @@ void for_turns_of(const ChunkRows& rows, const Parts& parts, Use use) {
   const KeyRows& keys = rows.keys;
   const char* of_turn[kKeysPerTurn];
   for (int64_t turn = 0; turn < parts.keys;) {
-    int64_t end = parts.keys;  // of the turns until a part comes to the end of its page
+    int64_t end = parts.keys;  // of the turns before a part reaches the end of its page
     for (int i = 0; i < parts.count; ++i) {
       const int64_t key = rows.first + parts.first + i * parts.keys + turn;
       of_turn[i] = key_row(keys, key);
@@ -62,8 +62,8 @@ void for_turns_of(const ChunkRows& rows, const Parts& parts, Use use) {
   }
 }
 
-// Goes through `count` keys: calls `use` with the type of their elements, and with the parts, the
-// number and the rows of each turn.
+// Calls `use` for each turn of `count` keys, with the type of their elements, the parts, and the
+// number and the rows of the turn.
 template <class Element, class Use>
 void for_turns(const ChunkRows& rows, int64_t count, Use use) {
   with_stored_type<Int8, Element>(rows.keys.is_int8, [&](auto type) {

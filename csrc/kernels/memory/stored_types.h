@@ -1,6 +1,6 @@
-// Elements of arrays that are no scalars of the vectors. Vectors load and store 16-bit floats as
+// Array elements that are not scalars of the vectors. Vectors load and store 16-bit floats as
 // float32 and load 8-bit integers as floats; avx512_bf16.h and neon_bf16.h also multiply bfloat16
-// as it is.
+// directly.
 #pragma once
 
 #include <cstdint>
@@ -28,14 +28,14 @@ struct Stored {
   using type = Type;
 };
 
-// Calls `use` with Stored<Other> or Stored<Element>: the one place that knows which types K, V and
-// a bias may have beside q's.
+// Calls `use` with Stored<Other> or Stored<Element>. Only this function knows which types other
+// than q's K, V and a bias may have.
 template <class Other, class Element, class Use>
 decltype(auto) with_stored_type(bool is_other, Use use) {
   return is_other ? use(Stored<Other>{}) : use(Stored<Element>{});
 }
 
-// The same for `out`, which may be float32 beside 16-bit inputs.
+// The same for `out`, which may be float32 if the inputs are 16-bit.
 template <class Element, class Use>
 decltype(auto) with_type_of_out(bool is_float32, Use use) {
   if constexpr (sizeof(Element) == 2) return with_stored_type<float, Element>(is_float32, use);

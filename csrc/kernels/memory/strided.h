@@ -8,7 +8,7 @@
 namespace numattn {
 namespace {
 
-// The first `count` elements, or a whole vector if there are more; further lanes are 0.
+// The first `count` elements, or a whole vector if there are more; the other lanes are 0.
 template <class Vectors, class Element>
 auto load_up_to(const Element* from, int64_t count) {
   return count >= Vectors::kLanes ? Vectors::load(from) : Vectors::load_first(from, count);
@@ -63,15 +63,15 @@ void load_transposed(const char* from, int64_t row_stride, int64_t column_stride
   Vectors::transpose(result);
 }
 
-// The rows of an array that is stored transposed, with neighbouring rows side by side and elements
-// `column_stride` bytes apart: to [row][d]. Element by element that would take several times as
-// long.
+// Copies the rows of an array that is stored transposed to [row][d]. In the array, neighbouring
+// rows are adjacent and the elements of a row are `column_stride` bytes apart. Copying element by
+// element would take several times as long.
 template <class Vectors, class Element, class To>
 void copy_transposed(const char* from, int64_t column_stride, int64_t rows, int64_t dims, To* to,
                      int64_t to_stride) {
   constexpr auto kSize = static_cast<int64_t>(sizeof(Element));
-  // A few lines that run along the rows, each to its end: all of them at once would share a few
-  // sets of the cache.
+  // Read a few d at a time, for all rows: reading all d at once would crowd a few sets of the
+  // cache.
   for (int64_t d = 0; d < dims; d += Vectors::kLanes) {
     const int64_t columns = dims - d < Vectors::kLanes ? dims - d : Vectors::kLanes;
     for (int64_t row = 0; row < rows; row += Vectors::kLanes) {
@@ -86,8 +86,8 @@ void copy_transposed(const char* from, int64_t column_stride, int64_t rows, int6
   }
 }
 
-// Fetches the rows below a square of kLanes rows: every row is a cache line of its own, far from
-// the last one, which no hardware prefetcher expects. Worth 2 % at 512 tokens.
+// Prefetches the rows below a square of kLanes rows. Every row is in its own cache line, far from
+// the previous one, which no hardware prefetcher expects. Worth 2 % at 512 tokens.
 template <class Vectors, bool kToWrite>
 void fetch_next_rows(const char* square, int64_t row_stride) {
 #pragma GCC unroll 16
@@ -97,8 +97,8 @@ void fetch_next_rows(const char* square, int64_t row_stride) {
 }
 
 // q [row][d] in memory becomes queries [unit of d][lane], times `sign`; lanes without a row are 0,
-// and so are the elements of the last unit beyond head_dim. Elements that are wider than what a
-// unit holds are rounded to that.
+// and so are the elements of the last unit beyond head_dim. Elements that are wider than a unit's
+// elements are rounded.
 template <class Units, class Element, int kVectors>
 void pack_queries(const char* q, int64_t row_stride, int64_t column_stride, int64_t rows,
                   int64_t head_dim, typename Units::Scalar sign, typename Units::Unit* queries) {

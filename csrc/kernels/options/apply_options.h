@@ -1,5 +1,5 @@
-// What the options do to the logits of a block, in their order, for every driver. Masks follow
-// (lane_masks.h, apply_mask); a sink is where the softmax begins (sink_of).
+// Applies the options to the logits of a block, in order, for every driver. Masks follow
+// (lane_masks.h, apply_mask). The softmax begins with the sink (sink_of).
 #pragma once
 
 #include <cstdint>
@@ -28,11 +28,11 @@ inline double sink_of(const Task& task, int64_t head) {
   return task.options.sinks ? task.options.sinks[head] : -__builtin_inf();
 }
 
-// Queries are negated where the scale is negative; all that follows uses its size.
+// Queries are negated if the scale is negative; everything after that uses its absolute value.
 inline int query_sign(const Task& task) { return task.options.scale < 0 ? -1 : 1; }
 
-// The logits are scaled before the softmax where an option needs them scaled, or where the scale is
-// so small that its product with a logit of -inf would not be -inf. Else the softmax scales.
+// The logits are scaled before the softmax if an option needs them scaled, or if the scale is so
+// small that its product with a logit of -inf would not be -inf. Otherwise the softmax scales them.
 inline bool scales_logits(const Task& task) {
   constexpr double kSmallestScale = 1e-30;
   const Options& options = task.options;
@@ -43,13 +43,13 @@ inline double softmax_scale(const Task& task) {
   return scales_logits(task) ? 1.0 : __builtin_fabs(task.options.scale);
 }
 
-// Whether the products of q and k are the logits that the softmax takes, but for masks.
+// Whether the softmax takes the products of q and k unchanged, except for masks.
 inline bool has_plain_logits(const Task& task) {
   return !scales_logits(task) && !task.k.scales.data;
 }
 
-// logits [key][row]; masks are left to apply_mask. capped_slopes [key][row], if it is not null,
-// gets the derivatives of the capped logits by the logits.
+// Applies all options except masks (apply_mask) to logits [key][row]. If capped_slopes [key][row]
+// is not null, it receives the derivatives of the capped logits with respect to the logits.
 template <class Element, class Map>
 void apply_options(const Task& task, const Map& map, const KeySpan& keys,
                    typename Map::Vectors::Scalar* logits,

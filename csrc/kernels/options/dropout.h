@@ -1,8 +1,8 @@
 // Dropout: which weights are dropped, as bits kept [key], bit r for row r.
 //
-// Every weight draws a number of its own, whatever computes it: word j % 4 of Philox4x32-10
-// (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011) under the seed as key, at
-// the counter (j / 4, query, query head, batch item), each of 32 bits. It is dropped where the
+// The weight of key j draws its own number, whatever computes it: word j % 4 of Philox4x32-10
+// (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011) with the seed as key and the
+// counter (j / 4, query, query head, batch item), each of 32 bits. The weight is dropped if the
 // number is below dropout * 2^32, rounded down.
 #pragma once
 
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kKeysPerDraw = 4;
 
-// What weights that are kept are multiplied by.
+// The factor of weights that are kept.
 inline double kept_scale(const Options& options) { return 1 / (1 - options.dropout); }
 
 // One round for kLanes counters; the key is the same for all.

@@ -1,9 +1,9 @@
 // Which query and which key a lane of the logits belongs to. Options, masks and softmax are written
-// for a lane map, so that they are the same for every driver.
+// in terms of a lane map, so that the same code serves every driver.
 //
-// A row is a query of one head; the rows of a task are numbered [head][query]. Logits lie as
+// A row is a query of one head; the rows of a task are numbered [head][query]. Logits are
 // [key][row], with kWidth places for the rows of a key, and are processed in steps of kVectors
-// vectors. Where the places of a key are fewer than lanes, a step has several keys.
+// vectors. If a key has fewer places than a vector has lanes, a step has several keys.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct QueryRows {
   int64_t query(int64_t row) const { return first_query + row % queries; }
 };
 
-// Consecutive keys of one block, as all of these rows attend to them.
+// Consecutive keys of one block, and what is known about how rows attend to them.
 struct KeySpan {
   int64_t first, count;
   bool within_limits;  // every row attends to all of them, as far as limits decide

@@ -1,4 +1,4 @@
-// Who attends to whom, as bits: attended [key], bit r for row r.
+// Which rows attend to which keys, as bits: attended [key], bit r for row r.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@ inline uint64_t lowest_bits(int64_t count) {
   return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
 }
 
-// Clears the bits of the queries for which a key is outside of position - left ... position +
-// right, where query i has position first_position + i.
+// Clears the bits of queries for which a key is outside position - left ... position + right, where
+// query i has position first_position + i.
 inline void keep_within_window(uint64_t* attended, int64_t first_key, int64_t keys,
                                int64_t first_position, int64_t left, int64_t right) {
   for (int64_t i = 0; i < keys; ++i) {
@@ -26,7 +26,7 @@ inline void keep_within_window(uint64_t* attended, int64_t first_key, int64_t ke
 }
 
 // One bit for each of up to eight rows of a mask, transposed: lanes [key], bit r for row r. The
-// bytes of a row are combined by shifts and ors, which the compiler turns into vector code.
+// bytes of a row are combined with shifts and ors, which the compiler turns into vector code.
 inline void transpose_rows(const char* mask, int64_t row_stride, int64_t column_stride,
                            int64_t rows, int64_t keys, uint8_t* __restrict lanes) {
   for (int64_t i = 0; i < keys; ++i) lanes[i] = 0;
@@ -59,7 +59,7 @@ void keep_unmasked(uint64_t* attended, int64_t keys, const char* mask, int64_t r
   }
 }
 
-// Eight bits of a row of a block of a mask, from one of its keys on, which may be any.
+// Eight bits of a row of a mask's block, from any of its keys on.
 inline uint64_t eight_bits(const uint8_t* row, int64_t key, int64_t bytes) {
   const int64_t byte = key / 8;
   const int shift = static_cast<int>(key % 8);
@@ -78,8 +78,8 @@ inline uint64_t transpose_bits(uint64_t x) {
   return x ^ swapped ^ (swapped << 28);
 }
 
-// A mixed block of a mask: bits [query][key / 8]. Bit `lane` + i of attended [j] is left if query
-// i, counted from `query` on, attends to key j, counted from `key` on.
+// Applies a mixed block of a mask, bits [query][key / 8]. Bit `lane` + i of attended [j] is kept if
+// query `query` + i attends to key `key` + j.
 inline void keep_bits(uint64_t* attended, const uint8_t* bits, const MaskBlocks& blocks,
                       int64_t query, int64_t queries, int64_t key, int64_t keys, int64_t lane) {
   const int64_t bytes = (blocks.keys + 7) / 8;
@@ -101,7 +101,7 @@ inline void keep_bits(uint64_t* attended, const uint8_t* bits, const MaskBlocks&
   }
 }
 
-// What the blocks of a mask leave of some adjacent queries, whose bits begin with bit 0.
+// Applies the blocks of a mask to adjacent queries, whose bits begin at bit 0.
 inline void keep_unmasked(uint64_t* attended, const MaskBlocks& blocks, const char* numbers,
                           int64_t first_query, int64_t queries, int64_t first_key, int64_t keys) {
   for (int64_t i = 0; i < queries;) {
@@ -134,7 +134,7 @@ inline const char* pairs_of(const View& pairs, const QueryRows& rows, int64_t ro
          column * pairs.column_stride;
 }
 
-// What limits and the mask leave. At most kMaxKeys keys.
+// Finds what limits and the mask leave, for at most kMaxKeys keys.
 template <int64_t kMaxKeys>
 void find_attended(const Task& task, const QueryRows& rows, const KeySpan& keys,
                    uint64_t* attended) {
@@ -146,7 +146,7 @@ void find_attended(const Task& task, const QueryRows& rows, const KeySpan& keys,
                        options.window_left, options.window_right);
   }
   for (int64_t key = 0; key < keys.count; ++key) attended[key] = 0;
-  // Keys before those that the mask has columns for.
+  // Keys before the first column of the mask.
   const int64_t before = task.mask_begin > keys.first ? task.mask_begin - keys.first : 0;
   const int64_t column = keys.first + before - task.mask_begin;
   for (int64_t row = 0; row < rows.count(); row += rows.queries) {
@@ -164,7 +164,7 @@ void find_attended(const Task& task, const QueryRows& rows, const KeySpan& keys,
   }
 }
 
-// A bias of -inf masks, too. Logits are -inf by then; this is for values that must not be read.
+// A bias of -inf masks too. The logits are already -inf; this is for values that must not be read.
 template <class Element>
 void keep_unbiased(const Options& options, const QueryRows& rows, const KeySpan& keys,
                    uint64_t* attended) {

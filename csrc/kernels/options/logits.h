@@ -1,4 +1,5 @@
-// Single options, applied to the logits of a block in place; apply_options.h has their order.
+// The individual options, applied in place to the logits of a block; apply_options.h has their
+// order.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,7 @@
 namespace numattn {
 namespace {
 
-// Numbers [key][row] of keys of 8 bits, their logits or their weights, times the keys' scales.
+// Multiplies the logits or weights [key][row] of 8-bit keys by the keys' scales.
 template <class Map>
 void scale_keys(const KeyRows& rows, const KeySpan& keys, typename Map::Vectors::Scalar* numbers) {
   using Vectors = typename Map::Vectors;
@@ -56,12 +57,12 @@ void find_softcap_slopes(const typename Vectors::Scalar* capped, int64_t count, 
   const auto one = Vectors::set(1);
   for (int64_t i = 0; i < count; i += Vectors::kLanes) {
     const auto share = Vectors::div(Vectors::load(capped + i), cap);
-    // (1 - share) (1 + share) keeps digits where the square is near 1.
+    // (1 - share) (1 + share) keeps precision when the square is near 1.
     Vectors::store(slopes + i, Vectors::mul(Vectors::sub(one, share), Vectors::add(one, share)));
   }
 }
 
-// A bias of -inf masks, even where the logit is NaN.
+// A bias of -inf masks, even if the logit is NaN.
 template <class Vectors>
 typename Vectors::Vec biased(typename Vectors::Vec logit, typename Vectors::Vec bias) {
   const auto masked = Vectors::set(-__builtin_inff());
@@ -143,7 +144,7 @@ void add_alibi(const Map& map, const Task& task, const KeySpan& keys,
   }
 }
 
-// Where a row does not attend to a key the logit becomes -inf, or `instead`, whatever it was.
+// If a row does not attend to a key, the logit becomes -inf, or `instead`, whatever it was.
 template <class Map>
 void apply_mask(const uint64_t* attended, int64_t keys, typename Map::Vectors::Scalar* logits,
                 typename Map::Vectors::Scalar instead = -__builtin_inff()) {

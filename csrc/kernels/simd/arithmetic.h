@@ -1,9 +1,9 @@
 // What a kernel computes with, and the contract that an ISA level fulfils.
 //
 // `Vectors` are lanes of scalars, in which sums, softmax and options are computed. `Units` are what
-// one step of a matrix product takes of each vector along the reduction: one scalar, or several
-// 16-bit or 8-bit elements where an instruction multiplies and adds them at once. The two products
-// may have different units: in QK^T they lie along d, in the value aggregation along keys.
+// one step of a matrix product takes from each vector along the reduction: one scalar, or several
+// 16-bit or 8-bit elements if an instruction multiplies and adds them at once. The two products may
+// have different units: in QK^T they run along d, in the value aggregation along keys.
 #pragma once
 
 #include <concepts>
@@ -50,8 +50,8 @@ concept ReadsAndWrites =
       requires AllAre<void, decltype(V::store(to, x)), decltype(V::store_first(to, x, count))>;
     };
 
-// Units of the elements of a product. As large as scalars, and so are vectors of them: logits
-// become weights in place.
+// Units of a product. A unit is as large as a scalar, and a vector of units as large as a vector of
+// scalars, because logits become weights in place.
 template <class U>
 concept UnitsOfProduct =
     VectorsOfScalars<typename U::Vectors> &&
@@ -83,7 +83,7 @@ struct ScalarUnits : VectorsOfLevel {
   using Element = Scalar;
   static constexpr int kElements = 1;  // of a unit
 
-  // `count` elements of one row, up to a vector's worth of units; what is missing is 0.
+  // `count` elements of one row, up to a vector's worth of units; the rest is 0.
   template <class Stored>
   static Units load_units(const Stored* from, int64_t count) {
     return count >= Vectors::kLanes ? Vectors::load(from) : Vectors::load_first(from, count);
@@ -97,7 +97,7 @@ struct ScalarUnits : VectorsOfLevel {
     return Vectors::template fma_lane<kLane>(a, b, sum);
   }
 
-  // The units of kElements vectors of elements, without and with rounding to what a unit holds.
+  // Joins kElements vectors of elements into units, without and with rounding to the unit's type.
   static Units join(const Vec* elements) { return elements[0]; }
   static Units join_rounded(const Vec* elements) { return elements[0]; }
   // Units of neighbouring lanes of kElements vectors, rounded.
@@ -105,7 +105,7 @@ struct ScalarUnits : VectorsOfLevel {
   // Element `i` of each unit.
   static Vec element(Units units, int) { return units; }
   static Scalar element(Unit unit, int) { return unit; }
-  // Without the elements that are NaN or infinite: 0 in their place.
+  // The unit with 0 in place of elements that are NaN or infinite.
   static Unit finite(Unit unit) { return unit - unit == 0 ? unit : 0; }
 };
 

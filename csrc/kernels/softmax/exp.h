@@ -62,10 +62,10 @@ template <class Vectors, int kTerms, int kCount>
 // included; exp2(0) is 1, exp2(-inf) is 0, exp2(NaN) is NaN.
 //
 // 2^x = 2^whole * 2^fraction, |fraction| <= 1/2, and a polynomial for the second factor. The
-// coefficients of the short one make the largest error in units in the last place smallest,
-// rounding included (1.83 on AVX-512, every float tried). Without fused multiply-add its rounding
-// errors alone come near 2, and it takes a longer one, whose own error is negligible, as
-// float64 does everywhere.
+// coefficients of the short polynomial minimize the largest error in units in the last place,
+// rounding included (1.83 on AVX-512, every float tried). Without fused multiply-add, its rounding
+// errors would come near 2 on their own. A longer polynomial, whose own error is negligible, is
+// used then, and always in float64.
 template <class Vectors, int kCount, bool kShort = Vectors::kFusedMultiplyAdd>
 [[gnu::always_inline]] inline void exp2(typename Vectors::Vec (&x)[kCount]) {
   using Series = Exp2Series<typename Vectors::Scalar, kShort>;
@@ -84,8 +84,8 @@ typename Vectors::Vec exp2(typename Vectors::Vec x) {
   return all[0];
 }
 
-// For exp: ln 2 in two parts, of which the first has so few digits that its product with every
-// exponent is exact, and where e^x is 0 or infinite.
+// For exp: ln 2 in two parts, the first with so few digits that its product with every exponent is
+// exact; and the limits beyond which e^x is 0 or infinite.
 template <class Scalar>
 struct ExpConstants;
 template <>
@@ -100,8 +100,8 @@ struct ExpConstants<double> {
 };
 
 // e^x within 3 units in the last place over all of its range; exp(0) is 1, exp(-inf) is 0, exp(NaN)
-// is NaN. It is 2^whole * 2^fraction, too, but the fraction comes from what `whole` leaves of x: a
-// product with log2(e) rounds to its own digits, which are the fewer ones of the fraction.
+// is NaN. Like exp2, it is 2^whole * 2^fraction, but the fraction comes from the rest of x after
+// `whole`: rounding x * log2(e) would leave fewer digits for the fraction.
 template <class Vectors>
 [[gnu::always_inline]] inline typename Vectors::Vec exp(typename Vectors::Vec x) {
   using Scalar = typename Vectors::Scalar;
@@ -119,8 +119,8 @@ template <class Vectors>
   return Vectors::scale_by_power_of_two(power[0], whole);
 }
 
-// tanh(x) within a few units in the last place. From 5/8 on it is 1 - 2 / (e^2|x| + 1); below,
-// where that would cancel, an odd polynomial.
+// tanh(x) within a few units in the last place. From 5/8 on it is 1 - 2 / (e^2|x| + 1). Below, this
+// would cancel, and an odd polynomial is used instead.
 template <class Vectors>
 typename Vectors::Vec tanh(typename Vectors::Vec x) {
   using Scalar = typename Vectors::Scalar;

@@ -2,10 +2,10 @@
 // Gimelshein (2018). A running maximum and a running sum are kept for each lane; a new maximum
 // shrinks what was summed under the old one.
 //
-// In all of this a weight is exp2(scale * (logit - base)), where `scale` > 0 holds log2(e), and the
-// scale of the logits if no option needed it before. Scaling the difference, and not the queries or
-// the logits, keeps the error below the plain computation's: the difference of near logits is
-// exact, and so is the maximum. Where sums of large values would overflow, all weights of a row are
+// Throughout, a weight is exp2(scale * (logit - base)). `scale` > 0 includes log2(e), and the scale
+// of the logits unless an option needed it earlier. Scaling the difference, not the queries or the
+// logits, keeps the error below the plain computation's: the difference of near logits is exact,
+// and so is the maximum. If sums of large values would overflow, all weights of a row are
 // multiplied by 2^exponent (overflow.h).
 #pragma once
 
@@ -22,14 +22,14 @@ constexpr double kLog2E = 1.4426950408889634;
 
 // ---- one lane, or a vector of them -------------------------------------------------------------
 
-// `scale` of all below.
+// The `scale` that the functions below take.
 template <class Vectors>
 typename Vectors::Vec softmax_factor(double softmax_scale) {
   return Vectors::set(static_cast<typename Vectors::Scalar>(softmax_scale * kLog2E));
 }
 
-// What is subtracted from logits: the maximum, or 0 where nothing was attended to yet, because
-// -inf - -inf would be NaN.
+// What is subtracted from logits: the maximum, or 0 if nothing was attended to yet, because -inf -
+// -inf would be NaN.
 template <class Vectors>
 typename Vectors::Vec softmax_base(typename Vectors::Vec maximum) {
   const auto nothing = Vectors::set(-__builtin_inff());
@@ -40,21 +40,21 @@ typename Vectors::Vec softmax_base_of(typename Vectors::Scalar maximum) {
   return Vectors::set(is_minus_infinity(maximum) ? typename Vectors::Scalar{0} : maximum);
 }
 
-// Also the factor by which sums under the maximum `logit` shrink under another one.
+// Also the factor by which sums under the maximum `logit` shrink under the new maximum `base`.
 template <class Vectors>
 typename Vectors::Vec softmax_weight(typename Vectors::Vec logit, typename Vectors::Vec base,
                                      typename Vectors::Vec scale) {
   return exp2<Vectors>(Vectors::mul(Vectors::sub(logit, base), scale));
 }
 
-// 1 / sum, by which weights and outputs are multiplied in the end; 0 where nothing was attended to.
+// 1 / sum, the final factor of weights and outputs; 0 if nothing was attended to.
 template <class Scalar>
 Scalar softmax_share(Scalar sum) {
   return sum == 0 ? Scalar{0} : Scalar{1} / sum;
 }
 
 // The natural logarithm of the sum of the exponentials of the scaled logits. The product is rounded
-// before it is added, whatever the compiler would choose: a result is to keep its bits.
+// before it is added, whatever the compiler would choose, so that results keep their bits.
 template <class Scalar>
 Scalar log_sum_exp(Scalar maximum, Scalar sum, double softmax_scale, int64_t exponent) {
   const volatile double scaled = maximum * softmax_scale;
@@ -79,7 +79,7 @@ struct SoftmaxState {
   }
 };
 
-// highest [lane] is raised to the largest logit [key][lane] of a block.
+// Raises highest [lane] to the largest logit [key][lane] of a block.
 template <class Vectors, int kVectors>
 void find_highest(const typename Vectors::Scalar* logits, int64_t keys,
                   typename Vectors::Scalar* highest) {
@@ -98,11 +98,11 @@ void find_highest(const typename Vectors::Scalar* logits, int64_t keys,
   for (int v = 0; v < kVectors; ++v) Vectors::store(highest + v * Vectors::kLanes, so_far[v]);
 }
 
-// Adds a block. In place, logits [key][lane], where a masked one is -inf, become weights
-// [unit of keys][lane], which are exactly 0 where masked. highest [lane] is the largest logit so
-// far, this block included. rescale [lane] becomes the factor by which outputs under the former
-// maximum have to shrink. The sum is taken before weights are rounded to what a unit holds, and
-// before those are dropped whose bits in kept [key] are 0, if kDrops.
+// Adds a block. Logits [key][lane], which are -inf if masked, become weights [unit of keys][lane]
+// in place; masked weights are exactly 0. highest [lane] is the largest logit so far, including
+// this block. rescale [lane] becomes the factor by which outputs under the former maximum have to
+// shrink. The sum is taken before weights are rounded to the unit's type. With kDrops, it is also
+// taken before dropping the weights whose bits in kept [key] are 0.
 template <class Units, int kVectors, bool kDrops = false>
 void add_block(typename Units::Scalar* logits, int64_t keys, double softmax_scale, int64_t exponent,
                const typename Units::Scalar* highest,
@@ -169,9 +169,9 @@ void add_block(typename Units::Scalar* logits, int64_t keys, double softmax_scal
   }
 }
 
-// Adds a chunk to the total of the chunks before it, whose maximum is not larger, for one vector of
-// lanes; a first chunk finds an empty total. Returns the factor by which the total's outputs
-// shrink.
+// For one vector of lanes, adds a chunk to the total of the chunks before it, whose maximum is not
+// larger. For the first chunk, the total counts as empty. Returns the factor by which the total's
+// outputs shrink.
 template <class Vectors>
 typename Vectors::Vec merge_chunk(const SoftmaxState<typename Vectors::Scalar>& total,
                                   const SoftmaxState<typename Vectors::Scalar>& chunk, int lane,

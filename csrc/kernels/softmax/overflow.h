@@ -1,8 +1,8 @@
 // Weighted means of values near the largest number. The mean of finite values is finite, but the
-// sum of their products with weights may overflow, because it is divided at the end. Whoever finds
-// a result that is not finite computes it once more, with all weights multiplied by a power of two
-// so small that they add up to less than one. (Always doing so would cost the smallest values their
-// digits.) A value that is not finite itself and is attended to shows again.
+// sum of their products with weights may overflow, because it is divided at the end. A kernel that
+// finds a result that is not finite computes it once more, with all weights multiplied by a power
+// of two so small that they add up to less than one. (Always doing so would cost the smallest
+// values precision.) If an attended value is itself not finite, the second result shows it again.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +32,8 @@ typename Vectors::Vec largest_number() {
                           : static_cast<typename Vectors::Scalar>(__FLT_MAX__));
 }
 
-// sum * factor; where the sum is finite, so is the product, which may exceed the largest number by
-// rounding alone.
+// sum * factor. If the sum is finite, so is the result: only rounding can make the product exceed
+// the largest number, and it is clamped.
 template <class Vectors>
 typename Vectors::Vec finite_product(typename Vectors::Vec sum, typename Vectors::Vec factor) {
   const auto most = largest_number<Vectors>();
@@ -44,7 +44,7 @@ typename Vectors::Vec finite_product(typename Vectors::Vec sum, typename Vectors
   return Vectors::select_equal(Vectors::sub(sum, sum), Vectors::zero(), clamped, product);
 }
 
-// Whether any of the numbers that were added is NaN or infinite.
+// Checks whether any of the numbers passed to add() is NaN or infinite.
 template <class Vectors>
 struct FiniteCheck {
   typename Vectors::Vec nan_unless_finite = Vectors::zero();

@@ -11,11 +11,11 @@
 namespace numattn {
 namespace {
 
-// Q(x) is the probability that a standard normal variable is more than x. For x >= 0,
-// Q(x) exp(x^2 / 2) (x + 4) is a polynomial in u = (x - 4) / (x + 4), -1 <= u < 1, but for 4e-8 of
-// it in float32 and 1e-16 in float64. The coefficients are from its Chebyshev series, highest power
-// first. The form is the one of Shepherd and Laframboise, "Chebyshev approximation of (1 + 2x)
-// exp(x^2) erfc x in 0 <= x < infinity", Mathematics of Computation 36, 1981.
+// Q(x) is the probability that a standard normal variable exceeds x. For x >= 0, Q(x) exp(x^2 / 2)
+// (x + 4) is a polynomial in u = (x - 4) / (x + 4), -1 <= u < 1, to a relative error of 4e-8 in
+// float32 and 1e-16 in float64. The coefficients are from its Chebyshev series, highest power
+// first. The form is from Shepherd and Laframboise, "Chebyshev approximation of (1 + 2x) exp(x^2)
+// erfc x in 0 <= x < infinity", Mathematics of Computation 36, 1981.
 template <class Scalar>
 struct TailSeries;
 template <>
@@ -42,7 +42,7 @@ struct Activations {
   using Scalar = typename Vectors::Scalar;
   using Vec = typename Vectors::Vec;
   struct Curve {
-    Vec value, slope;  // whoever needs no slope leaves it to the compiler to compute none
+    Vec value, slope;  // the compiler drops the slope where it is not used
   };
 
   static Vec set(double x) { return Vectors::set(static_cast<Scalar>(x)); }
@@ -58,7 +58,7 @@ struct Activations {
     Vec series[1];
     sum_series<Vectors>(TailSeries<Scalar>::kTerms, u, series);
     const Vec tail = Vectors::mul(series[0], inverse);  // Q(x) exp(x^2 / 2)
-    // The slope is P + a P'. At -x it is Q(x) - x P'(x); at x it is 1 less that.
+    // The slope is P + a P'. At -x it is Q(x) - x P'(x); at x it is 1 minus that.
     constexpr double kLargestDensity = 0.3989422804014327;  // 1 / sqrt(2 pi)
     const Vec below = Vectors::mul(Vectors::fma(x, set(-kLargestDensity), tail), gauss);
     const Vec sign = Vectors::copy_sign(set(1), a);
@@ -73,11 +73,11 @@ struct Activations {
   }
 
   // a (1 + tanh z) / 2, z = sqrt(2 / pi) (a + 0.044715 a^3). This is a / (1 + exp(-2 z)), which
-  // keeps the digits of small values.
+  // keeps the precision of small values.
   [[gnu::always_inline]] static Curve gelu_tanh(Vec a) {
     constexpr double kOfA = 1.5957691216057308;  // 2 sqrt(2 / pi)
     constexpr double kOfCube = 0.044715 * kOfA;
-    // The sigmoid is 0 or 1 beyond it.
+    // Beyond these limits the sigmoid is 0 or 1.
     const Vec near = Vectors::max(set(-30), min(set(30), a));
     const Vec square = Vectors::mul(near, near);
     const Vec s = sigmoid(Vectors::mul(Vectors::fma(square, set(-kOfCube), set(-kOfA)), near));
@@ -105,7 +105,7 @@ struct Activations {
     return {Vectors::mul(positive, positive), Vectors::add(positive, positive)};
   }
 
-  // What an array holds from element `at` on.
+  // Reads an array from element `at` on.
   struct Reader {
     int64_t at, left;
     Vec operator()(const char* from) const {

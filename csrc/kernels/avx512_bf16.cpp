@@ -5,7 +5,7 @@
 
 namespace numattn {
 
-// All that this level adds to avx512 are products of bfloat16.
+// This level adds only products of bfloat16 to avx512.
 extern constinit const KernelTable kernels_avx512_bf16 = {
     {{}, {}, {}, kernels_for<Arithmetic<Float32, Bfloat16Pairs>, Bfloat16Bits>()}};
 extern constinit const Probes probes_avx512_bf16 = {

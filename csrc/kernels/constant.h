@@ -1,5 +1,5 @@
-// Run-time numbers, and the numbers of a loop, as compile-time constants: one instance of a
-// template for each.
+// Turns run-time numbers and loop indices into compile-time constants: one template instance for
+// each.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct Constant {
   static constexpr int value = kValue;
 };
 
-// Calls `step` with a number from 1 to kMost, or kMost if it is larger.
+// Calls `step` with `number`, from 1 to kMost, or with kMost if it is larger.
 template <int kMost, class Step>
 void with_constant(int64_t number, Step step) {
   if constexpr (kMost > 1) {
@@ -30,7 +30,7 @@ template <int kFirst, int kEnd, class Step>
   }
 }
 
-// Calls `step` with a power of two up to kMost.
+// Calls `step` with `number`, a power of two up to kMost.
 template <int kMost, class Step>
 void with_power_of_two(int64_t number, Step step) {
   if constexpr (kMost > 1) {

@@ -16,7 +16,7 @@ namespace {
 // All queries of the query heads that share a KV head.
 inline QueryRows rows_of(const Task& task) { return {0, task.queries, task.heads}; }
 
-// The same task for one of its KV heads. (Those of several share mask and bias.)
+// The same task for one of its KV heads. (The KV heads of a task share mask and bias.)
 inline Task task_of_head(const Task& task, int64_t kv_head) {
   Task alone = task;
   const int64_t head = kv_head * task.heads;
@@ -55,7 +55,7 @@ struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
   using Vec = typename Vectors::Vec;
 
   Scalar* output;     // [row][d], not yet divided by the sum
-  Scalar* largest;    // [row], at least the largest size in its output; infinite if not finite
+  Scalar* largest;    // [row], at least the largest magnitude in its output; infinite if not finite
   int64_t* exponent;  // [row], of the weights (softmax/overflow.h)
 
   static DecodeState lay_out(Arena& arena, int64_t rows, int64_t value_dim) {
@@ -91,8 +91,8 @@ struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
     for (int64_t i = 0; i < rows * value_dim; ++i) output[i] = 0;
   }
 
-  // When all keys of the chunk are in for these rows, which share what is found. Returns whether
-  // all of their outputs are finite.
+  // Call this after all keys of the chunk are added for these rows, which share the result in
+  // `largest`. Returns whether all of their outputs are finite.
   bool find_largest(int64_t first_row, int64_t rows, int64_t value_dim) const {
     FiniteCheck<Vectors> check;
     Vec most = Vectors::zero();
@@ -111,7 +111,7 @@ struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
     return check.all_finite();
   }
 
-  // Merges the states of a task's chunks, which lie `bytes` apart, and writes out and lse. The
+  // Merges the states of a task's chunks, which are `bytes` apart, and writes out and lse. The
   // first state is overwritten.
   static void finish(const Task& task, int64_t chunks, int64_t bytes) {
     for (int64_t head = 0; head < task.kv_heads; ++head) {
@@ -164,8 +164,8 @@ struct DecodeState : SoftmaxState<typename Vectors::Scalar> {
     write_row(task, row, total, maximum, sum, exponent);
   }
 
-  // 0, unless the chunks' outputs of a row, or their sum, are too large for the weights that they
-  // were made with.
+  // 0, unless a row's outputs in the chunks, or their sum, are too large for the weights they were
+  // computed with.
   template <class StateOf>
   static int64_t exponent_of_total(int64_t row, int64_t chunks, StateOf state_of) {
     constexpr auto kLargest =

@@ -30,12 +30,12 @@ double multiply_adds(int64_t rounds) {
       for (int i = 0; i < kChains; ++i) chains[i] = Units::multiply_add(factor, factor, chains[i]);
     }
   }
-  // The result has to be used, or the compiler would leave the work out.
+  // The result has to be used, or the compiler would drop the work.
   for (int i = 0; i < kChains; ++i) asm volatile("" : : "m"(chains[i]));
   return 2.0 * kChains * kSteps * Units::kElements * Vectors::kLanes * static_cast<double>(rounds);
 }
 
-// The sum of `count` floats, a multiple of four vectors, read as fast as memory gives them.
+// The sum of `count` floats, a multiple of four vectors, read as fast as memory delivers them.
 template <class Vectors>
 float read_floats(const float* from, int64_t count) {
   constexpr int kChains = 4;

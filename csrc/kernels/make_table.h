@@ -1,4 +1,4 @@
-// Turns what a level computes with into the table that it exports.
+// Builds the table that a level exports from its vectors and units.
 #pragma once
 
 #include "kernels/activations.h"

@@ -5,7 +5,7 @@
 
 namespace numattn {
 
-// All that this level adds to neon are products of bfloat16.
+// This level adds only products of bfloat16 to neon.
 extern constinit const KernelTable kernels_neon_bf16 = {
     {{}, {}, {}, kernels_for<Arithmetic<Float32, Bfloat16Pairs>, Bfloat16Bits>()}};
 extern constinit const Probes probes_neon_bf16 = {

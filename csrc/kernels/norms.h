@@ -1,5 +1,5 @@
-// Norms of rows, forward and backward. A row is read several times, from the cache but for the
-// first one; the lanes are elements of a row.
+// Norms of rows, forward and backward. A row is read several times, all but the first time from the
+// cache; the lanes are elements of a row.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +28,8 @@ struct Norms {
     return load_up_to<Vectors>(from + at, left);
   }
 
-  // Combines term(at, left) of each vector of a piece of a row, in four chains: one after the other
-  // they would wait for each other.
+  // Combines term(at, left) of each vector of a piece of a row, in four independent chains: in a
+  // single chain, each step would wait for the previous one.
   template <class Combine, class Term>
   [[gnu::always_inline]] static Vec combine(int64_t begin, int64_t end, int64_t columns,
                                             Combine combine_two, Term term) {
@@ -45,7 +45,7 @@ struct Norms {
     return combine_two(combine_two(chains[0], chains[1]), combine_two(chains[2], chains[3]));
   }
 
-  // The mean of term(at, left) over a row. Pieces of it are added up by themselves: the rounding
+  // The mean of term(at, left) over a row. Pieces of it are summed separately, so that the rounding
   // error does not grow with the row. The terms of lanes beyond the row have to be 0.
   template <class Term>
   static double mean(int64_t columns, Term term) {
@@ -58,8 +58,9 @@ struct Norms {
     return total / static_cast<double>(columns);
   }
 
-  // Squares of numbers beyond 1e19 overflow in float32. The elements of a huge row are multiplied
-  // by the power of two that makes them 1 at most, which changes no digit; 1 for others.
+  // The factor of a row. Squares of numbers beyond 1e19 overflow in float32, so the elements of a
+  // huge row are multiplied by the power of two that makes them 1 at most, which changes no digit.
+  // Other rows have the factor 1.
   static Scalar scale_of(const Element* x, int64_t columns) {
     Scalar lanes[kLanes];
     Vectors::store(lanes,
@@ -68,7 +69,7 @@ struct Norms {
                        [&](int64_t at, int64_t left) { return Vectors::abs(load(x, at, left)); }));
     Scalar largest = lanes[0];
     for (int i = 1; i < kLanes; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
-    // Sums of 2^31 squares of smaller numbers do not overflow; NaN and infinity stay what they are.
+    // Sums of 2^31 squares of smaller numbers do not overflow; NaN and infinity stay unchanged.
     constexpr auto kHuge = static_cast<Scalar>(kIsDouble ? 0x1p496 : 0x1p48);
     if (!(largest >= kHuge && largest < static_cast<Scalar>(__builtin_inf()))) return 1;
     int exponent;
@@ -154,7 +155,7 @@ struct Norms {
       const auto of_normalized = [&](int64_t at, int64_t left) {
         return Vectors::mul(load(d, at, left), load(weight, at, left));
       };
-      // Without what changes the length of the row, and without what moves it.
+      // Remove the components that would change the length of the row or shift it.
       const Vec length =
           Vectors::set(static_cast<Scalar>(mean(norm.columns, [&](int64_t at, int64_t left) {
             return Vectors::mul(of_normalized(at, left), normalized(at, left));

@@ -1,13 +1,13 @@
 // out = x * weight + bias, perhaps rotated, for some rows and columns.
 //
-// The weight is packed a panel at a time, as deep as one sum and cut into strips as wide as a
-// register tile: a strip stays in the first cache while all rows pass it. Few rows do not pay for
-// packing: then rows of the weight are read where they are, several at once, and added to rows of
-// sums.
+// The weight is packed one panel at a time. A panel is as deep as one sum and is cut into strips as
+// wide as a register tile. A strip stays in the first-level cache while all rows pass it. For few
+// rows packing does not pay: rows of the weight are then read in place, several at once, and added
+// to rows of sums.
 //
-// Every element is summed in the same order, whatever the other rows and columns are: in pieces of
-// kStepsPerSum steps, each by itself, and then the bias. So results have the same bits alone and in
-// a batch.
+// Every element is summed in the same order, whatever the other rows and columns are: first pieces
+// of kStepsPerSum steps, each summed separately, and then the bias. So a result has the same bits
+// on its own and in a batch.
 #pragma once
 
 #include <cstdint>
@@ -39,20 +39,20 @@ struct Projection {
   static constexpr int64_t kDepth = kStepsPerSum<Vectors>;      // units
   static constexpr auto kSize = static_cast<int64_t>(sizeof(Element));
 
-  // What a work item may have. Its rows share the packed weight, its columns share the copied rows.
+  // The limits of a work item. Its rows share the packed weight, its columns share the copied rows.
   static constexpr int64_t kMaxRows = 768;
   static constexpr int64_t kMaxColumns = 6144 / sizeof(Scalar);
-  // A block of rows stays in the second cache.
+  // A block of rows stays in the second-level cache.
   static constexpr int64_t kRowsPerBlock = 192;
 
-  // So few that packing would cost more than it saves: of the whole product, and of a work item,
-  // which reads the weight where it is.
+  // Few rows, for which packing would cost more than it saves: the most of a whole product, and the
+  // most of a work item, which reads the weight in place.
   static constexpr int64_t kFewRows = 12, kStreamedRows = 8;
 
   static ProjectionLimits limits(int64_t rows, int64_t weight_column_stride) {
     if (rows > kFewRows || weight_column_stride != kSize) return {kMaxRows, kMaxColumns, false};
-    // One row reads long pieces of the weight's rows. The sums of several have to stay in the first
-    // cache.
+    // One row reads long pieces of the weight's rows. The sums of several rows have to stay in the
+    // first-level cache.
     const int64_t together = rows < kStreamedRows ? rows : kStreamedRows;
     return {kStreamedRows, rows == 1 ? 4096 : 2048 / together, true};
   }
@@ -83,7 +83,7 @@ struct Projection {
     return lay_out(without_memory).bytes;
   }
 
-  // Sums from row to row.
+  // The number of sums from row to row.
   static int64_t padded(int64_t columns) {
     constexpr int kTogether = kLanes * kPerUnit;
     return (columns + kTogether - 1) / kTogether * kTogether;
@@ -91,7 +91,7 @@ struct Projection {
   static bool is_streamed(const ProjectionTask& task) {
     return task.rows <= kStreamedRows && task.weight.column_stride == kSize;
   }
-  // Units from strip to strip: strips do not begin in the same set of the first cache.
+  // Units from strip to strip. Strips do not all begin in the same set of the first-level cache.
   static int64_t strip_stride(int64_t units) {
     return units * kStrip + kCacheLine / static_cast<int64_t>(sizeof(Unit));
   }
@@ -105,7 +105,7 @@ struct Projection {
 
   // ---- x and the weight as a product reads them -----------------------------------------------
 
-  // Elements that there are in units from `first` on.
+  // How many elements `units` units have from `first` on.
   static int64_t elements_of(const ProjectionTask& task, int64_t first, int64_t units) {
     const int64_t left = task.depth - first * kPerUnit;
     return left < units * kPerUnit ? left : units * kPerUnit;
@@ -116,8 +116,8 @@ struct Projection {
     for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(row + i, 0, 2);
   }
 
-  // x [row][unit] from row `row` and unit `first` on. A copy: where rows are far apart, each is on
-  // a page of its own, and many of them share a few sets of the cache.
+  // Copies x [row][unit] from row `row` and unit `first` on. Rows that are far apart are each on
+  // their own page, and many of them share a few sets of the cache.
   static KeyBlock<Unit> copy_rows(const ProjectionTask& task, int64_t row, int64_t count,
                                   int64_t first, int64_t units, Unit* copy) {
     View view = task.x;
@@ -126,7 +126,7 @@ struct Projection {
         {view, elements_of(task, first, units), false, {}, nullptr, 0, 0, 0}, 0, count, copy);
   }
 
-  // Some rows of the next block, while the strip `strip` of `columns` is multiplied.
+  // Prefetches some rows of the next block while strip `strip` of `columns` is multiplied.
   static void fetch_rows(const ProjectionTask& task, int64_t row, int64_t strip, int64_t columns,
                          int64_t first, int64_t units) {
     if (task.x.column_stride != kSize) return;
@@ -138,7 +138,7 @@ struct Projection {
     }
   }
 
-  // weight [strip of columns][unit][column] from unit `first` on; what is missing is 0.
+  // Packs weight [strip of columns][unit][column] from unit `first` on; missing elements are 0.
   static void pack(const ProjectionTask& task, int64_t first, int64_t units, Unit* packed) {
     constexpr int kUnitsAhead = 6;
     const View& weight = task.weight;
@@ -203,8 +203,8 @@ struct Projection {
 
   // ---- few rows -------------------------------------------------------------------------------
 
-  // piece [row][column] (+)= x [row][unit] * weight [unit][column], kCount units, of which the last
-  // may be short of an element.
+  // piece [row][column] (+)= x [row][unit] * weight [unit][column], for kCount units, the last of
+  // which may be incomplete.
   template <int kRows, int kCount>
   static void add_units(const KeyBlock<Unit>& x, const char* weight, int64_t row_stride,
                         int64_t elements, int64_t columns, bool add, Scalar* piece) {

@@ -1,4 +1,4 @@
-// Rows by themselves: their softmax, and rotary embedding. The lanes are elements of a row.
+// Operations on single rows: softmax and rotary embedding. The lanes are elements of a row.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +29,8 @@ struct Rows {
     return Vectors::select_bits(Vectors::bits_not_equal(kept, Vectors::zero()), x, nothing);
   }
 
-  // Each weight is computed twice, which is cheaper than another pass through memory, and leaves no
-  // rounding to 16 bits between them.
+  // Each weight is computed twice, which is cheaper than another pass through memory and avoids
+  // rounding to 16 bits in between.
   static void softmax(const void* scores_of_rows, const uint8_t* mask, void* out_of_rows,
                       int64_t rows, int64_t columns) {
     const auto* scores = static_cast<const Element*>(scores_of_rows);
@@ -91,7 +91,7 @@ struct Rows {
     }
   }
 
-  // The same for neighbours.
+  // The same for pairs of neighbours.
   static void rotate_neighbours(const char* x, const Scalar* cos, const Scalar* sin, char* out,
                                 const RowRotation& rows) {
     constexpr int kPairs = Vectors::kLanes / 2;

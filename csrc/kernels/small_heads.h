@@ -1,6 +1,6 @@
-// Attention for heads so small that packing queries, tiles and states would take longer than the
-// products: few queries and few keys. Heads go one after another in one task. The lanes are
-// elements of a vector; all keys of a row are weighed at once.
+// Attention for heads with so few queries and keys that packing queries, tiles and states would
+// take longer than the products. A task computes its heads one by one. The lanes are elements of a
+// vector; all keys of a row get their weights at once.
 #pragma once
 
 #include <concepts>
@@ -26,12 +26,12 @@ template <class Vectors, class Element>
 struct SmallHeads {
   using Scalar = typename Vectors::Scalar;
   using Vec = typename Vectors::Vec;
-  // Beyond, tiles are as fast (Zen 3).
+  // Beyond these limits, tiles are as fast (Zen 3).
   static constexpr int kMaxQueries = 16;
   static constexpr int kMaxKeys = 16;
-  static constexpr int kWidth =  // of a row of logits: whole vectors
+  static constexpr int kWidth =  // of a row of logits, in whole vectors
       (kMaxKeys + Vectors::kLanes - 1) / Vectors::kLanes * Vectors::kLanes;
-  // Products that are summed up together fill the lanes of a vector.
+  // Products that are summed together fill the lanes of a vector.
   static constexpr int kKeysTogether = Vectors::kLanes < 4 ? Vectors::kLanes : 4;
   static constexpr int kRowsTogether = Vectors::kLanes / kKeysTogether;
 
@@ -45,7 +45,7 @@ struct SmallHeads {
     }
   };
   struct Scratch {
-    Scalar *q, *k, *v;  // [row][d], copies of what is not scalars side by side
+    Scalar *q, *k, *v;  // [row][d], copies of rows that are not adjacent scalars
     Scalar* weights;    // [query][key]
   };
   static_assert(kMaxKeys <= 64, "the keys that a row attends to are bits");
@@ -64,8 +64,8 @@ struct SmallHeads {
     return arena.used;
   }
 
-  // Where element d of row i is row_at(i) + d * column_stride. `stride` is from row to row if they
-  // are evenly spaced, or 0.
+  // Element d of row i is at row_at(i) + d * column_stride. `stride` is the distance from row to
+  // row if rows are evenly spaced, otherwise 0.
   template <class RowAt>
   static RowsOfScalars scalars(RowAt row_at, int64_t stride, int64_t column_stride, int64_t rows,
                                int64_t dims, Scalar* copy) {
@@ -142,8 +142,8 @@ struct SmallHeads {
     for (; key < keys; ++key) multiply<kRows, 1>(q, row, k, key, dims, logits);
   }
 
-  // Applies options and masks to a row's products; returns which keys it attends to. `task` is of
-  // one head.
+  // Applies options and masks to a row's products; returns which keys it attends to. `task` has one
+  // head.
   static uint64_t finish_logits(const Task& task, int64_t row, Scalar* logits) {
     using Map = LaneMap<Vectors, 1>;
     const int64_t count = task.valid_keys;
@@ -170,8 +170,8 @@ struct SmallHeads {
     return attended;
   }
 
-  // Logits of a row become weights under its largest logit. Returns the factor by which their sums
-  // are to be multiplied; writes the log-sum-exp to `lse` unless it is null.
+  // Turns the logits of a row into weights relative to its largest logit. Returns the factor for
+  // sums with these weights; writes the log-sum-exp to `lse` unless it is null.
   static Scalar weigh(const Task& task, Scalar* logits, char* lse) {
     const int64_t keys = task.valid_keys;
     const auto sink = static_cast<Scalar>(sink_of(task, 0));
@@ -180,7 +180,8 @@ struct SmallHeads {
       const Scalar of_row = log_sum_exp(maximum, sum, softmax_scale(task), 0);
       __builtin_memcpy(lse, &of_row, sizeof(of_row));
     };
-    // The weight of a single key needs no logit: its value does not wait for it.
+    // A single key has weight 1 whatever its finite logit is, so its value need not wait for the
+    // logit.
     if (keys == 1 && logits[0] - logits[0] == 0 && is_minus_infinity(sink)) {
       write_lse(logits[0], 1);
       return logits[0] = 1;
@@ -207,7 +208,7 @@ struct SmallHeads {
       sums = Vectors::add(sums, weight);
     }
     Scalar sum = Vectors::sum(sums);
-    Scalar shrink = 1;  // under a sink that is larger
+    Scalar shrink = 1;  // if a sink is larger
     if (!is_minus_infinity(sink)) {
       const Scalar of_logits = maximum;
       if (sink > maximum) maximum = sink;
@@ -223,9 +224,9 @@ struct SmallHeads {
     return shrink * softmax_share(sum);
   }
 
-  // out [row][d] = factor [row] * weights [row][key] * v [key][d] for kRows rows. False where a
-  // result is not finite; it may be with kExponent, the power of two by which weights are
-  // multiplied.
+  // out [row][d] = factor [row] * weights [row][key] * v [key][d] for kRows rows. False if a result
+  // is not finite. With another kExponent, the power of two by which weights are multiplied, it may
+  // be finite.
   template <int kRows, int kExponent>
   static bool aggregate(const Task& task, int64_t row, const RowsOfScalars& v,
                         const Scalar* weights, const Scalar* factors, const uint64_t* attended) {
@@ -242,7 +243,7 @@ struct SmallHeads {
     const bool are_alike = any == all && (any >> begin & ((any >> begin) + 1)) == 0;
     const bool is_contiguous = task.out.column_stride == static_cast<int64_t>(sizeof(Element));
     FiniteCheck<Vectors> check;
-    // kCount whole vectors, or one that is not whole.
+    // kCount whole vectors, or one partial vector.
     const auto columns = [&](int64_t d, auto count, auto is_whole) __attribute__((always_inline)) {
       constexpr int kCount = count.value;
       constexpr bool kIsWhole = is_whole.value == 1;
@@ -254,7 +255,8 @@ struct SmallHeads {
       }
       const auto add_key = [&](int64_t key, auto attends) __attribute__((always_inline)) {
         Vec values[kCount];
-        // One address for all vectors: the compiler would keep one for each of them, on the stack.
+        // One address for all vectors: otherwise the compiler keeps one for each of them on the
+        // stack.
         const Scalar* from = v.row(key) + d;
         __asm__("" : "+r"(from));
 #pragma GCC unroll 4

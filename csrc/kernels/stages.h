@@ -1,5 +1,5 @@
-// The stages by themselves: logits or weights as arrays [query][key], and how much weight each key
-// gets. QK^T and options as in prefill.h, without values.
+// Single stages: logits or weights as arrays [query][key], and how much weight each key receives.
+// QK^T and options are the same as in prefill.h, without values.
 #pragma once
 
 #include <cstdint>
@@ -29,11 +29,11 @@ struct Stages {
   static constexpr int kQueriesPerTile = RegisterTile<Vectors>::kLanes;
 
   struct Scratch {
-    typename QkUnits::Unit* queries;  // [unit of d][lane], negated where the scale is negative
+    typename QkUnits::Unit* queries;  // [unit of d][lane], negated if the scale is negative
     Scalar* logits;                   // [key][lane], then weights
     SoftmaxState<Scalar> state;
     Scalar* factor;                  // [lane], 1 / sum, for Stage::received
-    Scalar* rescale;                 // [lane], written by the softmax; values alone need it
+    Scalar* rescale;                 // [lane], written by the softmax; only values need it
     Scalar* highest;                 // [lane]
     typename QkUnits::Unit* k_copy;  // [key][unit of d]
     double* received;                // [key of the chunk]
@@ -111,7 +111,7 @@ struct Stages {
         {k.data, k.stride, 0, scratch.queries, units_of<QkUnits>(task.head_dim)}, keys.count,
         scratch.logits);
     apply_options<Element>(task, Map{rows}, keys, scratch.logits);
-    // Lanes without a query get no weight, whatever the options made of their zeros.
+    // Lanes without a query get no weight, whatever the options turned their zeros into.
     const bool counts_lanes = task.stage == Stage::received && rows.queries < Map::kLanes;
     if (keys.within_limits && keys.mask_is_full && !counts_lanes) return;
     uint64_t attended[kKeysPerBlock];
@@ -193,8 +193,8 @@ struct Stages {
     }
   }
 
-  // The logits that were written become weights, while the tile's rows are still in the cache if
-  // they are not too long: a second pass through K instead would double products and powers.
+  // Turns the written logits into weights, while the tile's rows are still in the cache if they are
+  // not too long. A second pass through K would double products and powers.
   static void weigh_rows(const Task& task, const QueryRows& rows, const Scratch& scratch,
                          int64_t begin, int64_t end) {
     const Vec scale = softmax_factor<Vectors>(softmax_scale(task));

@@ -30,7 +30,7 @@ struct Tile {
   };
 
   QueryRows rows;                   // of one head, or a few queries of several
-  typename QkUnits::Unit* queries;  // [unit of d][lane], negated where the scale is negative
+  typename QkUnits::Unit* queries;  // [unit of d][lane], negated if the scale is negative
   State chunk;                      // the keys since the last end_chunk
   State total;                      // all keys before; used from the first end_chunk on
 
@@ -55,7 +55,7 @@ struct Tile {
     arena.take(state.sum, lanes());
   }
 
-  // `copy` has room for a tile's rows of queries, if they may be of several heads.
+  // `copy` has room for a tile's rows of queries if they may belong to several heads.
   template <int kVectors>
   void begin(const Task& task, double sink, Element* copy) const {
     const View q = rows_of_queries(task, copy);
@@ -87,7 +87,8 @@ struct Tile {
     }
   }
 
-  // False where a result is not finite: it may be, with smaller weights. Then nothing is written.
+  // False if a result is not finite; nothing is written then. It may be finite with smaller
+  // weights.
   template <int kVectors>
   bool finish(const Task& task, bool has_total) const {
     constexpr int kWidth = kVectors * Vectors::kLanes;
@@ -120,7 +121,7 @@ struct Tile {
   }
 
  private:
-  // The rows of q at even distances: copied, if they are not in memory.
+  // The rows of q, evenly spaced: copied if they are not evenly spaced in memory.
   View rows_of_queries(const Task& task, Element* copy) const {
     View q = task.q;
     q.data += rows.first_head * q.head_stride + rows.first_query * q.row_stride;

@@ -1,6 +1,6 @@
-// Products of a register tile where an instruction multiplies a vector by one lane of another one
-// (NEON). Scalars that lie side by side are loaded as a vector then: broadcasts would take a third
-// of the loads, and on many CPUs the time of a multiply-add each.
+// Products of a register tile for CPUs with an instruction that multiplies a vector by one lane of
+// another (NEON). Adjacent scalars are then loaded as a vector: broadcasts would take a third of
+// the loads and, on many CPUs, the time of a multiply-add each.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,8 @@ constexpr bool kMultipliesByLane = requires(typename Units::Units x, typename Un
   Units::template multiply_add_lane<0>(x, x, sum);
 };
 
-// sums [scalar][i] += scalars [scalar] * vectors [i] for i from kFirst on; the scalars side by
-// side.
+// sums [scalar][i] += scalars [scalar] * vectors [i] for i from kFirst on; the scalars are
+// adjacent.
 template <class Units, int kFirst, int kScalars, int kVectors>
 [[gnu::always_inline]] inline void multiply_side_by_side(
     const typename Units::Unit* scalars, const typename Units::Units (&vectors)[kVectors],
@@ -41,7 +41,7 @@ template <class Units, int kFirst, int kScalars, int kVectors>
 }
 
 // sums [scalar][i] += scalars [scalar][step] * vectors [step][i] for as many steps as vectors have
-// lanes; the steps of a scalar side by side.
+// lanes; the steps of a scalar are adjacent.
 template <class Units, int kScalars, int kVectors>
 [[gnu::always_inline]] inline void multiply_steps(const typename Units::Unit* scalars,
                                                   int64_t scalars_stride,
@@ -52,7 +52,7 @@ template <class Units, int kScalars, int kVectors>
   typename Units::Units of_scalar[kScalars];
 #pragma GCC unroll 12
   for (int n = 0; n < kScalars; ++n) of_scalar[n] = Units::load(scalars + n * scalars_stride);
-  // One vector after the other: sums and scalars leave two registers.
+  // One vector at a time: sums and scalars leave only two registers.
   for_constants<0, kLanes>([&](auto step) __attribute__((always_inline)) {
 #pragma GCC unroll 12
     for (int i = 0; i < kVectors; ++i) {

@@ -14,7 +14,7 @@ template <int kVectors>
 struct KeySteps {
   int64_t ends[kVectors];
 
-  // The same in units of so many keys, rounded up.
+  // The same in units of `keys` keys, rounded up.
   KeySteps in_units_of(int keys) const {
     KeySteps units;
     for (int i = 0; i < kVectors; ++i) units.ends[i] = (ends[i] + keys - 1) / keys;

@@ -1,7 +1,7 @@
-// The product of any two matrices that the other products are special cases of,
+// The product of any two matrices, of which the other products are special cases,
 //   to [row][column] (+)= scalars [row][step] * vectors [step][column],
-// one scalar read where it is, times vectors along the columns, by register tiles; steps count
-// units (simd/arithmetic.h). Other than in qk_matmul.h and value_aggregation.h all strides are
+// by register tiles: one scalar at a time, read in place, times vectors along the columns. Steps
+// count units (simd/arithmetic.h). Unlike in qk_matmul.h and value_aggregation.h, all strides are
 // run-time numbers, and columns need not fill a vector.
 #pragma once
 
@@ -20,11 +20,11 @@ namespace {
 template <class Vectors>
 constexpr int64_t kStepsPerSum = Vectors::kFusedMultiplyAdd ? 256 : 32;
 
-// Whether the scalars of a row are side by side, or the scalars of a step.
+// Whether the scalars of a row are adjacent in memory, or the scalars of a step.
 enum class Scalars { by_row, by_step };
 
-// Strides are in units, or scalars. `vectors` has whole vectors in each step, of which the last may
-// be padded; `to` has `columns` elements in each row and nothing behind them.
+// Strides are in units or scalars. Each step of `vectors` has whole vectors, the last of which may
+// be padded. Each row of `to` has `columns` elements and no padding.
 template <class Units>
 struct MatmulOperands {
   using Unit = typename Units::Unit;
@@ -58,7 +58,7 @@ template <class Units, Scalars kOrder, int kRows, int kVectors>
   if (from.add) {  // fetched while the products are computed
     for (int row = 0; row < kRows; ++row) __builtin_prefetch(from.to + row * from.to_stride, 1);
   }
-  const auto* of_step = scalars;  // where they lie by steps
+  const auto* of_step = scalars;  // if they are by_step
   int64_t step = 0;
   if constexpr (kMultipliesByLane<Units> && kOrder == Scalars::by_row) {
     for (; step + kLanes <= from.steps; step += kLanes) {

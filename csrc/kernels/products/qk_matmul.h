@@ -1,7 +1,7 @@
 // QK^T: the logits of a block of keys and a tile of queries,
 //   logits [key][query lane] = K [key][d] * Qt [d][query lane],
-// where d counts units (simd/arithmetic.h). It knows nothing of attention: any product of rows,
-// read one scalar at a time, with vectors [d][lane].
+// where d counts units (simd/arithmetic.h). Nothing here is specific to attention: it multiplies
+// any rows, read one scalar at a time, by vectors [d][lane].
 #pragma once
 
 #include <cstdint>
@@ -14,12 +14,12 @@
 namespace numattn {
 namespace {
 
-// What a register tile reads: kKeys rows of K where they lie, and `units` of the queries' units.
+// What a register tile reads: kKeys rows of K, in place, and `units` of the queries' units.
 template <class Units>
 struct QkOperands {
   const typename Units::Unit* k;  // [key][d]
   int64_t k_stride;
-  int64_t fetch_distance;  // bytes from a row to another one that is fetched beside it; or 0
+  int64_t fetch_distance;               // bytes from a row to another one to prefetch with it; or 0
   const typename Units::Unit* queries;  // [d][lane]
   int64_t units;
   typename Units::Scalar* highest = nullptr;  // [lane], raised to the largest logit; or null
@@ -29,9 +29,9 @@ struct QkOperands {
 // One register tile: kKeys keys, with one broadcast per (key, d), times kVectors vectors of
 // queries. Queries and logits are kWidth lanes from row to row.
 //
-// The tile leaves the load units half idle, and each K and V row comes from memory once for all
-// queries. So it fetches the next tile's keys and the values of its own keys: worth 5 % at 2048
-// causal tokens.
+// The tile leaves the load units half idle, and each row of K and V comes from memory once for all
+// queries. So the tile prefetches the next tile's keys and the values of its own keys: worth 5 % at
+// 2048 causal tokens.
 template <class Units, int kKeys, int kVectors, int kWidth>
 [[gnu::always_inline]] inline void qk_register_tile(const QkOperands<Units>& from,
                                                     typename Units::Scalar* logits) {
@@ -142,7 +142,7 @@ void qk_steps(QkOperands<Units> from, const KeySteps<kVectors>& steps,
   }
 }
 
-// logits [key][lane], not yet scaled; those that the steps leave out are undefined.
+// logits [key][lane], not yet scaled; logits that the steps leave out are undefined.
 template <class Units, int kVectors>
 void qk_matmul(QkOperands<Units> from, const KeySteps<kVectors>& steps,
                typename Units::Scalar* logits) {
@@ -161,7 +161,7 @@ void qk_matmul(QkOperands<Units> from, const KeySteps<kVectors>& steps,
   }
 }
 
-// The same where all keys are for all vectors.
+// The same with all keys for all vectors.
 template <class Units, int kVectors>
 void qk_matmul(QkOperands<Units> from, int64_t keys, typename Units::Scalar* logits) {
   qk_matmul<Units>(from, all_steps<kVectors>(keys), logits);

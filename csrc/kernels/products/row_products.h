@@ -1,6 +1,6 @@
-// The two products for few queries: K and V are read where they lie, elements are widened or paired
-// in registers, and the lanes are elements of a row. (Only where K is stored transposed are they
-// keys.) A row of queries is a query of one head.
+// The two products for few queries. K and V are read in place, elements are widened or paired in
+// registers, and the lanes are elements of a row. (If K is stored transposed, the lanes are keys.)
+// A row of queries is a query of one head.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,7 @@ void for_row_groups(int64_t rows, Step step) {
 template <class Units>
 constexpr int kStep = Units::Vectors::kLanes * Units::kElements;
 
-// All lanes of x[i] added up become lane i.
+// Lane i of the result is the sum of all lanes of x[i].
 template <class Vectors>
 typename Vectors::Vec sum_each(typename Vectors::Vec (&x)[Vectors::kLanes]) {
   if constexpr (requires { Vectors::sum_each(x); }) return Vectors::sum_each(x);
@@ -99,7 +99,8 @@ template <class Units, class Type, int kVectors>
 void load_values(const Type* first, const Type* second, int64_t count,
                  typename Units::Units (&values)[kVectors]) {
   using Vectors = typename Units::Vectors;
-  // One address for all vectors: the compiler would keep an offset for each of them, on the stack.
+  // One address for all vectors: otherwise the compiler keeps an offset for each of them on the
+  // stack.
   __asm__("" : "+r"(first));
   if constexpr (Units::kElements == 1) {
 #pragma GCC unroll 16
@@ -120,10 +121,10 @@ void load_values(const Type* first, const Type* second, int64_t count,
   }
 }
 
-// sums [lane][key] += query [unit of d] * K [unit of d][key] for kLanes units of d, where a lane is
-// the one that a unit has in qk_rows; `begins`: = instead of +=. K is stored transposed, with
-// `k_stride` bytes from d to d. Each d is read for all keys, since short pieces would be slow to
-// read: the sums have to find room in the second cache.
+// sums [lane][key] += query [unit of d] * K [unit of d][key] for kLanes units of d. A unit has the
+// same lane as in qk_rows. `begins` means = instead of +=. K is stored transposed, with `k_stride`
+// bytes from d to d. Each d is read for all keys, because short pieces would be slow to read. So
+// the sums have to fit in the second-level cache.
 template <class Units, class Type, int kLanes>
 void add_transposed(const char* k, int64_t k_stride, int64_t keys,
                     const typename Units::Element* query, int64_t dims,
@@ -160,13 +161,13 @@ void add_transposed(const char* k, int64_t k_stride, int64_t keys,
   }
 }
 
-// The room that `sums` needs for each lane of a vector.
+// How many scalars `sums` needs for each lane of a vector.
 template <class Units>
 constexpr int64_t sums_of_lane(int64_t keys) {
   return (keys + kStep<Units> - 1) / kStep<Units> * kStep<Units>;
 }
 
-// logits [key] = K [d][key] . query [d], `stride` apart, with the bits that qk_rows gives.
+// logits [key] = K [d][key] . query [d], `stride` apart, with the same bits as qk_rows.
 template <class Units, class Type>
 void qk_row_transposed(const char* k, int64_t k_stride, int64_t keys,
                        const typename Units::Element* query, int64_t head_dim,
@@ -174,7 +175,7 @@ void qk_row_transposed(const char* k, int64_t k_stride, int64_t keys,
                        int64_t stride) {
   using Vectors = typename Units::Vectors;
   constexpr int kLanes = Vectors::kLanes;
-  // So many are read at once, for the hardware prefetcher's sake.
+  // Units of d that are read at once, for the sake of the hardware prefetcher.
   constexpr int kAtOnce = kLanes < 4 ? kLanes : 4;
   const int64_t of_lane = sums_of_lane<Units>(keys);
   const int64_t used = units_of<Units>(head_dim);
@@ -215,9 +216,9 @@ struct ValuesOfTurn {
   int64_t value_dim;
 };
 
-// output [row][d] += weights [unit of keys][row] * V [key][d] for kRows rows, and `elements`
-// elements of them, in kVectors vectors, from d on. The turn is summed up by itself first: the
-// rounding error grows with the number of turns.
+// output [row][d] += weights [unit of keys][row] * V [key][d] for kRows rows and their `elements`
+// elements from d on, in kVectors vectors. The turn is summed separately first: the rounding error
+// grows with the number of turns.
 template <class Units, class Type, int kRows, int kVectors>
 [[gnu::always_inline]] inline void add_values(const ValuesOfTurn<Units>& turn, int64_t d,
                                               int64_t elements, typename Units::Scalar* output) {
@@ -258,8 +259,8 @@ template <class Units, class Type, int kRows, int kVectors>
   }
 }
 
-// The same for all elements. The fewer rows, the more vectors have registers for their sums: one
-// row with two vectors takes 1.5 times as long as with eight (Zen 3).
+// The same for all elements. With fewer rows, the sums of more vectors fit in registers: one row
+// takes 1.5 times as long with two vectors as with eight (Zen 3).
 template <class Units, class Type, int kRows>
 [[gnu::noinline]] void aggregate_rows(const ValuesOfTurn<Units> turn,
                                       typename Units::Scalar* output) {

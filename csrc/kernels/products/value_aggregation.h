@@ -1,6 +1,6 @@
-// Value aggregation: a block's weighted values, added to a tile's output,
-//   output [d][query lane] = output * rescale [query lane] + Vt [d][key] * weights [key][query
-//   lane],
+// Value aggregation: adds a block's weighted values to a tile's output,
+//   output [d][query lane] =
+//       output * rescale [query lane] + Vt [d][key] * weights [key][query lane],
 // where key counts units (simd/arithmetic.h).
 #pragma once
 
@@ -55,7 +55,7 @@ template <class Units, int kFirst, int kDims, int kVectors>
   if constexpr (kFirst + 1 < kVectors) sum_values<Units, kFirst + 1>(from, steps, sums);
 }
 
-// The block is summed by itself before it is added: the rounding error grows with the keys of a
+// The block is summed separately before it is added: the rounding error grows with the keys of a
 // block plus the number of blocks, not with all keys.
 template <class Units, int kDims, int kVectors>
 [[gnu::always_inline]] inline void value_register_tile(const ValueOperands<Units>& from,

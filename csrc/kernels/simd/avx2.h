@@ -1,5 +1,5 @@
-// AVX2 with FMA and F16C: eight float lanes, for Haswell and later, Zen 1 and later. The
-// operations of simd/arithmetic.h do at every level what the comments here say.
+// AVX2 with FMA and F16C: eight float lanes, for Haswell and later, Zen 1 and later. The comments
+// here describe the operations of simd/arithmetic.h for every level.
 #pragma once
 
 #include <immintrin.h>
@@ -68,16 +68,16 @@ struct Float32 {
   // a * b + c
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
-  // All lanes added up.
+  // The sum of all lanes.
   static float sum(Vec x) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
   }
 
-  // All lanes of x[i] added up become lane i: half the shuffles of transposing first.
+  // Lane i is the sum of all lanes of x[i]. This takes half the shuffles of transposing first.
   static Vec sum_each(const Vec (&x)[kLanes]) {
-    Vec pairs[4];  // of x[2 * i] and x[2 * i + 1], two numbers to be added of each in every half
+    Vec pairs[4];  // each half has two summands of x[2 * i] and two of x[2 * i + 1]
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       pairs[i] = add(_mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]),
@@ -117,17 +117,17 @@ struct Float32 {
     return static_cast<uint64_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NEQ_UQ)));
   }
 
-  // x = whole + fraction, whole an integer and |fraction| <= 1/2. What lies outside of
-  // [-151, 129], where 2^x is 0 or infinite, is moved to its ends, so that `whole` stays an
-  // integer that scale_by_power_of_two takes. The order of the operands keeps a NaN.
+  // x = whole + fraction, whole an integer and |fraction| <= 1/2. x is clamped to [-151, 129],
+  // outside of which 2^x is 0 or infinite, so that `whole` stays an integer that
+  // scale_by_power_of_two takes. The order of the operands keeps a NaN.
   static void split(Vec x, Vec& whole, Vec& fraction) {
     x = _mm256_max_ps(_mm256_set1_ps(-151.0f), x);
     x = _mm256_min_ps(_mm256_set1_ps(129.0f), x);
     whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     fraction = _mm256_sub_ps(x, whole);
   }
-  // x * 2^whole for a `whole` from split(). In two steps, because 2^-151 is no float: the first
-  // is exact, the second rounds once, into the subnormal numbers if need be.
+  // x * 2^whole for a `whole` from split(). In two steps, because 2^-151 is not a float: the first
+  // is exact, the second rounds once, to a subnormal number if necessary.
   static Vec scale_by_power_of_two(Vec x, Vec whole) {
     const __m256i exponent = _mm256_cvtps_epi32(whole);
     const __m256i half = _mm256_srai_epi32(exponent, 1);
@@ -177,7 +177,7 @@ struct Float32 {
   static Vec from_bfloat16(__m128i x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
   }
-  // To nearest, ties to even; a NaN stays one.
+  // To nearest, ties to even; a NaN stays a NaN.
   static __m128i to_bfloat16(Vec x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

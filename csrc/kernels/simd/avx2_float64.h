@@ -74,7 +74,7 @@ struct Float64 {
     return static_cast<uint64_t>(_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_NEQ_UQ)));
   }
 
-  // Beyond [-1078, 1025] 2^x is 0 or infinite.
+  // Outside of [-1078, 1025], 2^x is 0 or infinite.
   static void split(Vec x, Vec& whole, Vec& fraction) {
     x = _mm256_max_pd(_mm256_set1_pd(-1078.0), x);
     x = _mm256_min_pd(_mm256_set1_pd(1025.0), x);

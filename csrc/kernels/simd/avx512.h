@@ -73,7 +73,7 @@ struct Float32 {
 
   static float sum(Vec x) { return _mm512_reduce_add_ps(x); }
 
-  // All lanes of x[i] added up become lane i: half the shuffles of transposing first.
+  // Lane i is the sum of all lanes of x[i]. This takes half the shuffles of transposing first.
   static Vec sum_each(const Vec (&x)[kLanes]) {
     Vec halves[8], quarters[4];
 #pragma GCC unroll 8
@@ -81,8 +81,8 @@ struct Float32 {
       halves[i] = add(_mm512_shuffle_f32x4(x[i], x[i + 8], 0x44),
                       _mm512_shuffle_f32x4(x[i], x[i + 8], 0xee));
     }
-    // quarters[i] holds, in its 128-bit parts, four numbers to be added of x[i], x[i + 8],
-    // x[i + 4] and x[i + 12]
+    // The 128-bit parts of quarters[i] hold four summands each, of x[i], x[i + 8], x[i + 4] and x[i
+    // + 12].
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       quarters[i] = add(_mm512_shuffle_f32x4(halves[i], halves[i + 4], 0x88),
@@ -111,15 +111,15 @@ struct Float32 {
   static uint64_t bits_not_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }
 
   // x = whole + fraction, whole an integer and |fraction| <= 1/2. An infinite x makes `fraction`
-  // NaN, which scale_by_power_of_two takes care of. (vrndscaleps runs at twice the speed of
-  // vreduceps, which would be one instruction less, on Zen 5.)
+  // NaN, which scale_by_power_of_two handles. (On Zen 5, vrndscaleps runs at twice the speed of
+  // vreduceps, which would save an instruction.)
   static void split(Vec x, Vec& whole, Vec& fraction) {
     constexpr int kToNearestQuiet = 0x08;
     whole = _mm512_roundscale_ps(x, kToNearestQuiet);
     fraction = _mm512_sub_ps(x, whole);
   }
-  // x * 2^whole, correctly rounded. By definition of the instruction a `whole` of -inf gives 0
-  // and one of inf gives inf, even where x is NaN.
+  // x * 2^whole, correctly rounded. The instruction is defined to return 0 for a `whole` of -inf
+  // and inf for a `whole` of inf, even if x is NaN.
   static Vec scale_by_power_of_two(Vec x, Vec whole) { return _mm512_scalef_ps(x, whole); }
 
   static void transpose(Vec (&rows)[kLanes]) {
@@ -164,7 +164,7 @@ struct Float32 {
   static Vec from_bfloat16(__m256i x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
   }
-  // To nearest, ties to even; a NaN stays one. (vcvtneps2bf16 takes subnormal numbers for 0.)
+  // To nearest, ties to even; a NaN stays a NaN. (vcvtneps2bf16 treats subnormal numbers as 0.)
   static __m256i to_bfloat16(Vec x) {
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

@@ -1,7 +1,7 @@
-// AVX-512 with BF16: the matrix products take pairs of bfloat16 and add up in float32; all else is
-// as in avx512.h. For Cooper Lake and Sapphire Rapids, Zen 4 and later.
+// AVX-512 with BF16: the matrix products take pairs of bfloat16 and sum in float32; everything else
+// is as in avx512.h. For Cooper Lake and Sapphire Rapids, Zen 4 and later.
 //
-// The instruction takes subnormal numbers (below 1.2e-38) for 0, its operands and sums alike.
+// The instruction treats subnormal numbers (below 1.2e-38) as 0, in operands and in sums.
 #pragma once
 
 #include <immintrin.h>
@@ -44,7 +44,7 @@ struct Bfloat16Pairs : Float32 {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
 
-  // Of a row's elements up to 32; from `count` on they are 0.
+  // Up to 32 elements of a row; from `count` on they are 0.
   static Units load_units(const Bfloat16Bits* from, int64_t count) {
     return count >= 32 ? _mm512_loadu_si512(from)
                        : _mm512_maskz_loadu_epi16(first_elements(count), from);
@@ -54,7 +54,7 @@ struct Bfloat16Pairs : Float32 {
     const Vec high = count > kLanes ? load_up_to_lanes(from + kLanes, count - kLanes) : zero();
     return reinterpret_cast<Units>(_mm512_cvtne2ps_pbh(high, low));
   }
-  // Pairs of the elements of two rows, up to 32 of each; from its count on a row is 0.
+  // Pairs of the elements of two rows, up to 32 of each; each row is 0 from its count on.
   static void load_rows(const Bfloat16Bits* first_row, int64_t first_count,
                         const Bfloat16Bits* second_row, int64_t second_count, Units (&units)[2]) {
     const Units a = load_units(first_row, first_count);

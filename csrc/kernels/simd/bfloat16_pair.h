@@ -1,4 +1,4 @@
-// Two bfloat16 side by side, as products of pairs take them.
+// Two adjacent bfloat16 values: an operand for products of pairs.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ struct Bfloat16Pair {
 };
 
 inline void set_element(Bfloat16Pair& pair, int i, Bfloat16Bits x) { pair.elements[i] = x; }
-// Whole numbers of 8 bits have no more digits than bfloat16.
+// bfloat16 holds 8-bit integers exactly.
 inline void set_element(Bfloat16Pair& pair, int i, Int8 x) {
   const float wide = x.value;
   uint32_t bits;

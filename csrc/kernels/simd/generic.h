@@ -15,7 +15,7 @@ typedef double DoubleLanes __attribute__((vector_size(16)));
 typedef int32_t FloatLaneBits __attribute__((vector_size(16)));
 typedef int64_t DoubleLaneBits __attribute__((vector_size(16)));
 
-// What a floating-point type is made of; `rounder` leaves no bits for a fraction when added.
+// The parts of a floating-point type. Adding `kRounder` leaves no bits for a fraction.
 template <class Scalar>
 struct Format;
 template <>
@@ -67,7 +67,7 @@ struct Generic {
     __builtin_memcpy(to, &x, static_cast<size_t>(count) * sizeof(Scalar));
   }
 
-  // Elements of other types, lane by lane. They may lie at odd addresses.
+  // Elements of other types, lane by lane. They may be unaligned.
   template <class Stored>
   static Vec load(const Stored* from) {
     return load_first(from, kLanes);
@@ -127,9 +127,9 @@ struct Generic {
     return bits;
   }
 
-  // x = whole + fraction, whole an integer and |fraction| <= 1/2. What lies outside of the range
-  // beyond which 2^x is 0 or infinite is moved to its ends, so that `whole` stays an integer that
-  // scale_by_power_of_two takes. Comparisons are false for a NaN, which stays.
+  // x = whole + fraction, whole an integer and |fraction| <= 1/2. x is clamped to the range outside
+  // of which 2^x is 0 or infinite, so that `whole` stays an integer that scale_by_power_of_two
+  // takes. Comparisons with a NaN are false, so it stays.
   static void split(Vec x, Vec& whole, Vec& fraction) {
     x = x < set(This::kLowest) ? set(This::kLowest) : x;
     x = x > set(This::kHighest) ? set(This::kHighest) : x;
@@ -137,10 +137,10 @@ struct Generic {
     whole = (x + rounder) - rounder;
     fraction = x - whole;
   }
-  // x * 2^whole for a `whole` from split(). In two steps, because the smallest power is no float:
-  // the first is exact, the second rounds once, into the subnormal numbers if need be.
+  // x * 2^whole for a `whole` from split(). In two steps, because the smallest power is not
+  // representable: the first is exact, the second rounds once, to a subnormal number if necessary.
   static Vec scale_by_power_of_two(Vec x, Vec whole) {
-    // What adding the rounder leaves in the lowest bits is the integer.
+    // Adding the rounder leaves the integer in the lowest bits.
     const Bits exponent = (Bits)(whole + set(This::kRounder)) - (Bits)set(This::kRounder);
     const Bits half = exponent >> 1;
     return x * power_of_two(half) * power_of_two(exponent - half);
@@ -186,7 +186,7 @@ struct Generic {
     to.bits = static_cast<uint16_t>((x == x ? bits + to_even : bits | 0x400000) >> 16);
   }
 
-  // The exponents of float32 go further by 2^112 at either end.
+  // The range of float32 is wider by a factor of 2^112 at either end.
   static float widened(Float16Bits x) {
     const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
     const uint32_t size = static_cast<uint32_t>(x.bits & 0x7fff) << 13;

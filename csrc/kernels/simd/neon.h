@@ -1,4 +1,4 @@
-// NEON: four float lanes, of every 64-bit Arm CPU. Functions without a comment do what they do in
+// NEON: four float lanes, for every 64-bit Arm CPU. Functions without a comment do what they do in
 // avx2.h.
 #pragma once
 
@@ -88,7 +88,7 @@ struct Float32 {
   static Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }
   static Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
   static Vec div(Vec a, Vec b) { return vdivq_f32(a, b); }
-  // b where one of them is NaN; fmax would give NaN, fmaxnm the number.
+  // b if either is NaN; fmax would return NaN, fmaxnm the number.
   static Vec max(Vec a, Vec b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static Vec abs(Vec x) { return vabsq_f32(x); }
   static Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
@@ -161,7 +161,7 @@ struct Float32 {
   static Vec from_float16(uint16x4_t x) { return vcvt_f32_f16(vreinterpret_f16_u16(x)); }
   static uint16x4_t to_float16(Vec x) { return vreinterpret_u16_f16(vcvt_f16_f32(x)); }
   static Vec from_bfloat16(uint16x4_t x) { return vreinterpretq_f32_u32(vshll_n_u16(x, 16)); }
-  // To nearest, ties to even; a NaN stays one.
+  // To nearest, ties to even; a NaN stays a NaN.
   static uint16x4_t to_bfloat16(Vec x) {
     const uint32x4_t bits = vreinterpretq_u32_f32(x);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));

@@ -1,9 +1,9 @@
-// NEON with BF16: the matrix products take pairs of bfloat16 and add up in float32; all else is as
-// in neon.h. For Neoverse N2 and V1, Cortex-A710, Apple M2 and later.
+// NEON with BF16: the matrix products take pairs of bfloat16 and sum in float32; everything else is
+// as in neon.h. For Neoverse N2 and V1, Cortex-A710, Apple M2 and later.
 //
-// bfdot takes subnormal numbers (below 1.2e-38) for 0, its operands and sums alike, and rounds to
-// odd. bfmmla would multiply twice as much at once, but for blocks of 2 x 2 sums, which the lanes
-// of a tile are not.
+// bfdot treats subnormal numbers (below 1.2e-38) as 0, in operands and in sums, and rounds to odd.
+// bfmmla would multiply twice as much at once, but it computes blocks of 2 x 2 sums, which do not
+// match the lanes of a tile.
 #pragma once
 
 #include <arm_neon.h>
@@ -45,7 +45,7 @@ struct Bfloat16Pairs : Float32 {
   template <int kLane>
   static Vec multiply_add_lane(Units a, Units b, Vec sum) {
 #if defined(__clang__)
-    // Clang makes a broadcast and a product of the intrinsic, and spills the broadcasts.
+    // Clang turns the intrinsic into a broadcast and a product, and spills the broadcasts.
     __asm__("bfdot %0.4s, %1.8h, %2.2h[%3]" : "+w"(sum) : "w"(b), "w"(a), "i"(kLane));
     return sum;
 #else
@@ -53,7 +53,7 @@ struct Bfloat16Pairs : Float32 {
 #endif
   }
 
-  // Of a row's elements up to 8; from `count` on they are 0.
+  // Up to 8 elements of a row; from `count` on they are 0.
   static Units load_units(const Bfloat16Bits* from, int64_t count) {
     if (count >= 8) return vld1q_u16(&from->bits);
     const int64_t high = count > 4 ? count - 4 : 0;
@@ -66,7 +66,7 @@ struct Bfloat16Pairs : Float32 {
     const Vec high = vcvtq_f32_s32(vmovl_s16(vget_high_s16(wide)));
     return vcombine_u16(high_halves(low), high_halves(high));
   }
-  // Pairs of the elements of two rows, up to 8 of each; from its count on a row is 0.
+  // Pairs of the elements of two rows, up to 8 of each; each row is 0 from its count on.
   template <class Type>
   static void load_rows(const Type* first_row, int64_t first_count, const Type* second_row,
                         int64_t second_count, Units (&units)[2]) {
@@ -78,7 +78,7 @@ struct Bfloat16Pairs : Float32 {
 
   static Units join(const Vec* elements) {
     Units units = pairs(bits(elements[0]), bits(elements[1]));
-    // GCC 12 makes constants of bfloat16 with a move of float16's.
+    // GCC 12 would move bfloat16 constants with an instruction for float16.
     __asm__("" : "+w"(units));
     return units;
   }

@@ -74,7 +74,7 @@ struct Float64 {
     return vaddvq_u64(vbicq_u64(lane_bit(), vceqq_f64(a, b)));
   }
 
-  // Beyond [-1078, 1025] 2^x is 0 or infinite.
+  // Outside of [-1078, 1025], 2^x is 0 or infinite.
   static void split(Vec x, Vec& whole, Vec& fraction) {
     x = vmaxq_f64(x, vdupq_n_f64(-1078.0));
     x = vminq_f64(x, vdupq_n_f64(1025.0));

@@ -40,7 +40,7 @@ typename Vectors::Vec softmax_base_of(typename Vectors::Scalar maximum) {
   return Vectors::set(is_minus_infinity(maximum) ? typename Vectors::Scalar{0} : maximum);
 }
 
-// Also the factor by which sums under the maximum `logit` shrink under the new maximum `base`.
+// Also the factor by which sums under the maximum `logit` shrink under the new `base`.
 template <class Vectors>
 typename Vectors::Vec softmax_weight(typename Vectors::Vec logit, typename Vectors::Vec base,
                                      typename Vectors::Vec scale) {

@@ -11,8 +11,8 @@
 // row. In the first two products the lanes are queries, as in prefill.h, so that options, masks and
 // powers are the same code. In the others the lanes are elements of a row.
 //
-// What a tile and a block add to dQ, dK and dV is summed separately. A query tile adds its blocks
-// in order, and a block its tiles in order: so the bits are the same whichever thread adds.
+// What a tile and a block add to dQ, dK and dV is summed separately first. A query tile adds its
+// blocks in order, and a block its tiles in order: so the bits are the same whichever thread adds.
 #pragma once
 
 #include <cstdint>

@@ -261,7 +261,7 @@ struct Prefill {
     return all;
   }
 
-  // Whether V is the first elements of K's rows.
+  // Whether the rows of V are the first elements of K's rows.
   static bool is_part_of_k(const Task& task) {
     const KeyRows &k = task.k, &v = task.v;
     return v.rows.data == k.rows.data && v.rows.row_stride == k.rows.row_stride &&

@@ -15,7 +15,7 @@ namespace numattn {
 struct DtypeKernels {
   int queries_per_tile;     // queries in a tile
   int keys_per_block;       // keys in a key block; blocks start at its multiples
-  int max_tiles_per_block;  // that profit from sharing a key block; at most kMaxTilesPerBlock
+  int max_tiles_per_block;  // as many as profit from sharing a key block; at most kMaxTilesPerBlock
 
   // Prefill: up to max_tiles_per_block tiles of queries of one head, with all their keys.
   int64_t (*prefill_scratch_bytes)(int64_t rows, int64_t head_dim, int64_t value_dim);

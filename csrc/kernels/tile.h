@@ -66,7 +66,7 @@ struct Tile {
     for (int64_t i = 0; i < task.value_dim * lanes(); ++i) chunk.output[i] = 0;
   }
 
-  // Adds the chunk to the total and begins the next one; the maximum runs on.
+  // Adds the chunk to the total and begins the next one; the running maximum continues.
   template <int kVectors>
   void end_chunk(const Task& task, bool is_first) const {
     constexpr int kWidth = kVectors * Vectors::kLanes;

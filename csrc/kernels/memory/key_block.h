@@ -105,7 +105,7 @@ KeyBlock<typename Units::Unit> k_block_of(const KeyRows& keys, int64_t first, in
 }
 
 // K as QK^T reads it, [key][unit of d]; the last unit is padded with 0. 8-bit elements are not
-// multiplied by their scale here: the logits are.
+// multiplied by their scale here; their logits are, later.
 template <class Units, class Element>
 KeyBlock<typename Units::Unit> k_block(const KeyRows& keys, int64_t first, int64_t count,
                                        typename Units::Unit* copy) {

@@ -13,7 +13,7 @@
 namespace numattn {
 namespace {
 
-// Consecutive queries of each of some consecutive heads of a task.
+// Consecutive queries of consecutive heads of a task, the same queries of each head.
 struct QueryRows {
   int64_t first_query, queries, heads;
   int64_t first_head = 0;

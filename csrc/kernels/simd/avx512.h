@@ -81,8 +81,8 @@ struct Float32 {
       halves[i] = add(_mm512_shuffle_f32x4(x[i], x[i + 8], 0x44),
                       _mm512_shuffle_f32x4(x[i], x[i + 8], 0xee));
     }
-    // The 128-bit parts of quarters[i] hold four summands each, of x[i], x[i + 8], x[i + 4] and x[i
-    // + 12].
+    // The four 128-bit parts of quarters[i] hold four summands each of x[i], x[i + 8], x[i + 4] and
+    // x[i + 12], in this order.
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       quarters[i] = add(_mm512_shuffle_f32x4(halves[i], halves[i + 4], 0x88),

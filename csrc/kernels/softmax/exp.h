@@ -41,9 +41,9 @@ struct TanhSeries<double> {
       -0x1.ba1ba1b92a52cp-5,  0x1.11111111107acp-3,  -0x1.5555555555553p-2};
 };
 
-// result[i] is the series in x[i]. Several vectors go through each step together: one after the
-// other, their chains of dependent operations would fill the CPU's scheduler and wait there (1 %
-// of a whole attention on Zen 5).
+// result[i] is the series in x[i]. Several vectors go through each step together: processed one by
+// one, their chains of dependent operations would fill the CPU's scheduler and wait there (1 % of a
+// whole attention on Zen 5).
 template <class Vectors, int kTerms, int kCount>
 [[gnu::always_inline]] inline void sum_series(const typename Vectors::Scalar (&terms)[kTerms],
                                               const typename Vectors::Vec (&x)[kCount],

@@ -28,8 +28,8 @@ typename Vectors::Vec softmax_factor(double softmax_scale) {
   return Vectors::set(static_cast<typename Vectors::Scalar>(softmax_scale * kLog2E));
 }
 
-// What is subtracted from logits: the maximum, or 0 if nothing was attended to yet, because -inf -
-// -inf would be NaN.
+// What is subtracted from logits: the maximum, or 0 if nothing was attended to yet, because the
+// difference of -inf and -inf would be NaN.
 template <class Vectors>
 typename Vectors::Vec softmax_base(typename Vectors::Vec maximum) {
   const auto nothing = Vectors::set(-__builtin_inff());

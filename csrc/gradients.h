@@ -1,8 +1,9 @@
-// The contract of the backward pass: what the inputs of attention did to a loss, from what its
-// results did to it.
+// The contract of the backward pass: from the gradients of a loss with respect to the results of
+// attention, it computes the gradients with respect to its inputs.
 //
-// The caller has checked the arguments and allocates every array. Outputs overlap neither
-// themselves nor an input; they hold zeros, or something to add to.
+// The caller has checked the arguments and allocates every array. dq, dk, dv and dbias hold zeros,
+// or values to add to. Their elements do not overlap each other or an input, except where dbias has
+// strides of 0.
 #pragma once
 
 #include "problem.h"
@@ -10,22 +11,23 @@
 namespace numattn {
 
 struct GradientProblem {
-  // As in the forward pass, without pages, 8-bit keys and values, and other stages. Its out and lse
-  // are read.
+  // The forward pass, which must be Stage::attention without pages and without 8-bit keys and
+  // values. Its out and lse are inputs here.
   Problem forward;
-  bool dout_is_float32 = false;  // beside 16 bits
-  Array dout;                    // as out
-  Array dlse;                    // as lse; data null: zeros
-  // As q, k and v, of float64 where that is dtype, else float32; elements of a row have no gaps,
-  // and rows are aligned to elements. What q, k and v broadcast has strides of its own.
+  bool dout_is_float32 = false;  // only if dtype has 16 bits; otherwise dout has dtype
+  Array dout;                    // shaped like out
+  Array dlse;                    // like lse; data null: zeros
+  // Shaped like q, k and v, also where those are broadcast: these have memory for every element.
+  // They are float64 if dtype is float64, else float32. The elements of a row have no gaps, and
+  // rows are aligned to their elements.
   Array dq, dk, dv;
-  // As bias, of dq's dtype: strides are 0 where queries, heads or batch items share a bias, or only
-  // keys. Data null: not wanted.
+  // Shaped like bias, of dq's dtype. Strides are 0 where queries, heads or batch items share a
+  // bias, or only along the keys where keys share it. Data null: not wanted.
   View dbias;
   int64_t dbias_batch_strides[kMaxBatchAxes];
 };
 
-// Adds to dq, dk, dv and dbias, in an order that the problem decides, whatever the threads.
+// Adds to dq, dk, dv and dbias, in an order that depends only on the problem, not on the threads.
 Status attention_backward(const GradientProblem& problem, const Execution& execution);
 
 }  // namespace numattn

@@ -1,4 +1,4 @@
-// Products with matrices, as the layers of a model take them: out = x * weight + bias.
+// Matrix products as in the linear layers of a model: out = x * weight + bias.
 // The caller has checked the arguments and allocates every array.
 #pragma once
 
@@ -9,14 +9,17 @@
 
 namespace numattn {
 
-// x (rows, depth), weight (depth, columns), bias (columns,) without gaps, or null, of one dtype;
-// out (rows, columns) of that dtype or, beside 16 bits, of float32. Any strides in bytes, out's
-// neither 0 nor such that elements overlap. No size is 0. 16-bit floats are multiplied in
-// float32, or by pairs where a CPU has that for bfloat16, and rounded once at the end. out overlaps
-// no other array of the call.
+// Shapes: x (rows, depth), weight (depth, columns), bias (columns,) or null, out (rows, columns).
+// No size is 0. All have one dtype, but with 16-bit inputs out may be float32. Strides are in bytes
+// and may have any value, except that the elements of out do not overlap; bias has no gaps. out
+// overlaps no other array of the call.
 //
-// A rotation turns the heads of each row before they are written; columns is a multiple of
-// head_dim. Its cos and sin are float64 where x is, else float32.
+// 16-bit floats are multiplied in float32, or in pairs if a CPU has such products for bfloat16, and
+// rounded once at the end.
+//
+// A rotation turns the heads of each row before they are written. columns is then a multiple of
+// head_dim. cos and sin are float64 if x is, else float32, without gaps and aligned to their
+// elements.
 struct Product {
   View x, weight, out;  // head_stride is not used
   const char* bias = nullptr;
@@ -27,7 +30,7 @@ struct Product {
 
 // Computes several products at once: threads go from one to the next without waiting. The bits of a
 // row do not depend on the other rows, on the other products or on the number of threads.
-// `interrupted` as in Execution.
+// `execution.interrupted` works as for attention.
 Status multiply(Dtype dtype, const Product* products, int64_t count, const Execution& execution);
 
 }  // namespace numattn

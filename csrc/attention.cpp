@@ -25,7 +25,7 @@ struct Computation {
   const Plan& plan;
   const DtypeKernels& kernels;
   int64_t state_bytes = 0;         // of one chunk's state
-  std::unique_ptr<char[]> states;  // [state], from an address aligned to 64 bytes on
+  std::unique_ptr<char[]> states;  // [state], from the first address aligned to 64 bytes on
   std::unique_ptr<std::atomic<int64_t>[]> chunks_done;  // [first state of a head]
   std::atomic<bool> out_of_memory{false};
 
@@ -35,7 +35,7 @@ struct Computation {
   }
 };
 
-// `own_states`, `own_bytes` each, are for heads of one chunk.
+// `own_states`, `own_bytes` each, hold the states if a KV head reads only one chunk.
 bool decode(Computation& computation, WorkItem& item, char* own_states, int64_t own_bytes) {
   const DtypeKernels& kernels = computation.kernels;
   Task& task = item.task;
@@ -103,7 +103,7 @@ bool compute(void* context, int64_t number, StopCheck& stop) {
   return decode(computation, item, static_cast<char*>(scratch.data()) + scratch_bytes, state_bytes);
 }
 
-// Writes `count` scalars of a size that is 4 or 8 bytes, `stride` bytes apart.
+// Writes `count` scalars, floats or doubles, `stride` bytes apart.
 void fill(char* to, int64_t stride, int64_t count, double value, bool is_double) {
   const auto single = static_cast<float>(value);
   for (int64_t i = 0; i < count; ++i, to += stride) {
@@ -115,7 +115,7 @@ void fill(char* to, int64_t stride, int64_t count, double value, bool is_double)
   }
 }
 
-// The queries beyond q_lengths, which no work item computes.
+// Fills the results of queries beyond q_lengths, which no work item computes.
 void fill_padding(const Problem& problem) {
   const bool is_double = problem.dtype == Dtype::float64;
   const bool is_attention = problem.stage == Stage::attention;

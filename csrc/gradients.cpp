@@ -19,7 +19,7 @@ struct Computation {
   const GradientPlan& plan;
   const DtypeKernels& kernels;
   int64_t scalar_bytes;
-  std::unique_ptr<std::atomic<int64_t>[]> turns;  // [chunk], how many items it has taken
+  std::unique_ptr<std::atomic<int64_t>[]> turns;  // [chunk], the number of items that it has taken
   std::unique_ptr<char[]> parts;                  // of dK [row][d], then of dV, 0 at first
   std::unique_ptr<int64_t[]> part_of_block;       // 0 at first
   std::atomic<bool> out_of_memory{false};

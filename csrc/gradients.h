@@ -21,8 +21,8 @@ struct GradientProblem {
   // They are float64 if dtype is float64, else float32. The elements of a row have no gaps, and
   // rows are aligned to their elements.
   Array dq, dk, dv;
-  // Shaped like bias, of dq's dtype. Strides are 0 where queries, heads or batch items share a
-  // bias, or only along the keys where keys share it. Data null: not wanted.
+  // Shaped like bias, of dq's dtype. Strides are 0 along batch axes, heads and queries that share a
+  // bias. If the keys share it, only the stride along the keys is 0. Data null: not wanted.
   View dbias;
   int64_t dbias_batch_strides[kMaxBatchAxes];
 };

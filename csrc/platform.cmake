@@ -1,5 +1,6 @@
-# What the library is built for, and by which compiler. Sets `architecture`; `add_options` gives a
-# compiler its flags. By itself, this file only refuses what cannot be built: cmake -P.
+# The architecture and the compiler of the build. Sets `architecture` and defines `add_options`,
+# which collects compiler flags. Run as a script (cmake -P), this file only refuses builds that
+# cannot work.
 
 if(CMAKE_CXX_COMPILER_ID STREQUAL "MSVC")
   message(FATAL_ERROR "numattn: the compiler is cl.exe, which does not have the vectors that the "
@@ -13,8 +14,8 @@ if(CMAKE_OSX_ARCHITECTURES MATCHES ";")
     "and ARCHFLAGS='-arch arm64'), and make one wheel of the two by delocate-merge.")
 endif()
 
-# The compiler says what it compiles for. The machine need not be the same: it may have a system of
-# 32 bits, and compilers for other machines are told so in several ways.
+# Ask the compiler what it compiles for. That may differ from the machine: the system may have 32
+# bits, or the compiler may be a cross-compiler, which can be configured in several ways.
 set(architecture other)
 if(NOT CMAKE_SCRIPT_MODE_FILE)
   include(CheckCXXSymbolExists)
@@ -26,8 +27,8 @@ if(NOT CMAKE_SCRIPT_MODE_FILE)
   endforeach()
 endif()
 
-# Appends flags that are written as GCC and Clang take them. clang-cl reads them as cl.exe would,
-# where -O3 means nothing and -Wall everything, unless they come after "/clang:".
+# Appends flags in the form that GCC and Clang take. clang-cl reads flags without the prefix
+# "/clang:" as cl.exe does: there, -O3 means nothing and -Wall enables every warning.
 function(add_options variable)
   if(CMAKE_CXX_COMPILER_FRONTEND_VARIANT STREQUAL "MSVC")
     list(TRANSFORM ARGN PREPEND "/clang:")

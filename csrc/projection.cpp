@@ -13,16 +13,17 @@
 namespace numattn {
 namespace {
 
-// Below that another thread is not worth its wake-up. A weight of few rows takes the time of
-// reading it, in which eight rows could be multiplied.
+// With less work, another thread is not worth waking.
 constexpr double kFlopsPerThread = 1e6;
+// A product of few rows takes as long as reading the weight. Eight rows could be multiplied in that
+// time.
 constexpr double kFlopsPerElementOfFewRows = 16;
-// Enough for the threads to end together.
+// Enough for the threads to finish at about the same time.
 constexpr int64_t kItemsPerThread = 4;
-// Items with fewer would pack a weight for too few rows, or copy rows for too few columns.
+// Smaller items would pack a weight for too few rows, or copy rows for too few columns.
 constexpr int64_t kFewestRows = 48, kFewestColumns = 64;
 
-// How a product is cut into work items.
+// How a product is divided into work items.
 struct Blocks {
   int64_t rows, columns;  // of an item
   int64_t columns_of_items;
@@ -47,13 +48,14 @@ double cost(const Product& product, const DtypeKernels& kernels) {
                                                    : 2.0 * static_cast<double>(product.rows));
 }
 
-// A length in so many parts of about the same size, multiples of `unit`.
+// The size of a part if a length is divided into `parts` of about the same size, a multiple of
+// `unit`.
 int64_t part(int64_t length, int64_t parts, int64_t unit) {
   return quotient_up(quotient_up(length, parts), unit) * unit;
 }
 
-// As large as the kernel takes them, or smaller where the threads would share too few. Of a product
-// of few rows, all threads take a part if it `is_shared`.
+// Blocks are as large as the kernel takes them, or smaller if there would be too few for the
+// threads. If a product of few rows `is_shared`, every thread gets a part of it.
 Blocks cut(const Product& product, bool is_shared, const DtypeKernels& kernels, int threads) {
   const ProjectionLimits limits = limits_of(product, kernels);
   const int64_t most_column_parts = quotient_up(product.columns, kFewestColumns);
@@ -61,7 +63,8 @@ Blocks cut(const Product& product, bool is_shared, const DtypeKernels& kernels, 
   int64_t column_parts = quotient_up(product.columns, limits.columns);
   int64_t rows_together = 1;
   if (limits.are_few_rows) {
-    // No more than that: the rows of the weight are read in pieces, slowly if they are short.
+    // No more parts than that: each reads a piece of every row of the weight, and short pieces are
+    // slow to read.
     const int64_t unit = is_shared ? threads : 1;
     column_parts = std::min(quotient_up(column_parts, unit) * unit, most_column_parts);
   } else {
@@ -77,7 +80,7 @@ Blocks cut(const Product& product, bool is_shared, const DtypeKernels& kernels, 
       }
     }
     if (row_parts >= threads) row_parts = quotient_up(row_parts, threads) * threads;
-    rows_together = 24;  // register tiles have 4, 6, 8 or 12 rows, and 64 columns at most
+    rows_together = 24;  // register tiles have 4, 6, 8 or 12 rows and at most 64 columns
   }
   const int64_t rows = part(product.rows, row_parts, rows_together);
   int64_t columns = part(product.columns, column_parts, kFewestColumns);
@@ -132,8 +135,8 @@ Status multiply(Dtype dtype, const Product* products, int64_t count,
       std::clamp(work / kFlopsPerThread, 1.0, static_cast<double>(execution.num_threads)));
   Computation computation{dtype, kernels, products, {}};
   int64_t items = 0;
-  // A thread takes whole products; those that are left over, as one of Q, K and V for two threads,
-  // are for all.
+  // Each thread takes whole products. All threads share the products that are left over, for
+  // example one of Q, K and V with two threads.
   const int64_t first_shared = count - count % threads;
   for (int64_t i = 0; i < count; ++i) {
     Blocks blocks = cut(products[i], i >= first_shared, kernels, threads);

@@ -9,7 +9,8 @@
 namespace numattn {
 namespace {
 
-// Enough for a thread to be worth waking, few enough for the threads to end together.
+// Large enough to be worth waking a thread, small enough for the threads to finish at about the
+// same time.
 constexpr int64_t kElementsPerItem = 1 << 15;
 
 int64_t rows_per_item(int64_t elements_of_a_row) {
@@ -41,7 +42,7 @@ struct RotationJob {
 bool rotate_item(void* context, int64_t item, StopCheck&) {
   const auto& job = *static_cast<const RotationJob*>(context);
   const Rotation& problem = job.problem;
-  // The heads of the same rows follow each other, and find their angles in the cache.
+  // The heads of the same rows are consecutive items, so their angles are in the cache.
   const int64_t head = item % problem.heads;
   const int64_t row = item / problem.heads % job.items_per_head * job.rows_per_item;
   const int64_t batch_item = item / problem.heads / job.items_per_head;
@@ -57,7 +58,7 @@ bool rotate_item(void* context, int64_t item, StopCheck&) {
   return true;
 }
 
-// A problem, the kernel for a part of it, and how many elements or rows a part has.
+// A problem, the kernel for a part of it, and the number of elements or rows of a part.
 template <class Problem>
 struct PartsJob {
   const Problem& problem;
@@ -168,7 +169,7 @@ Status activate_back(const ActivationGradient& problem, const Execution& executi
   return run_activation(problem, active_level().kernels.of(problem.dtype).activate_back, execution);
 }
 
-// A part is what a work item adds up: as many rows, whatever the threads.
+// A part is the sum of one work item's rows. The number of threads does not change it.
 int64_t norm_gradient_parts(int64_t rows, int64_t columns) {
   return quotient_up(rows, rows_per_item(columns));
 }

@@ -1,11 +1,11 @@
-# For every target, of the package and of the native tests.
+# Settings of all targets, in the package and in the native tests.
 set(CMAKE_CXX_STANDARD 20)
 set(CMAKE_CXX_STANDARD_REQUIRED ON)
 set(CMAKE_CXX_EXTENSIONS OFF)
 set(CMAKE_POSITION_INDEPENDENT_CODE ON)
 set(CMAKE_CXX_VISIBILITY_PRESET hidden)
-# On Windows, Python brings the run-time library of C and not C++'s, whose mutex may not be older than
-# the compiler: it becomes part of the extension.
+# On Windows, Python brings the C run-time library but not the C++ one, whose mutex must not be
+# older than the compiler. So the run-time library is linked into the extension.
 set(CMAKE_MSVC_RUNTIME_LIBRARY MultiThreaded)
 if(NOT CMAKE_BUILD_TYPE)
   set(CMAKE_BUILD_TYPE Release)

@@ -11,7 +11,7 @@
 namespace numattn {
 namespace {
 
-// What bytes of a mask contain.
+// Which values a range of mask bytes contains.
 struct Contents {
   bool some_set = false;
   bool some_clear = false;
@@ -20,7 +20,7 @@ struct Contents {
 void look_at(const char* bytes, int64_t stride, int64_t count, Contents& contents) {
   int64_t i = 0;
   if (stride == 1) {
-    // Eight at a time; a byte is 0 if subtracting 1 sets its top bit, which it did not have.
+    // Eight bytes at a time. A byte is 0 if its top bit is clear and subtracting 1 sets it.
     constexpr uint64_t kOnes = 0x0101010101010101, kTops = 0x8080808080808080;
     uint64_t set = 0, clear = 0;
     for (; i + 8 <= count; i += 8) {
@@ -62,7 +62,7 @@ BlockKinds::BlockKinds(const Problem& problem, int64_t queries_per_tile, int64_t
   if (static_cast<double>(slices_) * static_cast<double>(tiles_per_slice_) *
           static_cast<double>(blocks_) >
       static_cast<double>(std::numeric_limits<int64_t>::max())) {
-    throw std::bad_alloc();  // possible where broadcast axes make arrays of any size
+    throw std::bad_alloc();  // possible because broadcast axes can have any length
   }
   kinds_.resize(static_cast<std::size_t>(slices_ * tiles_per_slice_ * blocks_));
   slice_data_.resize(static_cast<std::size_t>(slices_));
@@ -80,9 +80,9 @@ BlockKinds::BlockKinds(const Problem& problem, int64_t queries_per_tile, int64_t
 }
 
 bool BlockKinds::classify_all(const Execution& execution) {
-  // Below that many bytes another thread is not worth its wake-up.
+  // With fewer bytes, another thread is not worth waking.
   constexpr int64_t kBytesPerThread = 1 << 18;
-  const int64_t bytes = tiles() * problem_.key_length;  // of a mask by blocks, fewer
+  const int64_t bytes = tiles() * problem_.key_length;  // fewer for a mask by blocks
   const auto classify = [](void* context, int64_t tile, StopCheck&) {
     static_cast<BlockKinds*>(context)->classify(tile);
     return true;

@@ -1,10 +1,11 @@
-// What a mask leaves of each query tile in each key block, found once for each distinct slice of
-// the mask: a mask that heads or batch items share is read once for all of them. Dense masks and
-// masks by blocks, which are not the kernels' own blocks, come to the same here.
+// Whether a mask leaves all, some or none of each query tile in each key block. This is found once
+// for each distinct slice of the mask: a mask that heads or batch items share is read once for all
+// of them. Dense masks and masks by blocks are both described this way. The blocks of a mask by
+// blocks are not the kernels' key blocks.
 //
-// One byte for a query tile and a key block, several hundred to some thousand times less than a
-// dense mask. The bits of a mixed block are made from the mask when the block is computed: that
-// costs a few hundred instructions where the block takes ten thousands.
+// Each query tile and key block takes one byte. A dense mask is hundreds to thousands of times
+// larger. The bits of a mixed block are made from the mask when the block is computed. That costs a
+// few hundred instructions, and the block itself takes tens of thousands.
 #pragma once
 
 #include <cstdint>
@@ -20,15 +21,15 @@ class BlockKinds {
   // Throws std::bad_alloc. The problem is kept by reference.
   BlockKinds(const Problem& problem, int64_t queries_per_tile, int64_t keys_per_block);
 
-  // Before any is read. False if it was stopped.
+  // Must be called before any kind is read. Returns false if it was stopped.
   bool classify_all(const Execution& execution);
 
   // [key block], for the tile that begins with query `first_query`.
   const BlockKind* of_tile(int64_t batch_item, int64_t head, int64_t first_query) const;
-  // What is left of a tile's keys without the blocks at both ends that its mask leaves empty.
+  // A tile's keys without the blocks at both ends that its mask leaves empty.
   TileKeys without_empty_ends(TileKeys keys, const BlockKind* of_tile) const;
 
-  // Elements from one tile to the next: 0 where the mask is the same for all queries.
+  // Elements from one tile to the next: 0 if the mask is the same for all queries.
   int64_t tile_stride() const { return tiles_per_slice_ == 1 ? 0 : blocks_; }
 
  private:
@@ -42,7 +43,7 @@ class BlockKinds {
   int64_t queries_per_tile_, keys_per_block_;
   int64_t blocks_, tiles_per_slice_, slices_;
   int64_t head_slices_;                         // per batch slice
-  int64_t batch_slice_strides_[kMaxBatchAxes];  // in slices; 0 where the mask is broadcast
+  int64_t batch_slice_strides_[kMaxBatchAxes];  // in slices; 0 if the mask is broadcast
   std::vector<BlockKind> kinds_;                // [slice][tile][key block]
   std::vector<const char*> slice_data_;         // [slice]
 };

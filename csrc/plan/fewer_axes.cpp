@@ -5,14 +5,14 @@
 namespace numattn {
 namespace {
 
-// An array of the problem: its strides along the batch axes and the heads.
+// The strides of one array along the batch axes and the heads.
 struct Walk {
   int64_t* batch_strides;
   int64_t* head_stride;
   int64_t heads;
 };
 
-// Whether steps of `outer` are `length` steps of `inner`.
+// Whether one step of `outer` equals `length` steps of `inner`.
 bool continues(int64_t outer, int64_t inner, int64_t length) { return outer == length * inner; }
 
 }  // namespace
@@ -38,7 +38,7 @@ Problem with_fewer_axes(const Problem& given) {
   add(problem.options.bias, problem.bias_batch_strides, problem.query_heads);
   const auto all = [&](auto fits) { return std::all_of(walks, walks + count, fits); };
 
-  // Axes of length 1 say nothing: their strides may be any.
+  // Axes of length 1 are dropped: their strides are never used.
   int axes = 0;
   for (int axis = 0; axis < problem.batch_axes; ++axis) {
     if (problem.batch_shape[axis] == 1) continue;

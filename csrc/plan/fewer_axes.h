@@ -5,9 +5,10 @@
 
 namespace numattn {
 
-// Neighbouring batch axes become one where every array walks through both with one stride, and the
-// last one becomes part of the heads where nothing but the arrays depends on either. Heads are then
-// found by one stride, and a work item may take heads of several batch items.
+// Two neighbouring batch axes become one if every array can walk through both with one stride. The
+// last batch axis becomes part of the heads on the same condition, if only arrays depend on batch
+// item or head. Heads are then found by one stride, and a work item may take heads of several batch
+// items.
 Problem with_fewer_axes(const Problem& problem);
 
 }  // namespace numattn

@@ -7,9 +7,9 @@
 namespace numattn {
 namespace {
 
-// Work items for each thread, so that none waits long for another's last one.
+// Work items for each thread, so that no thread waits long for another's last item.
 constexpr int64_t kItemsPerThread = 4;
-// What is worth waking a thread for.
+// The least work that is worth waking a thread for.
 constexpr double kFlopsPerThread = 1e6;
 
 }  // namespace
@@ -38,7 +38,7 @@ GradientPlan::GradientPlan(const GradientProblem& problem, const DtypeKernels& k
     for (int64_t i = 0; i < different; ++i) items += items_of(sequences_[i]);
     return alike * items;
   };
-  // A tile is computed in the same way, however many are in a work item.
+  // The number of tiles in a work item does not change how a tile is computed.
   const int64_t tile = kernels.queries_per_backward_tile;
   queries_per_item_ = kernels.max_backward_queries(forward_.head_dim, forward_.value_dim);
   items_ = count_items();
@@ -60,13 +60,13 @@ GradientPlan::GradientPlan(const GradientProblem& problem, const DtypeKernels& k
   }
   if (alike == 1) items_before_.push_back(items);
   share_bias_ = shares_bias();
-  // A bias is for batch items that have all keys.
+  // With a bias, all batch items have the same keys: the first one's chunks serve all.
   turns_ = share_bias_ ? chunks_of(sequences_[0]) : chunks_;
   has_parts_ = most_tiles > kernels.tiles_per_backward_part;
   blocks_per_chunk_ = kernels.keys_per_backward_chunk / kernels.keys_per_block;
 }
 
-// Whether several KV heads or batch items add to one element.
+// Whether several KV heads or batch items add to the same element of dbias.
 bool GradientPlan::shares_bias() const {
   if (!problem_.dbias.data) return false;
   bool shares = problem_.dbias.head_stride == 0 && forward_.kv_heads > 1;
@@ -88,7 +88,7 @@ int64_t GradientPlan::chunks_of(const Sequence& sequence) const {
   return quotient_up(sequence.keys, kernels_.keys_per_backward_chunk);
 }
 
-// Ragged: key_length counts the keys of all sequences.
+// In a ragged batch, key_length counts the keys of all sequences.
 int64_t GradientPlan::part_rows() const {
   const int64_t batch_items = forward_.query_starts ? 1 : sequences_.count();
   return batch_items * forward_.kv_heads * forward_.key_length;

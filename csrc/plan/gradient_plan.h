@@ -1,11 +1,11 @@
-// From a gradient problem to work items: a block of consecutive queries of one head, with all keys
-// that they attend to.
+// Divides a gradient problem into work items. An item is a block of consecutive queries of one
+// head, with all the keys that they attend to.
 //
-// Work items of one KV head add to the same dK and dV. So keys are cut into chunks, and each chunk
-// takes the items of its KV head in their order, one after the other: an item follows the one
-// before it through the chunks. That makes sums the same for any number of threads, without a copy
-// of dK and dV for each. Where heads or batch items share the gradient of a bias, the chunks
-// take the items of all KV heads.
+// The work items of one KV head add to the same dK and dV. So the keys are cut into chunks, and
+// each chunk takes the items of its KV head in order, one at a time: an item follows the item
+// before it through the chunks. The sums are therefore the same for any number of threads, and no
+// thread needs its own copy of dK and dV. If heads or batch items share the gradient of a bias, the
+// chunks take the items of all KV heads.
 #pragma once
 
 #include <cstdint>
@@ -19,26 +19,26 @@
 namespace numattn {
 
 struct GradientItem {
-  GradientTask task;   // without scratch, parts and stop function: the executing thread has them
+  GradientTask task;   // without scratch, parts and stop function: the executing thread sets them
   int64_t chunks;      // of its KV head
-  int64_t first_turn;  // the number of the first one's turn among all
-  int64_t turn;        // how many items each of these chunks takes before this one
+  int64_t first_turn;  // index of the first chunk's turn counter among all counters
+  int64_t turn;        // the number of items that each of these chunks takes before this one
   bool is_last;        // of its KV head
-  // Where dk_part and part_of_block of its KV head begin: rows, and blocks, of those before it.
+  // The rows of dk_part and the blocks of part_of_block that the KV heads before its own use.
   int64_t first_part_row, first_part_block;
 };
 
 class GradientPlan {
  public:
-  // Throws std::bad_alloc. `block_kinds`, of tiles of the backward pass, is null where the problem
-  // has no mask. All are kept by reference.
+  // Throws std::bad_alloc. `block_kinds`, for tiles of the backward pass, is null if the problem
+  // has no mask. All arguments are kept by reference.
   GradientPlan(const GradientProblem& problem, const DtypeKernels& kernels,
                const BlockKinds* block_kinds, int num_threads);
 
   int64_t items() const { return items_; }
   int threads() const { return threads_; }
-  int64_t turns() const { return turns_; }  // one for each chunk
-  // Whether dK and dV are summed in parts; for that, how many rows and blocks all KV heads have.
+  int64_t turns() const { return turns_; }  // counters, one for each chunk
+  // Whether dK and dV are summed in parts; if so, the rows and the blocks of all KV heads.
   bool has_parts() const { return has_parts_; }
   int64_t part_rows() const;
   int64_t part_blocks() const { return chunks_ * blocks_per_chunk_; }
@@ -63,8 +63,8 @@ class GradientPlan {
   int64_t turns_, blocks_per_chunk_;
   bool share_bias_, has_parts_;
   int threads_;
-  // How many come before each batch item, the first ones also before the end; empty where several
-  // batch items are all alike.
+  // The items and the chunks before each batch item. items_before_ ends with the total. Both are
+  // empty if there are several batch items and all are alike.
   std::vector<int64_t> items_before_, chunks_before_;
 };
 

@@ -1,4 +1,4 @@
-// Index arithmetic that plans share.
+// Index arithmetic that the plans share.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,8 @@ inline int64_t count_batch_items(int axes, const int64_t* shape) {
   return items;
 }
 
-// The offset of a batch item, given in row-major order, by the strides of one array.
+// The offset of a batch item in an array with these strides. Batch items are numbered in row-major
+// order.
 inline int64_t batch_offset(int axes, const int64_t* shape, const int64_t* strides,
                             int64_t batch_item) {
   int64_t offset = 0;

@@ -7,19 +7,19 @@
 namespace numattn {
 namespace {
 
-// Work items for each thread, so that none waits long for another's last one.
+// Work items for each thread, so that no thread waits long for another's last item.
 constexpr int64_t kItemsPerThread = 4;
-// A microsecond or two of work: what it takes to hand some of it to a thread that spins.
+// One or two microseconds of work. Handing work to a thread that spins takes as long.
 constexpr double kFlopsPerThread = 5e5;
-// The flops that take as long as reading a byte of K or V from memory.
+// The number of flops that take as long as reading a byte of K or V from memory.
 constexpr double kFlopsPerByte = 10;
 // Group adjacent heads until a key spans 4 KiB: enough for the hardware prefetcher, small enough
 // for a turn's keys to stay in the first cache.
 constexpr int64_t kBytesOfAdjacentHeads = 4096;
-// Each head adds its own queries and logits to the scratch.
+// A limit, because each head needs scratch for its queries and logits.
 constexpr int64_t kMostAdjacentHeads = 16;
 
-// No larger than `most`, but at least 1.
+// The largest divisor that is at most `most`, and at least 1.
 int64_t largest_divisor(int64_t number, int64_t most) {
   while (most > 1 && number % most != 0) --most;
   return std::max<int64_t>(most, 1);
@@ -68,8 +68,8 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
   threads_ =
       static_cast<int>(std::clamp(work / kFlopsPerThread, 1.0, static_cast<double>(num_threads)));
 
-  // Each tile and each KV head is computed in the same way, however many are in a work item:
-  // the number of threads may decide here without changing a bit of the result.
+  // How many tiles and KV heads a work item has does not change how each is computed. So the number
+  // may depend on the threads here without changing a bit of the result.
   tiles_per_item_ = kernels.max_tiles_per_block;
   adjacent_kv_heads_ = any_decodes ? adjacent_kv_heads() : 1;
   small_kv_heads_per_item_ = std::clamp<int64_t>(
@@ -106,7 +106,7 @@ Plan::Plan(const Problem& problem, const DtypeKernels& kernels, const BlockKinds
   threads_ = static_cast<int>(std::min<int64_t>(threads_, std::max<int64_t>(items_, 1)));
 }
 
-// How many KV heads a work item of decode may take: those whose rows are adjacent in memory.
+// The number of KV heads that a work item of decode may take. Their rows are adjacent in memory.
 int64_t Plan::adjacent_kv_heads() const {
   const View &mask = problem_.options.mask, &bias = problem_.options.bias;
   if ((mask.data && mask.head_stride != 0) || (bias.data && bias.head_stride != 0)) return 1;
@@ -191,7 +191,7 @@ void Plan::set_decode(WorkItem& item, const Sequence& sequence, int64_t local) c
   item.chunk = local % item.chunks;
   const HeadsPerItem heads = heads_per_item(sequence);
   const int64_t parts = quotient_up(group(), heads.query_heads);  // of a KV head
-  const int64_t part = local / item.chunks * heads.kv_heads;      // of all
+  const int64_t part = local / item.chunks * heads.kv_heads;      // of all KV heads
   item.state = part * item.chunks + item.chunk;
   const int64_t first_head = part % parts * heads.query_heads;
   Task& task = item.task;

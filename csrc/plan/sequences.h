@@ -1,4 +1,4 @@
-// The batch items of a problem: their lengths and positions, and where their arrays are.
+// The batch items of a problem: their lengths, their positions and their places in the arrays.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +9,11 @@
 
 namespace numattn {
 
-// What one batch item computes.
+// The queries and keys of one batch item.
 struct Sequence {
   int64_t batch_item;
   int64_t first_query, queries;  // the valid ones
-  int64_t first_key, keys;       // the keys that there are, valid or not
+  int64_t first_key, keys;       // all keys, valid or not
   int64_t valid_keys;
   int64_t first_position;  // of the first query, among the keys
 };
@@ -24,25 +24,26 @@ class Sequences {
   explicit Sequences(const Problem& problem);
 
   int64_t count() const { return count_; }
-  bool are_alike() const { return are_alike_; }  // all have the lengths and positions of the first
+  bool are_alike() const { return are_alike_; }  // whether all have the same lengths and positions
   Sequence operator[](int64_t batch_item) const;
 
-  // The keys that any query attends to, as far as limits decide.
+  // The keys that any query attends to, by causal attention, window and lengths (not by the mask).
   TileKeys keys_of(const Sequence& sequence) const;
 
-  // Where a row of a head of an array is; null if the array is.
+  // The view from a row of a head on; its data is null if the array's data is null.
   View moved(View view, const int64_t* batch_strides, const Sequence& sequence, int64_t head,
              int64_t row) const;
   View moved(const Array& array, const Sequence& sequence, int64_t head, int64_t row) const {
     return moved(array, array.batch_strides, sequence, head, row);
   }
 
-  // The tiles of a task with its arrays: their keys, and what a dense mask leaves of these, if
-  // there is one.
+  // Sets the keys of each tile of a task whose arrays are set and, unless `block_kinds` is null,
+  // what the mask leaves of them.
   void set_tiles(Task& task, const Sequence& sequence, const BlockKinds* block_kinds, int64_t head,
                  int64_t first_query, int64_t queries_per_tile) const;
 
-  // A task for `queries` queries from `first_query` on of `heads` heads from `head` on.
+  // Sets the arrays and options of a task for `heads` heads from `head` on, with `queries` queries
+  // of each from `first_query` on.
   void set_arrays(Task& task, const Sequence& sequence, int64_t head, int64_t heads,
                   int64_t first_query, int64_t queries) const;
 

@@ -5,16 +5,16 @@
 
 namespace numattn {
 
-// As named by the vendor, or the architecture where that is not known.
+// The vendor's name for the CPU; if it is not known, the architecture.
 std::string cpu_name();
 
-// For each ISA level, whether the CPU has the instructions that its kernels are compiled for, and
-// the operating system saves the registers.
+// For each ISA level: whether the CPU has the instructions that the level's kernels are compiled
+// for, and the operating system saves their registers.
 inline bool cpu_has_generic() { return true; }
 bool cpu_has_avx2();                         // AVX2, FMA, F16C
 bool cpu_has_avx512();                       // F, BW, DQ, VL
 bool cpu_has_avx512_bf16();                  // and BF16
-inline bool cpu_has_neon() { return true; }  // of all 64-bit Arm CPUs
+inline bool cpu_has_neon() { return true; }  // all 64-bit Arm CPUs have it
 bool cpu_has_neon_bf16();                    // BF16
 
 }  // namespace numattn

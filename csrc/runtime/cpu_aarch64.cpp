@@ -1,4 +1,4 @@
-// The 64-bit Arm half of cpu.h, by what the operating system says.
+// The 64-bit Arm part of cpu.h. It asks the operating system.
 #if defined(__aarch64__)
 
 #include "runtime/cpu.h"
@@ -18,7 +18,7 @@ namespace numattn {
 
 bool cpu_has_neon_bf16() {
 #if defined(__linux__)
-  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers do not have
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, not in older headers
   return (getauxval(AT_HWCAP2) & kBf16) != 0;
 #elif defined(__APPLE__)
   int has = 0;

@@ -1,5 +1,6 @@
-// The x86-64 half of cpu.h, by the instructions CPUID and XGETBV: not every compiler's run-time
-// library brings what __builtin_cpu_supports reads (clang-cl's does not).
+// The x86-64 part of cpu.h. It uses the instructions CPUID and XGETBV, because
+// __builtin_cpu_supports needs a run-time library that not every compiler brings (clang-cl does
+// not).
 #if defined(__x86_64__)
 
 #include <algorithm>
@@ -7,7 +8,7 @@
 
 #include "runtime/cpu.h"
 
-// The last one: its macro __cpuid breaks a declaration of that name in Visual Studio's standard
+// Included last: its macro __cpuid breaks a declaration with that name in Visual Studio's standard
 // library.
 #include <cpuid.h>
 
@@ -18,7 +19,7 @@ struct Registers {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
 };
 
-// Zeros where the CPU does not know the leaf.
+// All zeros if the CPU does not know the leaf.
 Registers cpuid(unsigned leaf, unsigned subleaf = 0) {
   Registers found;
   __get_cpuid_count(leaf, subleaf, &found.eax, &found.ebx, &found.ecx, &found.edx);
@@ -29,7 +30,7 @@ constexpr uint64_t bits(auto... numbers) { return ((uint64_t{1} << numbers) | ..
 
 constexpr bool has_all(uint64_t word, uint64_t wanted) { return (word & wanted) == wanted; }
 
-// Which registers the operating system saves when it switches threads.
+// The registers that the operating system saves when it switches threads, as bits.
 uint64_t saved_registers() {
   constexpr uint64_t kHasXgetbv = bits(27);  // OSXSAVE
   if (!has_all(cpuid(1).ecx, kHasXgetbv)) return 0;
@@ -45,7 +46,7 @@ bool saves_ymm() {
 
 bool saves_zmm() {
 #if defined(__APPLE__)
-  // It says so only once a thread has used them.
+  // macOS reports that it saves ZMM registers only after a thread has used them.
   return saves_ymm();
 #else
   constexpr uint64_t kMasksAndZmm = bits(5, 6, 7);

@@ -6,7 +6,8 @@
 
 namespace numattn {
 
-// levels.inc is made from the list of levels: NUMATTN_LEVEL(name) for each one that is built.
+// CMake generates levels.inc from the list of levels: NUMATTN_LEVEL(name) for each level that is
+// built.
 #define NUMATTN_LEVEL(level)                \
   extern const KernelTable kernels_##level; \
   extern const Probes probes_##level;
@@ -15,7 +16,7 @@ namespace numattn {
 
 namespace {
 
-// Fills in what a level takes from the one before it.
+// Fills in the kernels and probes that a level takes from the level before it.
 void inherit(IsaLevel& level, const IsaLevel& before) {
   for (int dtype = 0; dtype < kDtypes; ++dtype) {
     if (level.kernels.dtypes[dtype].prefill) continue;
@@ -53,7 +54,7 @@ const IsaLevel* best_available() {
   return best;
 }
 
-// Chosen as the library is loaded, so that no fork finds it half made.
+// Chosen when the library is loaded, so that no fork finds it half initialised.
 std::atomic<const IsaLevel*> active{best_available()};
 
 }  // namespace

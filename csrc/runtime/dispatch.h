@@ -1,4 +1,4 @@
-// Which kernels run. The choice is made once, outside of all loops.
+// Chooses which kernels run. The choice is made once, outside all loops.
 #pragma once
 
 #include <string>
@@ -16,10 +16,10 @@ struct IsaLevel {
   bool available;  // on this CPU
 };
 
-// All levels that were built, each better than the one before it.
+// All levels in this build, each better than the level before it.
 const std::vector<IsaLevel>& isa_levels();
 
-// The level in use: the best one available, until set_isa says otherwise.
+// The level in use: the best available level, unless set_isa has pinned another.
 const IsaLevel& active_level();
 
 // Pins a level by name. Returns an empty string, or what is wrong with the name.

@@ -10,10 +10,10 @@
 
 namespace numattn {
 
-// For as long as the object lives, its thread rounds to nearest, keeps subnormal numbers and traps
-// nothing. Threads do not share these settings, and some libraries change them (-ffast-math does as
-// it is loaded): results would depend on which thread computed them. Afterwards the settings and
-// the flags of the calling thread are what they were.
+// While the object exists, its thread rounds to nearest, keeps subnormal numbers and traps nothing.
+// Each thread has its own settings, and some libraries change them (one built with -ffast-math does
+// when it is loaded). Without this object, results would depend on which thread computed them. The
+// destructor restores the settings and the flags of the calling thread.
 class FloatEnvironment {
  public:
   FloatEnvironment(const FloatEnvironment&) = delete;
@@ -24,7 +24,7 @@ class FloatEnvironment {
   ~FloatEnvironment() { _mm_setcsr(before_); }
 
  private:
-  static constexpr unsigned kDefault = 0x1f80;  // MXCSR as a process begins
+  static constexpr unsigned kDefault = 0x1f80;  // MXCSR when a process starts
   unsigned before_;
 #elif defined(__aarch64__) && defined(__GNUC__)
   FloatEnvironment() {

@@ -4,7 +4,7 @@
 
 #if defined(_WIN32)
 #if !defined(NOMINMAX)
-#define NOMINMAX  // or it has macros of the names min and max
+#define NOMINMAX  // otherwise windows.h defines macros named min and max
 #endif
 #include <windows.h>
 #endif
@@ -13,7 +13,7 @@ namespace numattn {
 namespace {
 
 constexpr std::align_val_t kCacheLine{64};
-// A block of query tiles with vectors of 256 elements needs 3 MB.
+// With 256 elements per row, a block of query tiles needs 3 MB.
 constexpr int64_t kMostKept = int64_t{8} << 20;
 
 void* allocate(int64_t bytes) {
@@ -29,9 +29,10 @@ struct Kept {
   ~Kept() { release(data); }
 };
 
-// What the calling thread keeps until it ends; null if there is no memory for that.
+// The memory that the calling thread keeps until it ends; null if there is no memory for the
+// record of it.
 #if defined(_WIN32)
-// Not a thread_local object: GCC for Windows frees those before it destroys them.
+// Not a thread_local object: GCC for Windows frees the memory of those before it destroys them.
 const DWORD slot = FlsAlloc([](void* kept) { delete static_cast<Kept*>(kept); });
 
 Kept* find_kept() {

@@ -1,13 +1,13 @@
-// Memory that a thread keeps from call to call, so that no call pays for fresh pages. What is more
-// than most calls need is given back when the thread's part of a job is done.
+// Memory that a thread keeps from call to call, so that calls do not pay for fresh pages. If it is
+// larger than most calls need, it is freed when the thread's part of a job is done.
 #pragma once
 
 #include <cstdint>
 
 namespace numattn {
 
-// Scratch of the calling thread for as long as the object lives. A thread that asks while it
-// holds some (a signal handler that computes during a computation) gets other memory.
+// Scratch of the calling thread while the object exists. If the thread already holds scratch (a
+// signal handler that computes during a computation), it gets other memory.
 class ThreadScratch {
  public:
   explicit ThreadScratch(int64_t bytes);
@@ -15,7 +15,7 @@ class ThreadScratch {
   ThreadScratch(const ThreadScratch&) = delete;
   ThreadScratch& operator=(const ThreadScratch&) = delete;
 
-  // Aligned to 64 bytes; null if the memory cannot be had.
+  // Aligned to 64 bytes; null if there is no memory.
   void* data() const { return data_; }
 
  private:
@@ -23,7 +23,8 @@ class ThreadScratch {
   bool is_kept_;
 };
 
-// At its end, gives back what the calling thread keeps, if it is more than most calls need.
+// Its destructor frees the memory that the calling thread keeps if that is more than most calls
+// need.
 struct LargeScratchReleaser {
   LargeScratchReleaser() = default;
   ~LargeScratchReleaser();

@@ -1,4 +1,4 @@
-// How much a thread's work matters to the operating system.
+// The priority of a thread's work for the operating system.
 #pragma once
 
 #if defined(__APPLE__)
@@ -7,12 +7,12 @@
 
 namespace numattn {
 
-// macOS keeps threads of a low quality-of-service class on its slow cores, and new threads do not
-// get their maker's. Elsewhere there is nothing to do.
+// macOS runs threads of a low quality-of-service class on the slow cores, and a new thread does not
+// inherit the class of the thread that started it. Other systems need nothing.
 class ServiceClass {
  public:
 #if defined(__APPLE__)
-  // The calling thread's.
+  // Stores the class of the calling thread.
   ServiceClass() : class_(qos_class_self()) {}
   void give_to_this_thread() const { pthread_set_qos_class_self_np(class_, 0); }
 

@@ -24,8 +24,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr auto kInterruptPeriod = std::chrono::milliseconds(100);
-// Long enough to bridge the gap between the calls of a loop in Python, short enough not to be
-// seen in the load of an idle process.
+// Long enough to bridge the gap between the calls of a Python loop, short enough not to show in the
+// CPU load of an idle process.
 constexpr auto kSpin = std::chrono::microseconds(60);
 
 // How long a worker sleeps before it ends.
@@ -41,7 +41,7 @@ void relax() {
 #endif
 }
 
-// Until `ready()` or the spin time is over; returns the last ready().
+// Spins until ready() is true or the spin time is over; returns the last ready().
 template <class Ready>
 bool spin_until(Ready ready) {
   const auto deadline = Clock::now() + kSpin;
@@ -54,7 +54,8 @@ bool spin_until(Ready ready) {
   return ready();
 }
 
-// How often this process has become a child. Helpers stay with the parent.
+// The number of forks between the process that loaded the library and this one. A child has none of
+// its parent's helpers.
 std::atomic<uint64_t> forks{0};
 
 struct RunningJob {
@@ -91,7 +92,7 @@ class Pool {
   void run(RunningJob& running, int helpers_wanted) {
     const bool is_posted = post(running, helpers_wanted);
     work_on(running, running.job.interrupted);
-    // A signal handler may have forked. What the helpers had begun is lost, which items_done tells.
+    // A signal handler may have forked. Then the helpers' items are lost, and items_done shows it.
     if (!is_posted || running.has_lost_its_helpers()) return;
     {
       std::lock_guard lock(mutex_);
@@ -103,7 +104,7 @@ class Pool {
   std::mutex& mutex() { return mutex_; }
 
  private:
-  // False if there is no memory for it: then the calling thread is alone.
+  // False if there is no memory to post it: then the calling thread has no helpers.
   bool post(RunningJob& running, int helpers_wanted) try {
     {
       std::lock_guard lock(mutex_);
@@ -119,7 +120,7 @@ class Pool {
 
   void start_workers(int wanted) {
 #if !defined(_WIN32)
-    // Signals are for the application's own threads.
+    // Workers block all signals: the application's own threads handle them.
     sigset_t all, before;
     sigfillset(&all);
     if (workers_ < wanted) pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -128,7 +129,7 @@ class Pool {
     try {
       for (; workers_ < wanted; ++workers_) std::thread(&Pool::serve, this).detach();
     } catch (const std::exception&) {
-      // No more threads to be had, or no memory for them: those that there are do the work.
+      // No more threads can be started: the threads that exist do the work.
     }
 #if !defined(_WIN32)
     if (restore) pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -145,7 +146,7 @@ class Pool {
         running->service_class.give_to_this_thread();
         work_on(*running, nullptr);
         lock.lock();
-        // From here on the job may be gone.
+        // The job may be gone after this.
         if (running->helpers.fetch_sub(1, std::memory_order_release) == 1)
           helper_left_.notify_all();
         continue;
@@ -173,7 +174,7 @@ class Pool {
   void wait_for_helpers(RunningJob& running) {
     const auto alone = [&] { return running.helpers.load(std::memory_order_acquire) == 0; };
     if (spin_until(alone)) {
-      // The last helper may still hold the mutex, about to touch the pool but not the job.
+      // The last helper may still hold the mutex. It may use the pool, but not the job.
       return;
     }
     StopCheck stop(running.stop, running.job.interrupted);
@@ -197,12 +198,12 @@ alignas(Pool) std::byte place_of_the_pool[sizeof(Pool)];
 
 Pool* make_the_pool() { return new (place_of_the_pool) Pool; }
 
-// Made as the library is loaded, so that no fork finds it half made. Never destroyed: workers may
-// outlive the static objects of the process.
+// Constructed when the library is loaded, so that no fork finds it half constructed. Never
+// destroyed: workers may outlive the static objects of the process.
 Pool& the_pool = *make_the_pool();
 
 #if !defined(_WIN32)
-// The child has none of the workers and none of the other callers, so it starts anew.
+// The child has no workers and no other callers, so it starts with a new pool.
 [[maybe_unused]] const int fork_handlers =
     pthread_atfork([] { the_pool.mutex().lock(); }, [] { the_pool.mutex().unlock(); },
                    [] {
@@ -213,7 +214,8 @@ Pool& the_pool = *make_the_pool();
 
 }  // namespace
 
-// By this name threadpoolctl tells the library that has this pool from others of its file name.
+// threadpoolctl looks for this name to tell the library with this pool from others with the same
+// file name.
 #if defined(_WIN32)
 #define NUMATTN_VISIBLE __declspec(dllexport)
 #else
@@ -227,7 +229,7 @@ StopCheck::StopCheck(std::atomic<bool>& stop, bool (*interrupted)())
 }
 
 bool StopCheck::requested() {
-  // Reading the clock takes as long as a small item.
+  // Reading the clock takes as long as a small work item.
   constexpr unsigned kRequestsPerLook = 16;
   if (interrupted_ && ++requests_ % kRequestsPerLook == 0) return look();
   return stop_.load(std::memory_order_relaxed);
@@ -263,7 +265,7 @@ bool run(const Job& job) {
   } else {
     work_on(running, job.interrupted);
   }
-  // An interrupt may have been noticed when all items were done: it is one all the same.
+  // An interrupt counts even if it was noticed only after all items were done.
   return !running.stop.load(std::memory_order_relaxed) &&
          running.items_done.load(std::memory_order_relaxed) == job.items;
 }

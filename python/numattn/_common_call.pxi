@@ -18,7 +18,7 @@ cdef int64_t unbounded = _arguments.UNBOUNDED
 cdef int64_t max_position = _arguments.MAX_POSITION
 cdef int max_axes = _arguments.MAX_AXES
 cdef int64_t max_threads = _checks.MAX_THREADS
-# With factors below this number nothing overflows in float32.
+# With factors below this value, nothing overflows in float32.
 cdef double large_factor = 1e30
 
 
@@ -49,7 +49,7 @@ cdef inline void _fill_array(Array* to, cnp.ndarray x, Shape shape, bint has_col
 
 
 cdef inline int64_t _integer(object x, int64_t low, int64_t high):
-    """Return an int within limits, or a number below `low`."""
+    """Return `x` if it is an int within the limits, else a number below `low`."""
     cdef int overflow = 0
     cdef int64_t number
     if not PyLong_CheckExact(x):
@@ -130,7 +130,10 @@ cdef extern from * nogil:
 cdef bint _numbers_of_heads(
     object values, int64_t heads, bint may_be_none, vector[double]* to
 ) except -1:
-    """Copy one number per query head, or -inf if `may_be_none`; return False if not accepted."""
+    """Copy one number per query head; return False if the values are not accepted.
+
+    `may_be_none`: a number may also be -inf.
+    """
     cdef Py_ssize_t i
     cdef int number
     cdef const char* data
@@ -163,7 +166,7 @@ cdef bint _numbers_of_heads(
     for i in range(heads):
         if may_be_none and to[0][i] == -INFINITY:
             continue
-        if not -large_factor < to[0][i] < large_factor:  # NaN neither
+        if not -large_factor < to[0][i] < large_factor:  # refuses NaN too
             return False
     return True
 
@@ -172,9 +175,9 @@ cdef bint _pairs(
     View* to, int64_t* batch_strides, cnp.ndarray x, const Problem* problem, int64_t keys,
     bint is_one_head,
 ) noexcept:
-    """Describe an array that broadcasts to (batch..., query heads, queries, keys), without heads if
-    q, k and v have two axes; return False if it does not, or if its axes may mean something
-    else."""
+    """Describe an array that broadcasts to (batch..., query heads, queries, keys), or to (queries,
+    keys) if q, k and v have two axes. Return False if it does not broadcast, or if its axes may
+    mean something else."""
     cdef int ndim = cnp.PyArray_NDIM(x)
     cdef int pairs_ndim = problem.batch_axes + 3
     cdef int axis, at
@@ -188,7 +191,7 @@ cdef bint _pairs(
     for axis in range(problem.batch_axes):
         batch_strides[axis] = 0
     for axis in range(ndim):
-        at = axis + pairs_ndim - ndim  # of the axes of pairs
+        at = axis + pairs_ndim - ndim  # among the axes of pairs
         length = cnp.PyArray_DIM(x, axis)
         if at < problem.batch_axes:
             wanted = problem.batch_shape[at]
@@ -212,12 +215,12 @@ cdef bint _pairs(
             to.row_stride = stride
         else:
             to.column_stride = stride
-    # The caller may have meant the batch with its first axes (`_arguments.check_meaning_of_axes`).
+    # The caller may have meant its first axes as batch axes (`_arguments.check_meaning_of_axes`).
     return not (is_batch and has_items)
 
 
 cdef bint _are_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
-    """Return whether the memory ranges of two arrays, from first to last element, are disjoint."""
+    """Return whether two arrays' memory ranges, from lowest to highest address, are disjoint."""
     cdef const char* begins[2]
     cdef const char* ends[2]
     cdef cnp.ndarray x
@@ -255,7 +258,7 @@ cdef bint _accept_scales(
             return False
     of_scales.ndim -= 1
     _fill_array(to, array, of_scales, False)
-    # Keys that are not valid may have any scale: `_arguments` takes that into account.
+    # Keys that are not valid may have any scale: `_arguments` checks only the others.
     return are_finite or bool(_isfinite(array).all())
 
 

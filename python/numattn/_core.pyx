@@ -243,8 +243,8 @@ cdef extern from "runtime/dispatch.h" namespace "numattn" nogil:
 cdef int64_t max_dim = _arguments.MAX_DIM
 cdef object _isfinite = np.isfinite
 cdef int default_num_threads = 1
-# Python runs signal handlers only in this thread. Other threads need not check for them, and must
-# not while the interpreter is shutting down.
+# Python runs signal handlers only in this thread. Other threads need not check for signals, and
+# must not while the interpreter is shutting down.
 cdef unsigned long main_thread = threading.main_thread().ident
 
 
@@ -290,7 +290,7 @@ cdef int _raise_for(Status status) except -1:
 
 
 cdef inline void _fill_view(View* to, cnp.ndarray x, int batch_axes, cbool has_columns) noexcept:
-    """`x` has the axes (batch..., heads, rows[, columns]); one head may lack its axis."""
+    """`x` has the axes (batch..., heads, rows[, columns]); one head may have no axis."""
     cdef const cnp.npy_intp* strides = cnp.PyArray_STRIDES(x)
     cdef int ndim = cnp.PyArray_NDIM(x)
     cdef int inner = 2 if has_columns else 1
@@ -311,12 +311,12 @@ cdef inline void _fill(Array* to, cnp.ndarray x, int batch_axes, cbool has_colum
     _fill_strides(to.batch_strides, x, batch_axes)
 
 
-# NumPy numbers the dtypes of other packages in the order of their imports.
+# NumPy numbers the dtypes of other packages in the order in which they are imported.
 cdef int bfloat16_number = -1
 
 
 cdef bint _find_dtype(cnp.ndarray x, Dtype* dtype):
-    """Return whether the kernels take x's dtype, and set `dtype`."""
+    """Return whether the kernels support x's dtype; if so, set `dtype`."""
     global bfloat16_number
     cdef int number = cnp.PyArray_TYPE(x)
     if not cnp.PyArray_ISNOTSWAPPED(x):
@@ -369,16 +369,16 @@ cdef bint _is_float32_beside(cnp.ndarray x, cnp.ndarray of_16_bits) noexcept:
 
 
 cdef int _describe(Problem* problem, object arguments) except -1:
-    """Make a problem from arguments, which must stay alive while it is used."""
+    """Fill a problem from arguments, which must stay alive while the problem is used."""
     cdef object query_starts = arguments.query_starts, key_starts = arguments.key_starts
     cdef object block_table = arguments.block_table
     cdef object k_scale = arguments.k_scale, v_scale = arguments.v_scale
     cdef cnp.ndarray q = arguments.q, k = arguments.k
     cdef cnp.ndarray v = arguments.v, out = arguments.out  # None for a stage without values
-    # These stay referenced until the computation is over.
+    # `arguments` keeps these alive until the computation is over.
     cdef object lse = arguments.lse, mask = arguments.mask, bias = arguments.bias
     cdef object tail_mask = arguments.tail_mask  # instead of a mask
-    cdef object blocks = arguments.mask_blocks  # the same
+    cdef object blocks = arguments.mask_blocks  # also instead of a mask
     cdef cnp.ndarray numbers
     cdef object q_offset = arguments.q_offset, kv_lengths = arguments.kv_lengths
     cdef object q_lengths = arguments.q_lengths
@@ -507,7 +507,7 @@ def attention_backward(object arguments):
     if dbias is not None:
         _fill_view(&problem.dbias, <cnp.ndarray>dbias, axes, True)
         _fill_strides(problem.dbias_batch_strides, <cnp.ndarray>dbias, axes)
-    for axis in range(axes, problem.forward.batch_axes):  # of ragged batches
+    for axis in range(axes, problem.forward.batch_axes):  # only in ragged batches
         problem.dout.batch_strides[axis] = problem.dlse.batch_strides[axis] = 0
         problem.dq.batch_strides[axis] = problem.dk.batch_strides[axis] = 0
         problem.dv.batch_strides[axis] = 0
@@ -619,7 +619,7 @@ cdef Product _product_of(product, Dtype* dtype) except *:
 
 
 def multiply(list products not None, object num_threads=None):
-    """Compute products (`_projection.Product`) of arrays with one dtype; each x has columns."""
+    """Compute products (`_projection.Product`) of arrays with one dtype. No `x` has 0 columns."""
     cdef vector[Product] of_all
     cdef Dtype dtype
     cdef Execution execution = _execution(_threads(num_threads))
@@ -728,8 +728,9 @@ def normalize_back(
     cnp.ndarray d not None, cnp.ndarray x not None, cnp.ndarray weight not None, double epsilon,
     bint is_centred, cnp.ndarray of_weight not None, object of_bias, object num_threads=None,
 ):
-    """Turn the gradient `d` with respect to the result of `normalize` into one for `x`, in place;
-    also fill `of_weight` and, unless it is None, `of_bias`. All arrays are in C order."""
+    """Turn `d`, the gradient with respect to the result of `normalize`, into the gradient with
+    respect to `x`, in place. Also fill `of_weight` and, unless it is None, `of_bias`. All arrays
+    are in C order."""
     cdef NormalizationGradient problem
     cdef Execution execution = _execution(_threads(num_threads))
     cdef Status status
@@ -767,7 +768,7 @@ def cpu_name():
 
 
 def isa_names():
-    """Return the ISA levels, best last, as a dict from name to whether this CPU has the level."""
+    """Return a dict from the name of each ISA level, best last, to whether this CPU has it."""
     cdef const vector[IsaLevel]* levels = &isa_levels()
     cdef size_t i
     return {

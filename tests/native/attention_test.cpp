@@ -1,5 +1,5 @@
-// The native library through its public header: random problems on every ISA level, between
-// protected pages, against the formula in double.
+// Tests the native library through its public header: random problems on every ISA level, with
+// arrays between protected pages, against the formula in double.
 //
 //   attention_test PROBLEMS [FIRST_SEED]
 #include <cstdio>

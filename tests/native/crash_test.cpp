@@ -1,5 +1,5 @@
-// Reads a protected page in a thread of its own. Wine has to say that the program failed, or none
-// of the tests that it runs could fail so.
+// Reads a protected page in a new thread. Wine must report that the program failed: otherwise no
+// test that runs under Wine could fail this way.
 #include <thread>
 
 #include "guarded_memory.h"

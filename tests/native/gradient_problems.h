@@ -1,5 +1,5 @@
-// Gradients of random problems: arrays between protected pages, and what they should give, computed
-// in double by the formula.
+// Gradients of random problems. The arrays are between protected pages, and the expected gradients
+// are computed in double by the formula.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@ class RandomGradients : public RandomProblem {
   explicit RandomGradients(uint64_t seed) : RandomProblem(seed, true) {
     const auto layout = [&] { return sometimes(0.5) ? Layout::heads_first : Layout::rows_first; };
     const auto add_zeros = [&](const Tensor& like) {
-      // Packed: rows are at whole elements.
+      // Packed, so that rows are aligned to their elements.
       Tensor tensor =
           make(precision_, like.batch, like.heads, like.rows, like.columns, Layout::packed, 0);
       tensor.starts = like.starts;
@@ -67,7 +67,7 @@ class RandomGradients : public RandomProblem {
     return bytes;
   }
 
-  // The results of the forward pass are what the kernels read.
+  // Uses the out and lse that the kernels read, not exact results of the forward pass.
   double gradient_error_share() const {
     std::vector<Sum> dq(size(dq_)), dk(size(dk_)), dv(size(dv_)), dbias(size(dbias_));
     for (int64_t b = 0; b < batch_; ++b) {
@@ -85,7 +85,7 @@ class RandomGradients : public RandomProblem {
   }
 
  private:
-  // A sum, and the sum of sizes that its rounding errors grow with.
+  // A sum, and the sum of its summands' sizes, which its rounding error grows with.
   struct Sum {
     double value = 0, size = 0;
     void add(double a, double b, double size_of_a) {
@@ -94,7 +94,7 @@ class RandomGradients : public RandomProblem {
     }
   };
   static size_t size(const Tensor& x) { return x.memory ? x.memory->bytes() / size_of(x.kind) : 0; }
-  // The place of an element in memory, where broadcast ones share theirs.
+  // The index of an element in memory. Broadcast elements share one.
   static size_t place(const Tensor& x, int64_t b, int64_t h, int64_t i, int64_t j) {
     return static_cast<size_t>(x.address(b, h, i, j) - x.memory->data()) / size_of(x.kind);
   }
@@ -145,8 +145,7 @@ class RandomGradients : public RandomProblem {
       const double x = load(actual.kind, actual.memory->data() + i * size_of(actual.kind));
       const double error = std::abs(x - expected[i].value);
       if (error == 0) continue;
-      // Products of bfloat16 pairs round weights to bfloat16, too, and numbers below the normal
-      // ones to 0.
+      // Products of bfloat16 pairs also round weights to bfloat16, and subnormal numbers to 0.
       const Kind kind = kind_ == Kind::bfloat16 ? kind_ : precision_;
       const double allowed =
           rounding(kind) * expected[i].size + (precision_ == Kind::float64 ? 1e-300 : 1e-30);

@@ -1,5 +1,5 @@
-// The backward pass through the public header: gradients of random problems on every ISA level,
-// between protected pages, against the formula in double.
+// Tests the backward pass through its public header: gradients of random problems on every ISA
+// level, with arrays between protected pages, against the formula in double.
 //
 //   gradients_test PROBLEMS [FIRST_SEED]
 #include "gradients.h"

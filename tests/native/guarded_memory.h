@@ -1,10 +1,10 @@
-// Memory with a protected page directly before and after it, so that one byte read or written too
-// far ends the program.
+// Memory with a protected page before and after it, so that reading or writing too far ends the
+// program.
 #pragma once
 
 #if defined(_WIN32)
 #if !defined(NOMINMAX)
-#define NOMINMAX  // or it has macros of the names min and max
+#define NOMINMAX  // otherwise windows.h defines macros named min and max
 #endif
 #include <windows.h>
 #else
@@ -16,7 +16,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-// What of it the operating systems do in their own ways.
+// The parts that depend on the operating system.
 namespace pages {
 
 #if defined(_WIN32)
@@ -48,7 +48,8 @@ inline void release(char* begin, size_t bytes) { munmap(begin, bytes); }
 
 class GuardedMemory {
  public:
-  // `at_end`: the last byte is followed by a protected page; else the first one is preceded by one.
+  // With `at_end`, a protected page directly follows the last byte; otherwise one directly precedes
+  // the first byte.
   GuardedMemory(size_t bytes, bool at_end) : bytes_(bytes) {
     const size_t page = pages::size();
     const size_t inside = (bytes + page - 1) / page * page;

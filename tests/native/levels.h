@@ -1,4 +1,4 @@
-// Every ISA level that this CPU has, one after the other.
+// Tests every ISA level that this CPU has.
 #pragma once
 
 #include <cstdio>
@@ -7,8 +7,8 @@
 
 #include "runtime/dispatch.h"
 
-// Calls `test` with the name of each level, which is pinned meanwhile. False where the one that is
-// pinned is not the one that runs, or the best one is not what NUMATTN_TEST_BEST says.
+// Pins each level and calls `test` with its name. Returns false if the pinned level is not the
+// level that runs, or if the best level is not the one in NUMATTN_TEST_BEST.
 template <class Test>
 bool on_every_level(const Test& test) {
   const char* const best = std::getenv("NUMATTN_TEST_BEST");

@@ -1,5 +1,6 @@
-// Every allocation of a call can fail: the call is done all the same or says out_of_memory, leaves
-// the thread's signals as they were, and the next call is right. Threads that end keep nothing.
+// Any allocation of a call may fail. Then the call either succeeds or returns out_of_memory, it
+// leaves the thread's signal mask unchanged, and the next call is right. Threads that end keep no
+// memory.
 #if defined(_WIN32)
 #include <malloc.h>
 #else
@@ -23,9 +24,9 @@
 
 namespace {
 
-// How many allocations there are until one fails; negative: none fails.
+// The number of allocations before one fails; negative: none fails.
 std::atomic<int64_t> allocations_left{-1};
-// How many there are that were not given back.
+// The number of allocations that are not freed yet.
 std::atomic<int64_t> held{0};
 
 void* allocate(size_t bytes, size_t alignment) {
@@ -85,7 +86,7 @@ void expect(bool is_so, const char* what, const std::string& where) {
 
 bool signals_are_blocked() {
 #if defined(_WIN32)
-  return false;  // it has none that come to a thread
+  return false;  // Windows does not send signals to threads
 #else
   sigset_t blocked;
   pthread_sigmask(SIG_SETMASK, nullptr, &blocked);
@@ -96,8 +97,8 @@ bool signals_are_blocked() {
 #endif
 }
 
-// Calls it with the first allocation failing, then the second, until there are no more. Returns how
-// often it was refused.
+// Calls `call` with the first allocation failing, then with the second, until none fails. Returns
+// the number of calls that ran out of memory.
 template <class Call>
 int with_failing_allocations(const Call& call, const std::string& name) {
   int refused = 0;
@@ -115,7 +116,7 @@ int with_failing_allocations(const Call& call, const std::string& name) {
   }
 }
 
-// What a thread keeps from call to call ends with it.
+// A thread frees the memory that it keeps from call to call when it ends.
 void expect_nothing_kept() {
   RandomProblem problem(1);
   problem.num_threads = 1;
@@ -123,7 +124,7 @@ void expect_nothing_kept() {
   for (int round = 0; round < 20; ++round) {
     const int64_t before = held;
     std::thread(compute).join();
-    // The first thread may have made what the process keeps.
+    // The first thread may have allocated memory that the process keeps.
     if (round > 0) expect(held == before, "a thread kept memory", "");
   }
 }
@@ -131,7 +132,7 @@ void expect_nothing_kept() {
 }  // namespace
 
 int main() {
-  // Rows enough for several threads; nothing has started them yet.
+  // Enough rows for several threads, none of which has been started yet.
   std::vector<float> numbers(1 << 20, 1.0f), out(numbers.size());
   numattn::RowSoftmax softmax;
   softmax.scores = reinterpret_cast<const char*>(numbers.data());

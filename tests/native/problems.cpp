@@ -13,7 +13,7 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 #if defined(__aarch64__)
-using Float16 = __fp16;  // GCC 12 has no other name there
+using Float16 = __fp16;  // GCC 12 has no _Float16 on this architecture
 #else
 using Float16 = _Float16;
 #endif
@@ -46,7 +46,7 @@ void store(Kind kind, char* to, double x) {
   } else if (kind == Kind::bfloat16) {
     uint32_t bits;
     std::memcpy(&bits, &single, 4);
-    const auto upper = static_cast<uint16_t>(bits >> 16);  // towards 0, which is good enough here
+    const auto upper = static_cast<uint16_t>(bits >> 16);  // rounded towards 0: good enough here
     std::memcpy(to, &upper, 2);
   } else {
     *to = static_cast<char>(static_cast<int>(x));
@@ -80,8 +80,8 @@ double load(Kind kind, const char* from) {
   return static_cast<signed char>(*from);
 }
 
-// Between neighbouring numbers next to 0, where results have no digits to lose. With pairs of
-// bfloat16 what is below the normal numbers counts as 0.
+// The distance between neighbouring numbers next to 0, where results have no digits to lose.
+// Products of bfloat16 pairs turn subnormal numbers into 0.
 double smallest_step(Kind kind) {
   switch (kind) {
     case Kind::float16:
@@ -157,7 +157,7 @@ Tensor RandomProblem::make(Kind kind, int64_t batch, int64_t heads, int64_t rows
   Tensor tensor{kind, batch, heads, rows, columns, {}, nullptr, {}, nullptr};
   const auto size = static_cast<int64_t>(size_of(kind));
   const bool varied = layout != Layout::packed;
-  const int64_t gap = varied && sometimes(0.2) ? 1 + below(20) : 0;  // bytes behind each row
+  const int64_t gap = varied && sometimes(0.2) ? 1 + below(20) : 0;  // bytes after each row
   const int64_t row_bytes = columns * size + gap;
   const int64_t bytes = batch * heads * rows * row_bytes - (batch * heads * rows > 0 ? gap : 0);
   const int64_t shift = varied && sometimes(0.2) ? 1 : 0;
@@ -233,7 +233,7 @@ void RandomProblem::draw_mask_blocks() {
                                     : numattn::MaskBlocks::kEmpty);
         if (is_mixed) bits.insert(bits.end(), of_block.begin(), of_block.end());
       }
-      // Broadcast, it is the same mask that the next ones would write to.
+      // If the mask is broadcast, the other heads share it: write it only once.
       if (mask_.array.head_stride == 0) break;
     }
     if (mask_.array.batch_strides[0] == 0) break;
@@ -311,7 +311,7 @@ void RandomProblem::draw_options() {
   if (sometimes(0.3)) problem.q_lengths = q_lengths_.data();
 }
 
-// Lengths of each sequence; query_length and key_length become the rows of all of them.
+// Draws the lengths of each sequence. query_length and key_length become the total numbers of rows.
 void RandomProblem::draw_ragged() {
   batch_ = problem.batch_shape[0] = 1 + below(5);
   const auto starts = [&](int64_t length) {
@@ -408,7 +408,7 @@ void RandomProblem::draw_arrays() {
   problem.out = out_.array;
 }
 
-// K, V and their scales go into pages in random order; what no sequence uses holds NaN.
+// Puts K, V and their scales into pages in random order. Memory that no sequence uses holds NaN.
 void RandomProblem::draw_pages(Layout layout) {
   page_size_ = one_of<int64_t>({1, 3, 16, 50});
   const int64_t per_item = (problem.key_length + page_size_ - 1) / page_size_;
@@ -559,11 +559,11 @@ double RandomProblem::error_share() const {
   double largest = 0;
   const auto compare = [&](double actual, double expected, double size) {
     if (std::isinf(expected) ? actual == expected : std::abs(actual - expected) == 0) return;
-    // Each weight may be so small that it has been rounded to a whole number of these steps.
+    // Each weight may be so small that it was rounded to a multiple of this step.
     const auto steps = static_cast<double>(std::max<int64_t>(problem.key_length, 1));
     if (std::abs(actual - expected) <= steps * smallest_step(kind_)) return;
     const double share = std::abs(actual - expected) / (rounding(kind_) * size);
-    largest = std::max(largest, share >= 0 ? share : kInfinity);  // not so for NaN
+    largest = std::max(largest, share >= 0 ? share : kInfinity);  // NaN fails the test
   };
   const auto largest_of = [](const std::vector<double>& numbers) {
     return numbers.empty() ? 0 : *std::max_element(numbers.begin(), numbers.end());

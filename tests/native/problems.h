@@ -1,5 +1,5 @@
-// Random problems for the native library: arrays between protected pages, and what they should
-// give, computed in double by the formula.
+// Random problems for the native library. The arrays are between protected pages, and the expected
+// results are computed in double by the formula.
 #pragma once
 
 #include <cstdint>
@@ -17,17 +17,17 @@ size_t size_of(Kind kind);  // in bytes
 numattn::Dtype dtype_of(Kind kind);
 void store(Kind kind, char* to, double x);
 double load(Kind kind, const char* from);
-// What the error of a sum may be as a share of the sum of absolute values, with some room.
+// The error that a sum may have, as a share of the sum of absolute values, with some room.
 double rounding(Kind kind);
 
-// One array (batch item, head, row, column) as numattn::Array, its values also as doubles.
+// One array (batch item, head, row, column) as a numattn::Array, and its values as doubles.
 struct Tensor {
   Kind kind = Kind::float32;
   int64_t batch = 1, heads = 1, rows = 1, columns = 1;
   numattn::Array array;
   GuardedMemory* memory = nullptr;
-  std::vector<double> values;  // [batch item][head][row][column], as they were stored
-  // Ragged: where the rows of each batch item begin; batch is 1 then. Else null.
+  std::vector<double> values;  // [batch item][head][row][column], rounded as stored
+  // Ragged batches: the first row of each sequence; batch is then 1. Otherwise null.
   const int64_t* starts = nullptr;
 
   char* address(int64_t b, int64_t h, int64_t i, int64_t j) const;
@@ -38,19 +38,20 @@ struct Tensor {
   void read_values();
 };
 
-// A problem, with everything it points to.
+// A problem and everything that it points to.
 class RandomProblem {
  public:
-  // `differentiable`: attention itself, without pages and 8-bit keys and values.
+  // `differentiable`: only Stage::attention, without pages and without 8-bit keys and values.
   explicit RandomProblem(uint64_t seed, bool differentiable = false);
 
   numattn::Problem problem;
   int num_threads;
   std::string description;
 
-  // Runs it on the active level; what was in the outputs before is gone.
+  // Overwrites the outputs with NaN, then runs the problem on the active level.
   numattn::Status run() const;
-  // Largest error over what is allowed for the dtype; infinite where one is NaN and should not be.
+  // The largest error, divided by the error allowed for the dtype; infinite if there is an
+  // unexpected NaN.
   double error_share() const;
   std::vector<char> result() const;  // the bytes of out and lse
 
@@ -61,28 +62,29 @@ class RandomProblem {
   bool sometimes(double probability);
   int64_t below(int64_t end);
 
-  // Numbers of mean 0; an amplitude of 0 leaves NaN, which has to be overwritten or left unread.
-  // Sometimes rows in reverse order, with gaps behind them or at odd addresses, unless packed.
+  // Makes an array of random numbers with a mean of 0. An amplitude of 0 leaves NaN, which the
+  // kernels must overwrite or not read. Unless the layout is packed, rows are sometimes in reverse
+  // order, followed by gaps or at odd addresses.
   Tensor make(Kind kind, int64_t batch, int64_t heads, int64_t rows, int64_t columns, Layout layout,
               double amplitude);
-  // The same for a problem's rows, where a ragged batch has one item for all of its sequences.
+  // The same for the rows of a problem. A ragged batch has one item with all of its sequences.
   Tensor make_rows(Kind kind, const int64_t* starts, int64_t heads, int64_t rows, int64_t columns,
                    Layout layout, double amplitude);
   void draw_sizes();
   void draw_options();
   void draw_ragged();
   void draw_arrays();
-  // Makes batch items or heads one and the same, as broadcasting does.
+  // Sometimes gives batch items or heads a stride of 0, as broadcasting does.
   void broadcast(Tensor& tensor);
   void draw_pages(Layout layout);
-  // Makes a mask by blocks of a dense one, some of whose blocks become empty or full.
+  // Turns a dense mask into a mask by blocks. Some of its blocks become empty or full.
   void draw_mask_blocks();
   void describe();
   int64_t queries(int64_t b) const;  // of a batch item
   int64_t keys(int64_t b) const;     // those that are valid
-  // logits [key] of a query, -inf where it does not attend, before the sink.
+  // The logits [key] of a query without the sink; -inf for keys that it does not attend to.
   std::vector<double> logits(int64_t b, int64_t h, int64_t i) const;
-  // What dropout multiplies a weight by.
+  // The factor that dropout multiplies a weight by.
   double dropout_factor(int64_t b, int64_t h, int64_t i, int64_t j) const;
   void forget_outputs() const;
 

@@ -1,6 +1,6 @@
-// Softmax of rows, rotary embedding, activations, norms and products with matrices through their
-// public headers: random problems on every ISA level, between protected pages, against the formula
-// in double.
+// Tests softmax of rows, rotary embedding, activations, norms and matrix products through their
+// public headers: random problems on every ISA level, with arrays between protected pages, against
+// the formula in double.
 //
 //   row_operations_test PROBLEMS
 #include "row_operations.h"
@@ -35,7 +35,7 @@ class Random {
     constexpr Kind kinds[] = {Kind::float32, Kind::float64, Kind::float16, Kind::bfloat16};
     return kinds[below(4)];
   }
-  // Memory for `count` numbers, and their values as they were stored.
+  // Fills memory with `count` numbers and returns their values, rounded as stored.
   std::vector<double> fill(const GuardedMemory& memory, Kind kind, int64_t count) {
     std::vector<double> values;
     for (int64_t i = 0; i < count; ++i) {
@@ -55,7 +55,7 @@ double share_of_allowed(Kind kind, double actual, double expected, double size) 
   return actual == expected ? 0 : std::abs(actual - expected) / (rounding(kind) * size);
 }
 
-// Largest error over what is allowed.
+// The largest error, divided by the allowed error.
 double softmax_error(uint64_t seed) {
   Random random(seed);
   const Kind kind = random.kind();
@@ -175,7 +175,7 @@ double rotation_error(uint64_t seed) {
   return largest;
 }
 
-// Of values, and of the gradients.
+// The same for activations and their gradients.
 double activation_error(uint64_t seed) {
   Random random(seed);
   const Kind kind = random.kind();
@@ -234,7 +234,7 @@ double activation_error(uint64_t seed) {
     return {};
   };
   double largest = 0;
-  const double room = kind == Kind::float16 ? 0x1p-24 / rounding(kind) : 0;  // it has no less
+  const double room = kind == Kind::float16 ? 0x1p-24 / rounding(kind) : 0;  // one smallest step
   for (size_t i = 0; i < static_cast<size_t>(elements); ++i) {
     const double x = of_a[i], factor = gated ? of_times[i] : 1;
     const auto compare = [&](const GuardedMemory& memory, double expected, double size) {
@@ -361,7 +361,7 @@ double norm_error(uint64_t seed) {
   return largest;
 }
 
-// A matrix (rows, columns) in memory of its own, row after row or column after column.
+// A matrix (rows, columns) with its own memory, in row-major or column-major order.
 struct Matrix {
   GuardedMemory memory;
   numattn::View view;

@@ -1,6 +1,6 @@
-// Many callers at once, each with problems of its own, give the bits of a run one by one; also
-// while another thread pins the level that is in use, or while the caller rounds in another way. A
-// call that is interrupted ends. Workers that sleep wake up for a job. Made for the thread
+// Many callers at once, each with its own problems, get the same bits as when they run one at a
+// time. This also holds while another thread pins the level in use, and if the caller rounds in
+// another way. An interrupted call ends. Sleeping workers wake up for a job. Made for the thread
 // sanitizer.
 #include <atomic>
 #include <cfenv>
@@ -21,7 +21,7 @@
 
 namespace {
 
-// Hours of work for each thread: one key in place of all of them.
+// A problem with hours of work for each thread. All of its keys are the same one in memory.
 bool ends_when_interrupted(int num_threads) {
   const std::vector<float> row(64 * 64, 1.0f);
   constexpr int64_t kHeads = 4;  // a work item for each thread
@@ -44,8 +44,8 @@ bool ends_when_interrupted(int num_threads) {
          asked == 2;
 }
 
-// Whatever the caller's rounding, the bits are the same on all threads, and the caller's comes
-// back.
+// With any rounding mode of the caller, the bits are the same on all threads, and the caller's mode
+// is restored.
 bool rounds_alike() {
   bool alike = true;
   std::thread([&] {
@@ -80,7 +80,7 @@ bool rounds_alike() {
   return alike;
 }
 
-// What work raises does not show in the flags of the thread that called.
+// Floating-point exceptions in the work do not set flags of the calling thread.
 bool keeps_flags() {
   std::feclearexcept(FE_ALL_EXCEPT);
   std::feraiseexcept(FE_OVERFLOW);
@@ -95,8 +95,9 @@ bool keeps_flags() {
   return kept;
 }
 
-// Work items that wait for each other: all done only if as many threads take part. A worker that
-// missed its wake-up would come by itself, but only after the five seconds that it sleeps.
+// The work items wait for each other, so they are all done only if num_threads threads take part. A
+// worker that missed its wake-up would also wake up after its five seconds of sleep, which is too
+// late.
 bool all_threads_meet(int num_threads) {
   struct Meeting {
     const int64_t wanted;
@@ -115,7 +116,8 @@ bool all_threads_meet(int num_threads) {
   return numattn::run({meet, &meeting, num_threads, num_threads, nullptr});
 }
 
-// However long the pause between two jobs: workers are about to spin, spin, fall asleep or sleep.
+// Tests pauses of several lengths between two jobs, so that workers are about to spin, spin, fall
+// asleep or sleep.
 bool workers_wake_up() {
   for (int num_threads = 2; num_threads <= 4; ++num_threads) {
     for (int microseconds = 0; microseconds <= 200; microseconds += 2) {
@@ -133,7 +135,7 @@ bool workers_wake_up() {
 int main(int count, char** arguments) {
   const int rounds = count > 1 ? std::atoi(arguments[1]) : 20;
   constexpr int kCallers = 8;
-  constexpr uint64_t kProblems = 6;  // of each caller
+  constexpr uint64_t kProblems = 6;  // for each caller
   std::atomic<int> failures{0};
   std::vector<std::thread> callers;
   for (uint64_t caller = 0; caller < kCallers; ++caller) {

@@ -14,10 +14,10 @@ struct GradientProblem {
   // The forward pass, which must be Stage::attention without pages and without 8-bit keys and
   // values. Its out and lse are inputs here.
   Problem forward;
-  bool dout_is_float32 = false;  // only if dtype has 16 bits; otherwise dout has dtype
+  bool dout_is_float32 = false;  // only with a 16-bit dtype; otherwise dout has dtype
   Array dout;                    // shaped like out
   Array dlse;                    // like lse; data null: zeros
-  // Shaped like q, k and v, also where those are broadcast: these have memory for every element.
+  // Shaped like q, k and v, with memory for every element even if q, k or v is broadcast.
   // They are float64 if dtype is float64, else float32. The elements of a row have no gaps, and
   // rows are aligned to their elements.
   Array dq, dk, dv;

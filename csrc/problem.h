@@ -9,8 +9,9 @@
 //   mask, bias  (batch..., query_heads, query_length, key_length)
 //   tail mask   (batch..., query_heads, query_length, tail_mask_keys)
 //
-// Layout. All arrays have the same batch axes. Strides are in bytes and may have either sign; an
-// input has a stride of 0 along each axis on which it is broadcast. Elements may be unaligned.
+// Layout. All arrays have the same batch axes. Strides are in bytes and may have either sign. An
+// input has a stride of 0 along each axis on which it is broadcast. Elements may be unaligned,
+// except those of typed arrays such as kv_lengths.
 // - Ragged batches: the sequences follow one another along the rows of q and out, and also along
 //   the rows of k and v.
 // - Pages: k and v are (pages, kv_heads, page_size, ...). Key j of a batch item is row
@@ -40,7 +41,7 @@ constexpr int bytes_of(Dtype dtype) {
 // Which part of attention a call computes.
 enum class Stage : uint8_t {
   attention,
-  logits,      // with all options applied except the sinks; masked ones are -inf
+  logits,      // after all options except sinks and dropout; masked ones are -inf
   statistics,  // each query's largest logit and the sum of its weights, for `received`
   weights,     // the factors that the values are multiplied by
   received,    // for each key, the sum of its weights over the queries
@@ -57,7 +58,7 @@ struct View {
   char* data = nullptr;
   int64_t head_stride = 0;
   int64_t row_stride = 0;     // rows are queries in q, out, lse, mask and bias; keys in k and v
-  int64_t column_stride = 0;  // columns are elements of a vector, or keys in mask and bias
+  int64_t column_stride = 0;  // columns are elements of a vector; keys in mask, bias and logits
 };
 
 struct Array : View {
@@ -69,7 +70,7 @@ struct Array : View {
 // of a query and a key. All blocks have the same size, except that the last one along each axis may
 // be smaller.
 struct MaskBlocks {
-  // The int32 number of a block is one of these two, or the index of a block in `bits`.
+  // The number of a block, an aligned int32, is one of these two or the index of a block in `bits`.
   static constexpr int32_t kEmpty = -2, kFull = -1;
 
   int64_t queries = 0, keys = 0;  // of a block; 0: the mask is not made of blocks
@@ -116,14 +117,14 @@ struct Problem {
   // query_length, key_length), or (batch..., query_heads, key_length) for Stage::received, whose
   // rows are keys. Stage::statistics has no out.
   Stage stage = Stage::attention;
-  // (batch..., query_heads, query_length) in C order, of the dtype of Stage::received's out.
-  // Stage::statistics writes them, and Stage::received reads them.
+  // (batch..., query_heads, query_length) in C order, aligned, of the dtype of Stage::received's
+  // out. Stage::statistics writes them, and Stage::received reads them.
   char* maximum = nullptr;
   char* sum = nullptr;
 
   Dtype dtype = Dtype::float32;
   Array q, k, v, out;           // of dtype
-  bool out_is_float32 = false;  // only if dtype has 16 bits: out is not rounded to dtype
+  bool out_is_float32 = false;  // only with a 16-bit dtype: out is float32, not rounded to dtype
   Array lse;                    // float64 if dtype is float64, else float32; data null: not wanted
 
   Options options;
@@ -146,7 +147,7 @@ struct Problem {
   // For each batch item in row-major order: the position of its first query among the keys, the
   // number of valid keys, and the number of valid queries. Without q_offset, the last valid query
   // is at the position of the last valid key. Without lengths, all keys and queries are valid.
-  // Queries that are not valid get zeros, but -inf in lse and as logits.
+  // Queries that are not valid get zeros as results, but -inf as lse and logits.
   const int64_t* q_offset = nullptr;
   const int64_t* kv_lengths = nullptr;
   const int64_t* q_lengths = nullptr;

@@ -52,7 +52,7 @@ class Plan {
   int64_t items() const { return items_; }
   int64_t states() const { return states_; }
   int64_t max_decode_rows() const { return max_decode_rows_; }  // of any work item
-  // At most num_threads; fewer if the work is not worth waking more.
+  // At most num_threads; fewer if there is too little work to wake them all.
   int threads() const { return threads_; }
 
   // Prefill items of one head are consecutive, so that its keys stay in the cache. The longest item

@@ -1,5 +1,7 @@
 """Promise: the stages by themselves are those of `attention`, with every option."""
 
+import functools
+
 import numattn as na
 import numpy as np
 import pytest
@@ -20,10 +22,16 @@ def expected_weights(q, k, dtype, matmul=np.matmul, **options):
     return reference.attention(q, k, units, dtype=dtype, matmul=matmul, **options)
 
 
-def assert_weights(weights, q, k, factor=None, **options):
+def trusted_weights(q, k, **options):
+    """Return weights and lse to compare with: float64, or long double for float64."""
+    trusted = np.longdouble if q.dtype == np.float64 else np.float64
+    return expected_weights(q, k, trusted, **options)
+
+
+def assert_weights(weights, q, k, factor=None, expected=None, **options):
     precision = np.float64 if q.dtype == np.float64 else np.float32
-    trusted = np.longdouble if precision is np.float64 else np.float64
-    expected, _ = expected_weights(q, k, trusted, **options)
+    if expected is None:
+        expected, _ = trusted_weights(q, k, **options)
     plain = [
         expected_weights(q, k, precision, matmul, **options)[0]
         for matmul in (np.matmul, reference.matmul_by_einsum)
@@ -34,12 +42,27 @@ def assert_weights(weights, q, k, factor=None, **options):
     assert (weights[expected == 0] == 0).all()
 
 
+def few_heads(dtype):
+    """Return q, k and v of two batch items, the same for every level."""
+    rng = np.random.default_rng(20240607)
+    shapes = ((2, 4, 90, 16), (2, 2, 111, 16), (2, 2, 111, 20))
+    return tuple(rng.standard_normal(shape).astype(dtype) for shape in shapes)
+
+
+@functools.cache
+def trusted_weights_with(name, dtype_name):
+    """Long double is slow, and all levels have the same answer."""
+    q, k, _ = few_heads(named_dtype(dtype_name))
+    return trusted_weights(q, k, **ALONE[name])
+
+
 @pytest.mark.parametrize("name", ALONE)
-def test_weights_with_every_option(dtype, arrays, name):
-    q, k, v = arrays(2, hq=4, hkv=2, lq=90, lk=111, d=16, dv=20, dtype=dtype)
+def test_weights_with_every_option(dtype, name):
+    q, k, v = few_heads(dtype)
     options = ALONE[name]
     weights = na.attention_weights(q, k, **options)
-    assert_weights(weights, q, k, **options)
+    expected, _ = trusted_weights_with(name, dtype.name)
+    assert_weights(weights, q, k, expected=expected, **options)
     by_stages = na.aggregate_values(weights, v)
     out = na.attention(q, k, v, **options)
     assert by_stages.dtype == out.dtype
@@ -52,18 +75,15 @@ def test_weights_with_every_option(dtype, arrays, name):
 @pytest.mark.parametrize(
     "name", [name for name, options in ALONE.items() if "sinks" not in options]
 )
-def test_scores_with_every_option(dtype, arrays, name):
-    q, k, _ = arrays(2, hq=4, hkv=2, lq=90, lk=111, d=16, dtype=dtype)
+def test_scores_with_every_option(dtype, name):
+    q, k, _ = few_heads(dtype)
     precision = np.float64 if dtype == np.float64 else np.float32
     scores = na.qk_scores(q, k, **ALONE[name])
     assert scores.dtype == precision
 
-    def logits(precision):
-        weights, lse = expected_weights(q, k, precision, **ALONE[name])
-        with np.errstate(all="ignore"):
-            return np.where(weights > 0, np.log(weights) + lse[..., None], -np.inf)
-
-    expected = logits(np.longdouble if precision is np.float64 else np.float64)
+    weights, lse = trusted_weights_with(name, dtype.name)
+    with np.errstate(all="ignore"):
+        expected = np.where(weights > 0, np.log(weights) + lse[..., None], -np.inf)
     np.testing.assert_array_equal(np.isneginf(scores), np.isneginf(expected))
     seen = np.isfinite(expected)
     tolerance = 1e-13 if precision is np.float64 else 1e-5

@@ -22,7 +22,7 @@ struct DtypeKernels {
   bool (*prefill)(const Task& task);  // false if it was stopped
 
   // Few queries, with a chunk of their keys. Chunks start at multiples of keys_per_chunk.
-  // - `decode`: up to max_decode_rows rows for each KV head; The keys of tile_keys[0] go into the
+  // - `decode`: up to max_decode_rows rows for each KV head. The keys of tile_keys[0] go into the
   //   states, one state for each KV head.
   // - `decode_tiles`: more rows, up to max_decode_queries queries of each head. As many heads as
   //   fit share a tile. Some heads of one KV head, or all heads of several KV heads, fill up to

@@ -48,9 +48,13 @@ def test_every_level_of_this_cpu_can_be_pinned():
 
 
 @needs_native
-def test_best_level_is_the_default():
-    available = na.runtime_info()["isa"]["available"]
-    assert run_python(ATTEND).stdout.split()[:2] == ["native", available[-1]]
+def test_fastest_level_is_the_default():
+    """It is the last one available, except that Intel's CPUs multiply bfloat16 pairs slowly."""
+    fastest = na.runtime_info()["isa"]["available"][-1]
+    cpus = Path("/proc/cpuinfo")
+    if fastest == "avx512_bf16" and cpus.exists() and "GenuineIntel" in cpus.read_text():
+        fastest = "avx512"
+    assert run_python(ATTEND).stdout.split()[:2] == ["native", fastest]
 
 
 @pytest.mark.parametrize(

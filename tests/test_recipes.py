@@ -35,6 +35,7 @@ def text(path):
     [
         ("csrc/CMakeLists.txt", r"set\(flags_{level} "),
         ("csrc/runtime/cpu.h", r"bool cpu_has_{level}\(\)"),
+        ("csrc/runtime/cpu.h", r"bool cpu_prefers_{level}\(\)"),
         ("csrc/kernels/{level}.cpp", r"KernelTable kernels_{level} ="),
         ("csrc/kernels/{level}.cpp", r"Probes probes_{level} ="),
         ("csrc/kernels/{level}.cpp", r'#include "kernels/simd/{level}\.h"'),

@@ -84,6 +84,12 @@ bool cpu_has_avx512_bf16() {
   return cpu_has_avx512() && has_subleaf && has_all(cpuid(7, 1).eax, kBf16);
 }
 
+bool cpu_prefers_avx512_bf16() {
+  constexpr unsigned kGenu = 0x756e6547, kIneI = 0x49656e69, kNtel = 0x6c65746e;
+  const Registers vendor = cpuid(0);
+  return vendor.ebx != kGenu || vendor.edx != kIneI || vendor.ecx != kNtel;
+}
+
 }  // namespace numattn
 
 #endif

@@ -34,7 +34,8 @@ void inherit(IsaLevel& level, const IsaLevel& before) {
 const std::vector<IsaLevel>& isa_levels() {
   static const std::vector<IsaLevel> levels = [] {
     std::vector<IsaLevel> all = {
-#define NUMATTN_LEVEL(level) {#level, kernels_##level, probes_##level, cpu_has_##level()},
+#define NUMATTN_LEVEL(level) \
+  {#level, kernels_##level, probes_##level, cpu_has_##level(), cpu_prefers_##level()},
 #include "levels.inc"
 #undef NUMATTN_LEVEL
     };
@@ -46,16 +47,16 @@ const std::vector<IsaLevel>& isa_levels() {
 
 namespace {
 
-const IsaLevel* best_available() {
-  const IsaLevel* best = nullptr;
+const IsaLevel* fastest_available() {
+  const IsaLevel* fastest = nullptr;
   for (const IsaLevel& level : isa_levels()) {
-    if (level.available) best = &level;
+    if (level.available && level.preferred) fastest = &level;
   }
-  return best;
+  return fastest;
 }
 
 // Chosen when the library is loaded, so that no fork finds it half initialised.
-std::atomic<const IsaLevel*> active{best_available()};
+std::atomic<const IsaLevel*> active{fastest_available()};
 
 }  // namespace
 

@@ -14,12 +14,13 @@ struct IsaLevel {
   KernelTable kernels;
   Probes probes;
   bool available;  // on this CPU
+  bool preferred;  // faster on this CPU than the level before it, if it is available
 };
 
 // All levels in this build, each better than the level before it.
 const std::vector<IsaLevel>& isa_levels();
 
-// The level in use: the best available level, unless set_isa has pinned another.
+// The level in use: the fastest available level, unless set_isa has pinned another.
 const IsaLevel& active_level();
 
 // Pins a level by name. Returns an empty string, or what is wrong with the name.

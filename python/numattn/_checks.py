@@ -101,6 +101,8 @@ ELSEWHERE = {
     "query_seq_lengths": "`q_lengths=`",
     "nonpad_kv_seqlen": "`kv_lengths=`",
     "return_attn_probs": "`return_lse=`, or `attention_weights`",
+    "return_weights": "`attention_weights`",
+    "lengths": "`q_lengths=n, kv_lengths=n`",
     "need_weights": "`attention_weights`",
     "logits_soft_cap": "`softcap=`",
     "s_aux": "`sinks=`",
@@ -176,7 +178,9 @@ def as_array(name: str, x: ArrayLike) -> Array:
     except ValueError as error:  # NumPy does not say which argument it was
         refuse(name, not_converted(x, error), "an array, or something that np.asarray accepts")
     except REFUSALS as error:
-        refuse_kind(name, not_converted(x, error), "a NumPy array", "convert it first")
+        is_tensor = type(x).__module__.partition(".")[0] == "torch"
+        advice = "use `numattn.torch.attention`" if is_tensor else "convert it first"
+        refuse_kind(name, not_converted(x, error), "a NumPy array", advice)
     if array.dtype == object and not isinstance(x, np.ndarray | int | list | tuple):
         kind = type(x)
         if kind.__name__ == "BlockMask":  # PyTorch's

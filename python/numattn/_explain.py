@@ -22,6 +22,9 @@ def explain(sentence: str, path: Path) -> None:
     ids, lengths = model.tokens([sentence])
     tokens = model.token_texts(ids[0])
     weights = model.attention_weights(ids, lengths)[:, 0]  # [layer][head][query][key]
+    most = model.config["max_position_embeddings"]
+    if len(tokens) == most:
+        print(f"The model reads {most} tokens; what comes after them is left out.")
     plot.html_page(weights, tokens, path, title=sentence)
     print(f'The words of "{sentence}", and the words each attends to most')
     layers, heads = weights.shape[:2]

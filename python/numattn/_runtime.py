@@ -118,7 +118,7 @@ def _choose_isa() -> str:
             raise RuntimeError(f"NUMATTN_ISA={wanted}, but {backend_reason}")
         return "NumPy decides"
     if not wanted:
-        return "the best that this CPU has"
+        return "the fastest on this CPU"
     try:
         native.set_isa(wanted)
     except ValueError as error:

@@ -8,12 +8,12 @@
 #include "runtime/dispatch.h"
 
 // Pins each level and calls `test` with its name. Returns false if the pinned level is not the
-// level that runs, or if the best level is not the one in NUMATTN_TEST_BEST.
+// level that runs, or if the default level is not the one in NUMATTN_TEST_BEST.
 template <class Test>
 bool on_every_level(const Test& test) {
   const char* const best = std::getenv("NUMATTN_TEST_BEST");
   if (best && best != std::string(numattn::active_level().name)) {
-    std::printf("%s is the best level here, expected %s\n", numattn::active_level().name, best);
+    std::printf("%s is the default level here, expected %s\n", numattn::active_level().name, best);
     return false;
   }
   for (const numattn::IsaLevel& level : numattn::isa_levels()) {

@@ -148,11 +148,8 @@ def plot_pattern(
     masked = pattern == 0 if mask is None else _masked(mask, pattern.shape)
     plt = _pyplot()
     width, height, aspect = _lengths(*pattern.shape, longest=7.5)
-    if ax is not None:
-        _check_axes(ax)
-    else:
-        size = (width + 1.2 + _label_inches(queries), height + 0.8 + _label_inches(keys))
-        ax = _new_axes(plt, *size)
+    size = (width + 1.2 + _label_inches(queries), height + 0.8 + _label_inches(keys))
+    ax = _axes(plt, ax, *size)
     room = max(_points(ax, height=True), _points(ax, height=False))
     image = _draw(ax, pattern, masked, _scale_end(pattern, masked), aspect, room)
     _label_axis(ax.yaxis, queries, pattern.shape[0], _points(ax, height=True))
@@ -359,11 +356,8 @@ def plot_lines(
     from matplotlib.collections import LineCollection
     from matplotlib.colors import to_rgb
 
-    if ax is not None:
-        _check_axes(ax)
-    else:
-        height = min(10.0, max(2.5, 0.27 * max(pattern.shape)))
-        ax = _new_axes(plt, 5.0, height + 0.6)
+    height = min(10.0, max(2.5, 0.27 * max(pattern.shape)))
+    ax = _axes(plt, ax, 5.0, height + 0.6)
     ax.set_xlim(0, 1)
     ax.set_ylim(1, 0)
     ax.set_axis_off()
@@ -447,10 +441,7 @@ def plot_block_mask(mask: BlockMask, *, title: str | None = None, ax: Axes | Non
     plt = _pyplot()
     query_count, key_count = mask.shape
     width, height, aspect = _lengths(query_count, key_count, longest=7.5)
-    if ax is not None:
-        _check_axes(ax)
-    else:
-        ax = _new_axes(plt, width + 2.0, height + 1.2)
+    ax = _axes(plt, ax, width + 2.0, height + 1.2)
     room = max(_points(ax, height=True), _points(ax, height=False))
     empty = shares == 0
     image = _draw(ax, shares, empty, 1.0, aspect, room)
@@ -683,20 +674,19 @@ def _pyplot() -> ModuleType:
     return plt
 
 
-def _new_axes(plt: ModuleType, width: float, height: float) -> Axes:
+def _axes(plt: ModuleType, ax: Axes | None, width: float, height: float) -> Axes:
+    """Return the given axes, or the axes of a new figure of this size in inches."""
+    from matplotlib.axes import Axes
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+    if ax is not None:
+        if not isinstance(ax, Axes):
+            refuse_kind("ax", value_and_kind(ax), "matplotlib.axes.Axes")
+        return ax
     # A wide margin, because the colour scale may get longer numbers after the layout is done.
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
     figure: Figure = plt.figure(figsize=(width, height), layout=layout)
     return figure.add_subplot()
-
-
-def _check_axes(ax: object) -> None:
-    from matplotlib.axes import Axes
-
-    if not isinstance(ax, Axes):
-        refuse_kind("ax", value_and_kind(ax), "matplotlib.axes.Axes")
 
 
 def _scale_end(weights: Array, masked: NDArray[np.bool_]) -> float:

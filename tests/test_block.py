@@ -667,7 +667,11 @@ def test_bad_calls(rng):
         (lambda: block(x, context=x), TypeError, "context: got ndarray, expected no context"),
         (lambda: block.vjp(x, context=x), TypeError, "context: got ndarray, expected no con"),
         (lambda: block(x, encoder_hidden_states=x), TypeError, "`MultiHeadAttention` takes a"),
-        (lambda: block(x, lengths=[6, 1]), ValueError, "lengths: got 6 at index 0, expected 0"),
+        (
+            lambda: block(x, lengths=[6, 1]),
+            ValueError,
+            "lengths: got 6 at index 0, expected 0 to 5",
+        ),
         (lambda: block(x, lengths=2.5), TypeError, "lengths: got dtype float64, expected ints"),
         (lambda: block(x, attn_mask=None), TypeError, "did you mean `mask=`"),
         (lambda: block(x, return_weights=1), TypeError, "return_weights: got 1"),

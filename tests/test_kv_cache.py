@@ -170,7 +170,12 @@ def test_a_failed_append_changes_nothing(rng):
             ((k[:, :, :2], v[:, :, :1]), {}, ValueError, "v: got 1 tokens, expected 2 as in k"),
             ((k[:1], v), {}, ValueError, "k: got shape (1, 2, 4, 8), expected (2, 2, tokens, 8)"),
             ((k.astype(float), v), {}, TypeError, "k: got dtype float64, expected float32, "),
-            ((k[:, :, :1], v[:, :, :1]), {"lengths": [1, 2]}, ValueError, "lengths: got 2 at in"),
+            (
+                (k[:, :, :1], v[:, :, :1]),
+                {"lengths": [1, 2]},
+                ValueError,
+                "lengths: got 2 at index 1",
+            ),
             ((k[:, :, :1], v[:, :, :1]), {"lengths": [1]}, ValueError, "lengths: got shape (1,)"),
         ]
         if cache.k_scale is not None:

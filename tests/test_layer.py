@@ -930,7 +930,11 @@ def test_bad_calls(rng):
             ValueError,
             "x: got 32 axes, expected at most 31",
         ),
-        (lambda: layer(x, lengths=[6, 1]), ValueError, "lengths: got 6 at index 0, expected 0"),
+        (
+            lambda: layer(x, lengths=[6, 1]),
+            ValueError,
+            "lengths: got 6 at index 0, expected 0 to 5",
+        ),
         (lambda: layer(x, lengths=[1, 2, 3]), ValueError, "lengths: got shape (3,), expected one"),
         (lambda: layer(x, lengths=2.5), TypeError, "lengths: got dtype float64, expected ints"),
         (lambda: layer(x, x[:, :3], lengths=4), ValueError, "lengths: got 4, expected 0 to 3"),

@@ -203,3 +203,14 @@ def test_pre_commit_runs_the_tools_of_make_lint(pyproject):
     for hook in hooks:
         command = hook["entry"].replace(" --force-exclude", "")
         assert command == "make lint" or f"$(BIN)/{command} " in f"{recipe} ".replace("\n", " ")
+
+
+@pytest.mark.skipif(not (ROOT / ".github").exists(), reason="needs the repository")
+@pytest.mark.parametrize("name", ["bug", "question", "feature"])
+def test_forms_ask_for_something(name):
+    """What their schema, which `make lint` checks, does not say."""
+    yaml = pytest.importorskip("yaml")
+    body = yaml.safe_load(text(f".github/ISSUE_TEMPLATE/{name}.yml"))["body"]
+    fields = [part for part in body if part["type"] != "markdown"]
+    assert len({field["id"] for field in fields}) == len(fields)
+    assert any(field.get("validations") == {"required": True} for field in fields)

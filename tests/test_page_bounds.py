@@ -463,7 +463,11 @@ PAGES = np.ones((3, 8, 2, 4), np.float32)
             "k_pages: got dtype int8 without `k_",
         ),
         ({"k_scale": PAGES[..., 0]}, TypeError, "k_scale: got scales for k_pages of dtype float32"),
-        ({"block_table": [[0, 3]]}, ValueError, "block_table: got 3 at index (0, 1), exp"),
+        (
+            {"block_table": [[0, 3]]},
+            ValueError,
+            "block_table: got 3 at index (0, 1), expected a page",
+        ),
         ({"block_table": [[0.0]]}, TypeError, "block_table: got dtype float64, expected ints"),
         ({"block_table": [0, 1]}, ValueError, "block_table: got shape (2,), expected (2, pages"),
         ({"block_table": 0}, ValueError, "block_table: got shape (), expected"),
@@ -491,7 +495,11 @@ SELECT = [
         ValueError,
         "block_table: got shape (2, 2), expected (1, ",
     ),
-    ({"block_table": [[0, -1, 2]]}, ValueError, "block_table: got -1 at index (0, 1), expected"),
+    (
+        {"block_table": [[0, -1, 2]]},
+        ValueError,
+        "block_table: got -1 at index (0, 1), expected a page",
+    ),
     ({"kv_lengths": [25]}, ValueError, "kv_lengths: got 25 at index 0, expected 0 to 24"),
     (
         {"count": 1},

@@ -115,7 +115,11 @@ def test_scaling(backend, rng):
         ({"positions": ["a"] * 9}, TypeError, ["positions"]),
         ({"positions": [np.nan] * 9}, ValueError, ["positions", "finite"]),
         ({"scaling": {"type": "moon"}}, ValueError, ["scaling", "moon", "llama3"]),
-        ({"scaling": {"type": "yarn"}}, ValueError, ["scaling", "original_max", "yarn"]),
+        (
+            {"scaling": {"type": "yarn"}},
+            ValueError,
+            ["scaling", "original_max", "got nothing", "yarn"],
+        ),
         ({"scaling": {"factor": 2}}, ValueError, ["scaling", "rope_type"]),
         ({"scaling": {"type": "linear", "rope_type": "yarn"}}, ValueError, ["rope_type", "yarn"]),
         ({"scaling": {"rope_theta": 5.0}, "base": 6.0}, ValueError, ["base", "5.0", "6.0"]),

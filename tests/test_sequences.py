@@ -313,7 +313,12 @@ def test_merging_with_nothing():
 
 X = np.zeros((6, 2, 4), np.float32)
 VARLEN = {
-    "decreasing": ([0, 4, 3, 6], [0, 2, 4, 6], ValueError, "cu_seqlens_q: got 3 after 4 at index"),
+    "decreasing": (
+        [0, 4, 3, 6],
+        [0, 2, 4, 6],
+        ValueError,
+        "cu_seqlens_q: got 3 after 4 at index 2",
+    ),
     "beyond": ([0, 7], [0, 6], ValueError, "cu_seqlens_q: got 7 at index 1, expected 0 to 6"),
     "negative": ([0, 6], [-1, 6], ValueError, "cu_seqlens_k: got -1 at index 0"),
     "begin": ([1, 6], [0, 6], ValueError, "cu_seqlens_q: got 1 as the first number, expected 0"),
@@ -336,9 +341,19 @@ def test_bad_varlen(backend, name):
 PAGES = np.zeros((3, 2, 1, 4), np.float32)
 Q = np.zeros((2, 1, 1, 4), np.float32)
 PAGED = {
-    "page": ([[0, 3], [0, 0]], [4, 1], ValueError, "block_table: got 3 at index (0, 1), exp"),
+    "page": (
+        [[0, 3], [0, 0]],
+        [4, 1],
+        ValueError,
+        "block_table: got 3 at index (0, 1), expected a page",
+    ),
     "negative": ([[0, 1], [-1, 0]], [4, 1], ValueError, "block_table: got -1 at index (1, 0)"),
-    "length": ([[0, 1], [0, 0]], [5, 1], ValueError, "kv_lengths: got 5 at index 0, expected"),
+    "length": (
+        [[0, 1], [0, 0]],
+        [5, 1],
+        ValueError,
+        "kv_lengths: got 5 at index 0, expected 0 to 4",
+    ),
     "table": ([[0, 1]], [4, 4], ValueError, "block_table: got shape (1, 2), expected (2, pages"),
     "kind": ([[0.0], [0.0]], [1, 1], TypeError, "block_table: got dtype float64, expected ints"),
     "no lengths": ([[0], [0]], None, TypeError, "kv_lengths: got None"),
